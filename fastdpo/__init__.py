@@ -1,0 +1,23 @@
+"""Length-regularized DPO, fast and exact: a fused loss without logits and an iterative trainer."""
+
+from fastdpo import objectives, reference
+from fastdpo.ops import (
+    LinearDPOLoss,
+    PreferenceLoss,
+    linear_dpo_loss,
+    linear_logp,
+    linear_preference_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearDPOLoss",
+    "PreferenceLoss",
+    "__version__",
+    "linear_dpo_loss",
+    "linear_logp",
+    "linear_preference_loss",
+    "objectives",
+    "reference",
+]

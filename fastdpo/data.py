@@ -1,0 +1,589 @@
+"""Raw preference datasets -> tokenized pairs.
+
+    rows = read_rows("pairs.jsonl")
+    result = tokenize_dataset(preference_rows(rows), tokenizer, max_length=2048)
+
+The formats and the token ids are those of TRL's DPOTrainer: `prompt`, `chosen` and `rejected` as
+strings or as message lists, the prompt explicit or the shared beginning of both responses, with
+optional `tools` and `chat_template_kwargs`. Every other column is kept in `extra`.
+
+A mistake in the data raises one DataError that names the place, what is wrong and the fix.
+"""
+
+import csv
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.batch import TokenizedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Text = str | list[dict[str, Any]]  # a string, or a list of chat messages
+
+_FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
+_OTHER_SUFFIXES = {".txt", ".tsv", ".arrow", ".gz", ".zip", ".zst", ".xz", ".ndjson", ".yaml"}
+_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+
+
+class DataError(ValueError):
+    """Something is wrong with the data; the message says where, what, and how to fix it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Raw rows and where they came from.
+
+    `lines[i]` is the 1-based line on which row i starts; None for sources without lines.
+    """
+
+    source: str
+    rows: list[dict[str, Any]]
+    lines: list[int] | None = None
+
+    def where(self, i: int) -> str:
+        """The place of row i, for error messages."""
+        if self.lines is None:
+            return f"{self.source}, row {i} (counting from 0)"
+        return f"{self.source}:{self.lines[i]}"
+
+
+def read_rows(path_or_name: str | Path, split: str = "train") -> Rows:
+    """Read all rows of a dataset.
+
+    `path_or_name` is a `.jsonl`, `.json` (list of objects), `.csv` or `.parquet` file, a directory
+    written by `datasets.save_to_disk`, or the name of a dataset on the Hugging Face hub. `split`
+    selects from the last two.
+
+    Raises DataError when there is nothing there, nothing in it, or it can't be read.
+    """
+    name = str(path_or_name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        rows = Rows(name, _read_saved(path, split))
+    elif path.exists():
+        rows = _read_file(path, name)
+    elif _looks_like_a_path(name):
+        raise DataError(f"{name}: no such file or directory. Check the path.")
+    else:
+        rows = Rows(name, _read_hub(name, split))
+    if not rows.rows:
+        raise DataError(f"{name}: there are no rows in it. Write one object per row.")
+    return rows
+
+
+def _looks_like_a_path(name: str) -> bool:
+    suffix = Path(name).suffix.lower()
+    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)
+    return not is_hub_name or suffix in _FILE_SUFFIXES | _OTHER_SUFFIXES
+
+
+def _read_file(path: Path, name: str) -> Rows:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return Rows(name, _read_parquet(path))
+    if suffix not in _FILE_SUFFIXES:
+        raise DataError(
+            f"{name}: unknown file type {suffix!r}. Convert it to .jsonl, .json, .csv or .parquet."
+        )
+    text = _read_text(path, name)
+    if suffix == ".jsonl":
+        return _parse_jsonl(text, name)
+    if suffix == ".csv":
+        return _parse_csv(text, name)
+    return _parse_json(text, name)
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: can't be read ({error.strerror}). Check permissions.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{name}:{line}: not UTF-8. Save the file with UTF-8 encoding.") from error
+    if not text.strip():
+        raise DataError(f"{name}: the file is empty. Write one object per row.")
+    return text
+
+
+def _parse_jsonl(text: str, name: str) -> Rows:
+    rows, lines = [], []
+    # Only "\n" ends a line: str.splitlines also breaks at separators that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{name}:{number}: not valid JSON ({error}). "
+                "Fix or remove the line; at the end of a file it is often cut short."
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{name}:{number}: a JSON {type(row).__name__}, not an object. "
+                'Write one object per line, {"prompt": ..., ...}.'
+            )
+        rows.append(row)
+        lines.append(number)
+    return Rows(name, rows, lines)
+
+
+def _parse_json(text: str, name: str) -> Rows:
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{name}: not valid JSON ({error}). If it holds one object per line, name it .jsonl; "
+            "otherwise it may be cut short: write it again."
+        ) from error
+    if not isinstance(rows, list):
+        raise DataError(f"{name}: a JSON {type(rows).__name__}. Write a list of objects.")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{Rows(name, rows).where(i)}: a JSON {type(row).__name__}, not an object. "
+                "Write a list of objects."
+            )
+    return Rows(name, rows)
+
+
+def _parse_csv(text: str, name: str) -> Rows:
+    """Every value stays a string: inferred types would turn the answers 42 and null into others."""
+    rows, lines = [], []
+    reader = csv.reader(StringIO(text, newline=""), strict=True)
+    field_limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    try:
+        header = next(reader)
+        line = reader.line_num + 1
+        for values in reader:
+            if values and len(values) != len(header):
+                raise DataError(
+                    f"{name}:{line}: {len(values)} fields, the header has {len(header)}. "
+                    "Quote fields that hold commas or line breaks."
+                )
+            if values:
+                rows.append(dict(zip(header, values)))
+                lines.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{name}:{reader.line_num}: not valid CSV ({error}). Fix the quotes or the cut-off row."
+        ) from error
+    finally:
+        csv.field_size_limit(field_limit)
+    return Rows(name, rows, lines)
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    from datasets import Dataset
+
+    try:
+        # The library copies what it reads into its cache; this copy goes when it was read.
+        with TemporaryDirectory() as cache:
+            dataset = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+            return dataset.to_list()  # type: ignore[union-attr]
+    except Exception as error:
+        raise DataError(
+            f"{path}: can't be read as Parquet ({_first_line(error)}). Write the file again."
+        ) from error
+
+
+def _read_saved(path: Path, split: str) -> list[dict[str, Any]]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(
+            f"{path}: not a readable dataset directory ({_first_line(error)}). Name a file in it, "
+            "or a directory written by datasets.save_to_disk."
+        ) from error
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise DataError(f"{path}: no split {split!r}. Choose one of {sorted(dataset)}.")
+        dataset = dataset[split]
+    return dataset.to_list()
+
+
+def _read_hub(name: str, split: str) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(name, split=split))  # type: ignore[arg-type]
+    except Exception as error:
+        raise DataError(
+            f"{name}: no such file, and split {split!r} can't be loaded from the Hugging Face hub "
+            f"({type(error).__name__}: {_first_line(error)}). Check the name, the split and the "
+            "network, or download the dataset and give a local file."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt to sample from. `where` names its place in the source."""
+
+    where: str
+    prompt: Text
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """A preference pair with an explicit prompt: all three are strings or all are messages."""
+
+    where: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def preference_rows(rows: Rows) -> list[PreferenceRow]:
+    """Check preference data and bring it to one form.
+
+    Without a prompt column the prompt is what both responses begin with, as in TRL's
+    `extract_prompt`: whole messages, or characters less a trailing space. The same holds for a
+    string prompt beside whole conversations, which must repeat it in a message. A pair of equal
+    responses passes: `tokenize_dataset` drops and counts it.
+
+    Raises DataError at the first malformed row.
+    """
+    return [_preference_row(row, rows.where(i)) for i, row in enumerate(rows.rows)]
+
+
+def prompt_rows(rows: Rows) -> list[PromptRow]:
+    """Check prompts: a `prompt` column of strings or message lists, all other columns kept.
+
+    Raises DataError at the first malformed row.
+    """
+    result = []
+    for i, row in enumerate(rows.rows):
+        where = rows.where(i)
+        prompt = _text_column(row, "prompt", where)
+        result.append(
+            PromptRow(where, prompt, *_template_options(row, where), _extra(row, "prompt"))
+        )
+    return result
+
+
+def _preference_row(row: dict[str, Any], where: str) -> PreferenceRow:
+    chosen = _text_column(row, "chosen", where)
+    rejected = _text_column(row, "rejected", where)
+    prompt = _text_column(row, "prompt", where) if "prompt" in row else None
+    conversational = isinstance(chosen, list)
+    if conversational != isinstance(rejected, list):
+        raise DataError(
+            f"{where}: one response is a string and the other a message list. "
+            "Write both in the same format."
+        )
+    if prompt is None or (conversational and isinstance(prompt, str)):
+        given, (prompt, chosen, rejected) = prompt, _extract_prompt(chosen, rejected, where)
+        if given is not None and given not in [m.get("content") for m in prompt]:  # type: ignore[union-attr]
+            raise DataError(
+                f"{where}: prompt is a string, the responses are message lists that don't begin "
+                "with it. Write the prompt as a message list too."
+            )
+    elif isinstance(prompt, list) != conversational:
+        raise DataError(
+            f"{where}: prompt is a message list, the responses are strings. "
+            "Write all three in the same format."
+        )
+    elif conversational and chosen[: len(prompt)] == prompt:
+        raise DataError(
+            f"{where}: the responses repeat the messages of the prompt. "
+            "Remove the prompt column, or these messages from the responses."
+        )
+    tools, template_kwargs = _template_options(row, where)
+    extra = _extra(row, "prompt", "chosen", "rejected")
+    return PreferenceRow(where, prompt, chosen, rejected, tools, template_kwargs, extra)
+
+
+def _extract_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
+    """Split two conversations or strings at their first difference."""
+    # Where one is the beginning of the other, the last element still belongs to the response.
+    limit = min(len(chosen), len(rejected)) - 1
+    split = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+    differs = chosen[split] != rejected[split]
+    if differs and split > 0 and chosen[split - 1] == " ":
+        split -= 1
+    if split == 0:
+        raise DataError(
+            f"{where}: no prompt column, and the responses have no common beginning. "
+            "Add a prompt column."
+        )
+    return chosen[:split], chosen[split:], rejected[split:]
+
+
+def _text_column(row: dict[str, Any], column: str, where: str) -> Text:
+    """A non-empty string or list of messages."""
+    if column not in row:
+        raise DataError(f"{where}: column {column!r} is missing; it has {sorted(row)}. Add it.")
+    value = row[column]
+    if not isinstance(value, str | list):
+        raise DataError(
+            f"{where}: {column} is {_kind(value)}. Write a string or a list of messages."
+        )
+    if not value:
+        raise DataError(f"{where}: {column} is empty. Fill it in or remove the row.")
+    for message in value if isinstance(value, list) else ():
+        problem = _message_problem(message)
+        if problem:
+            raise DataError(
+                f"{where}: a message in {column} {problem}. "
+                'Write every message as {"role": ..., "content": ...}.'
+            )
+    return value
+
+
+def _message_problem(message: Any) -> str | None:
+    if not isinstance(message, dict):
+        return f"is {_kind(message)}, not an object"
+    if not isinstance(message.get("role"), str):
+        return "has no role" if message.get("role") is None else "has a role that is not a string"
+    content = message.get("content")
+    if content is None:
+        # A call of a tool stands in for the content.
+        return None if message.get("tool_calls") else "has no content"
+    return None if isinstance(content, str | list) else f"has {_kind(content)} as its content"
+
+
+def _template_options(row: dict[str, Any], where: str) -> tuple[list[Any] | None, dict[str, Any]]:
+    """The tools (a list or its JSON) and keyword arguments for the chat template."""
+    tools, template_kwargs = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise DataError(f"{where}: tools is not valid JSON ({error}). Fix it.") from error
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"{where}: tools is {_kind(tools)}. Write a list, or a list as JSON.")
+    if template_kwargs is not None and not isinstance(template_kwargs, dict):
+        raise DataError(
+            f"{where}: chat_template_kwargs is {_kind(template_kwargs)}. Write an object."
+        )
+    for column in ("image", "images"):
+        if row.get(column):
+            raise DataError(f"{where}: images can't be trained on. Remove the column {column!r}.")
+    return tools, template_kwargs or {}
+
+
+def _extra(row: dict[str, Any], *used: str) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k not in used and k not in _TEMPLATE_COLUMNS}
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"of type {type(value).__name__}"
+
+
+@dataclass(frozen=True)
+class TokenizedPairs:
+    """What `tokenize_dataset` made of a dataset."""
+
+    pairs: list[TokenizedPair]
+    dropped: dict[str, int]  # reason -> pairs left out
+    truncated: int  # kept pairs with a response cut at max_length
+
+
+def render_prompt(
+    prompt: Text,
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: list[Any] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    *,
+    as_chat: bool = False,
+) -> list[int]:
+    """Token ids of a prompt, to sample a response after it.
+
+    Messages go through the chat template with its generation prompt; a string stays as it is, or
+    with `as_chat` becomes one user message where the tokenizer has a chat template. Training
+    tokenizes prompts by this function too.
+
+    Raises DataError when the tokenizer or its chat template can't render the prompt.
+    """
+    if as_chat and isinstance(prompt, str) and tokenizer.chat_template is not None:
+        prompt = [{"role": "user", "content": prompt}]
+    options = {"tools": tools, **(chat_template_kwargs or {})}
+    return _token_ids(prompt, tokenizer, options, add_generation_prompt=True)
+
+
+def tokenize_pair(
+    row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase", max_length: int | None
+) -> TokenizedPair | str:
+    """Tokenize one pair; returns the reason, a string, when it has to be dropped.
+
+    Token ids are those of TRL's DPOTrainer. Messages go through the chat template; string
+    responses get the end token unless they end in it. The responses begin where the tokens of the
+    prompt alone and those of prompt + response first differ, on whichever side that comes first,
+    so a prompt can lose its last tokens.
+
+    Truncation keeps the first `max_length` tokens of prompt + response on each side (None: all).
+    A pair is dropped when no token is left of the prompt or of a response, or when both responses
+    are the same tokens.
+
+    Raises DataError, naming the row, when the tokenizer can't render it, and ValueError when
+    `max_length` < 2.
+    """
+    _check_max_length(max_length)
+    return _truncate(_split_pair(row, tokenizer), max_length)
+
+
+def tokenize_dataset(
+    rows: Sequence[PreferenceRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int | None,
+    progress: bool = True,
+) -> TokenizedPairs:
+    """Tokenize all pairs, in order, by the rules of `tokenize_pair`.
+
+    Dropped and truncated pairs are counted. One warning tells of prompts that lost tokens.
+
+    Raises DataError when a row can't be rendered or no pair is left, and ValueError when
+    `max_length` < 2.
+    """
+    from tqdm import tqdm
+
+    _check_max_length(max_length)
+    if not rows:
+        raise DataError("there are no rows to tokenize. Give at least one preference pair.")
+    pairs: list[TokenizedPair] = []
+    dropped: Counter[str] = Counter()
+    truncated = 0
+    lost_at: list[str] = []
+    for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
+        split = _split_pair(row, tokenizer)
+        pair = _truncate(split, max_length)
+        if isinstance(pair, str):
+            dropped[pair] += 1
+            continue
+        pairs.append(pair)
+        truncated += max_length is not None and split.num_tokens > max_length
+        if split.lost_ids:
+            lost_at.append(f"{row.where}: {tokenizer.decode(split.lost_ids)!r}")
+    if not pairs:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise DataError(
+            f"{rows[0].where} to {rows[-1].where}: no pair is left to train on ({reasons}). "
+            "Raise max_length, or check that chosen and rejected differ."
+        )
+    if lost_at:
+        warnings.warn(
+            f"{len(lost_at)} of {len(pairs)} prompts lose their last tokens, which render or merge "
+            f"differently before a response; the first is {lost_at[0]}. Training then sees "
+            "another context than sampling. End prompts on a token boundary, or use a chat "
+            "template that renders a prompt alike with and without a response.",
+            stacklevel=2,
+        )
+    return TokenizedPairs(pairs, dict(dropped), truncated)
+
+
+@dataclass(frozen=True)
+class _SplitPair:
+    """Token ids before truncation. `lost_ids` ended the prompt alone, but not within a side."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    lost_ids: list[int]
+    extra: dict[str, Any]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longer side."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def _split_pair(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> _SplitPair:
+    options = {"tools": row.tools, **row.chat_template_kwargs}
+    try:
+        prompt = render_prompt(row.prompt, tokenizer, row.tools, row.chat_template_kwargs)
+        sides = [
+            _token_ids(_join(row.prompt, response, tokenizer), tokenizer, options)
+            for response in (row.chosen, row.rejected)
+        ]
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    split = min(_common_prefix_length(prompt, side) for side in sides)
+    chosen, rejected = (side[split:] for side in sides)
+    return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra)
+
+
+def _truncate(split: _SplitPair, max_length: int | None) -> TokenizedPair | str:
+    """The pair with both sides cut to `max_length` tokens, or the reason to drop it."""
+    if not split.prompt_ids:
+        return "no prompt token"
+    if max_length is not None and len(split.prompt_ids) >= max_length:
+        return "responses truncated to nothing"
+    room = None if max_length is None else max_length - len(split.prompt_ids)
+    chosen, rejected = split.chosen_ids[:room], split.rejected_ids[:room]
+    if not chosen or not rejected:
+        return "empty response"
+    if split.chosen_ids == split.rejected_ids:
+        return "identical responses"
+    if chosen == rejected:
+        return "identical responses after truncation"
+    return TokenizedPair(split.prompt_ids, chosen, rejected, split.extra)
+
+
+def _join(prompt: Text, response: Text, tokenizer: "PreTrainedTokenizerBase") -> Text:
+    """Prompt and response as one text; a string response ends in the end token."""
+    if isinstance(prompt, list) and isinstance(response, list):
+        return prompt + response
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        raise DataError("prompt and responses have different formats. Use strings or messages.")
+    end = tokenizer.eos_token
+    if not isinstance(end, str):
+        raise DataError("the tokenizer has no end token. Set tokenizer.eos_token.")
+    return prompt + (response if response.endswith(end) else response + end)
+
+
+def _token_ids(
+    text: Text, tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any], **extra: bool
+) -> list[int]:
+    """Ids of a string, or of messages through the chat template with `options`."""
+    if isinstance(text, list) and not (tokenizer.chat_template or options.get("chat_template")):
+        raise DataError(
+            "the tokenizer has no chat template for message lists. Use the tokenizer of a chat "
+            "model, set tokenizer.chat_template, or write strings."
+        )
+    try:
+        if isinstance(text, str):
+            return tokenizer(text=text)["input_ids"]  # type: ignore[return-value]
+        encoded: Any = tokenizer.apply_chat_template(
+            text, tokenize=True, return_dict=True, **extra, **options
+        )
+        return encoded["input_ids"]
+    except Exception as error:  # a template is a program of its own and can raise anything
+        raise DataError(
+            f"the tokenizer can't render this ({type(error).__name__}: {_first_line(error)}). "
+            "Fix the row, or use a chat template that accepts it."
+        ) from error
+
+
+def _common_prefix_length(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _check_max_length(max_length: int | None) -> None:
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2 (prompt and response), got {max_length}")

@@ -1,0 +1,92 @@
+"""Matrix products of low-precision tensors whose results are not rounded to low precision.
+
+CUDA has ``torch.mm(..., out_dtype=torch.float32)``.  On a CPU a bf16 product always rounds its
+output, an error of 0.1 in a logit of 30, so products are made of fp32 copies, a tile at a time.
+There oneDNN's linear is used where torch has it: on CPUs that MKL does not favour it is twice as
+fast as ``torch.mm``, and it sets no process-wide switch.  It sums the inner dimension in one chain
+of additions; blocks of at most `_INNER_BLOCK` bring the error back to that of a blocked product.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_INNER_BLOCK = 320
+
+
+def _has_onednn_linear() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def _keep_freed_tiles() -> None:
+    """Let glibc serve tiles of up to 31 MiB from its heap, so that their pages stay mapped.
+
+    Its limit adapts to the largest block freed so far.  Below that limit a freed tile goes back to
+    the system, and touching the pages of the next one costs as much as computing it.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+class Products:
+    """fp32-valued (fp64 for fp64 inputs) products of tensors of one ``dtype`` on one device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.acc_dtype = torch.promote_types(dtype, torch.float32)
+        self.on_cpu = device.type == "cpu"
+        self.widen = dtype != self.acc_dtype and not self.on_cpu
+        self.onednn = self.on_cpu and self.acc_dtype == torch.float32 and _has_onednn_linear()
+        if self.on_cpu:
+            _keep_freed_tiles()
+
+    def operand(self, x: Tensor) -> Tensor:
+        """``x`` in the dtype the products take: on a CPU the result's, elsewhere the inputs'."""
+        return x.to(self.acc_dtype if self.on_cpu else self.dtype)
+
+    def inner_blocks(self, x: Tensor) -> list[Tensor]:
+        """``x`` (rows, D) as operands over blocks of D."""
+        if not self.onednn:
+            return [self.operand(x)]
+        return [part.to(self.acc_dtype).contiguous() for part in x.tensor_split(self._count(x), 1)]
+
+    def _count(self, x: Tensor) -> int:
+        return -(-x.shape[1] // _INNER_BLOCK)
+
+    def project(self, h_blocks: list[Tensor], w_CD: Tensor) -> Tensor:
+        """``h @ w.T`` as a fresh tensor; ``h_blocks`` are `inner_blocks` of h."""
+        if not self.onednn:
+            return self._mm(h_blocks[0], self.operand(w_CD).T)
+        linear = torch.ops.mkldnn._linear_pointwise
+        z_NC = None
+        for h_block, w_block in zip(h_blocks, self.inner_blocks(w_CD)):
+            if z_NC is None:
+                z_NC = linear(h_block, w_block, None, "none", [], "")
+            else:
+                z_NC = linear.binary(h_block, z_NC, w_block, None, "add")
+        assert z_NC is not None
+        return z_NC
+
+    def addmm(self, acc: Tensor, a: Tensor, b: Tensor) -> None:
+        """``acc += a @ b`` for operands."""
+        if self.onednn:
+            acc += torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+        elif self.widen:
+            acc += self._mm(a, b)
+        else:
+            acc.addmm_(a, b)
+
+    def rounded_mm(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """``out = a @ b`` rounded once to the inputs' dtype: the cheapest product there is."""
+        native = self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.widen or (self.on_cpu and native):
+            torch.mm(a.to(self.dtype), b.to(self.dtype), out=out)
+        elif self.onednn:
+            a, b = self.operand(a), self.operand(b)
+            out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], ""))
+        else:
+            out.copy_(self._mm(self.operand(a), self.operand(b)))
+
+    def _mm(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b, out_dtype=self.acc_dtype) if self.widen else torch.mm(a, b)

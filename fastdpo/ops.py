@@ -1,0 +1,521 @@
+"""The differentiable ops: from hidden states to log-probs and preference losses without logits.
+
+`linear_logp` is the head's projection, log-softmax and gather in one op.  `linear_preference_loss`
+adds the sums over sequences, the reference and the objective, and knows that a pair's gradient is
+one scalar times something known beforehand, which saves a matrix product (see `fastdpo.plan`).
+`linear_dpo_loss` is that with the length-regularized DPO objective, and `LinearDPOLoss` its module.
+
+Legend: T hidden rows, N scored tokens, D hidden size, V vocabulary, P pairs, S = 2P sequences
+(2i chosen, 2i+1 rejected).
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastdpo import checks
+from fastdpo.objectives import lr_dpo
+from fastdpo.passes import (
+    Call,
+    ObjectiveFn,
+    Pairs,
+    forward_blocks,
+    frozen_forward,
+    grouped_pass,
+    per_token,
+    reference_sums,
+    rounded,
+    token_backward,
+)
+from fastdpo.plan import MIB, Plan, make_plan
+from fastdpo.streaming import IGNORE, Head, Needs
+
+STATS = frozenset({"entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref"})
+
+
+@dataclass
+class PreferenceLoss:
+    """What a preference loss returns; only ``loss`` carries a gradient.
+
+    Attributes:
+        loss: scalar, the summed loss of the pairs divided by ``num_pairs``.
+        logp_S: summed log-probs of each sequence under the policy, in the dtype of the reference.
+        ref_logp_S: those of the reference.
+        lengths_S: scored tokens of each sequence, int64.
+        metrics: detached scalars averaged over the call's pairs, under TRL's names, and
+            ``lengths/chosen``, ``lengths/rejected``, ``length_margin`` (``alpha * (nw - nl)``).
+        stats: the requested per-token statistics, each (N,).
+        plan: the route taken, its workspace and its accumulators.
+    """
+
+    loss: Tensor
+    logp_S: Tensor
+    ref_logp_S: Tensor
+    lengths_S: Tensor
+    metrics: dict[str, Tensor]
+    stats: dict[str, Tensor]
+    plan: Plan
+
+
+# ------------------------------------------------------------------------------------- linear_logp
+class _LinearLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
+        unit_ND = None
+        if call.plan.route == "frozen":
+            logp_N, unit_ND = frozen_forward(call, h_TD, w_VD, bias_V)
+        else:
+            logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
+        ctx.call = call
+        ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND)
+        return call.full(logp_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogp_N):
+        call: Call = ctx.call
+        coef_N = dlogp_N if call.keep_N is None else dlogp_N[call.keep_N]
+        return *token_backward(call, ctx.saved_tensors, coef_N), None
+
+
+def linear_logp(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    target_N: Tensor,
+    *,
+    rows_N: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    workspace_mib: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Log-probability of each target under the head, with any upstream gradient.
+
+    ``logp[i] = log_softmax(z)[target[i]]``, ``z = softcap * tanh(scale * (h[rows[i]] @ w.T + bias)
+    / softcap)``, in fp32 without rounding the logits and without an (N, V) tensor.
+
+    Args:
+        h_TD: hidden states, (T, D), fp16, bf16, fp32 or fp64.
+        w_VD: weight of the head, (V, D), same dtype.
+        target_N: token ids, (N,) int64; -100 gives a zero and no gradient.
+        rows_N: hidden row that predicts each target, (N,) int64; default: row i predicts target i.
+            Repeats are allowed, their gradients are summed in fp32 in a fixed order.
+        bias_V: bias of the head, (V,).
+        scale: factor on the logits (Cohere, Granite).
+        softcap: soft cap on the logits (Gemma 2), in logits.
+        workspace_mib: bound on tiles and stash in MiB; default 1,024 on a GPU and 256 on a CPU.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (N,) fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+    """
+    checks.check_impl(impl, getattr(h_TD, "device", torch.device("cpu")))
+    scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
+    checks.check_targets(h_TD, w_VD.shape[0], target_N, rows_N)
+    call = _make_call(h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, None)
+    if call is None:  # every target is ignored
+        acc = torch.promote_types(h_TD.dtype, torch.float32)
+        anchor = (h_TD[:0].sum() + w_VD[:0].sum()).to(acc)  # keeps the graph connected
+        return torch.zeros(target_N.shape[0], dtype=acc, device=h_TD.device) + anchor
+    if call.plan.route == "forward":
+        with torch.no_grad():
+            return call.full(forward_blocks(call, h_TD, w_VD, bias_V))
+    return _LinearLogp.apply(h_TD, w_VD, bias_V, call)  # type: ignore[return-value]
+
+
+def _make_call(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    rows_N: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    workspace_mib: float | None,
+    edges: list[int] | None,
+    unit_buffers: int = 1,
+) -> Call | None:
+    """Leave ignored targets out where that costs no synchronization, and plan the call."""
+    if workspace_mib is None:
+        workspace_mib = 256.0 if h_TD.device.type == "cpu" else 1024.0
+    workspace_mib = checks.require_number("workspace_mib", workspace_mib, low=0, open_low=True)
+    num_targets, keep_N = target_N.shape[0], None
+    if target_N.device.type == "cpu" and bool((target_N == IGNORE).any()):
+        keep_N = (target_N != IGNORE).nonzero()[:, 0]
+        if keep_N.numel() == 0 and edges is None:
+            return None
+        if edges is not None:
+            edges = torch.searchsorted(keep_N, torch.tensor(edges)).tolist()
+        target_N = target_N[keep_N]
+        rows_N = keep_N if rows_N is None else rows_N[keep_N]
+    if edges is not None and target_N.device.type == "cpu":
+        checks.check_lengths([b - a for a, b in pairwise(edges)])
+    grad = torch.is_grad_enabled()
+    needs = Needs(
+        h=grad and h_TD.requires_grad,
+        w=grad and w_VD.requires_grad,
+        bias=grad and bias_V is not None and bias_V.requires_grad,
+    )
+    plan = make_plan(
+        edges or [0, target_N.shape[0]],
+        w_VD.shape[1],
+        w_VD.shape[0],
+        itemsize=torch.promote_types(h_TD.dtype, torch.float32).itemsize,
+        workspace_bytes=int(workspace_mib * MIB),
+        need_head=needs.head,
+        need_h=needs.h,
+        T=h_TD.shape[0],
+        unit_buffers=unit_buffers,
+    )
+    return Call(scale, softcap, rows_N, target_N, keep_N, num_targets, needs, plan, edges or [])
+
+
+# --------------------------------------------------------------------------------- preference loss
+class _LinearPreference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call, pairs: Pairs):  # type: ignore[override]
+        ctx.call, ctx.grads, unit_ND, coef_N = call, None, None, None
+        if call.plan.route == "grouped":
+            loss, logp_S, ref_S, ctx.grads = grouped_pass(call, pairs, h_TD, w_VD, bias_V)
+            ctx.save_for_backward(h_TD, w_VD, bias_V)
+        else:
+            if call.plan.route == "frozen":
+                logp_N, unit_ND = frozen_forward(call, h_TD, w_VD, bias_V)
+            else:
+                logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
+            logp_S, ref_S = pairs.sums(logp_N), reference_sums(call, pairs)
+            loss, slope_S = pairs.loss_and_slope(logp_S, ref_S, slice(0, len(logp_S) // 2))
+            coef_N = per_token(slope_S, pairs.sizes)
+            ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND)
+        ctx.coef_N = coef_N
+        ctx.mark_non_differentiable(logp_S, ref_S)
+        return loss.to(torch.promote_types(h_TD.dtype, torch.float32)), logp_S, ref_S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, *_):
+        if ctx.grads is not None:
+            h_TD, _w, _b = ctx.saved_tensors
+            return *rounded(ctx.grads, h_TD.dtype, dloss), None, None
+        coef_N = (ctx.coef_N * dloss).to(torch.promote_types(dloss.dtype, torch.float32))
+        return *token_backward(ctx.call, ctx.saved_tensors, coef_N), None, None
+
+
+def linear_preference_loss(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    target_N: Tensor,
+    bounds_S1: Tensor,
+    ref_logp_S: Tensor | None,
+    objective: ObjectiveFn,
+    *,
+    rows_N: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ref_h_TD: Tensor | None = None,
+    ref_w_VD: Tensor | None = None,
+    ref_bias_V: Tensor | None = None,
+    margin_P: Tensor | None = None,
+    smoothing_P: Tensor | None = None,
+    weight_P: Tensor | None = None,
+    num_pairs: float | None = None,
+    stats: tuple[str, ...] = (),
+    workspace_mib: float | None = None,
+    impl: str = "auto",
+) -> PreferenceLoss:
+    """A preference loss of packed pairs, from hidden states, without logits.
+
+    Args:
+        h_TD, w_VD, target_N, rows_N, bias_V, scale, softcap, workspace_mib, impl: as in
+            `linear_logp`.
+        bounds_S1: cumulative bounds of the sequences in ``target_N``, (S + 1,) int64 on the CPU;
+            sequences alternate chosen, rejected.
+        ref_logp_S: summed log-probs under the reference, (S,) fp32 or fp64; the policy's sums are
+            taken in the same precision.  None with ``ref_h_TD``.
+        objective: one of `fastdpo.objectives`, or a function of that signature.
+        ref_h_TD, ref_w_VD, ref_bias_V: the reference's hidden rows and head instead of its sums;
+            same rows, scale and softcap as the policy.
+        margin_P: added to z, (P,).  Only margin objectives.
+        smoothing_P: probability in [0, 1] that a pair's label is flipped, (P,).  Likewise.
+        weight_P: factor >= 0 on each pair's loss, (P,).
+        num_pairs: what the summed loss is divided by; default: the pairs of this call.  A trainer
+            that accumulates passes the pairs of the whole optimizer step.
+        stats: per-token statistics to return, of "entropy", "mean_logit", "top1",
+            "log_sum_sq_probs" and, with ``ref_h_TD``, "kl_ref" (KL(reference || policy)).
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+    """
+    checks.check_impl(impl, getattr(h_TD, "device", torch.device("cpu")))
+    scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
+    V = w_VD.shape[0]
+    checks.check_targets(h_TD, V, target_N, rows_N)
+    edges = checks.check_bounds(bounds_S1, target_N)
+    S, device = len(edges) - 1, h_TD.device
+    wanted = _check_stats(stats, ref_h_TD is not None)
+    if not callable(objective):
+        raise TypeError(
+            "objective must be one of fastdpo.objectives (such as lr_dpo(beta=0.1)) or a function "
+            f"of their signature, got {type(objective).__name__}"
+        )
+    ref = _check_reference(
+        h_TD, w_VD, ref_logp_S, ref_h_TD, ref_w_VD, ref_bias_V, (S, scale, softcap)
+    )
+    pair_values = _check_pair_values(objective, margin_P, smoothing_P, weight_P, S // 2, device)
+    count = float(S // 2)
+    if num_pairs is not None:
+        count = checks.require_number("num_pairs", num_pairs, low=0, open_low=True)
+    call = _make_call(
+        h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, edges,
+        unit_buffers=1 if getattr(objective, "margin", False) else 2,
+    )  # fmt: skip
+    assert call is not None
+    call.stats, call.ref = wanted, ref
+    edges = call.edges
+    if target_N.device.type == "cpu":
+        lengths_S = torch.tensor([b - a for a, b in pairwise(edges)])
+    else:
+        scored = (target_N != IGNORE).long().split([b - a for a, b in pairwise(edges)])
+        lengths_S = torch.stack([part.sum() for part in scored])
+    pairs = Pairs(objective, edges, lengths_S, ref_logp_S, *pair_values, count)
+    if call.plan.route == "forward":
+        with torch.no_grad():
+            logp_S = pairs.sums(forward_blocks(call, h_TD, w_VD, bias_V))
+            ref_S = reference_sums(call, pairs)
+            loss, _ = pairs.loss_and_slope(logp_S, ref_S, slice(0, S // 2))
+            loss = loss.to(torch.promote_types(h_TD.dtype, torch.float32))
+    else:
+        loss, logp_S, ref_S = _LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)  # type: ignore[misc]
+    metrics = _metrics(pairs, logp_S, ref_S)
+    return PreferenceLoss(loss, logp_S, ref_S, lengths_S, metrics, call.token_stats(), call.plan)
+
+
+def linear_dpo_loss(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    target_N: Tensor,
+    bounds_S1: Tensor,
+    ref_logp_S: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.0,
+    **options: Any,
+) -> PreferenceLoss:
+    """Length-regularized DPO (arXiv 2406.11817) of packed pairs, without logits.
+
+    ``z = beta * ((lw - lw') - (ll - ll')) + alpha * (nw - nl)``, ``loss = -log sigmoid(z)``, mean
+    over pairs; ``lw`` and ``ll`` are summed log-probs of chosen and rejected, a prime marks the
+    reference, ``nw`` and ``nl`` count scored tokens.
+
+    Args:
+        beta: strength of the KL penalty, > 0.
+        alpha: length penalty per token, not multiplied by ``beta``; 0 is plain DPO.
+        options: the keyword arguments of `linear_preference_loss`.
+    """
+    beta = checks.require_number("beta", beta, low=0, open_low=True)
+    alpha = checks.require_number("alpha", alpha)
+    unknown = options.keys() - linear_preference_loss.__kwdefaults__.keys()
+    if unknown:
+        raise TypeError(
+            f"linear_dpo_loss has no option {sorted(unknown)[0]!r}; options are "
+            f"{', '.join(linear_preference_loss.__kwdefaults__)}"
+        )
+    return linear_preference_loss(
+        h_TD, w_VD, target_N, bounds_S1, ref_logp_S, lr_dpo(beta, alpha), **options
+    )
+
+
+class LinearDPOLoss(nn.Module):
+    """`linear_dpo_loss` as a module, for packed rows or TRL's padded layout.
+
+    Args:
+        beta, alpha: as in `linear_dpo_loss`.
+        options: keyword arguments of `linear_preference_loss` that stay the same for every call,
+            such as ``scale``, ``softcap`` or ``workspace_mib``.
+    """
+
+    def __init__(self, beta: float = 0.1, alpha: float = 0.0, **options: Any) -> None:
+        super().__init__()
+        self.beta = checks.require_number("beta", beta, low=0, open_low=True)
+        self.alpha = checks.require_number("alpha", alpha)
+        unknown = options.keys() - linear_preference_loss.__kwdefaults__.keys()
+        if unknown:
+            raise TypeError(f"LinearDPOLoss has no option {sorted(unknown)[0]!r}")
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in {**self.__dict__, **self.options}.items()
+                         if k in {"beta", "alpha", *self.options})  # fmt: skip
+
+    def forward(
+        self,
+        h: Tensor,
+        w_VD: Tensor,
+        target: Tensor,
+        bounds_S1: Tensor | None = None,
+        ref_logp_S: Tensor | None = None,
+        **options: Any,
+    ) -> PreferenceLoss:
+        """Packed: ``h`` (T, D), ``target`` (N,), ``bounds_S1`` (S + 1,), as in `linear_dpo_loss`.
+
+        Padded, as TRL collates: ``h`` (2B, L, D), all chosen sequences first, then all rejected;
+        ``target`` (2B, L) already shifted, so that row t predicts label t, with -100 on prompts and
+        padding; no ``bounds_S1``.  Pair i is rows i and B + i; ``ref_logp_S``, ``ref_h_TD``
+        (2B, L, D) and the returned ``logp_S`` and ``lengths_S`` keep that order.
+        """
+        settings = {"beta": self.beta, "alpha": self.alpha, **self.options, **options}
+        if bounds_S1 is not None or not isinstance(h, Tensor) or h.ndim != 3:
+            if bounds_S1 is None:
+                raise ValueError(
+                    "bounds_S1 is missing: packed rows h (T, D) need it; TRL's padded layout has "
+                    f"h of shape (2B, L, D), got {tuple(getattr(h, 'shape', ()))}"
+                )
+            return linear_dpo_loss(h, w_VD, target, bounds_S1, ref_logp_S, **settings)
+        return self._padded(h, w_VD, target, ref_logp_S, settings)
+
+    def _padded(
+        self,
+        h: Tensor,
+        w_VD: Tensor,
+        target: Tensor,
+        ref_logp_S: Tensor | None,
+        settings: dict[str, Any],
+    ) -> PreferenceLoss:
+        checks.require_tensor("target", target, 2, "(2B, L)")
+        S, L, D = h.shape
+        if target.shape != (S, L) or S % 2 or S == 0:
+            raise ValueError(
+                "padded layout: h must be (2B, L, D) and target (2B, L), all chosen first; got "
+                f"{tuple(h.shape)} and {tuple(target.shape)}"
+            )
+        if "rows_N" in settings:
+            raise ValueError("rows_N has no meaning in the padded layout; leave it out")
+        order_S = torch.arange(S).view(2, S // 2).T.reshape(S)  # chosen 0, rejected 0, chosen 1...
+        back_S = order_S.argsort()
+        order, back = order_S.to(h.device), back_S.to(h.device)
+        rows_N = (order[:, None] * L + torch.arange(L, device=h.device)).reshape(-1)
+        if settings.get("ref_h_TD") is not None:
+            settings["ref_h_TD"] = settings["ref_h_TD"].reshape(S * L, -1)
+        if ref_logp_S is not None:
+            checks.require_tensor("ref_logp_S", ref_logp_S, 1, "(2B,)")
+            if ref_logp_S.shape[0] != S:
+                raise ValueError(f"ref_logp_S must have 2B={S} entries, got {ref_logp_S.shape[0]}")
+            ref_logp_S = ref_logp_S[order]
+        result = linear_dpo_loss(
+            h.reshape(S * L, D),
+            w_VD,
+            target[order].reshape(-1),
+            torch.arange(S + 1) * L,
+            ref_logp_S,
+            rows_N=rows_N,
+            **settings,
+        )
+        result.logp_S, result.ref_logp_S = result.logp_S[back], result.ref_logp_S[back]
+        result.lengths_S = result.lengths_S[back]
+        return result
+
+
+def _check_stats(stats: Any, has_ref: bool) -> frozenset[str]:
+    if isinstance(stats, str) or not hasattr(stats, "__iter__"):
+        raise TypeError(f"stats must be a tuple of names, got {stats!r}")
+    wanted = frozenset(stats)
+    if wanted - STATS:
+        unknown = ", ".join(sorted(map(repr, wanted - STATS)))
+        raise ValueError(f"stats has unknown names {unknown}; known: {', '.join(sorted(STATS))}")
+    if "kl_ref" in wanted and not has_ref:
+        raise ValueError("stats='kl_ref' needs the reference as ref_h_TD and ref_w_VD")
+    return wanted
+
+
+def _check_reference(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    ref_logp_S: Any,
+    ref_h_TD: Any,
+    ref_w_VD: Any,
+    ref_bias_V: Any,
+    shared: tuple[int, float, float | None],
+) -> tuple[Head, Tensor] | None:
+    """Exactly one form of reference, with the policy's sizes."""
+    S, scale, softcap = shared
+    if (ref_logp_S is None) == (ref_h_TD is None):
+        raise ValueError("pass the reference either as ref_logp_S or as ref_h_TD with ref_w_VD")
+    if ref_h_TD is None:
+        if ref_w_VD is not None or ref_bias_V is not None:
+            raise ValueError("ref_w_VD and ref_bias_V belong to ref_h_TD, which is missing")
+        checks.check_vector("ref_logp_S", ref_logp_S, S, "S", h_TD.device)
+        return None
+    if ref_w_VD is None:
+        raise ValueError("ref_h_TD needs ref_w_VD, the reference's head")
+    checks.check_head(ref_h_TD, ref_w_VD, ref_bias_V, scale, softcap, prefix="ref_")
+    if ref_h_TD.shape[0] != h_TD.shape[0] or ref_w_VD.shape[0] != w_VD.shape[0]:
+        raise ValueError(
+            f"the reference must have the policy's rows T={h_TD.shape[0]} and vocabulary "
+            f"V={w_VD.shape[0]}, got {ref_h_TD.shape[0]} and {ref_w_VD.shape[0]}"
+        )
+    if ref_h_TD.dtype != h_TD.dtype or ref_h_TD.device != h_TD.device:
+        raise TypeError(
+            f"ref_h_TD is {ref_h_TD.dtype} on {ref_h_TD.device}, h_TD is {h_TD.dtype} on "
+            f"{h_TD.device}; they must agree"
+        )
+    bias = None if ref_bias_V is None else ref_bias_V.detach()
+    return Head(ref_w_VD.detach(), bias, scale, softcap), ref_h_TD.detach()
+
+
+def _check_pair_values(
+    objective: ObjectiveFn,
+    margin_P: Any,
+    smoothing_P: Any,
+    weight_P: Any,
+    P: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Margin, smoothing and weight of each pair as fp64, with their neutral values for None."""
+    separate = hasattr(objective, "margin") and not objective.margin  # type: ignore[attr-defined]
+    if separate and (margin_P is not None or smoothing_P is not None):
+        raise ValueError(
+            "margin_P and smoothing_P need an objective of the margin (lr_dpo, hinge, ipo, ...)"
+        )
+
+    def value(name: str, x: Any, neutral: float, low: float, high: float) -> Tensor:
+        if x is None:
+            return torch.full((P,), neutral, dtype=torch.float64, device=device)
+        return checks.check_vector(name, x, P, "P", device, low=low, high=high).double()
+
+    inf = float("inf")
+    return (
+        value("margin_P", margin_P, 0.0, -inf, inf),
+        value("smoothing_P", smoothing_P, 0.0, 0.0, 1.0),
+        value("weight_P", weight_P, 1.0, 0.0, inf),
+    )
+
+
+@torch.no_grad()
+def _metrics(pairs: Pairs, logp_S: Tensor, ref_S: Tensor) -> dict[str, Tensor]:
+    beta = getattr(pairs.objective, "beta", 1.0)
+    alpha = getattr(pairs.objective, "alpha", 0.0)
+    reward_S = beta * (logp_S.double() - ref_S.double())
+    chosen_P, rejected_P = reward_S[0::2], reward_S[1::2]
+    lengths_S = pairs.lengths_S.double()
+    length_P = lengths_S[0::2] - lengths_S[1::2]
+    metrics = {
+        "rewards/chosen": chosen_P.mean(),
+        "rewards/rejected": rejected_P.mean(),
+        "rewards/accuracies": (chosen_P > rejected_P).double().mean(),
+        "rewards/margins": (chosen_P - rejected_P).mean(),
+        "logps/chosen": logp_S[0::2].double().mean(),
+        "logps/rejected": logp_S[1::2].double().mean(),
+        "lengths/chosen": lengths_S[0::2].mean(),
+        "lengths/rejected": lengths_S[1::2].mean(),
+        "length_margin": alpha * length_P.mean(),
+    }
+    return {name: x.float() for name, x in metrics.items()}

@@ -1,0 +1,334 @@
+"""One call's way through the head: the routes of `fastdpo.plan`, over whole packed batches.
+
+Every route first gives the log-probs of the scored tokens.  `token_backward` then takes any
+coefficient a token; `grouped_pass` finishes the gradients in the forward, because its workspace is
+used again for every group of pairs.
+
+Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P pairs, S = 2P sequences.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastdpo.plan import Group, Plan
+from fastdpo.streaming import IGNORE, Block, Grads, Head, Needs, Rows, Streamer
+
+# A custom objective: see `fastdpo.objectives`.
+ObjectiveFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Call:
+    """One validated call: what the autograd Functions need beside the differentiable tensors."""
+
+    scale: float
+    softcap: float | None
+    rows_N: Tensor | None
+    target_N: Tensor
+    keep_N: Tensor | None  # positions of the scored targets, where ignored ones were left out
+    num_targets: int
+    needs: Needs
+    plan: Plan
+    edges: list[int]
+    stats: frozenset[str] = frozenset()
+    ref: tuple[Head, Tensor] | None = None
+    blocks: list[tuple[int, int, Block]] = field(default_factory=list)
+
+    def head(self, w_VD: Tensor, bias_V: Tensor | None) -> Head:
+        return Head(w_VD, bias_V, self.scale, self.softcap)
+
+    def full(self, x_N: Tensor) -> Tensor:
+        """Put values of the scored targets back among the ignored ones."""
+        if self.keep_N is None:
+            return x_N
+        return x_N.new_zeros(self.num_targets).index_copy_(0, self.keep_N, x_N)
+
+    def collect(self, name: Callable[[Block], Tensor | None]) -> Tensor:
+        return torch.cat([x for _, _, block in self.blocks if (x := name(block)) is not None])
+
+    def token_stats(self) -> dict[str, Tensor]:
+        return {
+            name: self.full(self.collect(lambda block, name=name: block.stats[name]))
+            for name in sorted(self.stats)
+        }
+
+
+@dataclass
+class Pairs:
+    """The per-pair side of a call: everything the objective reads beside the log-probs."""
+
+    objective: ObjectiveFn
+    edges: list[int]
+    lengths_S: Tensor
+    ref_logp_S: Tensor | None
+    margin_P: Tensor
+    smoothing_P: Tensor
+    weight_P: Tensor
+    num_pairs: float
+
+    @property
+    def sizes(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.edges)]
+
+    def sums(self, logp_N: Tensor, sizes: list[int] | None = None) -> Tensor:
+        """Sum over each sequence, in the reference's precision."""
+        dtype = self.dtype(logp_N)
+        parts = logp_N.split(self.sizes if sizes is None else sizes)
+        return torch.stack([part.sum(dtype=dtype) for part in parts])
+
+    def dtype(self, logp_N: Tensor) -> torch.dtype:
+        ref = logp_N.dtype if self.ref_logp_S is None else self.ref_logp_S.dtype
+        return torch.promote_types(ref, torch.float32)
+
+    def loss(self, logp_S: Tensor, ref_logp_S: Tensor, pairs: slice) -> Tensor:
+        """Loss of each pair of a slice, fp64: these are few numbers, and sums are large."""
+        ratio_S = logp_S.double() - ref_logp_S.double()
+        lengths_S = self.lengths_S[2 * pairs.start : 2 * pairs.stop].double()
+        loss_P = self.objective(
+            ratio_S[0::2],
+            ratio_S[1::2],
+            lengths_S[0::2],
+            lengths_S[1::2],
+            self.margin_P[pairs],
+            self.smoothing_P[pairs],
+        )
+        return loss_P * self.weight_P[pairs]
+
+    def loss_and_slope(
+        self, logp_S: Tensor, ref_logp_S: Tensor, pairs: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss over ``num_pairs`` of a slice, and its derivative by each sequence's sum."""
+        with torch.enable_grad():
+            leaf_S = logp_S.detach().double().requires_grad_()
+            loss = self.loss(leaf_S, ref_logp_S, pairs).sum() / self.num_pairs
+            (slope_S,) = torch.autograd.grad(loss, leaf_S)
+        return loss.detach(), slope_S
+
+    @property
+    def is_margin(self) -> bool:
+        return getattr(self.objective, "margin", False)
+
+    def unit_signs(self) -> Tensor:
+        """Token coefficient of each sequence up to its pair's scalar; only margin objectives."""
+        sign_S = torch.ones_like(self.lengths_S, dtype=torch.float64)
+        if self.is_margin:
+            sign_S[1::2] = -1.0
+            if getattr(self.objective, "length_normalized", False):
+                sign_S = sign_S / self.lengths_S
+        return sign_S
+
+
+def per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
+    """Repeat each sequence's number over its tokens, without a synchronization."""
+    counts_S = torch.tensor(sizes, device=x_S.device)
+    return torch.repeat_interleave(x_S, counts_S, output_size=sum(sizes))
+
+
+def forward_blocks(call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Log-probs of all scored tokens; leaves the blocks that a backward reads in ``call``."""
+    streamer = Streamer(call.head(w_VD, bias_V), call.plan)
+    rows = Rows(h_TD, call.rows_N, call.target_N)
+    call.blocks = []
+    for start, stop in call.plan.spans:
+        h_ND, target_N = rows.block(start, stop)
+        ref = _ref_block(call, start, stop)
+        keep = call.plan.route == "stash"
+        block = streamer.forward(h_ND, target_N, keep=keep, stats=call.stats, ref=ref)
+        call.blocks.append((start, stop, block))
+    return call.collect(lambda block: block.logp_N)
+
+
+def _ref_block(call: Call, start: int, stop: int) -> tuple[Streamer, Tensor] | None:
+    if call.ref is None:
+        return None
+    head, h_TD = call.ref
+    h_ND, _ = Rows(h_TD, call.rows_N, call.target_N).block(start, stop)
+    return Streamer(head, call.plan), h_ND
+
+
+def frozen_forward(
+    call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs, and d logp / d h of each scored token, (N, D): the head itself has no gradient."""
+    streamer = Streamer(call.head(w_VD, bias_V), call.plan)
+    rows = Rows(h_TD, call.rows_N, call.target_N)
+    unit_ND = torch.empty(
+        call.target_N.shape[0], h_TD.shape[1], dtype=streamer.acc_dtype, device=h_TD.device
+    )
+    call.blocks = []
+    for start, stop in call.plan.spans:
+        h_ND, target_N = rows.block(start, stop)
+        ref = _ref_block(call, start, stop)
+        block = streamer.forward(h_ND, target_N, keep=True, stats=call.stats, ref=ref)
+        ones_N = torch.ones_like(block.logp_N)
+        unit = streamer.backward(block, h_ND, target_N, ones_N, call.needs, Grads(), final=False)
+        assert unit is not None
+        unit_ND[start:stop] = unit
+        block.stash = None
+        call.blocks.append((start, stop, block))
+    return call.collect(lambda block: block.logp_N), unit_ND
+
+
+def token_backward(
+    call: Call, saved: tuple[Tensor | None, ...], coef_N: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``sum coef * logp`` by the frozen, stash or recompute route."""
+    h_TD, w_VD, bias_V, unit_ND = saved
+    assert h_TD is not None and w_VD is not None
+    rows = Rows(h_TD, call.rows_N, call.target_N)
+    streamer = Streamer(call.head(w_VD, bias_V), call.plan)
+    into = _new_grads(call, h_TD, w_VD, bias_V)
+    if call.needs.w:  # written chunk by chunk, so not cleared
+        into.w = torch.empty_like(w_VD)
+    if unit_ND is not None:
+        assert into.h is not None
+        coef_N1 = torch.where(call.target_N == IGNORE, 0.0, coef_N)[:, None]
+        rows.scatter(into.h, 0, coef_N.shape[0], unit_ND * coef_N1)
+    elif call.plan.route == "stash":
+        (start, stop, block), *_ = call.blocks
+        h_ND, target_N = rows.block(start, stop)
+        dh_ND = streamer.backward(block, h_ND, target_N, coef_N, call.needs, into, final=True)
+        if into.h is not None and dh_ND is not None:
+            rows.scatter(into.h, start, stop, dh_ND)
+    else:
+        streamer.recompute_backward(call.blocks, rows, coef_N, into)
+    return rounded(into, h_TD.dtype)
+
+
+def _new_grads(
+    call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, *, w: bool = False
+) -> Grads:
+    acc = torch.promote_types(h_TD.dtype, torch.float32)
+    return Grads(
+        h=torch.zeros_like(h_TD, dtype=acc) if call.needs.h else None,
+        w=torch.zeros_like(w_VD, dtype=acc) if w and call.needs.w else None,
+        bias=torch.zeros_like(bias_V, dtype=acc)
+        if bias_V is not None and call.needs.bias
+        else None,
+    )
+
+
+def rounded(grads: Grads, dtype: torch.dtype, factor: Tensor | None = None):
+    def finish(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return (x if factor is None else x * factor.to(x.dtype)).to(dtype)
+
+    return finish(grads.h), finish(grads.w), finish(grads.bias)
+
+
+def reference_sums(call: Call, pairs: Pairs) -> Tensor:
+    if pairs.ref_logp_S is not None:
+        return pairs.ref_logp_S
+    return pairs.sums(call.collect(lambda block: block.ref_logp_N))
+
+
+def grouped_pass(
+    call: Call, pairs: Pairs, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Grads]:
+    """Loss, log-prob sums of policy and reference, and the finished fp32 gradients."""
+    streamer = Streamer(call.head(w_VD, bias_V), call.plan)
+    rows = Rows(h_TD, call.rows_N, call.target_N)
+    first_is_unit = call.plan.groups[0].unit
+    total = _new_grads(call, h_TD, w_VD, bias_V, w=not first_is_unit)
+    if first_is_unit:  # its buffers become the total, so none are needed beside them
+        total.bias = None
+    call.blocks = []
+    losses, logps, refs = [], [], []
+    for group in call.plan.groups:
+        run = _unit_group if group.unit else _stash_group
+        loss, logp_S, ref_S = run(call, pairs, group, streamer, rows, total)
+        losses.append(loss)
+        logps.append(logp_S)
+        refs.append(ref_S)
+    return torch.stack(losses).sum(), torch.cat(logps), torch.cat(refs), total
+
+
+def _group_loss(
+    call: Call, pairs: Pairs, group: Group, blocks: list[Block]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-prob sums of policy and reference, and the slope of each sequence of a group."""
+    first, last = group.pairs
+    sizes = pairs.sizes[2 * first : 2 * last]
+    logp_S = pairs.sums(torch.cat([block.logp_N for block in blocks]), sizes)
+    if pairs.ref_logp_S is not None:
+        ref_S = pairs.ref_logp_S[2 * first : 2 * last]
+    else:
+        found = [block.ref_logp_N for block in blocks if block.ref_logp_N is not None]
+        ref_S = pairs.sums(torch.cat(found), sizes)
+    loss, slope_S = pairs.loss_and_slope(logp_S, ref_S, slice(first, last))
+    return loss, logp_S, ref_S, slope_S
+
+
+def _stash_group(
+    call: Call, pairs: Pairs, group: Group, streamer: Streamer, rows: Rows, total: Grads
+) -> tuple[Tensor, Tensor, Tensor]:
+    start, stop = group.rows
+    h_ND, target_N = rows.block(start, stop)
+    ref = _ref_block(call, start, stop)
+    block = streamer.forward(h_ND, target_N, keep=True, stats=call.stats, ref=ref)
+    call.blocks.append((start, stop, block))
+    loss, logp_S, ref_S, slope_S = _group_loss(call, pairs, group, [block])
+    coef_N = per_token(slope_S, pairs.sizes[2 * group.pairs[0] : 2 * group.pairs[1]])
+    dh_ND = streamer.backward(block, h_ND, target_N, coef_N, call.needs, total, final=False)
+    block.stash = None
+    if total.h is not None and dh_ND is not None:
+        rows.scatter(total.h, start, stop, dh_ND)
+    return loss, logp_S, ref_S
+
+
+def _unit_group(
+    call: Call, pairs: Pairs, group: Group, streamer: Streamer, rows: Rows, total: Grads
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A pair longer than the workspace.
+
+    Its unit gradients, those of ``sum sign * logp``, are accumulated block by block and multiplied
+    by the pair's scalar once the loss is known.  An objective whose two sides have scalars of
+    their own needs the weight's unit gradient of each side.
+    """
+    pair = group.pairs[0]
+    sizes, sign_S = (
+        pairs.sizes[2 * pair : 2 * pair + 2],
+        pairs.unit_signs()[2 * pair : 2 * pair + 2],
+    )
+    offset, middle = group.rows[0], group.rows[0] + sizes[0]
+    head, empty_TD = streamer.head, rows.h_TD[:0]
+    units = [
+        _new_grads(call, empty_TD, head.w_VD, head.bias_V, w=True)
+        for _ in range(1 if pairs.is_margin else 2)
+    ]
+    sign_N = per_token(sign_S, sizes)
+    blocks, unit_h = [], []
+    for start, stop in group.spans:
+        h_ND, target_N = rows.block(start, stop)
+        ref = _ref_block(call, start, stop)
+        block = streamer.forward(h_ND, target_N, keep=True, stats=call.stats, ref=ref)
+        unit = units[0] if pairs.is_margin else units[start >= middle]
+        coef_N = sign_N[start - offset : stop - offset]
+        unit_h.append(
+            streamer.backward(block, h_ND, target_N, coef_N, call.needs, unit, final=False)
+        )
+        block.stash = None
+        blocks.append(block)
+        call.blocks.append((start, stop, block))
+    loss, logp_S, ref_S, slope_S = _group_loss(call, pairs, group, blocks)
+    scalar_S = (slope_S / sign_S).to(streamer.acc_dtype)
+    for unit, scalar in zip(units, scalar_S):
+        total.w = _add_scaled(total.w, unit.w, scalar)
+        total.bias = _add_scaled(total.bias, unit.bias, scalar)
+    if total.h is not None:
+        rows.scatter(
+            total.h, *group.rows, torch.cat(unit_h).mul_(per_token(scalar_S, sizes)[:, None])
+        )
+    return loss, logp_S, ref_S
+
+
+def _add_scaled(total: Tensor | None, unit: Tensor | None, scalar: Tensor) -> Tensor | None:
+    if unit is None:
+        return total
+    unit.mul_(scalar)
+    return unit if total is None else total.add_(unit)

@@ -1,0 +1,144 @@
+"""Which way a call goes through the head, decided from its sizes before any work.
+
+One matrix product over a call is G = 2*N*D*V operations.
+
+| route     | products | keeps until the backward             | used when                     |
+|-----------|----------|--------------------------------------|-------------------------------|
+| forward   | 1G       | nothing                              | no gradient is wanted         |
+| frozen    | 2G       | d logp / d h of each token, (N, D)   | the head has no gradient      |
+| stash     | 3G       | exponentials of all tokens, (N, V)   | they fit the workspace        |
+| grouped   | 3G       | the finished gradients               | pairs, too many for one stash |
+| recompute | 4G       | log-sum-exp of each token            | otherwise                     |
+
+`grouped` takes as many whole pairs at a time as the workspace holds; a pair longer than the
+workspace streams through it in blocks and has its unit gradient scaled at the end, which needs fp32
+buffers of the head's size beside the workspace.  They may take up to `ACCUMULATOR_SHARE`
+workspaces; beyond that the call recomputes.
+
+The blocks of rows (`spans`) depend on the sizes alone, not on what needs a gradient, so a policy
+and a reference evaluated on the same packed rows run the same instructions and agree to the bit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+MIB = 2**20
+ACCUMULATOR_SHARE = 4
+_VOCAB_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive pairs that are scored together, and their blocks of rows.
+
+    ``unit`` is true for a single pair longer than the workspace.
+    """
+
+    pairs: tuple[int, int]
+    spans: tuple[tuple[int, int], ...]
+    unit: bool
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.spans[0][0], self.spans[-1][1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Route of one call; ``workspace_bytes`` bounds tiles and stash, accumulators come on top."""
+
+    route: str
+    groups: tuple[Group, ...]
+    vocab_chunk: int
+    workspace_bytes: int
+    accumulator_bytes: int
+
+    @property
+    def spans(self) -> Iterator[tuple[int, int]]:
+        return (span for group in self.groups for span in group.spans)
+
+
+def make_plan(
+    bounds: list[int],
+    D: int,
+    V: int,
+    *,
+    itemsize: int,
+    workspace_bytes: int,
+    need_head: bool,
+    need_h: bool,
+    T: int,
+    unit_buffers: int = 1,
+) -> Plan:
+    """Plan a call on sequences ``bounds[s] : bounds[s + 1]``; two bounds are one plain token list.
+
+    Args:
+        itemsize: bytes of an accumulated number, 4 or 8.
+        need_head, need_h: whether the head's (weight or bias) and the hidden rows' gradients are
+            wanted.
+        T: hidden rows, the size of their fp32 gradient.
+        unit_buffers: head-sized buffers a long pair needs: 1 for margin objectives, else 2.
+
+    Raises:
+        ValueError: the workspace does not hold one row of logits.
+    """
+    chunk = min(V, _VOCAB_CHUNK, max(16, workspace_bytes // (8 * D * itemsize)))
+    row_bytes = itemsize * V + (itemsize + 2) * chunk
+    capacity = (workspace_bytes - itemsize * chunk * D) // row_bytes
+    if capacity < 1:
+        needed = (row_bytes + itemsize * chunk * D) / MIB
+        raise ValueError(
+            f"workspace_mib={workspace_bytes / MIB:g} is too small: one row of V={V} logits with "
+            f"its tile of the head needs {needed:.3g} MiB"
+        )
+    groups = _groups(bounds, capacity)
+    rows, head_bytes, h_bytes = bounds[-1], itemsize * V * D, itemsize * T * D
+    long_pairs = sum(group.unit for group in groups)
+    buffers = 1 + (unit_buffers - 1 if long_pairs == 1 == len(groups) else unit_buffers)
+    buffers = buffers if long_pairs else 1
+    grouped_bytes = buffers * head_bytes
+    if not (need_head or need_h):
+        route, accumulators = "forward", 0
+    elif not need_head:
+        route, accumulators = "frozen", itemsize * rows * D + h_bytes
+    elif rows <= capacity:
+        route, accumulators = "stash", h_bytes
+    elif len(bounds) > 2 and grouped_bytes <= ACCUMULATOR_SHARE * workspace_bytes:
+        route, accumulators = "grouped", grouped_bytes + h_bytes
+    else:
+        route, accumulators = "recompute", h_bytes + itemsize * chunk * D
+    return Plan(route, groups, chunk, workspace_bytes, accumulators)
+
+
+def _groups(bounds: list[int], capacity: int) -> tuple[Group, ...]:
+    """Consecutive pairs of at most ``capacity`` rows; longer ones alone, split by sequence."""
+    if len(bounds) == 2:
+        return (Group((0, 0), tuple(_even_blocks(0, bounds[1], capacity)), unit=False),)
+    groups: list[Group] = []
+    first = 0
+
+    def close(stop: int) -> None:
+        if stop > first:
+            span = (bounds[2 * first], bounds[2 * stop])
+            groups.append(Group((first, stop), (span,), unit=False))
+
+    for pair in range(len(bounds) // 2):
+        start, stop = bounds[2 * pair], bounds[2 * pair + 2]
+        if stop - start > capacity:
+            close(pair)
+            sides = pairwise(bounds[2 * pair : 2 * pair + 3])
+            spans = [block for side in sides for block in _even_blocks(*side, capacity)]
+            groups.append(Group((pair, pair + 1), tuple(spans), unit=True))
+            first = pair + 1
+        elif stop - bounds[2 * first] > capacity:
+            close(pair)
+            first = pair
+    close(len(bounds) // 2)
+    return tuple(groups)
+
+
+def _even_blocks(start: int, stop: int, capacity: int) -> list[tuple[int, int]]:
+    count = max(1, -(-(stop - start) // capacity))
+    edges = [start + (stop - start) * i // count for i in range(count + 1)]
+    return list(pairwise(edges))
