@@ -1,0 +1,95 @@
+"""Training state on disk: safetensors and JSON, complete or absent.
+
+A folder is written under a temporary name, flushed to the disk and renamed, so a kill at any moment
+leaves either the old state or the new one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STEP = "step-{:08d}"
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes ``path`` if the block ends without an exception."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    for file in scratch.rglob("*"):
+        _sync(file)
+    _sync(scratch)
+    if path.exists():
+        shutil.rmtree(path)
+    scratch.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
+) -> None:
+    """Save weights, optimizer, schedule and random state after ``step`` steps; drop older ones."""
+    from safetensors.torch import save_file, save_model
+
+    target = folder / _STEP.format(step)
+    with atomic_directory(target) as scratch:
+        save_model(model, str(scratch / "model.safetensors"))
+        tensors = {
+            f"{index}.{name}": value.contiguous()
+            for index, slots in optimizer.state_dict()["state"].items()
+            for name, value in slots.items()
+        }
+        tensors["rng"] = torch.get_rng_state()
+        save_file(tensors, scratch / "optimizer.safetensors")
+        state = {"step": step, "scheduler": _plain(scheduler.state_dict())}
+        (scratch / "state.json").write_text(json.dumps(state))
+    for old in folder.glob("step-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """The schedule's numbers; its functions are made anew."""
+    return {k: v for k, v in state.items() if k != "lr_lambdas"}
+
+
+def load_checkpoint(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
+) -> int:
+    """Restore the newest checkpoint in place; the number of steps done, 0 without one."""
+    from safetensors.torch import load_file, load_model
+
+    found = sorted(folder.glob("step-*"))
+    if not found:
+        return 0
+    load_model(model, str(found[-1] / "model.safetensors"))
+    tensors = load_file(found[-1] / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("rng"))
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        slots.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    state = json.loads((found[-1] / "state.json").read_text())
+    scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
+        group["lr"] = rate
+    return state["step"]

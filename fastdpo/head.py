@@ -1,0 +1,96 @@
+"""The language model's head, called as a module from inside the model's own forward.
+
+`attach` patches one model instance so that ``model(..., head_call=f)`` runs the body and hands
+``f`` the hidden states and the head's parameters from within the head module's ``forward``.  FSDP2,
+DDP, ZeRO-3 and PEFT hooks then fire as they do for logits: nobody reads ``.weight`` from outside.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class HeadCall:
+    """What runs in place of ``lm_head(hidden)``: ``f(h_TD, **head)`` with the head's keywords."""
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self.f = f
+
+
+def head_settings(config: Any) -> dict[str, float | None]:
+    """``scale`` and ``softcap`` of a transformers configuration.
+
+    Gemma 2 caps its logits, Cohere multiplies them (``logit_scale``), Granite divides them
+    (``logits_scaling``).
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+
+
+def attach(model: nn.Module) -> None:
+    """Teach ``model`` (a transformers causal LM, or a PEFT model of one) ``head_call``.
+
+    Raises:
+        ValueError: the head is not a plain linear layer, for example because LoRA wraps it.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if getattr(base, "_fastdpo_attached", False):
+        return
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"the head of {type(base).__name__} is a {type(head).__name__}, not a plain nn.Linear; "
+            "an adapter on lm_head is not supported: train it whole with "
+            "modules_to_save=['lm_head'] or leave it out of target_modules"
+        )
+    settings = head_settings(base.config)
+    head_forward, base_forward = head.forward, base.forward
+
+    def call_head(hidden: Tensor, head_call: HeadCall | None = None) -> Any:
+        if head_call is None:
+            return head_forward(hidden)
+        h_TD = hidden.reshape(-1, hidden.shape[-1])
+        return head_call.f(h_TD, w_VD=head.weight, bias_V=head.bias, **settings)
+
+    def call_base(*args: Any, head_call: HeadCall | None = None, **kwargs: Any) -> Any:
+        if head_call is None:
+            return base_forward(*args, **kwargs)
+        outputs = base.base_model(*args, use_cache=False, **kwargs)
+        return head(outputs.last_hidden_state, head_call=head_call)
+
+    head.forward, base.forward = call_head, call_base
+    base._fastdpo_attached = True
+
+
+def packed_forward(model: nn.Module, batch: Any, f: Callable[..., Any]) -> Any:
+    """Run ``model`` on a `fastdpo.batch.PackedPairs` and ``f`` on its hidden states and head."""
+    return model(
+        input_ids=batch.input_ids_T[None],
+        position_ids=batch.position_ids_T[None],
+        attention_mask=None,
+        cu_seq_lens_q=batch.cu_seqlens_S1,
+        cu_seq_lens_k=batch.cu_seqlens_S1,
+        max_length_q=batch.max_seqlen,
+        max_length_k=batch.max_seqlen,
+        head_call=HeadCall(f),
+    )
+
+
+def hidden_states(
+    model: nn.Module, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens_S1: Tensor
+) -> Tensor:
+    """Hidden states (T, D) of packed tokens, as the head would get them."""
+    longest = int(cu_seqlens_S1.diff().max())
+    return model(
+        input_ids=input_ids_T[None],
+        position_ids=position_ids_T[None],
+        attention_mask=None,
+        cu_seq_lens_q=cu_seqlens_S1,
+        cu_seq_lens_k=cu_seqlens_S1,
+        max_length_q=longest,
+        max_length_k=longest,
+        head_call=HeadCall(lambda h_TD, **_: h_TD),
+    )

