@@ -4,6 +4,7 @@ Shapes, dtypes and devices are checked everywhere; values only where looking at 
 synchronization, that is for tensors on the CPU.  Elsewhere wrong values trip a device assert.
 """
 
+import inspect
 import math
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ def require_tensor(name: str, x: Any, ndim: int, letters: str) -> Tensor:
             "here. Call the head as a module inside the wrapped model's forward "
             "(fastdpo.head.attach), where the hooks hand over the plain parameter"
         )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions {letters}, got {tuple(x.shape)}")
     return x
@@ -38,6 +41,8 @@ def require_number(
 ) -> float:
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if isinstance(x, int) and abs(x) > sys.float_info.max:
+        raise ValueError(f"{name} must fit a float, got an integer of {x.bit_length()} bits")
     below = x <= low if open_low else x < low
     if not math.isfinite(x) or below or x > high:
         bounds = f"{'>' if open_low else '>='} {low:g}" + (
@@ -48,18 +53,19 @@ def require_number(
     return float(x)
 
 
-def _same_device(name: str, x: Tensor, device: torch.device) -> None:
+def _same_device(name: str, x: Tensor, device: torch.device, other: str = "h_TD") -> None:
     if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, but h_TD is on {device}; move it there")
+        raise ValueError(f"{name} is on {x.device}, but {other} is on {device}; move it there")
 
 
-def check_impl(impl: Any, device: torch.device) -> None:
+def check_impl(impl: Any, h_TD: Any) -> None:
     """Refuse an implementation that cannot run; nothing falls back silently."""
-    if impl not in IMPLS:
+    if not isinstance(impl, str) or impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "triton":
         from fastdpo.kernels import support
 
+        device = h_TD.device if isinstance(h_TD, Tensor) else torch.device("cpu")
         reason = support.unsupported_reason(device)
         if reason is not None:
             raise ValueError(f"impl='triton' cannot run: {reason}; use impl='auto' or 'torch'")
@@ -76,7 +82,7 @@ def check_head(
         raise TypeError(f"{h_name} must be float16, bfloat16, float32 or float64, got {h.dtype}")
     if w.dtype != h.dtype:
         raise TypeError(f"{w_name} is {w.dtype} but {h_name} is {h.dtype}; cast one to the other")
-    _same_device(w_name, w, h.device)
+    _same_device(w_name, w, h.device, h_name)
     if w.numel() == 0:
         raise ValueError(
             f"{w_name} is empty {tuple(w.shape)}: under DeepSpeed ZeRO-3 a weight has no content "
@@ -89,7 +95,7 @@ def check_head(
         )
     if bias is not None:
         require_tensor(bias_name, bias, 1, "(V,)")
-        _same_device(bias_name, bias, h.device)
+        _same_device(bias_name, bias, h.device, h_name)
         if bias.dtype != h.dtype:
             raise TypeError(f"{bias_name} is {bias.dtype} but {h_name} is {h.dtype}")
         if bias.shape[0] != w.shape[0]:
@@ -135,6 +141,30 @@ def _check_range(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
     elif not valid.all():
         i = int(valid.logical_not().nonzero()[0])
         raise ValueError(f"{name}[{i}] = {x[i].item()} is out of range; wanted {wanted}")
+
+
+def check_objective(objective: Any) -> None:
+    """A function of the six arguments of `fastdpo.objectives`."""
+    wanted = "one of fastdpo.objectives (such as lr_dpo(beta=0.1)) or a function of their signature"
+    if not callable(objective):
+        raise TypeError(f"objective must be {wanted}, got {type(objective).__name__}")
+    try:
+        signature = inspect.signature(objective)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind(*range(6))
+    except TypeError as error:
+        raise TypeError(f"objective must be {wanted}, got {objective!r}: {error}") from None
+
+
+def check_pair_losses(loss_P: Any, count: int) -> None:
+    """What an objective returned."""
+    if not isinstance(loss_P, Tensor) or loss_P.shape != (count,):
+        got = tuple(loss_P.shape) if isinstance(loss_P, Tensor) else type(loss_P).__name__
+        raise ValueError(f"objective must return one loss a pair, shape ({count},); got {got}")
+    if not loss_P.requires_grad:
+        raise ValueError("objective must return a function of the log-ratios; it has no gradient")
 
 
 def check_bounds(bounds: Any, target: Tensor) -> list[int]:

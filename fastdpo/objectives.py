@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdpo.checks import require_number
+
 
 @dataclass(frozen=True)
 class MarginObjective:
@@ -36,6 +38,10 @@ class MarginObjective:
     alpha: float = 0.0
     length_normalized: bool = False
     margin: bool = True
+
+    def __post_init__(self) -> None:
+        require_number("beta", self.beta, low=0, open_low=True)
+        require_number("alpha", self.alpha)
 
     def __call__(
         self,
@@ -64,6 +70,9 @@ class SeparateObjective:
     beta: float
     length_normalized: bool = False
     margin: bool = False
+
+    def __post_init__(self) -> None:
+        require_number("beta", self.beta, low=0, open_low=True)
 
     def __call__(self, chosen_P, rejected_P, chosen_len_P, rejected_len_P, margin_P, smoothing_P):
         return self.f(self.beta * chosen_P, self.beta * rejected_P)

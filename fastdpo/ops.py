@@ -9,7 +9,9 @@ Legend: T hidden rows, N scored tokens, D hidden size, V vocabulary, P pairs, S 
 (2i chosen, 2i+1 rejected).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -62,8 +64,20 @@ class PreferenceLoss:
 
 
 # ------------------------------------------------------------------------------------- linear_logp
+def _plain_precision(method: Callable) -> Callable:
+    """Run an autograd method outside autocast, which would round its fp32 products."""
+
+    @wraps(method)
+    def run(ctx, x, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return method(ctx, x, *args)
+
+    return run
+
+
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
+    @_plain_precision
     def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
         unit_ND = None
         if call.plan.route == "frozen":
@@ -76,6 +90,7 @@ class _LinearLogp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_plain_precision
     def backward(ctx, dlogp_N):
         call: Call = ctx.call
         coef_N = dlogp_N if call.keep_N is None else dlogp_N[call.keep_N]
@@ -117,18 +132,37 @@ def linear_logp(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
     """
-    checks.check_impl(impl, getattr(h_TD, "device", torch.device("cpu")))
+    checks.check_impl(impl, h_TD)
+    h_TD, w_VD, bias_V = _autocast(h_TD, w_VD, bias_V)
     scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
     checks.check_targets(h_TD, w_VD.shape[0], target_N, rows_N)
     call = _make_call(h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, None)
     if call is None:  # every target is ignored
         acc = torch.promote_types(h_TD.dtype, torch.float32)
-        anchor = (h_TD[:0].sum() + w_VD[:0].sum()).to(acc)  # keeps the graph connected
-        return torch.zeros(target_N.shape[0], dtype=acc, device=h_TD.device) + anchor
+        anchor = h_TD[:0].sum() + w_VD[:0].sum()  # keeps the graph connected
+        if bias_V is not None:
+            anchor = anchor + bias_V[:0].sum()
+        return torch.zeros(target_N.shape[0], dtype=acc, device=h_TD.device) + anchor.to(acc)
     if call.plan.route == "forward":
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
             return call.full(forward_blocks(call, h_TD, w_VD, bias_V))
     return _LinearLogp.apply(h_TD, w_VD, bias_V, call)  # type: ignore[return-value]
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast as `torch.nn.functional.linear` would under autocast; fp64 stays."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        else x
+        for x in tensors
+    )
 
 
 def _make_call(
@@ -146,7 +180,9 @@ def _make_call(
     """Leave ignored targets out where that costs no synchronization, and plan the call."""
     if workspace_mib is None:
         workspace_mib = 256.0 if h_TD.device.type == "cpu" else 1024.0
-    workspace_mib = checks.require_number("workspace_mib", workspace_mib, low=0, open_low=True)
+    workspace_mib = checks.require_number(
+        "workspace_mib", workspace_mib, low=0, high=2**40, open_low=True
+    )
     num_targets, keep_N = target_N.shape[0], None
     if target_N.device.type == "cpu" and bool((target_N == IGNORE).any()):
         keep_N = (target_N != IGNORE).nonzero()[:, 0]
@@ -181,6 +217,7 @@ def _make_call(
 # --------------------------------------------------------------------------------- preference loss
 class _LinearPreference(torch.autograd.Function):
     @staticmethod
+    @_plain_precision
     def forward(ctx, h_TD, w_VD, bias_V, call: Call, pairs: Pairs):  # type: ignore[override]
         ctx.call, ctx.grads, unit_ND, coef_N = call, None, None, None
         if call.plan.route == "grouped":
@@ -201,6 +238,7 @@ class _LinearPreference(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_plain_precision
     def backward(ctx, dloss, *_):
         if ctx.grads is not None:
             h_TD, _w, _b = ctx.saved_tensors
@@ -255,18 +293,17 @@ def linear_preference_loss(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
     """
-    checks.check_impl(impl, getattr(h_TD, "device", torch.device("cpu")))
+    checks.check_impl(impl, h_TD)
+    h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V = _autocast(
+        h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V
+    )
     scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
     V = w_VD.shape[0]
     checks.check_targets(h_TD, V, target_N, rows_N)
     edges = checks.check_bounds(bounds_S1, target_N)
     S, device = len(edges) - 1, h_TD.device
     wanted = _check_stats(stats, ref_h_TD is not None)
-    if not callable(objective):
-        raise TypeError(
-            "objective must be one of fastdpo.objectives (such as lr_dpo(beta=0.1)) or a function "
-            f"of their signature, got {type(objective).__name__}"
-        )
+    checks.check_objective(objective)
     ref = _check_reference(
         h_TD, w_VD, ref_logp_S, ref_h_TD, ref_w_VD, ref_bias_V, (S, scale, softcap)
     )
@@ -288,7 +325,7 @@ def linear_preference_loss(
         lengths_S = torch.stack([part.sum() for part in scored])
     pairs = Pairs(objective, edges, lengths_S, ref_logp_S, *pair_values, count)
     if call.plan.route == "forward":
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
             logp_S = pairs.sums(forward_blocks(call, h_TD, w_VD, bias_V))
             ref_S = reference_sums(call, pairs)
             loss, _ = pairs.loss_and_slope(logp_S, ref_S, slice(0, S // 2))
@@ -370,7 +407,7 @@ class LinearDPOLoss(nn.Module):
         Padded, as TRL collates: ``h`` (2B, L, D), all chosen sequences first, then all rejected;
         ``target`` (2B, L) already shifted, so that row t predicts label t, with -100 on prompts and
         padding; no ``bounds_S1``.  Pair i is rows i and B + i; ``ref_logp_S``, ``ref_h_TD``
-        (2B, L, D) and the returned ``logp_S`` and ``lengths_S`` keep that order.
+        (2B, L, D) and the returned ``logp_S``, ``lengths_S`` and ``stats`` (2B, L) keep that order.
         """
         settings = {"beta": self.beta, "alpha": self.alpha, **self.options, **options}
         if bounds_S1 is not None or not isinstance(h, Tensor) or h.ndim != 3:
@@ -397,14 +434,17 @@ class LinearDPOLoss(nn.Module):
                 "padded layout: h must be (2B, L, D) and target (2B, L), all chosen first; got "
                 f"{tuple(h.shape)} and {tuple(target.shape)}"
             )
-        if "rows_N" in settings:
+        if settings.get("rows_N") is not None:
             raise ValueError("rows_N has no meaning in the padded layout; leave it out")
         order_S = torch.arange(S).view(2, S // 2).T.reshape(S)  # chosen 0, rejected 0, chosen 1...
         back_S = order_S.argsort()
         order, back = order_S.to(h.device), back_S.to(h.device)
         rows_N = (order[:, None] * L + torch.arange(L, device=h.device)).reshape(-1)
         if settings.get("ref_h_TD") is not None:
-            settings["ref_h_TD"] = settings["ref_h_TD"].reshape(S * L, -1)
+            ref_h = checks.require_tensor("ref_h_TD", settings["ref_h_TD"], 3, "(2B, L, D)")
+            if ref_h.shape[:2] != (S, L):
+                raise ValueError(f"ref_h_TD must be ({S}, {L}, D) as h, got {tuple(ref_h.shape)}")
+            settings["ref_h_TD"] = ref_h.flatten(0, 1)
         if ref_logp_S is not None:
             checks.require_tensor("ref_logp_S", ref_logp_S, 1, "(2B,)")
             if ref_logp_S.shape[0] != S:
@@ -416,17 +456,19 @@ class LinearDPOLoss(nn.Module):
             target[order].reshape(-1),
             torch.arange(S + 1) * L,
             ref_logp_S,
-            rows_N=rows_N,
-            **settings,
+            **{**settings, "rows_N": rows_N},
         )
+        result.stats = {name: x.view(S, L)[back] for name, x in result.stats.items()}
         result.logp_S, result.ref_logp_S = result.logp_S[back], result.ref_logp_S[back]
         result.lengths_S = result.lengths_S[back]
         return result
 
 
 def _check_stats(stats: Any, has_ref: bool) -> frozenset[str]:
-    if isinstance(stats, str) or not hasattr(stats, "__iter__"):
+    if not isinstance(stats, tuple | list | set | frozenset):
         raise TypeError(f"stats must be a tuple of names, got {stats!r}")
+    if not all(isinstance(name, str) for name in stats):
+        raise TypeError(f"stats must hold names only, got {stats!r}")
     wanted = frozenset(stats)
     if wanted - STATS:
         unknown = ", ".join(sorted(map(repr, wanted - STATS)))
@@ -453,6 +495,11 @@ def _check_reference(
         if ref_w_VD is not None or ref_bias_V is not None:
             raise ValueError("ref_w_VD and ref_bias_V belong to ref_h_TD, which is missing")
         checks.check_vector("ref_logp_S", ref_logp_S, S, "S", h_TD.device)
+        if ref_logp_S.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"ref_logp_S must be float32 or float64, got {ref_logp_S.dtype}, which rounds the "
+                "sum of a long response by more than a preference is worth"
+            )
         return None
     if ref_w_VD is None:
         raise ValueError("ref_h_TD needs ref_w_VD, the reference's head")

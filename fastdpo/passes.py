@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastdpo.checks import check_pair_losses
 from fastdpo.plan import Group, Plan
 from fastdpo.streaming import IGNORE, Block, Grads, Head, Needs, Rows, Streamer
 
@@ -96,6 +97,7 @@ class Pairs:
             self.margin_P[pairs],
             self.smoothing_P[pairs],
         )
+        check_pair_losses(loss_P, pairs.stop - pairs.start)
         return loss_P * self.weight_P[pairs]
 
     def loss_and_slope(

@@ -142,9 +142,9 @@ def prepare_model(model: nn.Module, *, gradient_checkpointing: bool = False) -> 
             module.attention_dropout = 0.0  # type: ignore[assignment]
     attention.check_isolation(model.eval(), lambda *packed: head.hidden_states(model, *packed))
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        # transformers renames it between 5.0 and 6.0
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)()  # type: ignore[operator]
     return model.train()
 
 
@@ -188,8 +188,8 @@ class _Round:
     ) -> None:
         from accelerate import Accelerator
 
-        # Without a GPU accelerate would still look for other devices' bf16 support.
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
+        # Its precision belongs to the process, so autocast is entered here instead (see _loss).
+        self.accelerator = Accelerator()
         self.model_name, self.tokenizer, self.config, self.out = model_name, tokenizer, config, out
         self.pairs = pairs
         self.lengths = [pair.num_tokens for pair in pairs]
@@ -259,6 +259,25 @@ class _Round:
         batch = pack_pairs([self.pairs[i] for i in index], index)
         return batch.to(self.accelerator.device)
 
+    def _loss(
+        self,
+        model: nn.Module,
+        batch: PackedPairs,
+        ref_logp_S: Tensor,
+        num_pairs: float | None = None,
+    ) -> PreferenceLoss:
+        config = self.config
+        with torch.autocast(batch.target_N.device.type, torch.bfloat16, enabled=config.bf16):
+            return packed_loss(
+                model,
+                batch,
+                ref_logp_S,
+                beta=config.beta,
+                alpha=config.alpha,
+                num_pairs=num_pairs,
+                workspace_mib=config.workspace_mib,
+            )
+
     def _reference(self, model: nn.Module) -> Tensor:
         """Log-prob sums of each pair under the reference, (pairs, 2) fp64, kept on disk."""
         from accelerate.utils import gather_object
@@ -280,14 +299,7 @@ class _Round:
             batch = self._batch(index)
             zeros_S = torch.zeros(2 * len(index), dtype=torch.float64, device=batch.target_N.device)
             with torch.no_grad():
-                result = packed_loss(
-                    model,
-                    batch,
-                    zeros_S,
-                    beta=self.config.beta,
-                    alpha=0.0,
-                    workspace_mib=self.config.workspace_mib,
-                )
+                result = self._loss(model, batch, zeros_S)
             found += zip(index, result.logp_S.view(-1, 2).tolist())
         found = gather_object(found)
         logp_P2 = torch.full((len(self.pairs), 2), float("nan"), dtype=torch.float64)
@@ -322,16 +334,9 @@ class _Round:
             ref_logp_S = ref_logp_P2[index].reshape(-1).to(batch.target_N.device)
             last = position == len(batches) - 1
             with accelerator.no_sync(model) if not last else nullcontext():
-                result = packed_loss(
-                    model,
-                    batch,
-                    ref_logp_S,
-                    beta=config.beta,
-                    alpha=config.alpha,
-                    # Gradients are averaged over processes, so each divides by its share.
-                    num_pairs=step_pairs / accelerator.num_processes,
-                    workspace_mib=config.workspace_mib,
-                )
+                # Gradients are averaged over processes, so each divides by its share.
+                share = step_pairs / accelerator.num_processes
+                result = self._loss(model, batch, ref_logp_S, num_pairs=share)
                 accelerator.backward(result.loss)
             sums["loss"] = sums.get("loss", 0.0) + result.loss.detach()
             for name, value in result.metrics.items():

@@ -1,0 +1,221 @@
+"""The command line: ``fastdpo demo | train | iterate | doctor``.
+
+Every option can stand in a YAML file (``--config``) and be overridden on the command line.  Errors
+a user can mend are one line and exit status 2; an interruption exits with 130 and loses at most the
+unfinished part of a stage.
+"""
+
+import importlib.util
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdpo import __version__
+from fastdpo.data import DataError
+from fastdpo.models import ModelError
+from fastdpo.rounds import IterateConfig
+from fastdpo.trainer import ConfigError, TrainingConfig
+
+
+@dataclass(kw_only=True)
+class TrainConfig(TrainingConfig):
+    """Train on a preference dataset; the options of training are those of `TrainingConfig`.
+
+    Attributes:
+        model: start and reference, a folder or hub name in Hugging Face format.
+        dataset: file (.jsonl, .json, .parquet, .csv), folder or hub name, in TRL's preference
+            formats.
+        split: split of a hub dataset.
+        output_dir: folder of the run; resumed if it exists.
+    """
+
+    model: str
+    dataset: str
+    split: str = "train"
+    output_dir: str = "runs/train"
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """Two rounds on a small model, minutes on a laptop.
+
+    Attributes:
+        model: folder or hub name; default SmolLM2-135M-Instruct.
+        output_dir: folder of the run; resumed if it exists.
+        seed: of the split, the samples and the order of pairs.
+    """
+
+    model: str | None = None
+    output_dir: str = "runs/demo"
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class DoctorConfig:
+    """Say what this machine will use and what is missing."""
+
+
+def run_train(config: TrainConfig) -> None:
+    from fastdpo.data import preference_rows, read_rows, tokenize_dataset
+    from fastdpo.models import load_tokenizer
+    from fastdpo.trainer import train
+
+    tokenizer = load_tokenizer(config.model)
+    rows = preference_rows(read_rows(config.dataset, config.split))
+    found = tokenize_dataset(rows, tokenizer, max_length=config.max_length)
+    print(f"{len(found.pairs)} pairs, {found.truncated} truncated to max_length")
+    for reason, count in found.dropped.items():
+        print(f"dropped {count}: {reason}")
+    out = Path(config.output_dir)
+    _save_config(config, out)
+    metrics = train(config.model, tokenizer, found.pairs, config, out)
+    print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    print(f"policy: {out / 'policy'}")
+
+
+def run_iterate(config: IterateConfig) -> None:
+    import os
+
+    from fastdpo import report
+    from fastdpo.rounds import iterate
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "fastdpo iterate runs in one process; use 'accelerate launch -m fastdpo.cli train' for "
+            "a round of training on several"
+        )
+    out = Path(config.output_dir)
+    rows = iterate(config)
+    _save_config(config, out)
+    print(report.table(rows))
+    print(f"plot: {out / 'rounds.png'}")
+    print(f"policy: {out / f'round-{config.rounds:02d}' / 'policy'}")
+    more = f"fastdpo iterate --config {out / 'config.yaml'} --rounds {config.rounds + 1}"
+    print(f"to go on: {more}")
+
+
+def run_demo(config: DemoConfig) -> None:
+    from fastdpo.models import demo_model
+
+    prompts = Path(__file__).with_name("demo_prompts.jsonl")
+    settings = IterateConfig(
+        model=config.model or demo_model(),
+        prompts=str(prompts),
+        scorer="fastdpo.scoring:plain_language",
+        output_dir=config.output_dir,
+        rounds=2,
+        heldout=24,
+        num_samples=4,
+        max_new_tokens=96,
+        batch_prompts=12,
+        learning_rate=3e-6,
+        warmup_ratio=0.0,
+        batch_size=8,
+        alpha=0.01,
+        max_length=256,
+        max_tokens=2048,
+        gradient_checkpointing=False,
+        save_steps=3,
+        seed=config.seed,
+    )
+    print(
+        f"two rounds of length-regularized DPO: {settings.model}, beta={settings.beta}, "
+        f"alpha={settings.alpha}, scored by {settings.scorer}"
+    )
+    run_iterate(settings)
+
+
+def run_doctor(config: DoctorConfig) -> None:
+    import torch
+
+    from fastdpo.kernels import support
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    fast_bf16 = cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    reason = support.unsupported_reason(device)
+    lines = {
+        "fastdpo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
+        "dtype": "bf16 autocast" if fast_bf16 else "bf16 works, but is slow here: set bf16=false",
+        "attention": "PyTorch SDPA, one call a packed segment",
+        "kernels": "Triton" if reason is None else f"PyTorch path ({reason})",
+    }
+    for key, value in lines.items():
+        print(f"{key:>10}  {value}")
+    optional = {
+        "gguf": "the demo's model without a hub",
+        "trl": "the parity tests and the benchmark",
+        "liger_kernel": "the benchmark",
+        "cut_cross_entropy": "the benchmark",
+    }
+    for package, use in optional.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"{'missing':>10}  {package}: needed for {use}")
+
+
+COMMANDS = {
+    "demo": (DemoConfig, run_demo),
+    "train": (TrainConfig, run_train),
+    "iterate": (IterateConfig, run_iterate),
+    "doctor": (DoctorConfig, run_doctor),
+}
+
+
+def build_parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="fastdpo", description="Length-regularized DPO, fast and exact.", version=__version__
+    )
+    commands = parser.add_subcommands(dest="command")
+    for name, (config_class, _) in COMMANDS.items():
+        command = ArgumentParser(description=config_class.__doc__.split("\n")[0])
+        command.add_argument("--config", action="config", help="YAML file of options")
+        command.add_class_arguments(config_class)
+        commands.add_subcommand(name, command, help=config_class.__doc__.split("\n")[0])
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[str, Any]:
+    """Command name and its validated options.
+
+    Raises:
+        ConfigError: an option has an impossible value.
+        SystemExit: an unknown option, a wrong type or an unreadable file; printed as one error.
+    """
+    options = build_parser().parse_args(argv)
+    config_class, _ = COMMANDS[options.command]
+    values = options[options.command].as_dict()
+    values.pop("config", None)
+    return options.command, config_class(**values)
+
+
+def _save_config(config: Any, out: Path) -> None:
+    import yaml
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        command, config = parse(argv)
+        COMMANDS[command][1](config)
+    except (ConfigError, DataError, ModelError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

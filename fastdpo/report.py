@@ -1,0 +1,65 @@
+"""What a run shows: a row for each round, a table and a plot."""
+
+from pathlib import Path
+from typing import Any
+
+from fastdpo.storage import read_json
+
+_COLUMNS = {
+    "round": "{:d}",
+    "score": "{:.4f}",
+    "score_se": "{:.4f}",
+    "length": "{:.1f}",
+    "truncated": "{:.0%}",
+    "pairs": "{:d}",
+    "rewards/margins": "{:.4f}",
+    "rewards/accuracies": "{:.2f}",
+    "loss": "{:.4f}",
+}
+
+
+def summarize(out: Path) -> list[dict[str, Any]]:
+    """One row for each finished round, the start as round 0, from the files of a run."""
+    rows = []
+    for folder in sorted(out.glob("round-*")):
+        summary = folder / "summary.json"
+        if summary.is_file():
+            rows.append(read_json(summary))
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text; a value a round does not have is a dash."""
+    columns = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
+    cells = [columns]
+    for row in rows:
+        values = ((name, row.get(name)) for name in columns)
+        cells.append(["-" if x is None else _COLUMNS[name].format(x) for name, x in values])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells)
+
+
+def plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Held-out score, training margin and response length by round, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    panels = (
+        (axes[0], "score", "held-out score", "score_se"),
+        (axes[1], "rewards/margins", "reward margin in training", None),
+        (axes[2], "length", "held-out response length, tokens", "length_se"),
+    )
+    for axis, name, label, error in panels:
+        known = [row for row in rows if row.get(name) is not None]
+        x, y = [row["round"] for row in known], [row[name] for row in known]
+        spread = [1.96 * row[error] for row in known] if error else None
+        axis.errorbar(x, y, yerr=spread, marker="o", capsize=3, color="#1f5fa8")
+        axis.set(xlabel="round", title=label)
+        axis.set_xticks([row["round"] for row in rows])
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

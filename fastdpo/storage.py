@@ -1,0 +1,145 @@
+"""Files of a round: whole or absent, whenever the process is killed.
+
+A stage writes a directory of *parts*, `part-00000.jsonl`, `part-00001.jsonl`, ..., beside a
+`plan.json` that tells what they are parts of. Every file is written under a temporary name,
+flushed to the disk and renamed. A stage that starts again skips the parts that are there.
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastdpo.data import DataError, read_rows
+
+_PLAN = "plan.json"
+_PART_NAME = re.compile(r"part-(\d{5,})\.jsonl")
+
+
+def write_jsonl_atomic(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line, all or nothing; replaces the file and makes its directory.
+
+    Raises ValueError when a number is NaN or infinite, and TypeError for what isn't JSON.
+    """
+    _write_atomic(path, "".join(_dump(row) + "\n" for row in rows))
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write one JSON value, indented. Otherwise as `write_jsonl_atomic`."""
+    _write_atomic(path, _dump(value, indent=2) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `.jsonl` file.
+
+    Raises DataError, naming file and line, when a line isn't a JSON object, and naming the file
+    when it is missing or empty.
+    """
+    return read_rows(path).rows
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises DataError, naming the file, when there is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror}). Check the path.") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}). Write the file again.") from error
+
+
+def part_path(directory: Path, part: int) -> Path:
+    """Where part number `part` (from 0) of a stage lies."""
+    return Path(directory) / f"part-{part:05d}.jsonl"
+
+
+def list_parts(directory: Path) -> list[Path]:
+    """The parts of a finished stage, in order.
+
+    Raises DataError when there are none or some are missing.
+    """
+    directory = Path(directory)
+    numbers = _part_numbers(directory)
+    plan = directory / _PLAN
+    total = read_json(plan).get("parts", len(numbers)) if plan.exists() else len(numbers)
+    if not numbers:
+        raise DataError(f"{directory}: there are no parts here. Run the stage that writes them.")
+    if numbers != list(range(total)):
+        raise DataError(
+            f"{directory}: parts are missing; there are {len(numbers)} of "
+            f"{max(total, numbers[-1] + 1)}. Run the stage that writes them again, it goes on "
+            "where it stopped."
+        )
+    return [part_path(directory, number) for number in numbers]
+
+
+def read_parts(directory: Path) -> list[dict[str, Any]]:
+    """The rows of all parts of a finished stage, in order.
+
+    Raises DataError as `list_parts` and `read_jsonl` do.
+    """
+    return [row for path in list_parts(directory) for row in read_jsonl(path)]
+
+
+def begin_stage(directory: Path, plan: dict[str, Any]) -> None:
+    """Record what the parts in `directory` are parts of, or check that it is still the same.
+
+    `plan` is JSON and holds whatever decides the content of the parts, so that what one plan left
+    unfinished is never completed by another; its entry "parts", where it has one, is their number.
+
+    Raises DataError when `directory` holds parts of another plan or of none.
+    """
+    path = Path(directory) / _PLAN
+    plan = json.loads(_dump(plan))
+    if not _part_numbers(directory):
+        write_json_atomic(path, plan)
+        return
+    known = read_json(path) if path.exists() else {}
+    changed = sorted(key for key in plan.keys() | known.keys() if plan.get(key) != known.get(key))
+    if changed:
+        raise DataError(
+            f"{directory}: the parts here were written with another {' and '.join(changed)}. "
+            "Name a new directory, or delete this one to start again."
+        )
+
+
+def read_plan(directory: Path) -> dict[str, Any] | None:
+    """The plan that `begin_stage` recorded, None where there is none."""
+    path = Path(directory) / _PLAN
+    return read_json(path) if path.exists() else None
+
+
+def _part_numbers(directory: Path) -> list[int]:
+    directory = Path(directory)
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := _PART_NAME.fullmatch(name)))
+
+
+def _dump(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    path = Path(path)
+    data = text.encode("utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own, so that two processes never write into one file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere directories can't be opened
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,196 @@
+"""The outer loop from the command line: real stages on a tiny model, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import LLAMA, save_tiny
+
+from fastdpo.cli import main
+
+TESTS = Path(__file__).parent
+DRIVER = TESTS / "kill_driver.py"
+
+
+def vowels(prompts, responses):
+    """A scorer: share of vowels, so not a function of length."""
+    return [sum(c in "aeiou" for c in r) / (len(r) + 1) for r in responses]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny(LLAMA, folder / "model")
+    rows = [{"prompt": f"tell me about number {i}"} for i in range(10)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(inputs, out, **changes):
+    options = dict(
+        model=inputs / "model", prompts=inputs / "prompts.jsonl", scorer="test_rounds:vowels",
+        output_dir=out, rounds=2, heldout=3, num_samples=3, max_new_tokens=12, max_length=64,
+        max_tokens=160, batch_prompts=3, batch_size=3, save_steps=1, learning_rate=1e-3,
+        warmup_ratio=0.0, bf16="false", sample_dtype="float32", gradient_checkpointing="false",
+    )  # fmt: skip
+    options |= changes
+    return ["iterate", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def weights(out, index=2):
+    from safetensors.torch import load_file
+
+    return load_file(out / f"round-{index:02d}" / "policy" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(arguments(inputs, out)) == 0
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    state = json.loads((finished / "state.json").read_text())
+    assert state["done"][-1] == "round-02/report" and len(state["done"]) == 2 * 7 + 3
+    assert (finished / "rounds.png").read_bytes()[:4] == b"\x89PNG"
+    for index in (1, 2):
+        folder = finished / f"round-{index:02d}"
+        pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+        assert pairs and all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
+        assert {"metrics", "policy", "ref_logps", "candidates", "scores"} <= {
+            path.name for path in folder.iterdir()
+        }
+        rows = [json.loads(line) for line in (folder / "metrics" / "metrics.jsonl").open()]
+        assert len(rows) == -(-len(pairs) // 3)
+        row = json.loads((folder / "summary.json").read_text())
+        assert row["pairs"] == len(pairs)
+        assert row["length"] > 0 and row["score_se"] > 0
+    first = json.loads((finished / "round-01" / "metrics" / "metrics.jsonl").open().readline())
+    lengths = first["lengths/chosen"] - first["lengths/rejected"]
+    assert first["length_margin"] == pytest.approx(0.01 * lengths, abs=1e-6)
+    assert not torch.equal(
+        weights(finished, 1)["lm_head.weight"], weights(finished, 2)["lm_head.weight"]
+    )
+
+
+def test_the_reference_is_the_start_of_the_round(finished):
+    """At alpha 0 it would be log 2; with a length term the margin is exactly that term."""
+    for index in (1, 2):
+        path = finished / f"round-{index:02d}" / "metrics" / "metrics.jsonl"
+        first = json.loads(path.open().readline())
+        assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+
+
+def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, capsys):
+    import shutil
+
+    out = tmp_path / "more"
+    shutil.copytree(finished, out)
+    before = weights(out)
+    assert main(arguments(inputs, out, rounds=3)) == 0
+    assert "to go on" in capsys.readouterr().out
+    assert (out / "round-03" / "policy").is_dir()
+    assert all(torch.equal(before[name], x) for name, x in weights(out).items())
+
+
+def test_other_options_in_the_same_folder_are_refused(finished, inputs, capsys):
+    assert main(arguments(inputs, finished, alpha=0.5)) == 2
+    assert "alpha=0.01, not 0.5" in capsys.readouterr().err
+
+
+def test_a_reward_model_scores_a_round(inputs, tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig.from_pretrained(inputs / "model", num_labels=1, pad_token_id=0)
+    torch.manual_seed(3)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        source = inputs / "model" / name
+        if source.exists():
+            (tmp_path / "reward" / name).write_bytes(source.read_bytes())
+    options = arguments(inputs, tmp_path / "out", scorer=tmp_path / "reward", rounds=1)
+    assert main(options) == 0
+    scores = [
+        json.loads(line)["score"]
+        for part in sorted((tmp_path / "out/round-01/scores").glob("part-*.jsonl"))
+        for line in part.open()
+    ]
+    assert len(scores) == 7 * 3 and len(set(scores)) > 10
+
+
+# Each place is one call of one stage; the n-th call of it kills the process.
+KILLS = [
+    ("fastdpo.sampling:write_jsonl_atomic", 1),  # round 0, evaluation
+    ("fastdpo.sampling:write_jsonl_atomic", 2),  # round 1, second part of the samples
+    ("fastdpo.scoring:write_jsonl_atomic", 3),
+    ("fastdpo.pairing:write_jsonl_atomic", 1),
+    ("fastdpo.trainer:packed_loss", 2),  # the reference
+    ("fastdpo.trainer:packed_loss", 6),  # training
+    ("safetensors.torch:save_file", 1),  # inside a checkpoint
+    ("fastdpo.trainer:save_policy", 1),
+    ("fastdpo.rounds:write_json_atomic", 2),  # between two stages
+    ("fastdpo.report:plot", 1),
+]
+
+
+def drive(place, countdown, argv):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    command = [sys.executable, str(DRIVER), place, str(countdown), *argv]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_killed_at_every_stage_it_ends_in_the_same_weights(finished, inputs, tmp_path):
+    argv = arguments(inputs, tmp_path / "killed")
+    for place, countdown in KILLS:
+        done = drive(place, countdown, argv)
+        assert done.returncode == -signal.SIGKILL, (place, done.stderr)
+    done = drive("none", 0, argv)
+    assert done.returncode == 0, done.stderr
+    for index in (1, 2):
+        assert same(weights(tmp_path / "killed", index), weights(finished, index))
+        pairs = f"round-{index:02d}/pairs.jsonl"
+        assert (tmp_path / "killed" / pairs).read_bytes() == (finished / pairs).read_bytes()
+
+
+def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_path):
+    argv = arguments(inputs, tmp_path / "killed")
+    done = drive("fastdpo.trainer:packed_loss", 7, argv)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "killed" / "round-01" / "policy").exists()
+    assert main(argv) == 0
+    assert same(weights(tmp_path / "killed"), weights(finished))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "/nowhere/at-all"}, "at-all"),
+        ({"prompts": "missing.jsonl"}, "missing.jsonl"),
+        ({"scorer": "test_rounds:absent"}, "absent"),
+        ({"scorer": "no_such_module:f"}, "no_such_module"),
+        ({"heldout": 10}, "heldout=10"),
+        ({"num_samples": 1}, "num_samples=1"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"beta": -1}, "beta=-1"),
+        ({"max_tokens": 100}, "max_tokens=100"),
+        ({"max_new_tokens": 64}, "max_new_tokens=64"),
+        ({"max_new_tokens": 60}, "prompts.jsonl:1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_options_are_one_error_before_any_work(inputs, tmp_path, capsys, changes, message):
+    assert main(arguments(inputs, tmp_path / "out", **changes)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "round-00").exists()

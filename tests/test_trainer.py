@@ -1,0 +1,211 @@
+"""Packed pairs through real model code: isolation, equality with one-by-one, training, resuming."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny import COHERE, GEMMA, GRANITE, LLAMA, MISTRAL, PHI, QWEN, build_tokenizer, save_tiny
+
+from fastdpo import attention, head, reference
+from fastdpo.batch import TokenizedPair, pack_pairs
+from fastdpo.models import load_tokenizer
+from fastdpo.trainer import ConfigError, TrainingConfig, packed_loss, prepare_model, train
+
+FAMILIES = [LLAMA, QWEN, GEMMA, MISTRAL, COHERE, GRANITE, PHI]
+VOCAB = len(build_tokenizer())
+
+
+def random_pairs(count, seed=0, longest=20):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids():
+        length = int(torch.randint(1, longest, (), generator=generator))
+        return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+
+    return [TokenizedPair(ids(), ids(), ids(), {}) for _ in range(count)]
+
+
+def one_by_one(model, pairs, ref_logp_S):
+    """Loss of the plain model, a sequence at a time, from its full logits."""
+    sums, lengths = [], []
+    for pair in pairs:
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.tensor([pair.prompt_ids + response])
+            logp = model(ids, use_cache=False).logits[0].log_softmax(-1)
+            rows = logp[len(pair.prompt_ids) - 1 : -1]
+            sums.append(rows.gather(1, torch.tensor(response)[:, None]).sum())
+            lengths.append(len(response))
+    logp_S = torch.stack(sums)
+    return logp_S, reference.dpo_loss(
+        logp_S, ref_logp_S, torch.tensor(lengths), beta=0.1, alpha=0.02
+    ).mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_equals_one_by_one(family, checkpointing):
+    plain = family.build(VOCAB).double().eval()
+    plain.set_attn_implementation("eager")
+    packed = prepare_model(copy.deepcopy(plain), gradient_checkpointing=checkpointing)
+    pairs = random_pairs(3)
+    ref_logp_S = -50 + 10 * torch.randn(6, dtype=torch.float64)
+    logp_S, loss = one_by_one(plain, pairs, ref_logp_S)
+    loss.backward()
+    result = packed_loss(packed, pack_pairs(pairs), ref_logp_S, beta=0.1, alpha=0.02)
+    result.loss.backward()
+    # rotary embeddings and eager softmax are fp32 in any model
+    torch.testing.assert_close(result.logp_S, logp_S, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.loss, loss, rtol=1e-6, atol=1e-6)
+    for (name, p), q in zip(plain.named_parameters(), packed.parameters()):
+        # float32 inside the models' own norms and rotary embeddings
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_model_that_leaks_between_sequences_is_refused(monkeypatch):
+    def leaky(module, query, key, value, mask, cu_seq_lens_q=None, **kwargs):
+        everything = torch.tensor([0, query.shape[2]], dtype=torch.int32)
+        return attention.packed_attention(
+            module, query, key, value, mask, cu_seq_lens_q=everything, **kwargs
+        )
+
+    model = LLAMA.build(VOCAB)
+    head.attach(model)
+    attention.use_packed_attention(model)
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(attention.NAME, leaky)
+    try:
+        with pytest.raises(ValueError, match="not isolated"):
+            attention.check_isolation(model, lambda *packed: head.hidden_states(model, *packed))
+    finally:
+        AttentionInterface.register(attention.NAME, attention.packed_attention)
+
+
+def test_recurrent_and_own_attention_models_are_refused():
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2)
+    with pytest.raises((ValueError, TypeError)):
+        prepare_model(transformers.MambaForCausalLM(config))
+
+
+def test_packed_attention_refuses_unpacked_use():
+    model = prepare_model(LLAMA.build(VOCAB))
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
+def test_lora_on_the_head_is_refused():
+    model = LLAMA.build(VOCAB)
+
+    class Wrapped(torch.nn.Linear):
+        pass
+
+    model.set_output_embeddings(Wrapped(32, VOCAB, bias=False))
+    with pytest.raises(ValueError, match="lm_head"):
+        head.attach(model)
+
+
+def test_attached_head_still_gives_logits():
+    model = LLAMA.build(VOCAB).eval()
+    ids = torch.arange(3, 12)[None]
+    before = model(ids).logits
+    head.attach(model)
+    assert torch.equal(model(ids).logits, before)
+
+
+CONFIG = dict(
+    batch_size=4, max_length=48, max_tokens=120, save_steps=2, learning_rate=1e-3, alpha=0.0,
+    gradient_checkpointing=False, warmup_ratio=0.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return str(save_tiny(LLAMA, tmp_path_factory.mktemp("model") / "llama"))
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "policy" / "model.safetensors")
+
+
+def run(model_path, out, pairs=None, **changes):
+    pairs = random_pairs(14) if pairs is None else pairs
+    config = TrainingConfig(**{**CONFIG, **changes})
+    return train(model_path, load_tokenizer(model_path), pairs, config, out, progress=False)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("workspace_mib", [None, 0.05])
+def test_first_loss_is_log_2_and_falls(model_path, tmp_path, bf16, workspace_mib):
+    run(model_path, tmp_path, bf16=bf16, workspace_mib=workspace_mib, num_train_epochs=6)
+    rows = [json.loads(line) for line in (tmp_path / "metrics" / "metrics.jsonl").open()]
+    assert len(rows) == 6 * 4
+    assert torch.tensor(rows[0]["loss"]) == torch.tensor(2.0).log()
+    assert rows[-1]["loss"] < 0.6 and rows[-1]["rewards/margins"] > 0
+    assert rows[0]["learning_rate"] == 1e-3
+    assert {"rewards/accuracies", "logps/chosen", "lengths/rejected", "grad_norm"} <= set(rows[0])
+
+
+def test_packing_does_not_change_training(model_path, tmp_path):
+    run(model_path, tmp_path / "tight", bf16=False)
+    run(model_path, tmp_path / "loose", bf16=False, max_tokens=4000)
+    tight, loose = weights(tmp_path / "tight"), weights(tmp_path / "loose")
+    for name in tight:
+        torch.testing.assert_close(tight[name], loose[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_interrupted_training_ends_in_the_same_bits(model_path, tmp_path, monkeypatch, stop_after):
+    from fastdpo import trainer
+
+    run(model_path, tmp_path / "whole")
+    real, calls = trainer._Round._step, []
+
+    def interrupted(self, *args):
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(self, *args)
+
+    monkeypatch.setattr(trainer._Round, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model_path, tmp_path / "broken")
+    monkeypatch.setattr(trainer._Round, "_step", real)
+    run(model_path, tmp_path / "broken")
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    lines = (tmp_path / "broken" / "metrics" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_other_pairs_in_the_same_folder_are_refused(model_path, tmp_path):
+    run(model_path, tmp_path)
+    import shutil
+
+    shutil.rmtree(tmp_path / "policy")
+    with pytest.raises(ConfigError, match="other pairs"):
+        run(model_path, tmp_path, pairs=random_pairs(14, seed=1))
+
+
+def test_a_diverging_run_stops_with_an_error(model_path, tmp_path):
+    with pytest.raises(ValueError, match="finite range"):
+        run(model_path, tmp_path, learning_rate=1e30, bf16=False)
+    assert not (tmp_path / "policy").exists()
+
+
+def test_policy_loads_in_transformers(model_path, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    run(model_path, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.state_dict()[name], weights(tmp_path)[name])
+    assert not torch.equal(
+        model.state_dict()[name],
+        AutoModelForCausalLM.from_pretrained(model_path).state_dict()[name],
+    )

@@ -1,0 +1,114 @@
+"""Loss, gradients and SGD steps equal TRL's DPOTrainer on the same pairs, in fp32 at alpha 0."""
+
+import copy
+
+import pytest
+import torch
+from tiny import GEMMA, LLAMA, QWEN, build_tokenizer, save_tiny
+
+from fastdpo.batch import TokenizedPair, pack_pairs
+from fastdpo.trainer import packed_loss, prepare_model
+
+trl = pytest.importorskip("trl")
+FAMILIES = [LLAMA, QWEN, GEMMA]
+BETA, STEPS, BATCH, RATE = 0.3, 3, 4, 0.5
+
+
+def rows(count):
+    topics = ["dogs", "the weather", "bread and butter", "long walks on the beach", "maps"]
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"tell me about {topics[i % 5]} {i}"}],
+            "chosen": [{"role": "assistant", "content": "they are nice " * (i % 4 + 1)}],
+            "rejected": [{"role": "assistant", "content": "no idea at all " * (i % 3 + 1)}],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(params=FAMILIES, ids=[family.name for family in FAMILIES])
+def trainer(request, tmp_path):
+    """A TRL trainer on a tiny saved model; eager attention is the only one that caps scores."""
+    from datasets import Dataset
+
+    path = save_tiny(request.param, tmp_path / "model")
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path / "out"), beta=BETA, max_steps=STEPS, optim="sgd",
+        per_device_train_batch_size=BATCH, learning_rate=RATE, lr_scheduler_type="constant",
+        max_grad_norm=0.0, bf16=False, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.0,
+        model_init_kwargs={"attn_implementation": "eager", "dtype": "float32"},
+    )  # fmt: skip
+    return trl.DPOTrainer(
+        str(path),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows(STEPS * BATCH)),
+        processing_class=build_tokenizer(),
+    )
+
+
+def pairs_of(examples):
+    return [
+        TokenizedPair(x["prompt_ids"], x["chosen_ids"], x["rejected_ids"], {}) for x in examples
+    ]
+
+
+def reference_of(model, batch):
+    zeros_S = torch.zeros(2 * batch.num_pairs, dtype=torch.float64)
+    with torch.no_grad():
+        return packed_loss(model, batch, zeros_S, beta=BETA, alpha=0.0).logp_S
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def test_loss_and_gradients(trainer):
+    theirs = trainer.model
+    with torch.no_grad():  # away from the reference, where the loss would not depend on anything
+        generator = torch.Generator().manual_seed(1)
+        for p in theirs.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    ours, ref = copy.deepcopy(theirs), copy.deepcopy(trainer.ref_model)
+    examples = [trainer.train_dataset[i] for i in range(BATCH)]
+    loss = trainer.compute_loss(theirs, trainer.data_collator(examples))
+    loss.backward()
+
+    batch = pack_pairs(pairs_of(examples))
+    ref_logp_S = reference_of(prepare_model(ref), batch)
+    result = packed_loss(prepare_model(ours), batch, ref_logp_S, beta=BETA, alpha=0.0)
+    result.loss.backward()
+    assert abs(loss.item() - 0.6931) > 1e-3
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    wanted = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert p.grad is not None and wanted[name].grad is not None, name
+        assert relative(p.grad, wanted[name].grad) < 1e-5, name
+
+
+def test_weights_after_sgd_steps(trainer):
+    start = copy.deepcopy(trainer.model)
+    seen = []
+    collate = trainer.data_collator
+
+    def recording(examples):
+        seen.append(pairs_of(examples))
+        return collate(examples)
+
+    trainer.data_collator = recording
+    trainer.train()
+    assert len(seen) == STEPS
+
+    ours, ref = prepare_model(copy.deepcopy(start)), prepare_model(copy.deepcopy(start))
+    optimizer = torch.optim.SGD(ours.parameters(), lr=RATE)
+    for pairs in seen:
+        batch = pack_pairs(pairs)
+        packed_loss(ours, batch, reference_of(ref, batch), beta=BETA, alpha=0.0).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wanted, before = dict(trainer.model.named_parameters()), dict(start.named_parameters())
+    for name, p in ours.named_parameters():
+        moved = (wanted[name] - before[name]).norm()
+        assert moved > 0, name
+        assert (p - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
+        assert (p - wanted[name]).norm() < 1e-3 * moved, name
