@@ -427,6 +427,7 @@ class LinearDPOLoss(nn.Module):
         ref_logp_S: Tensor | None,
         settings: dict[str, Any],
     ) -> PreferenceLoss:
+        checks.require_tensor("h", h, 3, "(2B, L, D)")
         checks.require_tensor("target", target, 2, "(2B, L)")
         S, L, D = h.shape
         if target.shape != (S, L) or S % 2 or S == 0:
@@ -506,7 +507,7 @@ def _check_reference(
     checks.check_head(ref_h_TD, ref_w_VD, ref_bias_V, scale, softcap, prefix="ref_")
     if ref_h_TD.shape[0] != h_TD.shape[0] or ref_w_VD.shape[0] != w_VD.shape[0]:
         raise ValueError(
-            f"the reference must have the policy's rows T={h_TD.shape[0]} and vocabulary "
+            f"ref_h_TD and ref_w_VD must have the policy's rows T={h_TD.shape[0]} and vocabulary "
             f"V={w_VD.shape[0]}, got {ref_h_TD.shape[0]} and {ref_w_VD.shape[0]}"
         )
     if ref_h_TD.dtype != h_TD.dtype or ref_h_TD.device != h_TD.device:

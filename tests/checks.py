@@ -224,12 +224,19 @@ def preference(p: Problem, objective: Any, **options: Any) -> PreferenceLoss:
     return linear_preference_loss(*p.packed, ref, objective, **options)
 
 
+class NoWorkspace(Exception):
+    """Accumulators do not fit beside any workspace of the wanted route."""
+
+
 def workspace_for(p: Problem, wanted: Callable[[Plan], bool], buffers: int = 1) -> float:
-    """The smallest workspace in MiB whose plan is the wanted one, the head being trained."""
+    """A workspace in MiB whose plan is the wanted one, the head being trained.
+
+    The largest below a whole stash, so that blocks are few; for a whole stash the smallest.
+    """
     D, V = p.w_VD.shape[1], p.w_VD.shape[0]
     scored_N = p.target_N != reference.IGNORE
     edges = [int(scored_N[:b].sum()) for b in p.bounds_S1]
-    size = 1024
+    size, found = 1024, None
     while size < 2**32:
         try:
             plan = make_plan(
@@ -246,9 +253,13 @@ def workspace_for(p: Problem, wanted: Callable[[Plan], bool], buffers: int = 1) 
         except ValueError:
             plan = None
         if plan is not None and wanted(plan):
-            return size / MIB
+            found = size / MIB
+        if plan is not None and plan.route == "stash":
+            break
         size += max(size // 40, 1)
-    raise AssertionError("no workspace gives the wanted plan")
+    if found is None:
+        raise NoWorkspace("no workspace gives the wanted plan")
+    return found
 
 
 # What `Plan` must look like for each way of training the head.
@@ -256,7 +267,7 @@ ROUTES: dict[str, Callable[[Plan], bool]] = {
     "stash": lambda plan: plan.route == "stash",
     "grouped": lambda plan: plan.route == "grouped" and not any(g.unit for g in plan.groups),
     "unit": lambda plan: plan.route == "grouped" and {g.unit for g in plan.groups} == {True, False},
-    "recompute": lambda plan: plan.route == "recompute" and 2 < len(list(plan.spans)) <= 16,
+    "recompute": lambda plan: plan.route == "recompute" and len(list(plan.spans)) > 2,
 }
 
 

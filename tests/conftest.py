@@ -1,10 +1,10 @@
-"""Settings of the whole test run: few threads, a fixed seed for every test."""
+"""Settings of the whole test run: one thread, a fixed seed for every test."""
 
 import pytest
 import torch
 
 pytest.register_assert_rewrite("checks")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other are slow
 
 
 @pytest.fixture(autouse=True)

@@ -148,3 +148,40 @@ def test_bad_configs_are_typed_errors(bad):
             assert error.code == 2
     else:
         raise AssertionError(f"{name}={value!r} was accepted")
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(model, tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    from safetensors.torch import load_file
+    from torch.testing import assert_close
+
+    rows = [{**ROW, "chosen": " nice" * (i % 4 + 1), "rejected": f" no {i}"} for i in range(12)]
+    dataset = write(tmp_path / "pairs.jsonl", rows)
+    more = ["--batch_size=4", "--learning_rate=1e-3", "--warmup_ratio=0"]
+    assert main([*train_arguments(model, dataset, tmp_path / "one"), *more]) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    done = subprocess.run(
+        [*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m",
+         "fastdpo.cli", *train_arguments(model, dataset, tmp_path / "two"), *more],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = load_file(tmp_path / "one/policy/model.safetensors")
+    two = load_file(tmp_path / "two/policy/model.safetensors")
+    start = load_file(model / "model.safetensors")
+    for name, value in one.items():
+        assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+    moved = sum(float((one[name] - start[name]).norm()) for name in one)
+    apart = sum(float((one[name] - two[name]).norm()) for name in one)
+    assert moved > 0 and apart < 0.02 * moved
+    logs = [
+        [json.loads(line) for line in (tmp_path / run / "metrics/metrics.jsonl").open()]
+        for run in ("one", "two")
+    ]
+    for a, b in zip(*logs):
+        for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name

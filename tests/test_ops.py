@@ -11,6 +11,7 @@ from checks import (
     BETA,
     PAIR_SIZES,
     ROUTES,
+    NoWorkspace,
     apo_zero_formula,
     dpo_of,
     gold_logp,
@@ -120,8 +121,8 @@ def test_linear_dpo_loss_against_fp64(name, dtype, route):
     factor = 1024.0 if dtype == torch.float16 else 1.0
     try:
         workspace_mib = workspace_for(p, ROUTES[route])
-    except AssertionError:
-        assert route == "unit" and name in {
+    except NoWorkspace:
+        assert route in {"unit", "grouped"} and name in {
             "bias-softcap",
             "deep",
             "realistic",
@@ -337,6 +338,7 @@ def test_first_loss_is_log_2_on_every_route(case_name, dtype):
     """The reference saw the same packed rows: the same instructions, so the same bits."""
     kwargs = {**CASES[case_name], "D": 8, "V": 301}
     p = make_problem(peak=30.0, dtype=dtype, **kwargs)
+    p.ref_logp_S = p.ref_logp_S.float()  # the policy's sums are taken in the reference's precision
     for wanted in ("h w", "h", ""):
         for is_wanted in ROUTES.values():
             workspace = workspace_for(p, is_wanted)
@@ -344,9 +346,7 @@ def test_first_loss_is_log_2_on_every_route(case_name, dtype):
                 seen = preference(p, lr_dpo(BETA), workspace_mib=workspace)
             assert seen.plan.route == "forward"
             q = p.leaves(wanted)
-            first = preference(
-                q, lr_dpo(BETA), ref_logp_S=seen.logp_S.float(), workspace_mib=workspace
-            )
+            first = preference(q, lr_dpo(BETA), ref_logp_S=seen.logp_S, workspace_mib=workspace)
             assert torch.equal(first.loss.detach(), LOG_2)
             own = preference(
                 q,
@@ -401,13 +401,19 @@ def test_reference_from_hidden_rows_is_the_reference_from_sums():
 
 
 # ---------------------------------------------------------------------------------------- autograd
-def small(**options):
-    return make_problem((2, 1, 3, 2), 2, 11, **options)
+def small(route: str, **options):
+    """As few numbers as the route needs: only a large head is worth recomputing."""
+    D, V = (16, 67) if route == "recompute" else (2, 11)
+    return make_problem((2, 1, 3, 2), D, V, **options)
+
+
+def check_gradients(op, inputs):
+    return torch.autograd.gradcheck(op, inputs, fast_mode=sum(x.numel() for x in inputs) > 500)
 
 
 @pytest.mark.parametrize("route", ["stash", "recompute", "frozen"])
 def test_gradcheck_linear_logp(route):
-    p = small(bias=True, softcap=5.0, scale=0.7, masked=True, repeats=True)
+    p = small(route, bias=True, softcap=5.0, scale=0.7, masked=True, repeats=True)
     workspace = workspace_for(p, ROUTES["recompute"]) if route == "recompute" else None
     q = p.leaves("h" if route == "frozen" else "h w bias")
 
@@ -415,14 +421,14 @@ def test_gradcheck_linear_logp(route):
         options = {**q.head, "bias_V": bias_V, "workspace_mib": workspace}
         return linear_logp(h_TD, w_VD, q.target_N, **options)
 
-    assert torch.autograd.gradcheck(op, (q.h_TD, q.w_VD, q.bias_V))
+    assert check_gradients(op, (q.h_TD, q.w_VD, q.bias_V))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("route", [*ROUTES, "frozen"])
 def test_gradcheck_linear_preference_loss(route, name):
     objective, _, _ = OBJECTIVES[name]
-    p = small(bias=True, softcap=5.0)
+    p = small(route, bias=True, softcap=5.0)
     workspace = None
     if route != "frozen":
         workspace = workspace_for(p, ROUTES[route], 1 if objective.margin else 2)
@@ -432,7 +438,7 @@ def test_gradcheck_linear_preference_loss(route, name):
         moved = replace(q, h_TD=h_TD, w_VD=w_VD, bias_V=bias_V)
         return preference(moved, objective, workspace_mib=workspace).loss
 
-    assert torch.autograd.gradcheck(op, (q.h_TD, q.w_VD, q.bias_V))
+    assert check_gradients(op, (q.h_TD, q.w_VD, q.bias_V))
 
 
 OPS = {
@@ -453,8 +459,12 @@ def routed(op, route, p):
 @pytest.mark.parametrize(("op", "route"), ROUTED_OPS)
 def test_double_backward_is_refused(op, route):
     loss, q = routed(op, route, make_problem())
-    (grad,) = torch.autograd.grad(loss, q.h_TD, create_graph=True)
+    (grad,) = torch.autograd.grad(loss * loss, q.h_TD, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    loss, q = routed(op, route, make_problem())
+    (grad,) = torch.autograd.grad(loss, q.h_TD, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
         grad.sum().backward()
 
 
@@ -750,8 +760,8 @@ def test_module_with_packed_rows_is_the_op_and_calls_override_settings():
 @pytest.mark.parametrize("route", [*ROUTES, "frozen", "forward"])
 @pytest.mark.parametrize("softcap", [None, 7.0])
 def test_token_statistics(route, softcap):
-    p = make_problem(V=307, masked=True, repeats=True, bias=True, softcap=softcap, peak=12.0)
-    other = make_problem(V=307, repeats=True, bias=True, softcap=softcap, peak=12.0, seed=1)
+    p = make_problem(V=2051, masked=True, repeats=True, bias=True, softcap=softcap, peak=12.0)
+    other = make_problem(V=2051, repeats=True, bias=True, softcap=softcap, peak=12.0, seed=1)
     names = ("entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref")
     z_NV = reference.linear_logits(p.h_TD, p.w_VD, **p.head)
     # Make some targets the most likely tokens, or top1 would be zero everywhere.
@@ -771,7 +781,7 @@ def test_token_statistics(route, softcap):
         workspace_mib=workspace_for(p, ROUTES[small]),
     )
     assert result.plan.route == {"unit": "grouped"}.get(route, route)
-    assert route == "stash" or result.plan.vocab_chunk < 307
+    assert result.plan.vocab_chunk < 2051
     assert result.stats.keys() == set(names)
     for name, values in gold.items():
         torch.testing.assert_close(result.stats[name], values, rtol=1e-11, atol=1e-12, msg=name)

@@ -311,8 +311,9 @@ def test_a_low_temperature_or_top_p_is_greedy(model, tokenizer, tmp_path):
     greedy = run_sample(model, tokenizer, tmp_path / "0", temperature=0, num_samples=1)
     cold: list[dict[str, Any]] = [{"temperature": 1e-6}, {"top_p": 1e-9}]
     for name, options in zip("12", cold):
-        rows = run_sample(model, tokenizer, tmp_path / name, num_samples=1, **options)
-        assert responses(rows) == responses(greedy)
+        rows = run_sample(model, tokenizer, tmp_path / name, num_samples=2, **options)
+        # Both samples belong to their prompt, not to its neighbour in the batch.
+        assert responses(rows[0::2]) == responses(rows[1::2]) == responses(greedy)
 
 
 def test_responses_end_at_any_end_token(tokenizer, tmp_path):
@@ -556,7 +557,9 @@ REPLIES = ["Blue.", "", "The sky is blue, the sea is blue too. " * 3, "five", "Ã
 
 @pytest.mark.parametrize("case", ["chat", "plain", "no padding token", "end token pads"])
 def test_reward_model_scores_are_those_of_single_rows(tmp_path, case):
-    tokenizer = make_tokenizer(None if case == "plain" else CHATML)
+    # Ends in the end token, where a model that pads with it would look one token further left.
+    template = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = make_tokenizer(None if case == "plain" else template)
     pad_id: int | None = 0
     if case in ("no padding token", "end token pads"):
         tokenizer.pad_token = tokenizer.eos_token
@@ -567,8 +570,8 @@ def test_reward_model_scores_are_those_of_single_rows(tmp_path, case):
     values = scorer(list(PROMPTS), REPLIES)
     for prompt, reply, value in zip(PROMPTS, REPLIES, values):
         messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-        text += f"<|im_start|>assistant\n{reply}<|im_end|>\n"
+        text = "".join(f"{m['role']}\n{m['content']}<|im_end|>" for m in messages)
+        text += f"assistant\n{reply}<|im_end|>"
         if case == "plain":
             text = "\n".join([*(m["content"] for m in messages), reply])
         with torch.no_grad():
@@ -624,6 +627,9 @@ def test_plain_language_by_hand():
     assert plain(people, chat) == plain(people, prompt)
     parts = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
     assert plain(people, parts) == plain(people, prompt)
+    # A word has at least one syllable: 7 words, 12 syllables.
+    ease = (206.835 - 1.015 * 7 - 84.6 * 12 / 7) / 100
+    assert plain(people[:-1] + " hmm.") == pytest.approx(ease, abs=1e-12)
     # Two sentences, 3.5 splits none: 13 words, 24 syllables.
     two = people[:-1] + " 3.5 times? " + people
     ease = (206.835 - 1.015 * 13 / 2 - 84.6 * 24 / 13) / 100

@@ -1,0 +1,81 @@
+"""The README's quick starts run as they stand, and its generated tables are current."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import LLAMA, build_tokenizer
+
+from fastdpo import reference
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks():
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_loss_in_a_pytorch_loop(capsys):
+    names: dict = {}
+    exec(blocks()[0], names)
+    assert capsys.readouterr().out.strip()
+    h, w = (names[name].detach().double().requires_grad_() for name in "hw")
+    gold = reference.linear_dpo_loss(
+        h, w, names["target"], names["bounds"], names["ref_logp"].double(),
+        rows_N=names["rows"], beta=0.1, alpha=0.01,
+    )  # fmt: skip
+    gold.backward()
+    assert names["result"].loss.item() == pytest.approx(gold.item(), rel=1e-5)
+    for name, x in zip("hw", (h, w)):
+        assert (names[name].grad - x.grad).norm() < 1e-5 * x.grad.norm()
+
+
+def test_the_loss_in_a_transformers_trainer(tmp_path):
+    from transformers import TrainingArguments
+
+    names: dict = {}
+    exec(blocks()[1], names)
+    model = LLAMA.build(len(build_tokenizer()))
+    generator = torch.Generator().manual_seed(0)
+
+    def example(i):
+        ids = torch.randint(3, 300, (2, 12), generator=generator)  # chosen, rejected
+        labels = ids.clone()
+        labels[:, :5] = -100  # the prompt
+        labels[1, 9 + i % 3 :] = -100  # padding
+        return {"input_ids": ids, "labels": labels, "ref_logp": torch.tensor([-40.0, -30.0])}
+
+    def collate(examples):  # all chosen first, then all rejected
+        return {
+            name: torch.cat([torch.stack([x[name][side] for x in examples]) for side in (0, 1)])
+            for name in examples[0]
+        }
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-2,
+        report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+        logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    data = [example(i) for i in range(8)]
+    trainer = names["DPOTrainer"](model, arguments, train_dataset=data, data_collator=collate)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 20 and losses[-1] < losses[0]
+
+
+def test_the_two_commands_are_one_line_each():
+    lines = [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
+    assert len(lines) == 2
+    assert lines[0].endswith("fastdpo demo") and lines[1].endswith("-m pytest")
+
+
+def test_the_benchmark_table_is_generated_from_the_committed_results(capsys):
+    from bench import report
+
+    results = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
+    if not results:
+        pytest.fail("no committed benchmark results")
+    names = [str(path) for path in results]
+    assert report.main([*names, "--readme", str(ROOT / "README.md"), "--check"]) == 0
