@@ -137,7 +137,7 @@ def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any) -> None:
 
 def _check_range(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
     if x.device.type != "cpu":
-        torch._assert_async(valid.all())
+        torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be {wanted}")
     elif not valid.all():
         i = int(valid.logical_not().nonzero()[0])
         raise ValueError(f"{name}[{i}] = {x[i].item()} is out of range; wanted {wanted}")
@@ -229,7 +229,7 @@ def check_vector(
     valid = x.isfinite() & (x >= low) & (x <= high)
     wanted = "finite" + (f" and in [{low:g}, {high:g}]" if low > -1e300 else "")
     if x.device.type != "cpu":
-        torch._assert_async(valid.all())
+        torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be {wanted}")
     elif not valid.all():
         i = int(valid.logical_not().nonzero()[0])
         raise ValueError(f"{name}[{i}] = {x[i].item()} must be {wanted}")

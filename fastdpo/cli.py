@@ -6,6 +6,7 @@ unfinished part of a stage.
 """
 
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -58,11 +59,19 @@ class DoctorConfig:
     """Say what this machine will use and what is missing."""
 
 
+def _quiet_loading() -> None:
+    """Keep transformers' bars for loading shards from drowning those of the stages."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def run_train(config: TrainConfig) -> None:
     from fastdpo.data import preference_rows, read_rows, tokenize_dataset
     from fastdpo.models import load_tokenizer
     from fastdpo.trainer import train
 
+    _quiet_loading()
     tokenizer = load_tokenizer(config.model)
     rows = preference_rows(read_rows(config.dataset, config.split))
     found = tokenize_dataset(rows, tokenizer, max_length=config.max_length)
@@ -77,8 +86,6 @@ def run_train(config: TrainConfig) -> None:
 
 
 def run_iterate(config: IterateConfig) -> None:
-    import os
-
     from fastdpo import report
     from fastdpo.rounds import iterate
 
@@ -87,6 +94,7 @@ def run_iterate(config: IterateConfig) -> None:
             "fastdpo iterate runs in one process; use 'accelerate launch -m fastdpo.cli train' for "
             "a round of training on several"
         )
+    _quiet_loading()
     out = Path(config.output_dir)
     rows = iterate(config)
     _save_config(config, out)
@@ -100,6 +108,7 @@ def run_iterate(config: IterateConfig) -> None:
 def run_demo(config: DemoConfig) -> None:
     from fastdpo.models import demo_model
 
+    _quiet_loading()
     prompts = Path(__file__).with_name("demo_prompts.jsonl")
     settings = IterateConfig(
         model=config.model or demo_model(),
@@ -111,7 +120,7 @@ def run_demo(config: DemoConfig) -> None:
         num_samples=4,
         max_new_tokens=96,
         batch_prompts=12,
-        learning_rate=3e-6,
+        learning_rate=2e-5,
         warmup_ratio=0.0,
         batch_size=8,
         alpha=0.01,

@@ -30,13 +30,13 @@ def head_settings(config: Any) -> dict[str, float | None]:
     return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
-def attach(model: nn.Module) -> None:
+def attach(model: Any) -> None:
     """Teach ``model`` (a transformers causal LM, or a PEFT model of one) ``head_call``.
 
     Raises:
         ValueError: the head is not a plain linear layer, for example because LoRA wraps it.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(base, "_fastdpo_attached", False):
         return
     head = base.get_output_embeddings()
@@ -61,7 +61,7 @@ def attach(model: nn.Module) -> None:
         outputs = base.base_model(*args, use_cache=False, **kwargs)
         return head(outputs.last_hidden_state, head_call=head_call)
 
-    head.forward, base.forward = call_head, call_base
+    head.forward, base.forward = call_head, call_base  # type: ignore[method-assign]
     base._fastdpo_attached = True
 
 

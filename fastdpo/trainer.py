@@ -222,7 +222,8 @@ class _Round:
                 log.add({"step": index + 1, **row})
             bar.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['rewards/margins']:.4f}")
             bar.update()
-            if (index + 1) % config.save_steps == 0 and accelerator.is_main_process:
+            due = (index + 1) % config.save_steps == 0 or index + 1 == len(steps)
+            if due and accelerator.is_main_process:
                 save_checkpoint(checkpoints, index + 1, plain, optimizer.optimizer, scheduler)
         bar.close()
         if log is not None:

@@ -224,10 +224,6 @@ def preference(p: Problem, objective: Any, **options: Any) -> PreferenceLoss:
     return linear_preference_loss(*p.packed, ref, objective, **options)
 
 
-class NoWorkspace(Exception):
-    """Accumulators do not fit beside any workspace of the wanted route."""
-
-
 def workspace_for(p: Problem, wanted: Callable[[Plan], bool], buffers: int = 1) -> float:
     """A workspace in MiB whose plan is the wanted one, the head being trained.
 
@@ -257,8 +253,7 @@ def workspace_for(p: Problem, wanted: Callable[[Plan], bool], buffers: int = 1) 
         if plan is not None and plan.route == "stash":
             break
         size += max(size // 40, 1)
-    if found is None:
-        raise NoWorkspace("no workspace gives the wanted plan")
+    assert found is not None, "no workspace gives the wanted plan"
     return found
 
 
@@ -269,6 +264,12 @@ ROUTES: dict[str, Callable[[Plan], bool]] = {
     "unit": lambda plan: plan.route == "grouped" and {g.unit for g in plan.groups} == {True, False},
     "recompute": lambda plan: plan.route == "recompute" and len(list(plan.spans)) > 2,
 }
+
+
+def grad(x: Tensor) -> Tensor:
+    """The gradient of a leaf, which must be there."""
+    assert x.grad is not None
+    return x.grad
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -281,7 +281,7 @@ def with_reference_rows(apply: Callable[[Args, Draw], None], *words: str) -> Cor
     """A fault of the reference's hidden rows or head."""
 
     def both(args: Args, draw: Draw) -> None:
-        rows = args.get("h_TD", args.get("h"))
+        rows = args["h"] if "h" in args else args["h_TD"]
         args |= {"ref_logp_S": None, "ref_h_TD": rows.clone(), "ref_w_VD": args["w_VD"].clone()}
         args["ref_bias_V"] = args["bias_V"].clone()
         apply(args, draw)
@@ -347,7 +347,8 @@ PAIR_FAULTS = [
     *vector_faults("weight_P", st.one_of(FINITE_FLOATS, st.floats(-9, -1e-3))),
     *number("num_pairs", NEGATIVE_OR_ZERO),
     replaced(
-        "stats", lambda _, draw: draw(st.one_of(NOT_TENSORS, st.none()).filter(lambda x: x != []))
+        "stats",
+        lambda _, draw: draw(st.one_of(st.text(), st.none(), st.floats(), st.just(object()))),
     ),
     replaced(
         "stats", lambda _, draw: ("entropy", draw(st.one_of(st.text(), st.integers(), st.just([]))))
@@ -481,7 +482,7 @@ def test_a_thousand_bad_calls(name):
         deadline=None,
         derandomize=True,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
     )
     @given(some_faults(faults), st.data())
     def check(chosen, data):

@@ -63,7 +63,7 @@ def test_a_run_leaves_what_it_promises(finished):
         folder = finished / f"round-{index:02d}"
         pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
         assert pairs and all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
-        assert {"metrics", "policy", "ref_logps", "candidates", "scores"} <= {
+        assert {"metrics", "policy", "checkpoint", "ref_logps", "candidates", "scores"} <= {
             path.name for path in folder.iterdir()
         }
         rows = [json.loads(line) for line in (folder / "metrics" / "metrics.jsonl").open()]
@@ -122,6 +122,27 @@ def test_a_reward_model_scores_a_round(inputs, tmp_path):
         for line in part.open()
     ]
     assert len(scores) == 7 * 3 and len(set(scores)) > 10
+
+
+def test_ties_are_counted_and_told(inputs, tmp_path, capsys, monkeypatch):
+    """A scorer that likes nothing better leaves no pair, and says so."""
+    import test_rounds
+
+    monkeypatch.setattr(test_rounds, "vowels", lambda prompts, responses: [1.0] * len(responses))
+    assert main(arguments(inputs, tmp_path / "out")) == 2
+    assert "tie" in capsys.readouterr().err
+
+
+def test_an_interruption_says_how_to_go_on(inputs, tmp_path, capsys, monkeypatch):
+    from fastdpo import rounds
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "pair", interrupt)
+    assert main(arguments(inputs, tmp_path / "out")) == 130
+    assert "same command" in capsys.readouterr().err
+    assert len(list((tmp_path / "out/round-01/scores").glob("part-*.jsonl"))) == 3
 
 
 # Each place is one call of one stage; the n-th call of it kills the process.

@@ -1,0 +1,116 @@
+"""Does the score on held-out prompts rise?  Iterative runs over several seeds, with intervals.
+
+    python -m bench.rise --model MODEL --prompts prompts.jsonl --out runs/rise
+
+Each seed is a whole `fastdpo iterate` run, resumed if it was interrupted.  The seed also decides
+which prompts are held out.  For every held-out prompt the change is its mean score after the last
+round minus that of the start; the interval over prompts uses all of them, the interval over seeds
+only the seeds' means.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from fastdpo.rounds import IterateConfig, iterate
+from fastdpo.storage import read_parts
+
+# Two-sided 95% quantiles of Student's t by degrees of freedom; the normal's beyond 30.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def quantile(degrees: int) -> float:
+    return _T95[degrees - 1] if degrees <= len(_T95) else 2.05 if degrees < 30 else 1.96
+
+
+def prompt_means(folder: Path) -> torch.Tensor:
+    """Mean score and mean length of each held-out prompt's responses, (prompts, 2)."""
+    found: dict[int, list[tuple[float, int]]] = {}
+    candidates = read_parts(folder / "candidates")
+    for candidate, scored in zip(candidates, read_parts(folder / "scores")):
+        value = scored["score"], len(candidate["response_ids"])
+        found.setdefault(candidate["prompt_index"], []).append(value)
+    rows = [[sum(x) / len(x) for x in zip(*values)] for _, values in sorted(found.items())]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def interval(values: torch.Tensor) -> dict[str, float]:
+    """Mean and 95% interval of independent values."""
+    mean, error = values.mean().item(), values.std().item() / math.sqrt(len(values))
+    half = quantile(len(values) - 1) * error
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def study(config: IterateConfig, seeds: list[int], out: Path) -> list[dict]:
+    """Run every seed; rows for score and length, after each round against the start."""
+    changes: dict[int, list[torch.Tensor]] = {}
+    starts, correlations = [], []
+    for seed in seeds:
+        settings = {**vars(config), "seed": seed, "output_dir": str(out / f"seed-{seed}")}
+        iterate(IterateConfig(**settings))
+        folder = out / f"seed-{seed}"
+        start = prompt_means(folder / "round-00" / "eval")
+        starts.append(start.mean(0))
+        correlations.append(torch.corrcoef(start.T)[0, 1].item())
+        for index in range(1, config.rounds + 1):
+            after = prompt_means(folder / f"round-{index:02d}" / "eval")
+            changes.setdefault(index, []).append(after - start)
+    rows = []
+    for index, by_seed in changes.items():
+        for column, name in enumerate(("score", "length")):
+            rows.append(
+                {
+                    "round": index,
+                    "what": name,
+                    "start": torch.stack(starts)[:, column].mean().item(),
+                    "over_prompts": interval(torch.cat(by_seed)[:, column]),
+                    "over_seeds": interval(torch.stack([x[:, column].mean() for x in by_seed])),
+                }
+            )
+    rows.append({"score_length_correlation_at_start": correlations, "seeds": seeds})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--scorer", default="fastdpo.scoring:plain_language")
+    parser.add_argument("--out", type=Path, default=Path("runs/rise"))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--train_prompts", type=int, default=128)
+    parser.add_argument("--heldout", type=int, default=64)
+    parser.add_argument("--results", type=Path, help="append the rows to this JSON lines file")
+    options = parser.parse_args()
+    config = IterateConfig(
+        model=options.model,
+        prompts=options.prompts,
+        scorer=options.scorer,
+        rounds=options.rounds,
+        heldout=options.heldout,
+        max_prompts=options.train_prompts,
+        num_samples=4,
+        eval_samples=2,
+        max_new_tokens=64,
+        batch_prompts=16,
+        learning_rate=2e-5,
+        warmup_ratio=0.0,
+        batch_size=8,
+        max_length=512,
+        max_tokens=2048,
+        gradient_checkpointing=False,
+    )
+    rows = study(config, [int(seed) for seed in options.seeds.split(",")], options.out)
+    for row in rows:
+        print(json.dumps(row))
+    if options.results:
+        with options.results.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
