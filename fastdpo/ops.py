@@ -75,6 +75,17 @@ def _plain_precision(method: Callable) -> Callable:
     return run
 
 
+def _free_unless_retained(ctx: Any) -> None:
+    """Let go of the stash and the finished gradients as autograd lets go of saved tensors.
+
+    They live outside `save_for_backward` so that a stash can be lent again; a loss that is kept
+    for logging must not keep them.
+    """
+    graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    if graph_is_kept is not None and not graph_is_kept():
+        ctx.call.blocks, ctx.grads = [], None
+
+
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
     @_plain_precision
@@ -94,7 +105,9 @@ class _LinearLogp(torch.autograd.Function):
     def backward(ctx, dlogp_N):
         call: Call = ctx.call
         coef_N = dlogp_N if call.keep_N is None else dlogp_N[call.keep_N]
-        return *token_backward(call, ctx.saved_tensors, coef_N), None
+        grads = token_backward(call, ctx.saved_tensors, coef_N)
+        _free_unless_retained(ctx)
+        return *grads, None
 
 
 def linear_logp(
@@ -240,11 +253,14 @@ class _LinearPreference(torch.autograd.Function):
     @once_differentiable
     @_plain_precision
     def backward(ctx, dloss, *_):
+        saved = ctx.saved_tensors
         if ctx.grads is not None:
-            h_TD, _w, _b = ctx.saved_tensors
-            return *rounded(ctx.grads, h_TD.dtype, dloss), None, None
-        coef_N = (ctx.coef_N * dloss).to(torch.promote_types(dloss.dtype, torch.float32))
-        return *token_backward(ctx.call, ctx.saved_tensors, coef_N), None, None
+            grads = rounded(ctx.grads, saved[0].dtype, dloss)
+        else:
+            coef_N = (ctx.coef_N * dloss).to(torch.promote_types(dloss.dtype, torch.float32))
+            grads = token_backward(ctx.call, saved, coef_N)
+        _free_unless_retained(ctx)
+        return *grads, None, None
 
 
 def linear_preference_loss(

@@ -39,7 +39,7 @@ from fastdpo.objectives import (
     nca_pair,
 )
 from fastdpo.plan import MIB
-from fastdpo.streaming import Stash
+from fastdpo.streaming import Grads, Stash
 
 LOW = [torch.bfloat16, torch.float16]
 LOG_2 = torch.tensor(2.0).log()
@@ -876,3 +876,25 @@ def test_implementation_torch_is_the_default_on_a_cpu():
 def test_implementation_triton_is_refused_on_a_cpu(op):
     with pytest.raises(ValueError, match=r"impl='triton' cannot run.*'cpu'"):
         OPS[op](make_problem(dtype=torch.float32), impl="triton")
+
+
+@pytest.mark.parametrize("workspace_mib", [256, 0.1], ids=["stash", "grouped"])
+def test_a_kept_loss_keeps_no_workspace(workspace_mib):
+    import gc
+
+    h = torch.randn(40, 16, requires_grad=True)
+    w = torch.randn(997, 16, requires_grad=True)
+    target, bounds = torch.randint(997, (40,)), torch.arange(5) * 10
+
+    def held():
+        gc.collect()
+        return [x for x in gc.get_objects() if type(x) in (Stash, Grads)]
+
+    result = linear_dpo_loss(
+        h, w, target, bounds, torch.zeros(4), workspace_mib=workspace_mib, beta=0.1
+    )
+    assert held()
+    result.loss.backward()
+    assert not held()
+    with pytest.raises(RuntimeError, match="second time"):
+        result.loss.backward()
