@@ -75,7 +75,7 @@ def study(config: IterateConfig, seeds: list[int], out: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Held-out score over seeds")
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--scorer", default="fastdpo.scoring:plain_language")

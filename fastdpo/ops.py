@@ -81,7 +81,8 @@ def _free_unless_retained(ctx: Any) -> None:
     They live outside `save_for_backward` so that a stash can be lent again; a loss that is kept
     for logging must not keep them.
     """
-    graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    autograd = getattr(torch._C, "_autograd", None)
+    graph_is_kept = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     if graph_is_kept is not None and not graph_is_kept():
         ctx.call.blocks, ctx.grads = [], None
 
