@@ -37,9 +37,12 @@ def prompt_means(folder: Path) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def interval(values: torch.Tensor) -> dict[str, float]:
-    """Mean and 95% interval of independent values."""
-    mean, error = values.mean().item(), values.std().item() / math.sqrt(len(values))
+def interval(values: torch.Tensor) -> dict[str, float | None]:
+    """Mean and 95% interval of independent values; a single value has none."""
+    mean = values.mean().item()
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None, "n": len(values)}
+    error = values.std().item() / math.sqrt(len(values))
     half = quantile(len(values) - 1) * error
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
 
