@@ -163,8 +163,6 @@ def check_pair_losses(loss_P: Any, count: int) -> None:
     if not isinstance(loss_P, Tensor) or loss_P.shape != (count,):
         got = tuple(loss_P.shape) if isinstance(loss_P, Tensor) else type(loss_P).__name__
         raise ValueError(f"objective must return one loss a pair, shape ({count},); got {got}")
-    if not loss_P.requires_grad:
-        raise ValueError("objective must return a function of the log-ratios; it has no gradient")
 
 
 def check_bounds(bounds: Any, target: Tensor) -> list[int]:

@@ -29,6 +29,14 @@ def _keep_freed_tiles() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
+@cache
+def has_native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 faster than fp32; a build without oneDNN does not."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Products:
     """fp32-valued (fp64 for fp64 inputs) products of tensors of one ``dtype`` on one device."""
 
@@ -79,8 +87,8 @@ class Products:
 
     def rounded_mm(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """``out = a @ b`` rounded once to the inputs' dtype: the cheapest product there is."""
-        native = self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if self.widen or (self.on_cpu and native):
+        native = self.on_cpu and self.dtype == torch.bfloat16 and has_native_bf16()
+        if self.widen or native:
             torch.mm(a.to(self.dtype), b.to(self.dtype), out=out)
         elif self.onednn:
             a, b = self.operand(a), self.operand(b)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastdpo import checks
 from fastdpo.objectives import lr_dpo
@@ -75,6 +74,25 @@ def _plain_precision(method: Callable) -> Callable:
     return run
 
 
+def _once(backward: Callable) -> Callable:
+    """Refuse to be differentiated twice, whatever the upstream gradient requires.
+
+    ``once_differentiable`` would let ``create_graph=True`` through with gradients that carry no
+    graph, so that a penalty on them silently contributed nothing.
+    """
+
+    @wraps(backward)
+    def run(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastdpo's ops cannot be differentiated twice (create_graph=True): their gradients "
+                "carry no graph; use fastdpo.reference for second derivatives"
+            )
+        return backward(ctx, *grads)
+
+    return run
+
+
 def _free_unless_retained(ctx: Any) -> None:
     """Let go of the stash and the finished gradients as autograd lets go of saved tensors.
 
@@ -97,16 +115,16 @@ class _LinearLogp(torch.autograd.Function):
         else:
             logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
         ctx.call = call
-        ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND)
+        ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND, call.target_N, call.rows_N)
         return call.full(logp_N)
 
     @staticmethod
-    @once_differentiable
+    @_once
     @_plain_precision
     def backward(ctx, dlogp_N):
         call: Call = ctx.call
         coef_N = dlogp_N if call.keep_N is None else dlogp_N[call.keep_N]
-        grads = token_backward(call, ctx.saved_tensors, coef_N)
+        grads = token_backward(call, ctx.saved_tensors[:4], coef_N)
         _free_unless_retained(ctx)
         return *grads, None
 
@@ -245,13 +263,13 @@ class _LinearPreference(torch.autograd.Function):
             logp_S, ref_S = pairs.sums(logp_N), reference_sums(call, pairs)
             loss, slope_S = pairs.loss_and_slope(logp_S, ref_S, slice(0, len(logp_S) // 2))
             coef_N = per_token(slope_S, pairs.sizes)
-            ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND)
+            ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND, call.target_N, call.rows_N)
         ctx.coef_N = coef_N
         ctx.mark_non_differentiable(logp_S, ref_S)
         return loss.to(torch.promote_types(h_TD.dtype, torch.float32)), logp_S, ref_S
 
     @staticmethod
-    @once_differentiable
+    @_once
     @_plain_precision
     def backward(ctx, dloss, *_):
         saved = ctx.saved_tensors
@@ -259,7 +277,7 @@ class _LinearPreference(torch.autograd.Function):
             grads = rounded(ctx.grads, saved[0].dtype, dloss)
         else:
             coef_N = (ctx.coef_N * dloss).to(torch.promote_types(dloss.dtype, torch.float32))
-            grads = token_backward(ctx.call, saved, coef_N)
+            grads = token_backward(ctx.call, saved[:4], coef_N)
         _free_unless_retained(ctx)
         return *grads, None, None
 
@@ -345,7 +363,7 @@ def linear_preference_loss(
         with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
             logp_S = pairs.sums(forward_blocks(call, h_TD, w_VD, bias_V))
             ref_S = reference_sums(call, pairs)
-            loss, _ = pairs.loss_and_slope(logp_S, ref_S, slice(0, S // 2))
+            loss = pairs.loss(logp_S, ref_S, slice(0, S // 2)).sum() / count
             loss = loss.to(torch.promote_types(h_TD.dtype, torch.float32))
     else:
         loss, logp_S, ref_S = _LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)  # type: ignore[misc]
@@ -405,56 +423,58 @@ class LinearDPOLoss(nn.Module):
 
     def forward(
         self,
-        h: Tensor,
+        h_TD: Tensor,
         w_VD: Tensor,
-        target: Tensor,
+        target_N: Tensor,
         bounds_S1: Tensor | None = None,
         ref_logp_S: Tensor | None = None,
         **options: Any,
     ) -> PreferenceLoss:
-        """Packed: ``h`` (T, D), ``target`` (N,), ``bounds_S1`` (S + 1,), as in `linear_dpo_loss`.
+        """Packed: ``h_TD`` (T, D), ``target_N`` (N,), ``bounds_S1`` (S + 1,).
 
-        Padded, as TRL collates: ``h`` (2B, L, D), all chosen sequences first, then all rejected;
-        ``target`` (2B, L) already shifted, so that row t predicts label t, with -100 on prompts and
-        padding; no ``bounds_S1``.  Pair i is rows i and B + i; ``ref_logp_S``, ``ref_h_TD``
+        Padded, as TRL collates: ``h_TD`` (2B, L, D), all chosen sequences first, then all rejected;
+        ``target_N`` (2B, L) already shifted, so that row t predicts label t, with -100 on prompts
+        and padding; no ``bounds_S1``.  Pair i is rows i and B + i; ``ref_logp_S``, ``ref_h_TD``
         (2B, L, D) and the returned ``logp_S``, ``lengths_S`` and ``stats`` (2B, L) keep that order.
         """
         settings = {"beta": self.beta, "alpha": self.alpha, **self.options, **options}
-        if bounds_S1 is not None or not isinstance(h, Tensor) or h.ndim != 3:
+        if bounds_S1 is not None or not isinstance(h_TD, Tensor) or h_TD.ndim != 3:
             if bounds_S1 is None:
                 raise ValueError(
-                    "bounds_S1 is missing: packed rows h (T, D) need it; TRL's padded layout has "
-                    f"h of shape (2B, L, D), got {tuple(getattr(h, 'shape', ()))}"
+                    "bounds_S1 is missing: packed rows h_TD (T, D) need it; TRL's padded layout "
+                    f"has h_TD of shape (2B, L, D), got {tuple(getattr(h_TD, 'shape', ()))}"
                 )
-            return linear_dpo_loss(h, w_VD, target, bounds_S1, ref_logp_S, **settings)
-        return self._padded(h, w_VD, target, ref_logp_S, settings)
+            return linear_dpo_loss(h_TD, w_VD, target_N, bounds_S1, ref_logp_S, **settings)
+        return self._padded(h_TD, w_VD, target_N, ref_logp_S, settings)
 
     def _padded(
         self,
-        h: Tensor,
+        h_TD: Tensor,
         w_VD: Tensor,
-        target: Tensor,
+        target_N: Tensor,
         ref_logp_S: Tensor | None,
         settings: dict[str, Any],
     ) -> PreferenceLoss:
-        checks.require_tensor("h", h, 3, "(2B, L, D)")
-        checks.require_tensor("target", target, 2, "(2B, L)")
-        S, L, D = h.shape
-        if target.shape != (S, L) or S % 2 or S == 0:
+        checks.require_tensor("h_TD", h_TD, 3, "(2B, L, D)")
+        checks.require_tensor("target_N", target_N, 2, "(2B, L)")
+        S, L, D = h_TD.shape
+        if target_N.shape != (S, L) or S % 2 or S == 0:
             raise ValueError(
-                "padded layout: h must be (2B, L, D) and target (2B, L), all chosen first; got "
-                f"{tuple(h.shape)} and {tuple(target.shape)}"
+                "padded layout: h_TD must be (2B, L, D) and target_N (2B, L), all chosen first; "
+                f"got {tuple(h_TD.shape)} and {tuple(target_N.shape)}"
             )
         if settings.get("rows_N") is not None:
             raise ValueError("rows_N has no meaning in the padded layout; leave it out")
         order_S = torch.arange(S).view(2, S // 2).T.reshape(S)  # chosen 0, rejected 0, chosen 1...
         back_S = order_S.argsort()
-        order, back = order_S.to(h.device), back_S.to(h.device)
-        rows_N = (order[:, None] * L + torch.arange(L, device=h.device)).reshape(-1)
+        order, back = order_S.to(h_TD.device), back_S.to(h_TD.device)
+        rows_N = (order[:, None] * L + torch.arange(L, device=h_TD.device)).reshape(-1)
         if settings.get("ref_h_TD") is not None:
             ref_h = checks.require_tensor("ref_h_TD", settings["ref_h_TD"], 3, "(2B, L, D)")
             if ref_h.shape[:2] != (S, L):
-                raise ValueError(f"ref_h_TD must be ({S}, {L}, D) as h, got {tuple(ref_h.shape)}")
+                raise ValueError(
+                    f"ref_h_TD must be ({S}, {L}, D) as h_TD, got {tuple(ref_h.shape)}"
+                )
             settings["ref_h_TD"] = ref_h.flatten(0, 1)
         if ref_logp_S is not None:
             checks.require_tensor("ref_logp_S", ref_logp_S, 1, "(2B,)")
@@ -462,9 +482,9 @@ class LinearDPOLoss(nn.Module):
                 raise ValueError(f"ref_logp_S must have 2B={S} entries, got {ref_logp_S.shape[0]}")
             ref_logp_S = ref_logp_S[order]
         result = linear_dpo_loss(
-            h.reshape(S * L, D),
+            h_TD.reshape(S * L, D),
             w_VD,
-            target[order].reshape(-1),
+            target_N[order].reshape(-1),
             torch.arange(S + 1) * L,
             ref_logp_S,
             **{**settings, "rows_N": rows_N},

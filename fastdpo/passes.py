@@ -107,6 +107,10 @@ class Pairs:
         with torch.enable_grad():
             leaf_S = logp_S.detach().double().requires_grad_()
             loss = self.loss(leaf_S, ref_logp_S, pairs).sum() / self.num_pairs
+            if not loss.requires_grad:
+                raise ValueError(
+                    "objective must return a function of the log-ratios; it has no gradient"
+                )
             (slope_S,) = torch.autograd.grad(loss, leaf_S)
         return loss.detach(), slope_S
 
@@ -215,10 +219,15 @@ def _new_grads(
 
 
 def rounded(grads: Grads, dtype: torch.dtype, factor: Tensor | None = None):
+    """The gradients times ``factor``, rounded once, without a second copy in fp32."""
+
     def finish(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        return (x if factor is None else x * factor.to(x.dtype)).to(dtype)
+        if x is None or (factor is None and x.dtype == dtype):
+            return x
+        out = torch.empty_like(x, dtype=dtype)
+        for part, rows in zip(out.split(4096), x.split(4096)):
+            part.copy_(rows if factor is None else rows * factor.to(x.dtype))
+        return out
 
     return finish(grads.h), finish(grads.w), finish(grads.bias)
 

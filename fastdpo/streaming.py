@@ -111,6 +111,8 @@ class _Fold:
         column_N1, hit_N1 = _columns(self.target_N, v0, v0 + z_NC.shape[1])
         self.target_z_N += torch.where(hit_N1, z_NC.gather(1, column_N1), 0.0)[:, 0]
         torch.amax(z_NC, 1, out=self.max_KN[k])
+        # A chunk of a padded vocabulary may be -inf throughout.
+        self.max_KN[k].clamp_(min=torch.finfo(z_NC.dtype).min)
         e_NC = torch.sub(z_NC, self.max_KN[k][:, None], out=z_NC if out_NC is None else out_NC)
         own_N1 = e_NC.exp_().gather(1, column_N1)
         e_NC.scatter_(1, column_N1, own_N1.masked_fill(hit_N1, 0.0))
@@ -181,8 +183,8 @@ class _Stats:
 class Stash:
     """What a block keeps for its backward: a chunk-major (N, V) buffer, bounded by the workspace.
 
-    On a CPU the buffer is lent again to the next stash.  Otherwise the system takes its pages back
-    after every step, and touching fresh ones costs as much as a matrix product.
+    On a CPU the buffer is lent again to the next stash of like size.  Otherwise the system takes
+    its pages back after every step, and touching fresh ones costs as much as a matrix product.
     """
 
     _idle: ClassVar[list[Tensor]] = []
@@ -196,7 +198,7 @@ class Stash:
     def _take(cls, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if device.type == "cpu" and cls._idle:
             buffer = cls._idle.pop()
-            if buffer.dtype == dtype and buffer.numel() >= numel:
+            if buffer.dtype == dtype and numel <= buffer.numel() <= 2 * numel:
                 return buffer
         return torch.empty(numel, dtype=dtype, device=device)
 
@@ -338,7 +340,8 @@ class Streamer:
         """Add the head's gradients of ``sum coef * logp`` to ``into``; return that of the rows.
 
         With ``final`` this block is the whole call: each chunk of the weight's gradient is then
-        one product, rounded once into ``into.w``, and needs no accumulator.
+        one product, rounded into ``into.w``, and needs no accumulator; the rows of targets are
+        rounded again when their own entries are added.
         """
         assert block.stash is not None
         coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).to(self.acc_dtype)

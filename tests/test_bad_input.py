@@ -77,10 +77,10 @@ def valid_dpo() -> Args:
 def valid_module() -> Args:
     """The padded layout, with the settings of the constructor among the arguments."""
     args = valid_dpo()
-    for name in ("h_TD", "target_N", "rows_N", "bounds_S1"):
+    for name in ("rows_N", "bounds_S1"):
         del args[name]
-    args["h"] = torch.randn(2 * PAIRS, L, D)
-    args["target"] = torch.arange(2 * PAIRS * L).reshape(2 * PAIRS, L) % V
+    args["h_TD"] = torch.randn(2 * PAIRS, L, D)
+    args["target_N"] = torch.arange(2 * PAIRS * L).reshape(2 * PAIRS, L) % V
     return args
 
 
@@ -266,8 +266,8 @@ def wrong_ends(x: torch.Tensor, draw: Draw) -> torch.Tensor:
 
 def mask_response(args: Args, draw: Draw) -> None:
     s = draw(st.integers(0, 2 * PAIRS - 1))
-    if "target" in args:
-        args["target"][s] = IGNORE
+    if args["target_N"].ndim == 2:
+        args["target_N"][s] = IGNORE
     else:
         edges = args["bounds_S1"].tolist()
         args["target_N"][edges[s] : edges[s + 1]] = IGNORE
@@ -281,7 +281,7 @@ def with_reference_rows(apply: Callable[[Args, Draw], None], *words: str) -> Cor
     """A fault of the reference's hidden rows or head."""
 
     def both(args: Args, draw: Draw) -> None:
-        rows = args["h"] if "h" in args else args["h_TD"]
+        rows = args["h_TD"]
         args |= {"ref_logp_S": None, "ref_h_TD": rows.clone(), "ref_w_VD": args["w_VD"].clone()}
         args["ref_bias_V"] = args["bias_V"].clone()
         apply(args, draw)
@@ -395,19 +395,18 @@ OBJECTIVE_FAULTS = [
     replaced("objective", lambda _, draw: draw(NOT_LOSSES)),
     replaced("objective", lambda *_: nca_pair(), "margin_P", "smoothing_P"),
 ]
-# In the padded layout the module says "target" and "h"; what it hands on has the op's names.
 PADDED_FAULTS = [
-    not_a_tensor("target"),
-    wrong_ndim("target"),
-    meta("target"),
-    other_dtype("target", st.sampled_from([torch.int32, torch.float32, torch.bool])),
-    other_length("target"),
-    other_length("target", dim=1),
-    one_entry("target", NO_TOKEN),
-    other_length("h"),
-    other_length("h", "target", dim=1),
-    wrong_ndim("h", "bounds_S1"),
-    MASKED._replace(argument="target"),
+    not_a_tensor("target_N"),
+    wrong_ndim("target_N"),
+    meta("target_N"),
+    other_dtype("target_N", st.sampled_from([torch.int32, torch.float32, torch.bool])),
+    other_length("target_N"),
+    other_length("target_N", dim=1),
+    one_entry("target_N", NO_TOKEN),
+    other_length("h_TD"),
+    other_length("h_TD", "target_N", dim=1),
+    wrong_ndim("h_TD", "bounds_S1"),
+    MASKED._replace(argument="target_N"),
     Corruption(
         "rows_N", lambda args, _: args.update(rows_N=torch.arange(20)), ("rows_N",), alone=True
     ),
@@ -445,7 +444,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], Args], list[Corruption]]] 
         call_module,
         valid_module,
         [
-            *head_faults("h", ("h_TD",)),
+            *head_faults("h_TD"),
             *PADDED_FAULTS,
             *REFERENCE_FAULTS,
             *PAIR_FAULTS,
