@@ -18,12 +18,13 @@ import torch
 from fastdpo.rounds import IterateConfig, iterate
 from fastdpo.storage import read_parts
 
-# Two-sided 95% quantiles of Student's t by degrees of freedom; the normal's beyond 30.
+# Two-sided 95% quantiles of Student's t for 1 to 10 degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def quantile(degrees: int) -> float:
-    return _T95[degrees - 1] if degrees <= len(_T95) else 2.05 if degrees < 30 else 1.96
+    """The quantile, for more degrees than are listed that of the fewest in its range."""
+    return _T95[degrees - 1] if degrees <= 10 else 2.228 if degrees < 30 else 2.042
 
 
 def prompt_means(folder: Path) -> torch.Tensor:

@@ -99,6 +99,15 @@ def use_packed_attention(model: nn.Module) -> None:
         ) from error
 
 
+def probe(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Two short packed sequences: token ids (T,), position ids (T,), bounds (3,)."""
+    device = next(model.parameters()).device
+    vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = torch.arange(24, device=device) * 7919 % vocab
+    position = torch.cat([torch.arange(11), torch.arange(13)]).to(device)
+    return ids, position, torch.tensor([0, 11, 24], dtype=torch.int32)
+
+
 @torch.no_grad()
 def check_isolation(model: nn.Module, hidden_states) -> None:
     """Refuse a model in which packed sequences see each other.
@@ -107,11 +116,8 @@ def check_isolation(model: nn.Module, hidden_states) -> None:
     sequence of a packed row must get the hidden states it has alone; in a model with recurrent or
     own attention code it does not.
     """
-    device = next(model.parameters()).device
-    vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    ids = torch.arange(24, device=device) * 7919 % vocab
-    position = torch.cat([torch.arange(11), torch.arange(13)]).to(device)
-    packed = hidden_states(ids, position, torch.tensor([0, 11, 24], dtype=torch.int32))[11:]
+    ids, position, bounds = probe(model)
+    packed = hidden_states(ids, position, bounds)[11:]
     alone = hidden_states(ids[11:], position[11:], torch.tensor([0, 13], dtype=torch.int32))
     scale = alone.float().abs().max()
     error = (packed.float() - alone.float()).abs().max() / scale

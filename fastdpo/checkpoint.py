@@ -35,6 +35,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():  # directories can't be opened there
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

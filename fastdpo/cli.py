@@ -79,8 +79,12 @@ def run_train(config: TrainConfig) -> None:
     for reason, count in found.dropped.items():
         print(f"dropped {count}: {reason}")
     out = Path(config.output_dir)
-    _save_config(config, out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"output_dir={out} is a file; name a folder")
     metrics = train(config.model, tokenizer, found.pairs, config, out)
+    if int(os.environ.get("RANK", "0")):
+        return
+    _save_config(config, out)
     print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     print(f"policy: {out / 'policy'}")
 
@@ -106,8 +110,12 @@ def run_iterate(config: IterateConfig) -> None:
 
 
 def run_demo(config: DemoConfig) -> None:
+    import torch
+
+    from fastdpo.gemm import has_native_bf16
     from fastdpo.models import demo_model
 
+    bf16 = torch.cuda.is_available() or has_native_bf16()
     _quiet_loading()
     prompts = Path(__file__).with_name("demo_prompts.jsonl")
     settings = IterateConfig(
@@ -128,6 +136,8 @@ def run_demo(config: DemoConfig) -> None:
         max_tokens=2048,
         gradient_checkpointing=False,
         save_steps=3,
+        bf16=bf16,
+        sample_dtype="bfloat16" if bf16 else "float32",
         seed=config.seed,
     )
     print(
@@ -140,12 +150,13 @@ def run_demo(config: DemoConfig) -> None:
 def run_doctor(config: DoctorConfig) -> None:
     import torch
 
+    from fastdpo.gemm import has_native_bf16
     from fastdpo.kernels import support
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    fast_bf16 = cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast_bf16 = cuda or has_native_bf16()
     reason = support.unsupported_reason(device)
     lines = {
         "fastdpo": __version__,
@@ -217,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, config = parse(argv)
         COMMANDS[command][1](config)
-    except (ConfigError, DataError, ModelError, ValueError) as error:
+    except (ConfigError, DataError, ModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

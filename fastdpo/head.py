@@ -8,7 +8,10 @@ DDP, ZeRO-3 and PEFT hooks then fire as they do for logits: nobody reads ``.weig
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from fastdpo.ops import linear_logp
 
 
 class HeadCall:
@@ -43,8 +46,8 @@ def attach(model: Any) -> None:
     if type(head) is not nn.Linear:
         raise ValueError(
             f"the head of {type(base).__name__} is a {type(head).__name__}, not a plain nn.Linear; "
-            "an adapter on lm_head is not supported: train it whole with "
-            "modules_to_save=['lm_head'] or leave it out of target_modules"
+            "an adapter on lm_head is not supported: leave it out of target_modules and "
+            "modules_to_save"
         )
     settings = head_settings(base.config)
     head_forward, base_forward = head.forward, base.forward
@@ -63,6 +66,30 @@ def attach(model: Any) -> None:
 
     head.forward, base.forward = call_head, call_base  # type: ignore[method-assign]
     base._fastdpo_attached = True
+
+
+@torch.no_grad()
+def check(model: nn.Module) -> None:
+    """Refuse a model whose logits the fused head does not reproduce.
+
+    There may be a factor or a function after the head that `head_settings` does not know.
+    """
+    from fastdpo.attention import probe
+
+    ids, position, bounds = probe(model)
+    packed = {"attention_mask": None, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    longest = {"max_length_q": 13, "max_length_k": 13}
+    inputs = {"input_ids": ids[None], "position_ids": position[None], **packed, **longest}
+    logits = model(**inputs, use_cache=False).logits[0]
+    wanted = torch.log_softmax(logits.double(), -1).gather(1, ids[:, None])[:, 0]
+    call = HeadCall(lambda h_TD, w_VD, **rest: linear_logp(h_TD, w_VD, ids, **rest))
+    error = (model(**inputs, head_call=call).double() - wanted).abs().max()
+    tolerance = 0.2 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-2
+    if not error < tolerance:
+        raise ValueError(
+            f"the fused head does not reproduce the logits of {type(model).__name__} (log-probs "
+            f"differ by {error:.2g}): something is applied to its logits that is not known here"
+        )
 
 
 def packed_forward(model: nn.Module, batch: Any, f: Callable[..., Any]) -> Any:

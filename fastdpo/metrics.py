@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastdpo.storage import write_jsonl_atomic
+
 
 class MetricsLog:
     """Appends rows with a ``step`` to ``metrics.jsonl`` and mirrors them to TensorBoard.
@@ -18,7 +20,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= done]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_jsonl_atomic(self.path, kept)
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 

@@ -14,6 +14,8 @@ Killed anywhere, the same command goes on with the unfinished part of the stage 
 """
 
 import gc
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +29,9 @@ from fastdpo.data import DataError, PromptRow, prompt_rows, read_rows, render_pr
 from fastdpo.models import load_causal_lm, load_tokenizer
 from fastdpo.pairing import load_pairs, pair
 from fastdpo.sampling import SamplingConfig, sample
-from fastdpo.scoring import load_scorer, score
+from fastdpo.scoring import Scorer, load_scorer, score
 from fastdpo.storage import read_json, read_parts, write_json_atomic
-from fastdpo.trainer import ConfigError, TrainingConfig, require, train
+from fastdpo.trainer import ConfigError, TrainingConfig, check_model, require, train
 
 
 @dataclass(kw_only=True)
@@ -117,9 +119,13 @@ class _Run:
     def __init__(self, config: IterateConfig, progress: bool) -> None:
         self.config, self.progress = config, progress
         self.out = Path(config.output_dir)
-        self.scorer = load_scorer(config.scorer)
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"output_dir={self.out} is a file; name a folder")
+        self._scorer()
         self.tokenizer = load_tokenizer(config.model)
         self.train_prompts, self.heldout = self._prompts()
+        if not (self.out / "state.json").exists():
+            check_model(config.model, self.tokenizer, config.max_length)
         self.out.mkdir(parents=True, exist_ok=True)
         self.state_path = self.out / "state.json"
         self.done: list[str] = self._open_state()
@@ -156,13 +162,31 @@ class _Run:
         kept = [rows[i] for i in sorted(order[config.heldout :])]
         return kept[: config.max_prompts], held
 
+    def _scorer(self) -> Scorer:
+        """The scorer, loaded for each stage that uses it, so that none lies beside a policy."""
+        try:
+            return load_scorer(self.config.scorer)
+        except ValueError as error:
+            raise ConfigError(f"scorer={self.config.scorer}: {error}") from error
+
+    def _state(self) -> dict[str, Any]:
+        """What decides a run, and what is done of it."""
+        digest = hashlib.sha256()
+        for row in [*self.train_prompts, None, *self.heldout]:
+            digest.update(json.dumps(row and [row.prompt, row.tools]).encode())
+        config = {**asdict(self.config), "content of prompts": digest.hexdigest()}
+        return {"config": config, "done": self.done}
+
     def _open_state(self) -> list[str]:
-        config = asdict(self.config)
+        self.done = []
+        now = self._state()
         if not self.state_path.exists():
-            write_json_atomic(self.state_path, {"config": config, "done": []})
+            write_json_atomic(self.state_path, now)
             return []
         state = read_json(self.state_path)
-        for name, value in config.items():
+        if not isinstance(state, dict) or not {"config", "done"} <= state.keys():
+            raise DataError(f"{self.state_path} is not the state of a run; remove {self.out}")
+        for name, value in now["config"].items():
             before = state["config"].get(name)
             if name not in {"rounds", "output_dir"} and before != value:
                 raise ConfigError(
@@ -177,7 +201,7 @@ class _Run:
             return
         work()
         self.done.append(name)
-        write_json_atomic(self.state_path, {"config": asdict(self.config), "done": self.done})
+        write_json_atomic(self.state_path, self._state())
 
     def _round(self, index: int, policy: str) -> str:
         config, folder = self.config, self.out / f"round-{index:02d}"
@@ -202,7 +226,7 @@ class _Run:
         )
         self._stage(
             f"round-{index:02d}/score",
-            lambda: score(self.scorer, candidates, scores, progress=self.progress),
+            lambda: score(self._scorer(), candidates, scores, progress=self.progress),
         )
         self._stage(f"round-{index:02d}/pair", do_pair)
         self._stage(f"round-{index:02d}/train", do_train)
@@ -246,7 +270,7 @@ class _Run:
             )
             self._stage(
                 f"round-{index:02d}/eval-score",
-                lambda: score(self.scorer, candidates, scores, progress=self.progress),
+                lambda: score(self._scorer(), candidates, scores, progress=self.progress),
             )
         self._stage(f"round-{index:02d}/report", lambda: self._summarize(index, folder))
 

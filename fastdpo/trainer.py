@@ -9,13 +9,14 @@ processes, however they were packed.
 A run that was interrupted goes on from its last checkpoint and ends in the same weights.
 """
 
+import gc
 import hashlib
 import json
 import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from tqdm import tqdm
 from fastdpo import attention, head
 from fastdpo.batch import PackedPairs, TokenizedPair, pack_pairs, plan_batches, plan_steps
 from fastdpo.checkpoint import atomic_directory, load_checkpoint, save_checkpoint
-from fastdpo.metrics import MetricsLog
+from fastdpo.metrics import MetricsLog, read_metrics
 from fastdpo.models import ModelError, load_causal_lm, save_policy
 from fastdpo.objectives import lr_dpo
 from fastdpo.ops import PreferenceLoss, linear_preference_loss
+from fastdpo.storage import read_json, write_json_atomic
 
 
 class ConfigError(ValueError):
@@ -132,20 +134,68 @@ def packed_loss(
 
 
 def prepare_model(model: nn.Module, *, gradient_checkpointing: bool = False) -> nn.Module:
-    """Packed attention, the fused head, no dropout; refuses a model that cannot isolate pairs."""
-    head.attach(model)
-    attention.use_packed_attention(model)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    attention.check_isolation(model.eval(), lambda *packed: head.hidden_states(model, *packed))
+    """Packed attention, the fused head, no dropout, in training mode.
+
+    Raises:
+        ModelError: the model cannot keep packed pairs apart, has a head that the fused one does not
+            reproduce, or is not deterministic.
+    """
+
+    def body(*packed: Tensor) -> Tensor:
+        return head.hidden_states(model, *packed)
+
+    try:
+        head.attach(model)
+        attention.use_packed_attention(model)
+        attention.check_isolation(model.eval(), body)
+        head.check(model)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    _disable_dropout(model)
     if gradient_checkpointing:
         # transformers renames it between 5.0 and 6.0
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)()  # type: ignore[operator]
-    return model.train()
+    model.train()
+    with torch.no_grad():
+        probe = attention.probe(model)
+        if not torch.equal(body(*probe), body(*probe)):
+            raise ModelError(
+                f"{type(model).__name__} gives two forward passes different hidden states: it has "
+                "noise or dropout that cannot be switched off; policy and reference would differ"
+            )
+    return model
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Zero every dropout, also those that models keep as plain numbers (attention, layerdrop)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def check_model(name: str, tokenizer: Any, max_length: int) -> None:
+    """Refuse a model that `train` would refuse, before samples are drawn for it."""
+    model = prepare_model(load_causal_lm(name))
+    _check_range(model, len(tokenizer) - 1, max_length, "the tokenizer's", "max_length")
+
+
+def _check_range(model: nn.Module, token: int, length: int, whose: str, what: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if token >= rows:
+        raise ModelError(
+            f"{whose} token ids go up to {token}, but {type(model).__name__} has {rows} "
+            "embeddings; use the tokenizer that belongs to the model"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+    if positions is not None and length > positions:
+        raise ModelError(
+            f"{what}={length} is over the {positions} positions of {type(model).__name__}; "
+            "lower max_length"
+        )
 
 
 def train(
@@ -189,19 +239,27 @@ class _Round:
         from accelerate import Accelerator
 
         # Its precision belongs to the process, so autocast is entered here instead (see _loss).
-        self.accelerator = Accelerator()
+        self.accelerator = _check_accelerator(Accelerator())
         self.model_name, self.tokenizer, self.config, self.out = model_name, tokenizer, config, out
         self.pairs = pairs
         self.lengths = [pair.num_tokens for pair in pairs]
         self.progress = progress and self.accelerator.is_main_process
 
     def run(self) -> dict[str, float]:
+        self._claim_folder()
         if (self.out / "policy").is_dir():
             return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
         config, accelerator = self.config, self.accelerator
         steps = list(chain.from_iterable(map(self._plan, range(config.num_train_epochs))))
         model = prepare_model(
             load_causal_lm(self.model_name), gradient_checkpointing=config.gradient_checkpointing
+        )
+        sides = [
+            pair.prompt_ids + x for pair in self.pairs for x in (pair.chosen_ids, pair.rejected_ids)
+        ]
+        longest = max(map(len, sides))
+        _check_range(
+            model, max(map(max, sides)), longest, "the pairs'", "a response with its prompt"
         )
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -230,7 +288,31 @@ class _Round:
             log.close()
             save_policy(plain, self.tokenizer, self.out / "policy")
         accelerator.wait_for_everyone()
+        del model, plain, optimizer, scheduler  # the patched forwards are a cycle
+        gc.collect()
         return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
+
+    def _claim_folder(self) -> None:
+        """Write what this run is, or refuse a folder that holds another one."""
+        names = {field.name for field in fields(TrainingConfig)} - {"save_steps"}
+        run = {name: value for name, value in asdict(self.config).items() if name in names}
+        run |= {"model": str(self.model_name), "pairs": _digest(self.pairs)}
+        path = self.out / "run.json"
+        if not path.exists():
+            if self.accelerator.is_main_process:
+                write_json_atomic(path, run)
+            self.accelerator.wait_for_everyone()
+            return
+        before = read_json(path)
+        for name, value in run.items():
+            if before.get(name) != value:
+                what = (
+                    "other pairs" if name == "pairs" else f"{name}={before.get(name)}, not {value}"
+                )
+                raise ConfigError(
+                    f"{self.out} holds a run with {what}; give the same options and data to go on, "
+                    "or another output_dir to start anew"
+                )
 
     def _plan(self, epoch: int) -> list[list[list[int]]]:
         """Micro-batches of pair indices for each step of an epoch, of this process."""
@@ -285,14 +367,7 @@ class _Round:
         from safetensors.torch import load_file, save_file
 
         folder = self.out / "ref_logps"
-        fingerprint = _fingerprint(self.model_name, self.pairs)
         if folder.is_dir():
-            known = json.loads((folder / "fingerprint.json").read_text())
-            if known != fingerprint:
-                raise ConfigError(
-                    f"{folder} belongs to other pairs or another model; remove {self.out} or "
-                    "choose another output folder"
-                )
             return load_file(folder / "ref_logps.safetensors")["logp_P2"]
         found: list[tuple[int, list[float]]] = []
         batches = list(chain.from_iterable(self._plan(epoch=0)))
@@ -315,7 +390,6 @@ class _Round:
         if self.accelerator.is_main_process:
             with atomic_directory(folder) as scratch:
                 save_file({"logp_P2": logp_P2}, scratch / "ref_logps.safetensors")
-                (scratch / "fingerprint.json").write_text(json.dumps(fingerprint))
         self.accelerator.wait_for_everyone()
         return logp_P2
 
@@ -324,14 +398,14 @@ class _Round:
     ) -> dict[str, float]:
         """One optimizer step over this process's micro-batches; metrics averaged over all pairs."""
         config, accelerator = self.config, self.accelerator
-        started, tokens = time.perf_counter(), 0
+        started = time.perf_counter()
         own_pairs = sum(map(len, batches))
-        counts = torch.tensor(own_pairs, device=accelerator.device)
-        step_pairs = int(accelerator.reduce(counts, "sum"))  # type: ignore[arg-type]
+        own_tokens = sum(self.lengths[i] for index in batches for i in index)
+        counts = torch.tensor([own_pairs, own_tokens], device=accelerator.device)
+        step_pairs, all_tokens = accelerator.reduce(counts, "sum").tolist()  # type: ignore[union-attr]
         sums: dict[str, Tensor] = {}
         for position, index in enumerate(batches):
             batch = self._batch(index)
-            tokens += batch.num_tokens
             ref_logp_S = ref_logp_P2[index].reshape(-1).to(batch.target_N.device)
             last = position == len(batches) - 1
             with accelerator.no_sync(model) if not last else nullcontext():
@@ -355,7 +429,8 @@ class _Round:
         optimizer.zero_grad()
         row = self._average(row, own_pairs, step_pairs)
         seconds = time.perf_counter() - started
-        return {**row, "num_tokens": tokens, "pairs_per_second": step_pairs / seconds}
+        speed = {"num_tokens": all_tokens, "pairs_per_second": step_pairs / seconds}
+        return {**row, "pairs": step_pairs, **speed}
 
     def _average(self, row: dict[str, float], own: int, total: int) -> dict[str, float]:
         """Weight each process's metrics by its pairs."""
@@ -369,24 +444,52 @@ class _Round:
         return dict(zip(row, values.tolist()))  # type: ignore[union-attr]
 
 
+def _check_accelerator(accelerator: Any) -> Any:
+    """Refuse launch settings that would change what a step means."""
+    from accelerate.utils import DistributedType
+
+    plain = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if accelerator.distributed_type not in plain:
+        raise ConfigError(
+            f"accelerate is set to {accelerator.distributed_type.value}; each process holds a "
+            "whole model here, so launch with --multi_gpu, --cpu or one process"
+        )
+    if accelerator.mixed_precision != "no":
+        raise ConfigError(
+            f"accelerate's mixed_precision is {accelerator.mixed_precision!r}; set it to 'no', the "
+            "option bf16 says what is computed in bf16"
+        )
+    accelerator.gradient_accumulation_steps = 1  # micro-batches are accumulated in _step
+    return accelerator
+
+
 def _cosine(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int) -> Any:
-    from transformers import get_cosine_schedule_with_warmup
+    """Linear warm-up to the peak, then half a cosine.
 
-    warmup = math.ceil(config.warmup_ratio * steps)
-    return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    The first step is at ``peak / warmup`` rather than at zero, so that no step is wasted and a run
+    of a single step trains.
+    """
+    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _fingerprint(model_name: str, pairs: Sequence[TokenizedPair]) -> dict[str, str]:
-    """Which model and which tokens reference log-probs belong to."""
+def _digest(pairs: Sequence[TokenizedPair]) -> str:
+    """Which tokens reference log-probs belong to."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(json.dumps([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
-    return {"model": str(model_name), "pairs": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _mean_metrics(path: Path) -> dict[str, float]:
-    from fastdpo.metrics import read_metrics
-
+    """Metrics of all steps, averaged over pairs."""
     rows = read_metrics(path)
-    names = [name for name in rows[0] if name != "step"] if rows else []
-    return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    total = sum(row["pairs"] for row in rows)
+    names = [name for name in rows[0] if name not in {"step", "pairs"}] if rows else []
+    return {name: sum(row[name] * row["pairs"] for row in rows) / total for name in names}

@@ -2,8 +2,7 @@
 
     python kill_driver.py module:function N command ...
 
-A function that writes is killed after its temporary file exists and before it is renamed, where
-one is named ``storage:_replace`` or alike; the tests name exact places.
+``os:replace`` and ``pathlib:Path.rename`` kill between a temporary name and the final one.
 """
 
 import importlib

@@ -1,5 +1,6 @@
 """The README's quick starts run as they stand, and its generated tables are current."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -53,16 +54,26 @@ def test_the_loss_in_a_transformers_trainer(tmp_path):
             for name in examples[0]
         }
 
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-2,
-        report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
-        logging_steps=1, save_strategy="no",
-    )  # fmt: skip
     data = [example(i) for i in range(8)]
-    trainer = names["DPOTrainer"](model, arguments, train_dataset=data, data_collator=collate)
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert len(losses) == 20 and losses[-1] < losses[0]
+
+    def train(steps, batch, accumulation):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation, learning_rate=1e-2, report_to="none",
+            use_cpu=True, disable_tqdm=True, remove_unused_columns=False, logging_steps=1,
+            save_strategy="no",
+        )  # fmt: skip
+        start = copy.deepcopy(model)
+        trainer = names["DPOTrainer"](start, arguments, train_dataset=data, data_collator=collate)
+        trainer.train()
+        return [row for row in trainer.state.log_history if "loss" in row]
+
+    rows = train(20, 4, 1)
+    assert len(rows) == 20 and rows[-1]["loss"] < rows[0]["loss"]
+    # Accumulated micro-batches are one batch.
+    (split,) = train(1, 2, 2)
+    for name in ("loss", "grad_norm"):
+        assert split[name] == pytest.approx(rows[0][name], rel=1e-3), name
 
 
 def test_the_two_commands_are_one_line_each():

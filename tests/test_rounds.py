@@ -104,6 +104,60 @@ def test_other_options_in_the_same_folder_are_refused(finished, inputs, capsys):
     assert "alpha=0.01, not 0.5" in capsys.readouterr().err
 
 
+def test_other_prompts_in_the_same_file_are_refused(finished, inputs, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "inputs"
+    shutil.copytree(inputs, folder)
+    argv = arguments(inputs, tmp_path / "out", rounds=1, prompts=folder / "prompts.jsonl")
+    assert main(argv) == 0
+    with (folder / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "one more"}) + "\n")
+    assert main(argv) == 2
+    assert "content of prompts" in capsys.readouterr().err
+
+
+def test_an_unsupported_model_is_refused_before_sampling(inputs, tmp_path, capsys):
+    from tiny import MAMBA
+
+    save_tiny(MAMBA, tmp_path / "mamba")
+    assert main(arguments(inputs, tmp_path / "out", model=tmp_path / "mamba")) == 2
+    assert "error:" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_state_and_output_file(inputs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(arguments(inputs, tmp_path / "file")) == 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text("[]")
+    assert main(arguments(inputs, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "is a file" in error and "not the state of a run" in error
+
+
+def test_prompts_and_gap_options(inputs, tmp_path):
+    options = dict(rounds=1, max_prompts=4, eval_samples=1, min_gap=0.02, top_p=0.9)
+    assert main(arguments(inputs, tmp_path / "out", **options)) == 0
+    folder = tmp_path / "out" / "round-01"
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+    assert 1 <= len(pairs) <= 4
+    assert all(pair["score_chosen"] - pair["score_rejected"] > 0.02 for pair in pairs)
+    parts = sorted((folder / "eval" / "candidates").glob("part-*.jsonl"))
+    assert sum(len(part.read_text().splitlines()) for part in parts) == 3
+
+
+@pytest.mark.slow
+def test_the_demo_on_a_given_model(inputs, tmp_path, capsys):
+    argv = ["demo", f"--model={inputs / 'model'}", f"--output_dir={tmp_path / 'demo'}"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "alpha=0.01" in out and "plain_language" in out and "rounds.png" in out
+    assert f"--config {tmp_path / 'demo' / 'config.yaml'} --rounds 3" in out
+    command = out.split("to go on: fastdpo ")[1].split("\n")[0].split()
+    assert main([*command, "--rounds=2"]) == 0  # the printed command is valid, and done
+
+
 def test_a_reward_model_scores_a_round(inputs, tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -157,6 +211,8 @@ KILLS = [
     ("fastdpo.trainer:save_policy", 1),
     ("fastdpo.rounds:write_json_atomic", 2),  # between two stages
     ("fastdpo.report:plot", 1),
+    ("os:replace", 4),  # a temporary file is whole, and not renamed yet
+    ("pathlib:Path.rename", 1),  # a folder, likewise
 ]
 
 

@@ -5,11 +5,24 @@ import json
 
 import pytest
 import torch
-from tiny import COHERE, GEMMA, GRANITE, LLAMA, MISTRAL, PHI, QWEN, build_tokenizer, save_tiny
+from tiny import (
+    BLOOM,
+    COHERE,
+    GEMMA,
+    GRANITE,
+    LLAMA,
+    MAMBA,
+    MISTRAL,
+    OPT,
+    PHI,
+    QWEN,
+    build_tokenizer,
+    save_tiny,
+)
 
 from fastdpo import attention, head, reference
 from fastdpo.batch import TokenizedPair, pack_pairs
-from fastdpo.models import load_tokenizer
+from fastdpo.models import ModelError, load_tokenizer
 from fastdpo.trainer import ConfigError, TrainingConfig, packed_loss, prepare_model, train
 
 FAMILIES = [LLAMA, QWEN, GEMMA, MISTRAL, COHERE, GRANITE, PHI]
@@ -82,12 +95,45 @@ def test_a_model_that_leaks_between_sequences_is_refused(monkeypatch):
         AttentionInterface.register(attention.NAME, attention.packed_attention)
 
 
-def test_recurrent_and_own_attention_models_are_refused():
-    import transformers
+@pytest.mark.parametrize("family", [MAMBA, BLOOM], ids=lambda family: family.name)
+def test_recurrent_and_own_attention_models_are_refused(family):
+    with pytest.raises(ModelError, match=r"not isolated|AttentionInterface|unexpected"):
+        prepare_model(family.build(VOCAB))
 
-    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2)
-    with pytest.raises((ValueError, TypeError)):
-        prepare_model(transformers.MambaForCausalLM(config))
+
+def test_dropout_is_off_so_the_first_loss_is_log_2():
+    """OPT keeps its dropout and layerdrop as plain numbers."""
+    model = prepare_model(OPT.build(VOCAB))
+    assert model.training
+    batch = pack_pairs(random_pairs(3))
+    with torch.no_grad():
+        zeros_S = torch.zeros(6, dtype=torch.float64)
+        ref_logp_S = packed_loss(model, batch, zeros_S, beta=0.1, alpha=0.0).logp_S
+    loss = packed_loss(model, batch, ref_logp_S, beta=0.1, alpha=0.0).loss
+    assert loss == torch.tensor(2.0).log()
+
+
+def test_a_head_with_an_unknown_factor_is_refused():
+    model = LLAMA.build(VOCAB)
+    plain = model.forward
+
+    def tripled(*args, **kwargs):
+        outputs = plain(*args, **kwargs)
+        outputs.logits = 3 * outputs.logits
+        return outputs
+
+    model.forward = tripled
+    with pytest.raises(ModelError, match="does not reproduce"):
+        prepare_model(model)
+
+
+def test_noise_in_a_model_is_refused():
+    model = LLAMA.build(VOCAB)
+    layer = model.model.layers[0].mlp
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 1e-3 * torch.randn_like(x) * layer.training
+    with pytest.raises(ModelError, match="two forward passes"):
+        prepare_model(model)
 
 
 def test_packed_attention_refuses_unpacked_use():
@@ -183,13 +229,48 @@ def test_interrupted_training_ends_in_the_same_bits(model_path, tmp_path, monkey
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
-def test_other_pairs_in_the_same_folder_are_refused(model_path, tmp_path):
+def test_another_run_in_the_same_folder_is_refused(model_path, tmp_path):
     run(model_path, tmp_path)
-    import shutil
-
-    shutil.rmtree(tmp_path / "policy")
     with pytest.raises(ConfigError, match="other pairs"):
         run(model_path, tmp_path, pairs=random_pairs(14, seed=1))
+    with pytest.raises(ConfigError, match=r"beta=0.1, not 0.2"):
+        run(model_path, tmp_path, beta=0.2)
+    run(model_path, tmp_path, save_steps=7)  # where it is saved does not change what it is
+
+
+def test_a_single_step_trains(model_path, tmp_path):
+    run(model_path, tmp_path, pairs=random_pairs(3), warmup_ratio=0.1)
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics" / "metrics.jsonl").open()]
+    assert row["learning_rate"] == 1e-3
+    from safetensors.torch import load_file
+
+    start = load_file(f"{model_path}/model.safetensors")
+    assert any(not torch.equal(start[name], x) for name, x in weights(tmp_path).items())
+
+
+def test_the_schedule_warms_up_and_falls(model_path, tmp_path):
+    run(model_path, tmp_path, num_train_epochs=2, warmup_ratio=0.25)
+    rows = [json.loads(line) for line in (tmp_path / "metrics" / "metrics.jsonl").open()]
+    rates = [row["learning_rate"] for row in rows]
+    assert len(rates) == 8 and rates.index(max(rates)) == 2 and max(rates) == 1e-3
+    assert 0 < rates[0] < rates[1] and rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_returned_metrics_are_means_over_pairs(model_path, tmp_path):
+    metrics = run(model_path, tmp_path, pairs=random_pairs(5))
+    rows = [json.loads(line) for line in (tmp_path / "metrics" / "metrics.jsonl").open()]
+    assert [row["pairs"] for row in rows] == [4, 1]
+    mean = (4 * rows[0]["loss"] + rows[1]["loss"]) / 5
+    assert metrics["loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_tokens_and_lengths_the_model_does_not_have(model_path, tmp_path):
+    alien = [TokenizedPair([3], [VOCAB], [4], {})]
+    with pytest.raises(ModelError, match=f"up to {VOCAB}"):
+        run(model_path, tmp_path / "a", pairs=alien)
+    long = [TokenizedPair([3] * 3000, [4], [5], {})]
+    with pytest.raises(ModelError, match="2048 positions"):
+        run(model_path, tmp_path / "b", pairs=long, max_length=4000, max_tokens=8000)
 
 
 def test_a_diverging_run_stops_with_an_error(model_path, tmp_path):

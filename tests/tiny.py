@@ -42,6 +42,12 @@ MISTRAL = _family("mistral", "MistralConfig", sliding_window=8)
 COHERE = _family("cohere", "CohereConfig")
 GRANITE = _family("granite", "GraniteConfig", logits_scaling=4.0)
 PHI = _family("phi", "PhiConfig")
+OPT = _family(
+    "opt", "OPTConfig", ffn_dim=48, word_embed_proj_dim=32, dropout=0.3, attention_dropout=0.2,
+    layerdrop=0.3, activation_function="gelu",
+)  # fmt: skip
+BLOOM = _family("bloom", "BloomConfig", n_layer=2, n_head=4)
+MAMBA = _family("mamba", "MambaConfig")
 
 
 def build_tokenizer() -> Any:
