@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fastdpo.rounds import IterateConfig, iterate
-from fastdpo.storage import read_parts
+from fastdpo.storage import read_parts, write_json_atomic
 
 # Two-sided 95% quantiles of Student's t for 1 to 10 degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--train_prompts", type=int, default=128)
     parser.add_argument("--heldout", type=int, default=64)
-    parser.add_argument("--results", type=Path, help="append the rows to this JSON lines file")
+    parser.add_argument("--results", type=Path, help="write config and rows to this JSON file")
     options = parser.parse_args()
     config = IterateConfig(
         model=options.model,
@@ -112,8 +112,10 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     if options.results:
-        with options.results.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        unnamed = {"output_dir", "model", "prompts", "seed"}
+        kept = {name: value for name, value in vars(config).items() if name not in unnamed}
+        files = {"model": Path(config.model).name, "prompts": Path(config.prompts).name}
+        write_json_atomic(options.results, {"config": files | kept, "rows": rows})
 
 
 if __name__ == "__main__":
