@@ -71,7 +71,7 @@ def table(rows: list[dict]) -> str:
         row = by_name[name].get(TRAIN)
         return row["time_ms"]["median"] if row and row["time_ms"] else float("inf")
 
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "|".join(COLUMNS.values()) + "|"]
+    body = []
     for name in sorted(by_name, key=order):
         passes = by_name[name]
         row = passes.get(TRAIN) or next(iter(passes.values()))
@@ -88,8 +88,11 @@ def table(rows: list[dict]) -> str:
             milliseconds(passes.get(FORWARD)),
             milliseconds(passes.get(WITH_REFERENCE)),
         ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+        body.append([cell.replace("|", "\\|") for cell in cells])
+    # A pass that was not run has no column.
+    kept = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in body)]
+    grid = [list(COLUMNS), list(COLUMNS.values()), *body]
+    return "\n".join("| " + " | ".join(cells[i] for i in kept) + " |" for cells in grid)
 
 
 def heading(row: dict) -> str:
