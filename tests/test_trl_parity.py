@@ -26,25 +26,30 @@ def rows(count):
     ]
 
 
-@pytest.fixture(params=FAMILIES, ids=[family.name for family in FAMILIES])
-def trainer(request, tmp_path):
-    """A TRL trainer on a tiny saved model; eager attention is the only one that caps scores."""
+def make_trainer(trainer_class, family, folder, *, more=None, **changes):
+    """A trainer on a tiny saved model; eager attention is the only one that caps scores."""
     from datasets import Dataset
 
-    path = save_tiny(request.param, tmp_path / "model")
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path / "out"), beta=BETA, max_steps=STEPS, optim="sgd",
+    path = save_tiny(family, folder / "model")
+    settings = dict(
+        output_dir=str(folder / "out"), beta=BETA, max_steps=STEPS, optim="sgd",
         per_device_train_batch_size=BATCH, learning_rate=RATE, lr_scheduler_type="constant",
         max_grad_norm=0.0, bf16=False, use_cpu=True, report_to="none", save_strategy="no",
-        disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.0,
+        disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.0, logging_steps=1,
         model_init_kwargs={"attn_implementation": "eager", "dtype": "float32"},
     )  # fmt: skip
-    return trl.DPOTrainer(
+    return trainer_class(
         str(path),
-        args=arguments,
+        args=trl.DPOConfig(**{**settings, **changes}),
         train_dataset=Dataset.from_list(rows(STEPS * BATCH)),
         processing_class=build_tokenizer(),
+        **(more or {}),
     )
+
+
+@pytest.fixture(params=FAMILIES, ids=[family.name for family in FAMILIES])
+def trainer(request, tmp_path):
+    return make_trainer(trl.DPOTrainer, request.param, tmp_path)
 
 
 def pairs_of(examples):
@@ -112,3 +117,51 @@ def test_weights_after_sgd_steps(trainer):
         assert moved > 0, name
         assert (p - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
         assert (p - wanted[name]).norm() < 1e-3 * moved, name
+
+
+def trained(trainer):
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    return rows, {name: p.detach() for name, p in trainer.model.named_parameters()}
+
+
+def lora():
+    from peft import LoraConfig
+
+    return {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)}
+
+
+@pytest.mark.parametrize("how", ["plain", "precomputed", "lora"])
+def test_the_trl_trainer_with_the_fused_loss(how, tmp_path):
+    """At alpha 0 it logs what TRL logs and ends in the same weights; alpha then changes both."""
+    from fastdpo.integrations.trl import LengthRegularizedDPOTrainer
+
+    if how == "lora":
+        pytest.importorskip("peft")
+
+    def make(trainer_class, name, **more):
+        torch.manual_seed(0)
+        more |= lora() if how == "lora" else {}
+        changes = {"precompute_ref_log_probs": how == "precomputed"}
+        return make_trainer(trainer_class, LLAMA, tmp_path / name, more=more, **changes)
+
+    theirs, wanted = trained(make(trl.DPOTrainer, "theirs"))
+    ours, got = trained(make(LengthRegularizedDPOTrainer, "ours", alpha=0.0))
+    for a, b in zip(theirs, ours, strict=True):
+        for name in ("loss", "rewards/margins", "logps/chosen", "rewards/accuracies", "num_tokens"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+    assert got.keys() == wanted.keys()
+    for name, p in got.items():
+        assert (p - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+    rows, _ = trained(make(LengthRegularizedDPOTrainer, "longer", alpha=0.3))
+    assert rows[0]["length_margin"] != 0 and rows[-1]["loss"] != ours[-1]["loss"]
+    margin = 0.3 * (rows[0]["lengths/chosen"] - rows[0]["lengths/rejected"])
+    assert rows[0]["length_margin"] == pytest.approx(margin, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"loss_type": ["ipo"]}, {"ld_alpha": 0.5}])
+def test_the_trl_trainer_refuses_other_losses(change, tmp_path):
+    from fastdpo.integrations.trl import LengthRegularizedDPOTrainer
+
+    with pytest.raises(ValueError, match="belongs to another loss"):
+        make_trainer(LengthRegularizedDPOTrainer, LLAMA, tmp_path, **change)
