@@ -6,6 +6,7 @@ DDP, ZeRO-3 and PEFT hooks then fire as they do for logits: nobody reads ``.weig
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -49,23 +50,28 @@ def attach(model: Any) -> None:
             "an adapter on lm_head is not supported: leave it out of target_modules and "
             "modules_to_save"
         )
-    settings = head_settings(base.config)
-    head_forward, base_forward = head.forward, base.forward
-
-    def call_head(hidden: Tensor, head_call: HeadCall | None = None) -> Any:
-        if head_call is None:
-            return head_forward(hidden)
-        h_TD = hidden.reshape(-1, hidden.shape[-1])
-        return head_call.f(h_TD, w_VD=head.weight, bias_V=head.bias, **settings)
-
-    def call_base(*args: Any, head_call: HeadCall | None = None, **kwargs: Any) -> Any:
-        if head_call is None:
-            return base_forward(*args, **kwargs)
-        outputs = base.base_model(*args, use_cache=False, **kwargs)
-        return head(outputs.last_hidden_state, head_call=head_call)
-
-    head.forward, base.forward = call_head, call_base  # type: ignore[method-assign]
+    head._fastdpo_settings = head_settings(base.config)
+    for module, forward in ((head, _forward_of_head), (base, _forward_of_model)):
+        module._fastdpo_plain_forward = module.forward
+        # Bound, so that a deep copy of the model calls itself and not the original.
+        module.forward = MethodType(forward, module)
     base._fastdpo_attached = True
+
+
+def _forward_of_head(self: Any, hidden: Tensor, head_call: HeadCall | None = None) -> Any:
+    if head_call is None:
+        return self._fastdpo_plain_forward(hidden)
+    h_TD = hidden.reshape(-1, hidden.shape[-1])
+    return head_call.f(h_TD, w_VD=self.weight, bias_V=self.bias, **self._fastdpo_settings)
+
+
+def _forward_of_model(
+    self: Any, *args: Any, head_call: HeadCall | None = None, **kwargs: Any
+) -> Any:
+    if head_call is None:
+        return self._fastdpo_plain_forward(*args, **kwargs)
+    outputs = self.base_model(*args, use_cache=False, **kwargs)
+    return self.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
 
 
 @torch.no_grad()

@@ -153,6 +153,21 @@ def test_lora_on_the_head_is_refused():
         head.attach(model)
 
 
+def test_a_copy_of_a_prepared_model_is_a_model_of_its_own():
+    model = prepare_model(LLAMA.build(VOCAB))
+    twin = copy.deepcopy(model)
+    batch, zeros_S = pack_pairs(random_pairs(2)), torch.zeros(4)
+    before = packed_loss(twin, batch, zeros_S, beta=0.1, alpha=0.0).loss
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    after = packed_loss(twin, batch, zeros_S, beta=0.1, alpha=0.0).loss
+    assert torch.equal(before, after)
+    after.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in twin.parameters())
+
+
 def test_attached_head_still_gives_logits():
     model = LLAMA.build(VOCAB).eval()
     ids = torch.arange(3, 12)[None]
