@@ -43,7 +43,7 @@ def attach(model: Any) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(base, "_fastdpo_attached", False):
         return
-    head = base.get_output_embeddings()
+    head: Any = base.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(
             f"the head of {type(base).__name__} is a {type(head).__name__}, not a plain nn.Linear; "

@@ -1,12 +1,15 @@
 """The head called as a module under FSDP2: gradients equal those of one process."""
 
 import copy
+import multiprocessing
 import os
 import socket
+from typing import Any
 
 import pytest
 import torch
 from tiny import LLAMA, build_tokenizer
+from torch.multiprocessing.spawn import spawn
 
 from fastdpo.batch import TokenizedPair, pack_pairs
 from fastdpo.trainer import packed_loss, prepare_model
@@ -34,7 +37,7 @@ def worker(rank, port, own_unit, queue):
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     torch.manual_seed(0)
     plain = LLAMA.build(VOCAB)
-    sharded = prepare_model(copy.deepcopy(plain))
+    sharded: Any = prepare_model(copy.deepcopy(plain))
     mesh = init_device_mesh("cpu", (WORLD,))
     units = [*sharded.model.layers, *([sharded.lm_head] if own_unit else []), sharded]
     for unit in units:
@@ -42,7 +45,8 @@ def worker(rank, port, own_unit, queue):
     loss_of(sharded, PAIRS[rank], REF[rank]).backward()
 
     reference = prepare_model(plain)
-    sum(loss_of(reference, p, r) for p, r in zip(PAIRS, REF)).div(WORLD).backward()
+    losses = [loss_of(reference, pair, ref) for pair, ref in zip(PAIRS, REF)]
+    torch.stack(losses).mean().backward()
     worst = 0.0
     for (name, p), q in zip(sharded.named_parameters(), reference.parameters()):
         assert p.grad is not None and q.grad is not None, name
@@ -59,7 +63,6 @@ def test_gradients_under_fsdp2(own_unit):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    torch.multiprocessing.spawn(worker, args=(port, own_unit, queue), nprocs=WORLD)
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    spawn(worker, args=(port, own_unit, queue), nprocs=WORLD)
     assert max(queue.get() for _ in range(WORLD)) < 1e-5

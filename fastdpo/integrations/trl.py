@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from fastdpo import head
@@ -77,17 +77,19 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             adapters = use_adapter(
                 plain, adapter_name="ref" if "ref" in plain.peft_config else None
             )
-        kwargs = self.args.gradient_checkpointing_kwargs
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, kwargs), adapters:
+        kwargs: Any = self.args.gradient_checkpointing_kwargs
+        policy: Any = self.model
+        with torch.no_grad(), disable_gradient_checkpointing(policy, kwargs), adapters:
             return self._fused(model, inputs, zeros_S).logp_S
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         result = self._fused(model, inputs, self._reference(inputs))
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if model.training else "eval"
+        gather: Any = self.accelerator.gather
         if mode == "train":
-            tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+            tokens = gather(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += tokens
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         for name, value in result.metrics.items():
-            self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
+            self._metrics[mode][name].append(gather(value).mean().item())
         return (result.loss, result) if return_outputs else result.loss
