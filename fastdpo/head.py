@@ -51,6 +51,7 @@ def attach(model: Any) -> None:
             "modules_to_save"
         )
     head._fastdpo_settings = head_settings(base.config)
+    module: Any
     for module, forward in ((head, _forward_of_head), (base, _forward_of_model)):
         module._fastdpo_plain_forward = module.forward
         # Bound, so that a deep copy of the model calls itself and not the original.

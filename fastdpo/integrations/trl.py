@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.trainer.dpo_trainer import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastdpo import head
 from fastdpo.checks import require_number
