@@ -44,9 +44,10 @@ def attach(model: Any) -> None:
     if getattr(base, "_fastdpo_attached", False):
         return
     head: Any = base.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    kind = type(head)
+    if kind is not nn.Linear:
         raise ValueError(
-            f"the head of {type(base).__name__} is a {type(head).__name__}, not a plain nn.Linear; "
+            f"the head of {type(base).__name__} is a {kind.__name__}, not a plain nn.Linear; "
             "an adapter on lm_head is not supported: leave it out of target_modules and "
             "modules_to_save"
         )
