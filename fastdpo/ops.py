@@ -363,7 +363,11 @@ def linear_preference_loss(
         with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
             logp_S = pairs.sums(forward_blocks(call, h_TD, w_VD, bias_V))
             ref_S = reference_sums(call, pairs)
-            loss = pairs.loss(logp_S, ref_S, slice(0, S // 2)).sum() / count
+            everything = slice(0, S // 2)
+            if torch.is_inference_mode_enabled():  # where no slope can be asked for
+                loss = pairs.loss(logp_S, ref_S, everything).sum() / count
+            else:
+                loss, _ = pairs.loss_and_slope(logp_S, ref_S, everything)
             loss = loss.to(torch.promote_types(h_TD.dtype, torch.float32))
     else:
         loss, logp_S, ref_S = _LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)  # type: ignore[misc]

@@ -925,3 +925,11 @@ def test_inference_mode():
     outside = linear_dpo_loss(*arguments).loss
     with torch.inference_mode():
         assert torch.equal(linear_dpo_loss(*arguments).loss, outside)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_constant_objective_is_an_error_with_and_without_gradients(requires_grad):
+    h = torch.randn(6, 8, requires_grad=requires_grad)
+    arguments = h, torch.randn(50, 8), torch.randint(50, (6,)), torch.tensor([0, 3, 6])
+    with pytest.raises(ValueError, match="objective"):
+        linear_preference_loss(*arguments, torch.zeros(2), lambda c, *_: c.detach())
