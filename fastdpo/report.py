@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fastdpo.storage import read_json
+import torch
+from torch import Tensor
+
+from fastdpo.storage import read_json, read_parts
 
 _COLUMNS = {
     "round": "{:d}",
@@ -26,6 +29,20 @@ def summarize(out: Path) -> list[dict[str, Any]]:
         if summary.is_file():
             rows.append(read_json(summary))
     return rows
+
+
+def prompt_means(folder: Path) -> Tensor:
+    """Mean score and mean length in tokens of each prompt's responses, (prompts, 2) fp64.
+
+    ``folder`` holds the ``candidates`` and ``scores`` of an evaluation.
+    """
+    by_prompt: dict[int, list[tuple[float, int]]] = {}
+    candidates = read_parts(folder / "candidates")
+    for candidate, scored in zip(candidates, read_parts(folder / "scores")):
+        value = scored["score"], len(candidate["response_ids"])
+        by_prompt.setdefault(candidate["prompt_index"], []).append(value)
+    means = [[sum(x) / len(x) for x in zip(*by_prompt[i])] for i in sorted(by_prompt)]
+    return torch.tensor(means, dtype=torch.float64)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

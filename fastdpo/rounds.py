@@ -291,16 +291,9 @@ class _Run:
 
 def _heldout_row(folder: Path) -> dict[str, float]:
     """Mean score and length of held-out responses; standard errors are over prompts."""
-    candidates, scores = read_parts(folder / "candidates"), read_parts(folder / "scores")
-    by_prompt: dict[int, list[tuple[float, int]]] = {}
-    for candidate, scored in zip(candidates, scores):
-        length = len(candidate["response_ids"])
-        by_prompt.setdefault(candidate["prompt_index"], []).append((scored["score"], length))
-    means = torch.tensor(
-        [[sum(x) / len(x) for x in zip(*values)] for values in by_prompt.values()],
-        dtype=torch.float64,
-    )
+    means = report.prompt_means(folder)
     spread = means.std(0, correction=1) / math.sqrt(len(means)) if len(means) > 1 else means[0] * 0
+    candidates = read_parts(folder / "candidates")
     truncated = sum(row["finish_reason"] == "length" for row in candidates) / len(candidates)
     return {
         "score": means[:, 0].mean().item(),
