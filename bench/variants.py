@@ -276,7 +276,7 @@ def liger_variant(name: str, compiled: bool) -> Variant:
     """Liger's DPO loss, a pair at a time, prompt positions and all; here none is padding."""
 
     def loss(problem: Problem, h: Tensor, w: Tensor, ref_h: Tensor | None) -> Out:
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss  # pyright: ignore[reportMissingImports]
 
         dpo = LigerFusedLinearDPOLoss(
             beta=problem.beta, compiled=compiled, use_ref_model=ref_h is not None
@@ -322,7 +322,7 @@ def torch_logp(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
 
 def cce_logp(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """Cut cross-entropy, exact: its gradient filter would drop nearly all of these flat rows."""
-    from cut_cross_entropy import linear_cross_entropy
+    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
     return -linear_cross_entropy(h, w, target, reduction="none", filter_eps=None, impl=cce_route(h))
 
