@@ -1,10 +1,10 @@
 """Matrix products of low-precision tensors whose results are not rounded to low precision.
 
 CUDA has ``torch.mm(..., out_dtype=torch.float32)``.  On a CPU a bf16 product always rounds its
-output, an error of 0.1 in a logit of 30, so products are made of fp32 copies, a tile at a time.
-There oneDNN's linear is used where torch has it: on CPUs that MKL does not favour it is twice as
-fast as ``torch.mm``, and it sets no process-wide switch.  It sums the inner dimension in one chain
-of additions; blocks of at most `_INNER_BLOCK` bring the error back to that of a blocked product.
+output, by up to 1/16 in a logit of 30, so products are made of fp32 copies, a tile at a time.
+There oneDNN's linear is used where torch has it: it does not depend on MKL, which is slow on some
+CPUs, and it sets no process-wide switch.  It sums the inner dimension in one chain of additions;
+blocks of at most `_INNER_BLOCK` bring the error back to that of a blocked product.
 """
 
 from functools import cache
@@ -23,8 +23,8 @@ def _has_onednn_linear() -> bool:
 def _keep_freed_tiles() -> None:
     """Let glibc serve tiles of up to 31 MiB from its heap, so that their pages stay mapped.
 
-    Its limit adapts to the largest block freed so far.  Below that limit a freed tile goes back to
-    the system, and touching the pages of the next one costs as much as computing it.
+    Its limit adapts to the largest block freed so far.  A tile above the limit goes back to the
+    system when it is freed, and every page of the next one faults again.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 

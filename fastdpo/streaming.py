@@ -184,7 +184,7 @@ class Stash:
     """What a block keeps for its backward: a chunk-major (N, V) buffer, bounded by the workspace.
 
     On a CPU the buffer is lent again to the next stash of like size.  Otherwise the system takes
-    its pages back after every step, and touching fresh ones costs as much as a matrix product.
+    its pages back after every step, and each of them faults again in the next.
     """
 
     _idle: ClassVar[list[Tensor]] = []

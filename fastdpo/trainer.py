@@ -298,11 +298,10 @@ class _Round:
         run = {name: value for name, value in asdict(self.config).items() if name in names}
         run |= {"model": str(self.model_name), "pairs": _digest(self.pairs)}
         path = self.out / "run.json"
-        if not path.exists():
-            if self.accelerator.is_main_process:
-                write_json_atomic(path, run)
-            self.accelerator.wait_for_everyone()
-            return
+        if self.accelerator.is_main_process and not path.exists():
+            write_json_atomic(path, run)
+        # Every process waits, whether or not it could already see the file.
+        self.accelerator.wait_for_everyone()
         before = read_json(path)
         for name, value in run.items():
             if before.get(name) != value:
