@@ -58,17 +58,24 @@ def _same_device(name: str, x: Tensor, device: torch.device, other: str = "h_TD"
         raise ValueError(f"{name} is on {x.device}, but {other} is on {device}; move it there")
 
 
-def check_impl(impl: Any, h_TD: Any) -> None:
-    """Refuse an implementation that cannot run; nothing falls back silently."""
+def choose_impl(impl: Any, h_TD: Any) -> str:
+    """ "triton" or "torch"; one that cannot run is refused, nothing falls back silently.
+
+    "auto" is Triton on CUDA and ROCm, except for fp64, which only PyTorch computes.
+    """
     if not isinstance(impl, str) or impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    if impl == "triton":
-        from fastdpo.kernels import support
+    device, dtype = torch.device("cpu"), torch.float32
+    if isinstance(h_TD, Tensor):
+        device, dtype = h_TD.device, h_TD.dtype
+    if impl == "torch" or (impl == "auto" and (device.type != "cuda" or dtype == torch.float64)):
+        return "torch"
+    from fastdpo.kernels import support
 
-        device = h_TD.device if isinstance(h_TD, Tensor) else torch.device("cpu")
-        reason = support.unsupported_reason(device)
-        if reason is not None:
-            raise ValueError(f"impl='triton' cannot run: {reason}; use impl='auto' or 'torch'")
+    reason = support.unsupported_reason(device, dtype)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} cannot run: {reason}; use impl='torch'")
+    return "triton"
 
 
 def check_head(
@@ -199,6 +206,12 @@ def check_lengths(lengths: Sequence[int]) -> None:
     for s, length in enumerate(lengths):
         if length == 0:
             raise ValueError(f"{_sequence(s)} is empty: all its targets are -100")
+
+
+def check_device_lengths(lengths_S: Tensor) -> None:
+    """The same for counts that lie on a device."""
+    message = "a response is empty: all its targets are -100"
+    torch.ops.aten._assert_async.msg((lengths_S > 0).all(), message)
 
 
 def _sequence(s: int) -> str:

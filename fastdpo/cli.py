@@ -1,4 +1,4 @@
-"""The command line: ``fastdpo demo | train | iterate | doctor``.
+"""The command line: ``fastdpo demo | train | iterate | doctor``, and ``bench`` in a checkout.
 
 Every option can stand in a YAML file (``--config``) and be overridden on the command line.  Errors
 a user can mend are one line and exit status 2; an interruption exits with 130 and loses at most the
@@ -180,6 +180,17 @@ def run_doctor(config: DoctorConfig) -> None:
             print(f"{'missing':>10}  {package}: needed for {use}")
 
 
+def run_bench(argv: Sequence[str]) -> None:
+    """`python -m bench`, which has its own options and is no part of the installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "bench" / "__main__.py").is_file():
+        raise ConfigError("bench is in fastdpo's repository only; run this in a checkout of it")
+    sys.path.insert(0, str(root))
+    from bench.__main__ import main as bench
+
+    bench(list(argv))
+
+
 COMMANDS = {
     "demo": (DemoConfig, run_demo),
     "train": (TrainConfig, run_train),
@@ -192,7 +203,9 @@ def build_parser() -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
-        prog="fastdpo", description="Length-regularized DPO, fast and exact.", version=__version__
+        prog="fastdpo",
+        description="Length-regularized DPO, fast and exact. In a checkout, also: fastdpo bench.",
+        version=__version__,
     )
     commands = parser.add_subcommands(dest="command")
     for name, (config_class, _) in COMMANDS.items():
@@ -225,7 +238,11 @@ def _save_config(config: Any, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if list(argv[:1]) == ["bench"]:
+            run_bench(argv[1:])
+            return 0
         command, config = parse(argv)
         COMMANDS[command][1](config)
     except (ConfigError, DataError, ModelError, OSError) as error:

@@ -37,6 +37,15 @@ def has_native_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of fp16, bf16 or fp32 matrices, accumulated and returned in fp32."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    if a.device.type == "cpu":  # where kernels are interpreted
+        return torch.mm(a.float(), b.float())
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 class Products:
     """fp32-valued (fp64 for fp64 inputs) products of tensors of one ``dtype`` on one device."""
 

@@ -38,6 +38,7 @@ class MarginObjective:
     alpha: float = 0.0
     length_normalized: bool = False
     margin: bool = True
+    kind: str | None = None  # its name in the pair kernel, if it has one
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, low=0, open_low=True)
@@ -70,6 +71,7 @@ class SeparateObjective:
     beta: float
     length_normalized: bool = False
     margin: bool = False
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, low=0, open_low=True)
@@ -100,29 +102,31 @@ def _nca_pair(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
 
 def lr_dpo(beta: float = 0.1, alpha: float = 0.0) -> MarginObjective:
     """Length-regularized DPO (arXiv 2406.11817); ``alpha=0`` is DPO (arXiv 2305.18290, eq. 7)."""
-    return MarginObjective(_softplus_of_minus, beta, alpha)
+    return MarginObjective(_softplus_of_minus, beta, alpha, kind="sigmoid")
 
 
 def length_normalized_dpo(beta: float = 0.1, alpha: float = 0.0) -> MarginObjective:
     """DPO on log-ratios divided by length (arXiv 2411.15124, section 5); TRL's ``sigmoid_norm``."""
-    return MarginObjective(_softplus_of_minus, beta, alpha, length_normalized=True)
+    return MarginObjective(_softplus_of_minus, beta, alpha, length_normalized=True, kind="sigmoid")
 
 
 def hinge(beta: float = 0.1, alpha: float = 0.0) -> MarginObjective:
     """Hinge loss of the margin (SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657)."""
-    return MarginObjective(_hinge, beta, alpha)
+    return MarginObjective(_hinge, beta, alpha, kind="hinge")
 
 
 def ipo(beta: float = 0.1) -> MarginObjective:
     """IPO on length-averaged log-ratios (arXiv 2310.12036, eq. 17): ``(d - 1/(2 beta))^2``."""
-    return MarginObjective(lambda z_P: ((z_P - 0.5) / beta).square(), beta, length_normalized=True)
+    return MarginObjective(
+        lambda z_P: ((z_P - 0.5) / beta).square(), beta, length_normalized=True, kind="ipo"
+    )
 
 
 def apo_zero(beta: float = 0.1) -> SeparateObjective:
     """Anchored preference optimization, zero variant (arXiv 2408.06266)."""
-    return SeparateObjective(_apo_zero, beta)
+    return SeparateObjective(_apo_zero, beta, kind="apo_zero")
 
 
 def nca_pair(beta: float = 0.1) -> SeparateObjective:
     """Noise contrastive alignment of pairs (arXiv 2402.05369)."""
-    return SeparateObjective(_nca_pair, beta)
+    return SeparateObjective(_nca_pair, beta, kind="nca_pair")

@@ -27,9 +27,9 @@ from fastdpo.passes import (
     forward_blocks,
     frozen_forward,
     grouped_pass,
-    per_token,
-    reference_sums,
+    ref_logps,
     rounded,
+    score,
     token_backward,
 )
 from fastdpo.plan import MIB, Plan, make_plan
@@ -164,11 +164,13 @@ def linear_logp(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
     """
-    checks.check_impl(impl, h_TD)
     h_TD, w_VD, bias_V = _autocast(h_TD, w_VD, bias_V)
+    fused = checks.choose_impl(impl, h_TD) == "triton"
     scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
     checks.check_targets(h_TD, w_VD.shape[0], target_N, rows_N)
-    call = _make_call(h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, None)
+    call = _make_call(
+        h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, None, fused=fused
+    )
     if call is None:  # every target is ignored
         acc = torch.promote_types(h_TD.dtype, torch.float32)
         anchor = h_TD[:0].sum() + w_VD[:0].sum()  # keeps the graph connected
@@ -207,6 +209,8 @@ def _make_call(
     softcap: float | None,
     workspace_mib: float | None,
     edges: list[int] | None,
+    *,
+    fused: bool,
     unit_buffers: int = 1,
 ) -> Call | None:
     """Leave ignored targets out where that costs no synchronization, and plan the call."""
@@ -216,7 +220,7 @@ def _make_call(
         "workspace_mib", workspace_mib, low=0, high=2**40, open_low=True
     )
     num_targets, keep_N = target_N.shape[0], None
-    if target_N.device.type == "cpu" and bool((target_N == IGNORE).any()):
+    if not fused and target_N.device.type == "cpu" and bool((target_N == IGNORE).any()):
         keep_N = (target_N != IGNORE).nonzero()[:, 0]
         if keep_N.numel() == 0 and edges is None:
             return None
@@ -224,7 +228,7 @@ def _make_call(
             edges = torch.searchsorted(keep_N, torch.tensor(edges)).tolist()
         target_N = target_N[keep_N]
         rows_N = keep_N if rows_N is None else rows_N[keep_N]
-    if edges is not None and target_N.device.type == "cpu":
+    if edges is not None and not fused and target_N.device.type == "cpu":
         checks.check_lengths([b - a for a, b in pairwise(edges)])
     grad = torch.is_grad_enabled()
     needs = Needs(
@@ -242,8 +246,11 @@ def _make_call(
         need_h=needs.h,
         T=h_TD.shape[0],
         unit_buffers=unit_buffers,
+        fused_itemsize=h_TD.itemsize if fused else None,
     )
-    return Call(scale, softcap, rows_N, target_N, keep_N, num_targets, needs, plan, edges or [])
+    return Call(
+        scale, softcap, rows_N, target_N, keep_N, num_targets, needs, plan, edges or [], fused
+    )
 
 
 # --------------------------------------------------------------------------------- preference loss
@@ -260,9 +267,7 @@ class _LinearPreference(torch.autograd.Function):
                 logp_N, unit_ND = frozen_forward(call, h_TD, w_VD, bias_V)
             else:
                 logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
-            logp_S, ref_S = pairs.sums(logp_N), reference_sums(call, pairs)
-            loss, slope_S = pairs.loss_and_slope(logp_S, ref_S, slice(0, len(logp_S) // 2))
-            coef_N = per_token(slope_S, pairs.sizes)
+            loss, logp_S, ref_S, _, coef_N = score(call, pairs, logp_N, ref_logps(call))
             ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND, call.target_N, call.rows_N)
         ctx.coef_N = coef_N
         ctx.mark_non_differentiable(logp_S, ref_S)
@@ -328,10 +333,10 @@ def linear_preference_loss(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
     """
-    checks.check_impl(impl, h_TD)
     h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V = _autocast(
         h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V
     )
+    fused = checks.choose_impl(impl, h_TD) == "triton"
     scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
     V = w_VD.shape[0]
     checks.check_targets(h_TD, V, target_N, rows_N)
@@ -348,27 +353,32 @@ def linear_preference_loss(
         count = checks.require_number("num_pairs", num_pairs, low=0, open_low=True)
     call = _make_call(
         h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, edges,
-        unit_buffers=1 if getattr(objective, "margin", False) else 2,
+        fused=fused, unit_buffers=1 if getattr(objective, "margin", False) else 2,
     )  # fmt: skip
     assert call is not None
     call.stats, call.ref = wanted, ref
     edges = call.edges
-    if target_N.device.type == "cpu":
+    if fused:
+        from fastdpo.fused import count_scored, device_bounds
+
+        call.bounds_S1 = device_bounds(edges, device)
+        lengths_S = count_scored(target_N, call.bounds_S1)
+    elif device.type == "cpu":
         lengths_S = torch.tensor([b - a for a, b in pairwise(edges)])
     else:
         scored = (target_N != IGNORE).long().split([b - a for a, b in pairwise(edges)])
         lengths_S = torch.stack([part.sum() for part in scored])
+    if fused or device.type != "cpu":
+        checks.check_device_lengths(lengths_S)
     pairs = Pairs(objective, edges, lengths_S, ref_logp_S, *pair_values, count)
     if call.plan.route == "forward":
         with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
-            logp_S = pairs.sums(forward_blocks(call, h_TD, w_VD, bias_V))
-            ref_S = reference_sums(call, pairs)
-            everything = slice(0, S // 2)
-            if torch.is_inference_mode_enabled():  # where no slope can be asked for
-                loss = pairs.loss(logp_S, ref_S, everything).sum() / count
-            else:
-                loss, _ = pairs.loss_and_slope(logp_S, ref_S, everything)
-            loss = loss.to(torch.promote_types(h_TD.dtype, torch.float32))
+            logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
+            # Slopes only for their check of the objective; inference mode has none.
+            slopes = not torch.is_inference_mode_enabled()
+            scored = score(call, pairs, logp_N, ref_logps(call), slopes=slopes)
+            logp_S, ref_S = scored.logp_S, scored.ref_logp_S
+            loss = scored.loss.to(torch.promote_types(h_TD.dtype, torch.float32))
     else:
         loss, logp_S, ref_S = _LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)  # type: ignore[misc]
     metrics = _metrics(pairs, logp_S, ref_S)
@@ -590,6 +600,10 @@ def _check_pair_values(
 
 @torch.no_grad()
 def _metrics(pairs: Pairs, logp_S: Tensor, ref_S: Tensor) -> dict[str, Tensor]:
+    if pairs.totals is not None:
+        from fastdpo.kernels.pair import METRICS
+
+        return dict(zip(METRICS, (pairs.totals[1:] / (len(pairs.edges) // 2)).float()))
     beta = getattr(pairs.objective, "beta", 1.0)
     alpha = getattr(pairs.objective, "alpha", 0.0)
     reward_S = beta * (logp_S.double() - ref_S.double())

@@ -10,6 +10,7 @@ Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P pairs, S = 2P 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from fastdpo.checks import check_pair_losses
 from fastdpo.plan import Group, Plan
 from fastdpo.streaming import IGNORE, Block, Grads, Head, Needs, Rows, Streamer
+
+if TYPE_CHECKING:
+    from fastdpo.fused import FusedStreamer
 
 # A custom objective: see `fastdpo.objectives`.
 ObjectiveFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -35,12 +39,22 @@ class Call:
     needs: Needs
     plan: Plan
     edges: list[int]
+    fused: bool  # by the Triton kernels
+    bounds_S1: Tensor | None = None  # the edges on the device, for the kernels
     stats: frozenset[str] = frozenset()
     ref: tuple[Head, Tensor] | None = None
     blocks: list[tuple[int, int, Block]] = field(default_factory=list)
 
-    def head(self, w_VD: Tensor, bias_V: Tensor | None) -> Head:
-        return Head(w_VD, bias_V, self.scale, self.softcap)
+    def streamer(self, w_VD: Tensor, bias_V: Tensor | None) -> "Streamer | FusedStreamer":
+        return self.streamer_of(Head(w_VD, bias_V, self.scale, self.softcap))
+
+    def streamer_of(self, head: Head) -> "Streamer | FusedStreamer":
+        """The implementation of this call, with a head."""
+        if not self.fused:
+            return Streamer(head, self.plan)
+        from fastdpo.fused import FusedStreamer  # only where Triton is
+
+        return FusedStreamer(head, self.plan)
 
     def full(self, x_N: Tensor) -> Tensor:
         """Put values of the scored targets back among the ignored ones."""
@@ -70,6 +84,7 @@ class Pairs:
     smoothing_P: Tensor
     weight_P: Tensor
     num_pairs: float
+    totals: Tensor | None = None  # sums of the loss and the metrics, where a kernel makes them
 
     @property
     def sizes(self) -> list[int]:
@@ -128,15 +143,59 @@ class Pairs:
         return sign_S
 
 
+class Scored(NamedTuple):
+    """Some pairs' share of the loss, their sums, and its derivative by those and by each token."""
+
+    loss: Tensor
+    logp_S: Tensor
+    ref_logp_S: Tensor
+    slope_S: Tensor | None
+    coef_N: Tensor | None
+
+
+def score(
+    call: Call,
+    pairs: Pairs,
+    logp_N: Tensor,
+    ref_logp_N: Tensor | None,
+    part: tuple[int, int] | None = None,
+    *,
+    slopes: bool = True,
+) -> Scored:
+    """Loss and slopes of the pairs whose tokens are given: all, or those from ``part``."""
+    first, last = part or (0, len(pairs.edges) // 2)
+    if call.fused:
+        from fastdpo.fused import score_pairs
+
+        return score_pairs(call, pairs, logp_N, ref_logp_N, (first, last), slopes=slopes)
+    sizes = pairs.sizes[2 * first : 2 * last]
+    logp_S = pairs.sums(logp_N, sizes)
+    if pairs.ref_logp_S is not None:
+        ref_S = pairs.ref_logp_S[2 * first : 2 * last]
+    else:
+        assert ref_logp_N is not None
+        ref_S = pairs.sums(ref_logp_N, sizes)
+    if not slopes:
+        loss = pairs.loss(logp_S, ref_S, slice(first, last)).sum() / pairs.num_pairs
+        return Scored(loss, logp_S, ref_S, None, None)
+    loss, slope_S = pairs.loss_and_slope(logp_S, ref_S, slice(first, last))
+    return Scored(loss, logp_S, ref_S, slope_S, per_token(slope_S, sizes))
+
+
 def per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
     """Repeat each sequence's number over its tokens, without a synchronization."""
     counts_S = torch.tensor(sizes, device=x_S.device)
     return torch.repeat_interleave(x_S, counts_S, output_size=sum(sizes))
 
 
+def ref_logps(call: Call) -> Tensor | None:
+    """Log-probs of the reference, where it was streamed beside the policy."""
+    return None if call.ref is None else call.collect(lambda block: block.ref_logp_N)
+
+
 def forward_blocks(call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Tensor:
     """Log-probs of all scored tokens; leaves the blocks that a backward reads in ``call``."""
-    streamer = Streamer(call.head(w_VD, bias_V), call.plan)
+    streamer = call.streamer(w_VD, bias_V)
     rows = Rows(h_TD, call.rows_N, call.target_N)
     call.blocks = []
     for start, stop in call.plan.spans:
@@ -148,19 +207,20 @@ def forward_blocks(call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
     return call.collect(lambda block: block.logp_N)
 
 
-def _ref_block(call: Call, start: int, stop: int) -> tuple[Streamer, Tensor] | None:
+def _ref_block(call: Call, start: int, stop: int) -> Any:
+    """Streamer and hidden rows of the reference, if it comes as a head."""
     if call.ref is None:
         return None
     head, h_TD = call.ref
     h_ND, _ = Rows(h_TD, call.rows_N, call.target_N).block(start, stop)
-    return Streamer(head, call.plan), h_ND
+    return call.streamer_of(head), h_ND
 
 
 def frozen_forward(
     call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs, and d logp / d h of each scored token, (N, D): the head itself has no gradient."""
-    streamer = Streamer(call.head(w_VD, bias_V), call.plan)
+    streamer = call.streamer(w_VD, bias_V)
     rows = Rows(h_TD, call.rows_N, call.target_N)
     unit_ND = torch.empty(
         call.target_N.shape[0], h_TD.shape[1], dtype=streamer.acc_dtype, device=h_TD.device
@@ -186,22 +246,23 @@ def token_backward(
     h_TD, w_VD, bias_V, unit_ND = saved
     assert h_TD is not None and w_VD is not None
     rows = Rows(h_TD, call.rows_N, call.target_N)
-    streamer = Streamer(call.head(w_VD, bias_V), call.plan)
-    into = _new_grads(call, h_TD, w_VD, bias_V)
+    streamer = call.streamer(w_VD, bias_V)
+    into = Grads()
     if call.needs.w:  # written chunk by chunk, so not cleared
-        into.w = torch.empty_like(w_VD)
+        into.w = torch.empty_like(w_VD, memory_format=torch.contiguous_format)
+    if bias_V is not None and call.needs.bias:
+        into.bias = torch.zeros_like(bias_V, dtype=streamer.acc_dtype)
     if unit_ND is not None:
-        assert into.h is not None
-        coef_N1 = torch.where(call.target_N == IGNORE, 0.0, coef_N)[:, None]
-        rows.scatter(into.h, 0, coef_N.shape[0], unit_ND * coef_N1)
+        coef_N = torch.where(call.target_N == IGNORE, 0.0, coef_N).to(unit_ND.dtype)
+        into.h = streamer.place(rows, unit_ND, coef_N)
     elif call.plan.route == "stash":
         (start, stop, block), *_ = call.blocks
         h_ND, target_N = rows.block(start, stop)
         dh_ND = streamer.backward(block, h_ND, target_N, coef_N, call.needs, into, final=True)
-        if into.h is not None and dh_ND is not None:
-            rows.scatter(into.h, start, stop, dh_ND)
+        if dh_ND is not None:
+            into.h = streamer.place(rows, dh_ND, None)
     else:
-        streamer.recompute_backward(call.blocks, rows, coef_N, into)
+        streamer.recompute_backward(call.blocks, rows, coef_N, call.needs, into)
     return rounded(into, h_TD.dtype)
 
 
@@ -232,69 +293,46 @@ def rounded(grads: Grads, dtype: torch.dtype, factor: Tensor | None = None):
     return finish(grads.h), finish(grads.w), finish(grads.bias)
 
 
-def reference_sums(call: Call, pairs: Pairs) -> Tensor:
-    if pairs.ref_logp_S is not None:
-        return pairs.ref_logp_S
-    return pairs.sums(call.collect(lambda block: block.ref_logp_N))
-
-
 def grouped_pass(
     call: Call, pairs: Pairs, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Grads]:
     """Loss, log-prob sums of policy and reference, and the finished fp32 gradients."""
-    streamer = Streamer(call.head(w_VD, bias_V), call.plan)
+    streamer = call.streamer(w_VD, bias_V)
     rows = Rows(h_TD, call.rows_N, call.target_N)
     first_is_unit = call.plan.groups[0].unit
     total = _new_grads(call, h_TD, w_VD, bias_V, w=not first_is_unit)
     if first_is_unit:  # its buffers become the total, so none are needed beside them
         total.bias = None
     call.blocks = []
-    losses, logps, refs = [], [], []
+    parts: list[Scored] = []
     for group in call.plan.groups:
         run = _unit_group if group.unit else _stash_group
-        loss, logp_S, ref_S = run(call, pairs, group, streamer, rows, total)
-        losses.append(loss)
-        logps.append(logp_S)
-        refs.append(ref_S)
-    return torch.stack(losses).sum(), torch.cat(logps), torch.cat(refs), total
-
-
-def _group_loss(
-    call: Call, pairs: Pairs, group: Group, blocks: list[Block]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, log-prob sums of policy and reference, and the slope of each sequence of a group."""
-    first, last = group.pairs
-    sizes = pairs.sizes[2 * first : 2 * last]
-    logp_S = pairs.sums(torch.cat([block.logp_N for block in blocks]), sizes)
-    if pairs.ref_logp_S is not None:
-        ref_S = pairs.ref_logp_S[2 * first : 2 * last]
-    else:
-        found = [block.ref_logp_N for block in blocks if block.ref_logp_N is not None]
-        ref_S = pairs.sums(torch.cat(found), sizes)
-    loss, slope_S = pairs.loss_and_slope(logp_S, ref_S, slice(first, last))
-    return loss, logp_S, ref_S, slope_S
+        parts.append(run(call, pairs, group, streamer, rows, total))
+    loss = torch.stack([part.loss for part in parts]).sum()
+    logp_S = torch.cat([part.logp_S for part in parts])
+    return loss, logp_S, torch.cat([part.ref_logp_S for part in parts]), total
 
 
 def _stash_group(
-    call: Call, pairs: Pairs, group: Group, streamer: Streamer, rows: Rows, total: Grads
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: Call, pairs: Pairs, group: Group, streamer: Any, rows: Rows, total: Grads
+) -> Scored:
     start, stop = group.rows
     h_ND, target_N = rows.block(start, stop)
     ref = _ref_block(call, start, stop)
     block = streamer.forward(h_ND, target_N, keep=True, stats=call.stats, ref=ref)
     call.blocks.append((start, stop, block))
-    loss, logp_S, ref_S, slope_S = _group_loss(call, pairs, group, [block])
-    coef_N = per_token(slope_S, pairs.sizes[2 * group.pairs[0] : 2 * group.pairs[1]])
-    dh_ND = streamer.backward(block, h_ND, target_N, coef_N, call.needs, total, final=False)
+    scored = score(call, pairs, block.logp_N, block.ref_logp_N, group.pairs)
+    assert scored.coef_N is not None
+    dh_ND = streamer.backward(block, h_ND, target_N, scored.coef_N, call.needs, total, final=False)
     block.stash = None
     if total.h is not None and dh_ND is not None:
         rows.scatter(total.h, start, stop, dh_ND)
-    return loss, logp_S, ref_S
+    return scored
 
 
 def _unit_group(
-    call: Call, pairs: Pairs, group: Group, streamer: Streamer, rows: Rows, total: Grads
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: Call, pairs: Pairs, group: Group, streamer: Any, rows: Rows, total: Grads
+) -> Scored:
     """A pair longer than the workspace.
 
     Its unit gradients, those of ``sum sign * logp``, are accumulated block by block and multiplied
@@ -312,7 +350,7 @@ def _unit_group(
         _new_grads(call, empty_TD, head.w_VD, head.bias_V, w=True)
         for _ in range(1 if pairs.is_margin else 2)
     ]
-    sign_N = per_token(sign_S, sizes)
+    sign_N = _over_tokens(call, sign_S, sizes)
     blocks, unit_h = [], []
     for start, stop in group.spans:
         h_ND, target_N = rows.block(start, stop)
@@ -326,16 +364,25 @@ def _unit_group(
         block.stash = None
         blocks.append(block)
         call.blocks.append((start, stop, block))
-    loss, logp_S, ref_S, slope_S = _group_loss(call, pairs, group, blocks)
-    scalar_S = (slope_S / sign_S).to(streamer.acc_dtype)
+    logp_N = torch.cat([block.logp_N for block in blocks])
+    found = [block.ref_logp_N for block in blocks if block.ref_logp_N is not None]
+    scored = score(call, pairs, logp_N, torch.cat(found) if found else None, group.pairs)
+    assert scored.slope_S is not None
+    scalar_S = (scored.slope_S / sign_S).to(streamer.acc_dtype)
     for unit, scalar in zip(units, scalar_S):
         total.w = _add_scaled(total.w, unit.w, scalar)
         total.bias = _add_scaled(total.bias, unit.bias, scalar)
     if total.h is not None:
-        rows.scatter(
-            total.h, *group.rows, torch.cat(unit_h).mul_(per_token(scalar_S, sizes)[:, None])
-        )
-    return loss, logp_S, ref_S
+        scalar_N = _over_tokens(call, scalar_S, sizes)
+        rows.scatter(total.h, *group.rows, torch.cat(unit_h).mul_(scalar_N[:, None]))
+    return scored
+
+
+def _over_tokens(call: Call, x_S: Tensor, sizes: list[int]) -> Tensor:
+    """Each of a pair's two numbers over its side's tokens."""
+    if not call.fused:
+        return per_token(x_S, sizes)
+    return torch.cat([x.expand(size) for x, size in zip(x_S, sizes)])
 
 
 def _add_scaled(total: Tensor | None, unit: Tensor | None, scalar: Tensor) -> Tensor | None:

@@ -8,12 +8,12 @@ One matrix product over a call is G = 2*N*D*V operations.
 | frozen    | 2G       | d logp / d h of each token, (N, D)   | the head has no gradient      |
 | stash     | 3G       | exponentials of all tokens, (N, V)   | they fit the workspace        |
 | grouped   | 3G       | the finished gradients               | pairs, too many for one stash |
-| recompute | 4G       | log-sum-exp of each token            | otherwise                     |
+| recompute | 4G       | log-sum-exp of each token            | otherwise (3G, frozen head)   |
 
 `grouped` takes as many whole pairs at a time as the workspace holds; a pair longer than the
 workspace streams through it in blocks and has its unit gradient scaled at the end, which needs fp32
-buffers of the head's size beside the workspace.  They may take up to `ACCUMULATOR_SHARE`
-workspaces; beyond that the call recomputes.
+buffers of the head's size beside the workspace.  They, and what `frozen` keeps, may take up to
+`ACCUMULATOR_SHARE` workspaces; beyond that the call recomputes.
 
 The blocks of rows (`spans`) depend on the sizes alone, not on what needs a gradient, so a policy
 and a reference evaluated on the same packed rows run the same instructions and agree to the bit.
@@ -22,10 +22,13 @@ and a reference evaluated on the same packed rows run the same instructions and 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 MIB = 2**20
 ACCUMULATOR_SHARE = 4
 _VOCAB_CHUNK = 1024
+# An fp32 tile that is used again at once should still be in a GPU's L2 cache.
+_TILE_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,52 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Route of one call; ``workspace_bytes`` bounds tiles and stash, accumulators come on top."""
+    """Route of one call; ``workspace_bytes`` bounds tiles and stash, accumulators come on top.
+
+    ``vocab_chunk`` columns of the head are worked on at a time, by the kernels only where they
+    recompute; ``tile_bytes`` of the workspace are the kernels' fp32 tiles.
+    """
 
     route: str
     groups: tuple[Group, ...]
     vocab_chunk: int
     workspace_bytes: int
     accumulator_bytes: int
+    tile_bytes: int = 0
 
     @property
     def spans(self) -> Iterator[tuple[int, int]]:
         return (span for group in self.groups for span in group.spans)
+
+
+class _Space(NamedTuple):
+    """How an implementation divides a workspace."""
+
+    chunk: int  # columns of the head at a time
+    row_bytes: int  # of a stash
+    fixed_bytes: int  # of the workspace, whatever the rows
+    tile_bytes: int
+    scratch_row_bytes: int  # in the backward, beside the workspace
+    sums_h: bool  # whether an fp32 gradient of all hidden rows exists on every route
+
+
+def _torch_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
+    """PyTorch: a stash of accumulated numbers of ``itemsize`` bytes, a chunk of the head beside."""
+    chunk = min(V, _VOCAB_CHUNK, max(16, workspace_bytes // (8 * D * itemsize)))
+    row_bytes = itemsize * V + (itemsize + 2) * chunk
+    return _Space(chunk, row_bytes, itemsize * chunk * D, 0, 0, sums_h=True)
+
+
+def _fused_space(D: int, V: int, N: int, itemsize: int, workspace_bytes: int) -> _Space:
+    """Kernels: a stash of operands of ``itemsize`` bytes, fp32 tiles beside it.
+
+    The backward of a row needs an fp32 product and a scaled copy.
+    """
+    tile_bytes = min(_TILE_BYTES, workspace_bytes // 4)
+    row_bytes = itemsize * (-(-V // 64) * 64)
+    chunk = (workspace_bytes - tile_bytes) // (itemsize * N) // 64 * 64
+    scratch = (4 + itemsize) * D
+    return _Space(min(V, max(64, chunk)), row_bytes, tile_bytes, tile_bytes, scratch, sums_h=False)
 
 
 def make_plan(
@@ -70,6 +108,7 @@ def make_plan(
     need_h: bool,
     T: int,
     unit_buffers: int = 1,
+    fused_itemsize: int | None = None,
 ) -> Plan:
     """Plan a call on sequences ``bounds[s] : bounds[s + 1]``; two bounds are one plain token list.
 
@@ -79,36 +118,49 @@ def make_plan(
             wanted.
         T: hidden rows, the size of their fp32 gradient.
         unit_buffers: head-sized buffers a long pair needs: 1 for margin objectives, else 2.
+        fused_itemsize: bytes of an operand where the kernels run the call, None for PyTorch.
 
     Raises:
         ValueError: the workspace does not hold one row of logits.
     """
-    chunk = min(V, _VOCAB_CHUNK, max(16, workspace_bytes // (8 * D * itemsize)))
-    row_bytes = itemsize * V + (itemsize + 2) * chunk
-    capacity = (workspace_bytes - itemsize * chunk * D) // row_bytes
+    if fused_itemsize is None:
+        space = _torch_space(D, V, itemsize, workspace_bytes)
+    else:
+        space = _fused_space(D, V, bounds[-1], fused_itemsize, workspace_bytes)
+    capacity = (workspace_bytes - space.fixed_bytes) // space.row_bytes
     if capacity < 1:
-        needed = (row_bytes + itemsize * chunk * D) / MIB
+        needed = (space.row_bytes + space.fixed_bytes) / MIB
         raise ValueError(
             f"workspace_mib={workspace_bytes / MIB:g} is too small: one row of V={V} logits with "
             f"its tile of the head needs {needed:.3g} MiB"
         )
     groups = _groups(bounds, capacity)
     rows, head_bytes, h_bytes = bounds[-1], itemsize * V * D, itemsize * T * D
+    tokens_bytes = itemsize * rows * D
     long_pairs = sum(group.unit for group in groups)
     buffers = 1 + (unit_buffers - 1 if long_pairs == 1 == len(groups) else unit_buffers)
     buffers = buffers if long_pairs else 1
     grouped_bytes = buffers * head_bytes
+    affordable = ACCUMULATOR_SHARE * workspace_bytes
+    longest = max(stop - start for group in groups for start, stop in group.spans)
+    scratch_bytes = space.scratch_row_bytes * longest
     if not (need_head or need_h):
         route, accumulators = "forward", 0
-    elif not need_head:
-        route, accumulators = "frozen", itemsize * rows * D + h_bytes
-    elif rows <= capacity:
-        route, accumulators = "stash", h_bytes
-    elif len(bounds) > 2 and grouped_bytes <= ACCUMULATOR_SHARE * workspace_bytes:
-        route, accumulators = "grouped", grouped_bytes + h_bytes
+    elif not need_head and tokens_bytes <= affordable:
+        route, accumulators = "frozen", tokens_bytes + scratch_bytes + h_bytes * space.sums_h
+    elif need_head and rows <= capacity:
+        route, accumulators = "stash", scratch_bytes + h_bytes * space.sums_h
+    elif need_head and len(bounds) > 2 and grouped_bytes <= affordable:
+        route, accumulators = "grouped", grouped_bytes + scratch_bytes + h_bytes
+    elif space.sums_h:
+        route, accumulators = "recompute", h_bytes + itemsize * space.chunk * D
+    elif need_head:
+        route, accumulators = "recompute", tokens_bytes + space.scratch_row_bytes * rows
     else:
-        route, accumulators = "recompute", h_bytes + itemsize * chunk * D
-    return Plan(route, groups, chunk, workspace_bytes, accumulators)
+        route, accumulators = "recompute", scratch_bytes
+    return Plan(
+        route, groups, space.chunk, workspace_bytes, accumulators, tile_bytes=space.tile_bytes
+    )
 
 
 def _groups(bounds: list[int], capacity: int) -> tuple[Group, ...]:

@@ -12,7 +12,7 @@ Legend: N rows of the block, D hidden, V vocabulary, C a vocabulary chunk, K chu
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,16 +66,9 @@ class Rows(NamedTuple):
     target_N: Tensor
 
     def block(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Hidden rows and targets of a block; the rows of ignored targets are zeros.
-
-        Zeros, because a non-finite value there would otherwise reach the gradients as 0 * inf.
-        """
-        target_N = self.target_N[start:stop]
+        """Hidden rows and targets of a block."""
         rows = slice(start, stop) if self.rows_N is None else self.rows_N[start:stop]
-        h_ND = self.h_TD[rows]
-        if target_N.device.type != "cpu":  # on a CPU the caller has left ignored targets out
-            h_ND = torch.where((target_N == IGNORE)[:, None], 0, h_ND)
-        return h_ND, target_N
+        return self.h_TD[rows], self.target_N[start:stop]
 
     def scatter(self, dh_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
         """Add a block's gradient to the hidden rows it came from, in a fixed order."""
@@ -209,13 +202,16 @@ class Stash:
 
 @dataclass
 class Block:
-    """The forward of one block of rows; ``stash`` holds what its backward reads."""
+    """The forward of one block of rows; ``stash`` holds what its backward reads.
+
+    ``own_N`` is the derivative of each log-prob by its target's uncapped logit.
+    """
 
     logp_N: Tensor
     lse_N: Tensor
     max_KN: Tensor
-    stash: Stash | None
-    target_slope_N: Tensor | None
+    stash: Any
+    own_N: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
     ref_logp_N: Tensor | None = None
 
@@ -228,6 +224,13 @@ class Streamer:
         self.chunks = list(head.chunks(plan.vocab_chunk))
         self.products = Products(head.w_VD.dtype, head.w_VD.device)
         self.acc_dtype = self.products.acc_dtype
+
+    def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None) -> Tensor:
+        """``x * scale`` of each token summed into its hidden row; (T, D) in the accumulator."""
+        dh_TD = torch.zeros_like(rows.h_TD, dtype=self.acc_dtype)
+        x_ND = x_ND if scale_N is None else x_ND * scale_N[:, None]
+        rows.scatter(dh_TD, 0, x_ND.shape[0], x_ND)
+        return dh_TD
 
     def _weights(self, v0: int, v1: int) -> Tensor:
         return self.products.operand(self.head.w_VD[v0:v1])
@@ -260,6 +263,7 @@ class Streamer:
 
         ``ref`` is the reference head and its hidden rows, streamed beside the policy's.
         """
+        h_ND = _clean(h_ND, target_N)
         h_blocks = self.products.inner_blocks(h_ND)
         K = len(self.chunks)
         fold = _Fold(target_N, K, self.acc_dtype)
@@ -281,8 +285,11 @@ class Streamer:
             if slope_NC is not None:
                 e_NC.mul_(slope_NC)
         lse_N = fold.lse()
-        slope_N = None if self.head.softcap is None else self._slope(fold.target_z_N)
-        block = Block(fold.logp(), lse_N, fold.max_KN, stash, slope_N)
+        logp_N = fold.logp()
+        own_N = -torch.expm1(logp_N)
+        if self.head.softcap is not None:
+            own_N *= self._slope(fold.target_z_N)
+        block = Block(logp_N, lse_N, fold.max_KN, stash, own_N)
         ref_lse_N = ref_fold.lse() if ref_fold else None
         if ref_fold is not None:
             block.ref_logp_N = ref_fold.logp()
@@ -315,9 +322,7 @@ class Streamer:
         """The targets' own entries, in fp32: they are the largest of their rows, and tokens of one
         pair share a coefficient, so rounding them to bf16 first would be one coherent error.
         """
-        own_N = -torch.expm1(block.logp_N) * coef_N * self.head.scale
-        if block.target_slope_N is not None:
-            own_N *= block.target_slope_N
+        own_N = block.own_N * coef_N * self.head.scale
         index_N = target_N.clamp(min=0)
         if dh_ND is not None:
             dh_ND.addcmul_(self.head.w_VD[index_N].to(dh_ND.dtype), own_N[:, None])
@@ -344,6 +349,7 @@ class Streamer:
         rounded again when their own entries are added.
         """
         assert block.stash is not None
+        h_ND = _clean(h_ND, target_N)
         coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).to(self.acc_dtype)
         operand = self.products.operand
         h_acc_ND = operand(h_ND)
@@ -367,6 +373,7 @@ class Streamer:
         blocks: list[tuple[int, int, Block]],
         rows: Rows,
         coef_N: Tensor,
+        needs: Needs,
         into: Grads,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp, vocabulary chunks outermost.
@@ -376,12 +383,15 @@ class Streamer:
         """
         operand, acc = self.products.operand, self.acc_dtype
         coef_N = coef_N.to(acc)
+        if needs.h:
+            into.h = torch.zeros_like(rows.h_TD, dtype=acc)
         for k, (v0, v1) in enumerate(self.chunks):
             dw_CD = None
             if into.w is not None:
                 dw_CD = torch.zeros(v1 - v0, into.w.shape[1], dtype=acc, device=into.w.device)
             for start, stop, block in blocks:
                 h_ND, target_N = rows.block(start, stop)
+                h_ND = _clean(h_ND, target_N)
                 coef = torch.where(target_N == IGNORE, 0.0, coef_N[start:stop])
                 z_NC = self._logits(self.products.inner_blocks(h_ND), v0, v1)
                 slope_NC = None if self.head.softcap is None else self._slope(z_NC)
@@ -401,6 +411,7 @@ class Streamer:
                 into.w[v0:v1] = dw_CD
         for start, stop, block in blocks:
             h_ND, target_N = rows.block(start, stop)
+            h_ND = _clean(h_ND, target_N)
             coef = torch.where(target_N == IGNORE, 0.0, coef_N[start:stop])
             dh_ND = None
             if into.h is not None:
@@ -408,6 +419,15 @@ class Streamer:
             self._add_targets(block, h_ND, target_N, coef, dh_ND, into)
             if into.h is not None and dh_ND is not None:
                 rows.scatter(into.h, start, stop, dh_ND)
+
+
+def _clean(h_ND: Tensor, target_N: Tensor) -> Tensor:
+    """Hidden rows with zeros for ignored targets, where a non-finite value would reach the
+    gradients as 0 * inf.  On a CPU the caller has left ignored targets out.
+    """
+    if target_N.device.type == "cpu":
+        return h_ND
+    return torch.where((target_N == IGNORE)[:, None], 0, h_ND)
 
 
 def _add_rows(total: Tensor, index_N: Tensor, rows_N: Tensor) -> None:

@@ -1,17 +1,45 @@
-"""Whether Triton kernels can serve a device, and if not, why."""
+"""Which devices and dtypes the Triton kernels serve, and why not the others."""
 
 import importlib.util
 
 import torch
 
-# Devices that Triton compiles for; ROCm presents itself as "cuda".
-_DEVICE_TYPES = ("cuda",)
+_MINIMUM_TRITON = (3, 6)
+_MINIMUM_CAPABILITY = (8, 0)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def unsupported_reason(device: torch.device) -> str | None:
-    """Why no kernel of this package can run on ``device``; None where one can."""
-    if device.type not in _DEVICE_TYPES:
+def is_interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1), as the tests do."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def unsupported_reason(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why no kernel of this package can run on ``device`` with ``dtype``; None where one can."""
+    if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):  # ROCm is "cuda"
         return f"Triton kernels run on CUDA and ROCm devices, not on {device.type!r}"
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
-    return "this version has no Triton kernels yet"
+    version = _triton_version()
+    if version < _MINIMUM_TRITON:
+        wanted = ".".join(map(str, _MINIMUM_TRITON))
+        return f"triton {'.'.join(map(str, version))} is installed, {wanted} or newer is needed"
+    if dtype not in DTYPES:
+        return f"the kernels take {', '.join(str(x)[6:] for x in DTYPES)}, not {str(dtype)[6:]}"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _MINIMUM_CAPABILITY:
+            have = ".".join(map(str, capability))
+            return f"the GPU has compute capability {have}, 8.0 (Ampere) or newer is needed"
+    return None
+
+
+def _triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)

@@ -1,8 +1,11 @@
 """Settings of the whole test run: one thread, a fixed seed for every test."""
 
+import interpreter
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # where Triton kernels cannot run, they are interpreted
+    interpreter.enable()
 pytest.register_assert_rewrite("checks")
 torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other are slow
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdpo import LinearDPOLoss, linear_dpo_loss, linear_logp, linear_preference_loss
+from fastdpo.kernels import support
 from fastdpo.objectives import lr_dpo, nca_pair
 from fastdpo.reference import IGNORE
 
@@ -22,6 +23,15 @@ D, V, PAIRS, L = 6, 17, 2, 5
 SIZES = (3, 2, 4, 1)
 N = sum(SIZES)
 EXAMPLES = 1000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_interpreter():
+    """Without it the kernels cannot run on a CPU, and asking for them is an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "is_interpreted", lambda: False)
+        yield
+
 
 Args = dict[str, Any]
 Draw = Callable[[st.SearchStrategy], Any]

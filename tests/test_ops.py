@@ -30,6 +30,7 @@ from checks import (
 )
 
 from fastdpo import LinearDPOLoss, linear_dpo_loss, linear_logp, linear_preference_loss, reference
+from fastdpo.kernels import support
 from fastdpo.objectives import (
     apo_zero,
     hinge,
@@ -868,7 +869,8 @@ def test_implementation_torch_is_the_default_on_a_cpu():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_implementation_triton_is_refused_on_a_cpu(op):
+def test_implementation_triton_is_refused_on_a_cpu(op, monkeypatch):
+    monkeypatch.setattr(support, "is_interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"impl='triton' cannot run.*'cpu'"):
         OPS[op](make_problem(dtype=torch.float32), impl="triton")
 

@@ -1,0 +1,438 @@
+"""The head through the Triton kernels: the blocks of `fastdpo.streaming`, on a GPU.
+
+Products whose result is a plain matrix are the matrix library's; the kernels do the rest in one
+pass each.  The projection goes one of two ways, by the head's size: a bounded fp32 tile that a
+kernel folds, or, for a narrow head, whose tile would cost more than its product, one kernel that
+folds in registers.  Policy and reference of like sizes take the same way, so they agree to the bit.
+
+Nothing here waits for the device, so a call can be captured in a CUDA graph.
+
+Legend: N rows of the block, D hidden, V vocabulary, C columns of a tile, R rows of a tile, K tiles.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.gemm import fp32_product
+from fastdpo.kernels import fold, pair, project, scatter
+from fastdpo.passes import Call, Pairs, Scored
+from fastdpo.plan import Plan
+from fastdpo.streaming import IGNORE, Block, Grads, Head, Needs, Rows
+
+# Widest head whose projection is one kernel.  Writing and folding a tile costs as much as a product
+# of some hundred columns of D; the fused kernel loses a share of every product instead.
+PROJECT_MAX_D = 2048
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized matrix whose rows start at 128-byte boundaries, as fast products want."""
+    return torch.empty(rows, padded(columns), dtype=dtype, device=device)[:, :columns]
+
+
+def padded(columns: int) -> int:
+    return -(-columns // 64) * 64
+
+
+def even_tiles(total: int, most: int) -> list[slice]:
+    """At most ``most`` wide, and of even width."""
+    width = -(-total // -(-total // most))
+    return [slice(i, min(i + width, total)) for i in range(0, total, width)]
+
+
+@dataclass
+class _Tokens:
+    """What the head's gradient takes of each token: factors of its kept row and of its target."""
+
+    h_ND: Tensor
+    by_target: scatter.Segments
+    row_N: Tensor
+    own_N: Tensor
+
+    @cached_property
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """``row * h`` over a power of two, which keeps fp16 in range; and that power."""
+        gain = scatter.gain_of(self.row_N)
+        return scatter.scaled_rows(self.h_ND, self.row_N, gain), gain
+
+
+class FusedStreamer:
+    """Runs a head over blocks of rows; the interface of `fastdpo.streaming.Streamer`."""
+
+    acc_dtype = torch.float32
+
+    def __init__(self, head: Head, plan: Plan) -> None:
+        self.head = head
+        self.plan = plan
+        self.shape = fold.HeadShape(head.scale, head.softcap)
+        self.V, self.D = head.w_VD.shape
+        self.limit = fold.LIMITS[head.w_VD.dtype]
+        self.kernel_tile = project.tile_for(head.w_VD.device)
+
+    # ------------------------------------------------------------------------------------- forward
+    def forward(
+        self,
+        h_ND: Tensor,
+        target_N: Tensor,
+        *,
+        keep: bool,
+        stats: frozenset[str] = frozenset(),
+        ref: "tuple[FusedStreamer, Tensor] | None" = None,
+    ) -> Block:
+        """Log-probs of a block; with ``keep`` also the stash its backward reads.
+
+        ``ref`` is the reference head and its hidden rows, streamed beside the policy's.
+        """
+        h_ND = _rows_in_memory(h_ND)
+        stash_NV = None
+        if keep:
+            stash_NV = matrix(len(h_ND), self.V, h_ND.dtype, h_ND.device)
+        ref_streamer, ref_h_ND = ref or (None, None)
+        ref_partials = cross_KN = None
+        if not stats and self.projects(h_ND):
+            partials = self._project(h_ND, target_N, stash_NV)
+            if ref_streamer is not None and ref_h_ND is not None:
+                ref_partials = ref_streamer._alone(_rows_in_memory(ref_h_ND), target_N)
+        else:
+            partials, ref_partials, cross_KN = self._fold(
+                h_ND, target_N, stats, stash_NV, ref_streamer, ref_h_ND
+            )
+        merged = fold.merge(partials, target_N, self.V)
+        if stash_NV is not None:
+            fold.settle(stash_NV, partials, merged.shift_N)
+        own_N = merged.miss_N
+        if self.head.softcap is not None:
+            own_N = own_N * (1.0 - (partials.target_z_N / self.head.softcap).square())
+        block = Block(merged.logp_N, merged.lse_N, merged.shift_N, stash_NV, own_N, merged.stats)
+        if ref_partials is not None:
+            ref_merged = fold.merge(ref_partials, target_N, self.V)
+            block.ref_logp_N = ref_merged.logp_N
+            if cross_KN is not None:
+                down_KN = (ref_partials.shift_KN - ref_merged.lse_N).exp()
+                kl_N = (down_KN * cross_KN).sum(0) - ref_merged.lse_N + merged.lse_N
+                block.stats["kl_ref"] = torch.where(target_N == IGNORE, 0.0, kl_N)
+        return block
+
+    def projects(self, h_ND: Tensor) -> bool:
+        """Whether one kernel makes and folds the logits."""
+        w_VD = self.head.w_VD
+        narrow = self.D <= PROJECT_MAX_D and project.feeds_from_descriptors(w_VD.device)
+        return narrow and project.can_project(h_ND, w_VD)
+
+    def _alone(self, h_ND: Tensor, target_N: Tensor) -> fold.Partials:
+        """The partials of a reference."""
+        if self.projects(h_ND):
+            return self._project(h_ND, target_N, None)
+        return self._fold(h_ND, target_N, frozenset(), None, None, None)[0]
+
+    def _project(self, h_ND: Tensor, target_N: Tensor, stash_NV: Tensor | None) -> fold.Partials:
+        tile, head = self.kernel_tile, self.head
+        partials = fold.Partials.empty(target_N, self.V, tile.v, frozenset())
+        project.project(
+            h_ND, head.w_VD, head.bias_V, self.shape, target_N, tile=tile, partials=partials,
+            stash_NC=stash_NV, limit=self.limit,
+        )  # fmt: skip
+        return partials
+
+    def _fold(
+        self,
+        h_ND: Tensor,
+        target_N: Tensor,
+        stats: frozenset[str],
+        stash_NV: Tensor | None,
+        ref: "FusedStreamer | None",
+        ref_h_ND: Tensor | None,
+    ) -> tuple[fold.Partials, fold.Partials | None, Tensor | None]:
+        """Partials of policy and reference, and the cross term of their KL if asked for."""
+        width, row_tiles = self._tiles(len(h_ND))
+        partials = fold.Partials.empty(target_N, self.V, width, stats)
+        ref_partials = cross_KN = None
+        if ref is not None:
+            ref_partials = fold.Partials.empty(target_N, self.V, width, frozenset())
+            if "kl_ref" in stats:
+                cross_KN = torch.empty_like(ref_partials.shift_KN)
+        for rows in row_tiles:
+            for k, v0 in enumerate(range(0, self.V, width)):
+                columns = slice(v0, min(v0 + width, self.V))
+                product, bias = self._products(h_ND[rows], columns)
+                fold.fold(
+                    product, bias, self.shape, target_N[rows], v0, partials, rows,
+                    None if stash_NV is None else stash_NV[rows, columns], self.limit,
+                )  # fmt: skip
+                if ref is None or ref_h_ND is None or ref_partials is None:
+                    continue
+                ref_product, ref_bias = ref._products(ref_h_ND[rows], columns)
+                fold.fold(
+                    ref_product, ref_bias, ref.shape, target_N[rows], v0, ref_partials, rows, None,
+                    self.limit,
+                )  # fmt: skip
+                if cross_KN is not None:
+                    fold.cross(
+                        product, bias, ref_product, ref_bias, self.shape,
+                        ref_partials.shift_KN[k, rows], cross_KN[k, rows],
+                    )  # fmt: skip
+        return partials, ref_partials, cross_KN
+
+    def _products(self, h_RD: Tensor, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """An fp32 tile of products, and its columns' biases."""
+        bias_V = self.head.bias_V
+        product_RC = fp32_product(h_RD, self.head.w_VD[columns].T)
+        return product_RC, None if bias_V is None else bias_V[columns]
+
+    def _tiles(self, N: int) -> tuple[int, list[slice]]:
+        """Width of a tile, and its rows, within the plan's tile; near square, as products like."""
+        numel = max(1, self.plan.tile_bytes // 4)
+        width = min(fold.MAX_TILE_COLUMNS, padded(self.V))
+        while width > 256 and numel // width < min(N, width // 2):
+            width //= 2
+        width = min(width, self.V)
+        return width, even_tiles(N, max(1, numel // width))
+
+    # ------------------------------------------------------------------------------------ backward
+    def backward(
+        self,
+        block: Block,
+        h_ND: Tensor,
+        target_N: Tensor,
+        coef_N: Tensor,
+        needs: Needs,
+        into: Grads,
+        *,
+        final: bool,
+    ) -> Tensor | None:
+        """Add the head's gradients of ``sum coef * logp`` to ``into``; return that of the rows.
+
+        With ``final`` the head's gradients are written, not added.
+        """
+        h_ND = _rows_in_memory(h_ND)
+        coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).float()
+        row_N = (block.max_KN - block.lse_N).exp_().mul_(coef_N).mul_(-self.head.scale)
+        own_N = block.own_N * coef_N * self.head.scale
+        if into.w is not None or into.bias is not None:
+            tokens = self._tokens(h_ND, target_N, row_N, own_N)
+            self._head_grads(block.stash, slice(0, self.V), tokens, into, accumulate=not final)
+        if not needs.h:
+            return None
+        dh_ND = fp32_product(block.stash, self.head.w_VD)
+        self._row_grads(dh_ND, dh_ND, row_N, target_N, own_N)
+        return dh_ND
+
+    def _tokens(self, h_ND: Tensor, target_N: Tensor, row_N: Tensor, own_N: Tensor) -> "_Tokens":
+        return _Tokens(h_ND, scatter.Segments.of(target_N, self.V), row_N, own_N)
+
+    def _head_grads(
+        self, stash_NC: Tensor, columns: slice, tokens: "_Tokens", into: Grads, *, accumulate: bool
+    ) -> None:
+        """Gradients of some columns of the head: kept numbers and the targets' own."""
+        if into.bias is not None:
+            bias_C = into.bias[columns]
+            scatter.add_column_sums(bias_C, stash_NC, tokens.row_N)
+            scatter.row_sums(
+                bias_C[:, None], segments=tokens.by_target, offset=columns.start, accumulate=True,
+                b_ND=torch.ones_like(tokens.own_N)[:, None], b_scale_N=tokens.own_N,
+            )  # fmt: skip
+        if into.w is None:
+            return
+        scaled_ND, gain = tokens.scaled
+        most = max(16, self.plan.tile_bytes // (4 * self.D))
+        for part in even_tiles(columns.stop - columns.start, most):
+            rows = slice(columns.start + part.start, columns.start + part.stop)
+            scatter.row_sums(
+                into.w[rows], segments=tokens.by_target, offset=rows.start, accumulate=accumulate,
+                base_ID=fp32_product(stash_NC[:, part].T, scaled_ND), base_factor=gain,
+                b_ND=tokens.h_ND, b_scale_N=tokens.own_N,
+            )  # fmt: skip
+
+    def _row_grads(
+        self,
+        out_ND: Tensor,
+        product_ND: Tensor,
+        row_N: Tensor,
+        target_N: Tensor | None,
+        own_N: Tensor | None,
+        *,
+        accumulate: bool = False,
+    ) -> None:
+        """``row * product + own * w[target]``; without targets the first term."""
+        w_VD, index_N = self.head.w_VD, target_N
+        if target_N is not None and w_VD.stride(1) != 1:
+            w_VD, index_N = w_VD[target_N.clamp(min=0)], None
+        scatter.row_sums(
+            out_ND, a_ND=product_ND, a_scale_N=row_N, accumulate=accumulate,
+            b_ND=None if own_N is None else w_VD, b_scale_N=own_N, b_index_N=index_N,
+        )  # fmt: skip
+
+    def recompute_backward(
+        self,
+        blocks: list[tuple[int, int, Block]],
+        rows: Rows,
+        coef_N: Tensor,
+        needs: Needs,
+        into: Grads,
+    ) -> None:
+        """Gradients with nothing kept but each row's log-sum-exp.
+
+        With a frozen head, whole rows at a time; else whole columns, whose gradient is then
+        complete at once.
+        """
+        if not needs.head:
+            self._recompute_rows(blocks, rows, coef_N, needs, into)
+            return
+        h_ND, target_N = rows.block(0, coef_N.shape[0])
+        h_ND = _rows_in_memory(h_ND)
+        coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).float()
+        lse_N = torch.cat([block.lse_N for _, _, block in blocks])
+        own_N = torch.cat([block.own_N for _, _, block in blocks]) * coef_N * self.head.scale
+        row_N = coef_N * -self.head.scale
+        tokens = self._tokens(h_ND, target_N, row_N, own_N)
+        dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if needs.h else None
+        width = self.plan.vocab_chunk
+        stash_NC = matrix(len(h_ND), width, h_ND.dtype, h_ND.device)
+        for v0 in range(0, self.V, width):
+            columns = slice(v0, min(v0 + width, self.V))
+            kept_NC = stash_NC[:, : columns.stop - v0]
+            self._keep(h_ND, target_N, lse_N, columns, kept_NC)
+            self._head_grads(kept_NC, columns, tokens, into, accumulate=False)
+            if dh_ND is not None:
+                product_ND = fp32_product(kept_NC, self.head.w_VD[columns])
+                first = v0 == 0  # the targets' own entries belong to the first columns' turn
+                self._row_grads(
+                    dh_ND, product_ND, row_N, target_N if first else None, own_N if first else None,
+                    accumulate=not first,
+                )  # fmt: skip
+        if dh_ND is not None:
+            into.h = self.place(rows, dh_ND, None)
+
+    def _recompute_rows(
+        self,
+        blocks: list[tuple[int, int, Block]],
+        rows: Rows,
+        coef_N: Tensor,
+        needs: Needs,
+        into: Grads,
+    ) -> None:
+        direct = rows.rows_N is None  # every hidden row is in one block, so it is rounded at once
+        out_TD = torch.empty_like(rows.h_TD) if direct else None
+        parts = []
+        for start, stop, _ in blocks:
+            h_ND, target_N = rows.block(start, stop)
+            block = self.forward(h_ND, target_N, keep=True)
+            coef = coef_N[start:stop]
+            dh_ND = self.backward(block, h_ND, target_N, coef, needs, Grads(), final=False)
+            block.stash = None
+            if out_TD is None:
+                parts.append(dh_ND)
+            elif dh_ND is not None:
+                out_TD[start:stop] = dh_ND
+        into.h = self.place(rows, torch.cat(parts), None) if out_TD is None else out_TD
+
+    def _keep(
+        self, h_ND: Tensor, target_N: Tensor, lse_N: Tensor, columns: slice, kept_NC: Tensor
+    ) -> None:
+        """Probabilities of some columns of finished rows."""
+        if self.projects(h_ND):
+            project.project(
+                h_ND, self.head.w_VD, self.head.bias_V, self.shape, target_N,
+                tile=self.kernel_tile, columns=(columns.start, columns.stop), lse_N=lse_N,
+                stash_NC=kept_NC,
+            )  # fmt: skip
+            return
+        width, row_tiles = self._tiles(len(h_ND))
+        for rows in row_tiles:
+            for v0 in range(columns.start, columns.stop, width):
+                part = slice(v0, min(v0 + width, columns.stop))
+                product, bias = self._products(h_ND[rows], part)
+                kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
+                fold.keep(product, bias, self.shape, target_N[rows], lse_N[rows], v0, kept_RC)
+
+    def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None) -> Tensor:
+        """``x * scale`` of each token summed into its hidden row in fp32, and rounded once."""
+        out_TD = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
+        segments = None
+        if rows.rows_N is not None:
+            segments = scatter.Segments.of(rows.rows_N, len(out_TD))
+        scatter.row_sums(out_TD, segments=segments, a_ND=x_ND, a_scale_N=scale_N)
+        return out_TD
+
+
+def _rows_in_memory(h_ND: Tensor) -> Tensor:
+    """Rows with neighbouring elements side by side, as the kernels read them."""
+    return h_ND if h_ND.stride(1) == 1 else h_ND.contiguous()
+
+
+def device_bounds(edges: list[int], device: torch.device) -> Tensor:
+    """Sequence bounds on the device, without a synchronization.
+
+    A captured CUDA graph keeps no host memory alive, so there the numbers become arguments of
+    fills.
+    """
+    if device.type == "cpu":
+        return torch.tensor(edges)
+    if torch.cuda.is_current_stream_capturing():
+        bounds_S1 = torch.empty(len(edges), dtype=torch.int64, device=device)
+        for s, edge in enumerate(edges):
+            bounds_S1[s].fill_(edge)
+        return bounds_S1
+    return torch.tensor(edges, pin_memory=True).to(device, non_blocking=True)
+
+
+def count_scored(target_N: Tensor, bounds_S1: Tensor) -> Tensor:
+    """Scored tokens of each sequence."""
+    before = torch.nn.functional.pad((target_N != IGNORE).cumsum(0), (1, 0))
+    return before[bounds_S1].diff()
+
+
+def score_pairs(
+    call: Call,
+    pairs: Pairs,
+    logp_N: Tensor,
+    ref_logp_N: Tensor | None,
+    part: tuple[int, int],
+    *,
+    slopes: bool,
+) -> Scored:
+    """Loss and slopes of some pairs in one launch; an objective of the caller's own runs after."""
+    first, last = part
+    assert call.bounds_S1 is not None
+    start = pairs.edges[2 * first]
+    bounds_S1 = call.bounds_S1[2 * first : 2 * last + 1] - start
+    kind = getattr(pairs.objective, "kind", None)
+    objective: Any = pairs.objective
+    if kind is None:  # the kernel sums its sequences all the same
+        known = pair.Objective(pair.MARGIN_KINDS[0], 1.0)
+    else:
+        known = pair.Objective(
+            kind, objective.beta, getattr(objective, "alpha", 0.0), objective.length_normalized
+        )
+    ref_S = None if pairs.ref_logp_S is None else pairs.ref_logp_S[2 * first : 2 * last]
+    result = pair.pair_losses(
+        logp_N,
+        call.target_N[start : pairs.edges[2 * last]],
+        bounds_S1,
+        pairs.lengths_S[2 * first : 2 * last],
+        known,
+        ref_logp_S=ref_S,
+        ref_logp_N=ref_logp_N,
+        margin_P=pairs.margin_P[first:last],
+        smoothing_P=pairs.smoothing_P[first:last],
+        weight_P=pairs.weight_P[first:last],
+        num_pairs=pairs.num_pairs,
+        want_coef=slopes,
+    )
+    if kind is not None:
+        totals = result.totals
+        pairs.totals = totals if pairs.totals is None else pairs.totals + totals
+        loss, slope_S, coef_N = totals[0], result.slope_S, result.coef_N
+        return Scored(loss, result.logp_S, result.ref_logp_S, slope_S, coef_N)
+    everything = slice(first, last)
+    if not slopes:
+        loss_P = pairs.loss(result.logp_S, result.ref_logp_S, everything)
+        loss = loss_P.sum() / pairs.num_pairs
+        return Scored(loss, result.logp_S, result.ref_logp_S, None, None)
+    loss, slope_S = pairs.loss_and_slope(result.logp_S, result.ref_logp_S, everything)
+    size = pairs.edges[2 * last] - start
+    coef_N = torch.repeat_interleave(slope_S, bounds_S1.diff(), output_size=size)
+    return Scored(loss, result.logp_S, result.ref_logp_S, slope_S, coef_N)

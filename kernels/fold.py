@@ -1,0 +1,425 @@
+"""The fold of logits into log-sum-exps, from tiles of products that a matrix library made.
+
+`fold` takes a tile and leaves, for each of its rows, a shift and the sum of exponentials without
+the target's; `merge` turns the sums of all tiles into log-probs.  On request the fold also keeps
+the exponentials for the backward (the *stash*) and sums statistics.
+
+R rows of a tile, C columns of a tile, N rows, K tiles of a row, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .pointwise import LOWEST, OPTIONS, kept, logits, row_shift, softplus
+
+# Logits above a row's shift that are still taken relative to it: exponentials, their squares and
+# the sums of either stay finite in fp32, and the kept ones in the stash's dtype.
+LIMITS = {torch.float16: 10.0, torch.bfloat16: 30.0, torch.float32: 30.0}
+STATS = ("mean_logit", "entropy", "log_sum_sq_probs", "top1")
+MAX_TILE_COLUMNS = 8192
+_TILE_NUMEL = 4096  # elements a program holds
+
+
+@dataclass
+class Partials:
+    """What the tiles of a block of rows leave; ``width`` columns a tile, the last may be short."""
+
+    width: int
+    shift_KN: Tensor
+    rest_KN: Tensor
+    target_z_N: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, target_N: Tensor, V: int, width: int, stats: frozenset[str]) -> "Partials":
+        def new() -> Tensor:
+            shape = triton.cdiv(V, width), target_N.shape[0]
+            return torch.empty(shape, dtype=torch.float32, device=target_N.device)
+
+        target_z_N = torch.zeros(target_N.shape[0], dtype=torch.float32, device=target_N.device)
+        return cls(
+            width, new(), new(), target_z_N, {name: new() for name in STATS if name in stats}
+        )
+
+
+@triton.jit
+def load_logits(
+    product_ptr, bias_ptr, n, c, inside, C, stride, scale, softcap, HAS_SOFTCAP: tl.constexpr
+):
+    """A tile of logits from a tile of products; -inf outside."""
+    a = tl.load(product_ptr + n.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
+    if bias_ptr is not None:
+        a += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    return tl.where(inside, logits(a, scale, softcap, HAS_SOFTCAP), float("-inf"))
+
+
+@triton.jit
+def fold_kernel(
+    product_ptr,
+    bias_ptr,
+    target_ptr,
+    shift_ptr,
+    rest_ptr,
+    first_shift_ptr,
+    target_z_ptr,
+    stash_ptr,
+    mean_ptr,
+    entropy_ptr,
+    squares_ptr,
+    top_ptr,
+    R,
+    C,
+    first_column,
+    product_stride,
+    stash_stride,
+    scale,
+    softcap,
+    limit,
+    HAS_SOFTCAP: tl.constexpr,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Fold ROWS rows of a tile of products (R, C)."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    row = n < R
+    inside = row[:, None] & (c < C)[None, :]
+    z = load_logits(
+        product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap, HAS_SOFTCAP
+    )
+    column = tl.load(target_ptr + n, mask=row, other=-1) - first_column
+    own = c[None, :] == column[:, None]
+    owner = row & (column >= 0) & (column < C)
+    top_N = tl.maximum(tl.max(z, 1), LOWEST)
+    shift_N = row_shift(top_N, first_shift_ptr, n, row, limit, FIRST)
+    e = tl.exp(z - shift_N[:, None])
+    if squares_ptr is not None:
+        tl.store(squares_ptr + n, tl.sum(e * e, 1), mask=row)
+    e = tl.where(own, 0.0, e)
+    tl.store(shift_ptr + n, shift_N, mask=row)
+    tl.store(rest_ptr + n, tl.sum(e, 1), mask=row)
+    tl.store(target_z_ptr + n, tl.sum(tl.where(own, z, 0.0), 1), mask=owner)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + n, tl.sum(tl.where(inside, z, 0.0), 1), mask=row)
+    if entropy_ptr is not None:  # an exponential of 0 may have a logit of -inf
+        weighted = tl.where(e > 0.0, e * (z - shift_N[:, None]), 0.0)
+        tl.store(entropy_ptr + n, tl.sum(weighted, 1), mask=row)
+    if top_ptr is not None:
+        tl.store(top_ptr + n, top_N, mask=row)
+    if stash_ptr is not None:
+        e = kept(e, z, (column >= -first_column)[:, None], softcap, HAS_SOFTCAP)
+        at = stash_ptr + n.to(tl.int64)[:, None] * stash_stride + c[None, :]
+        tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def keep_kernel(
+    product_ptr,
+    bias_ptr,
+    target_ptr,
+    lse_ptr,
+    ref_product_ptr,
+    ref_bias_ptr,
+    ref_lse_ptr,
+    stash_ptr,
+    R,
+    C,
+    first_column,
+    product_stride,
+    ref_stride,
+    stash_stride,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Probabilities from products once the log-sum-exps are known, zero for the target.
+
+    With a reference's products, the difference ``p - p_ref`` instead: the gradient of
+    KL(reference || policy) by the policy's logits.
+    """
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    row = n < R
+    inside = row[:, None] & (c < C)[None, :]
+    z = load_logits(
+        product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap, HAS_SOFTCAP
+    )
+    e = tl.exp(z - tl.load(lse_ptr + n, mask=row, other=0.0)[:, None])
+    scored = row
+    if target_ptr is not None:
+        target = tl.load(target_ptr + n, mask=row, other=-1)
+        scored = target >= 0
+        e = tl.where(c[None, :] == (target - first_column)[:, None], 0.0, e)
+    if ref_product_ptr is not None:
+        ref_z = load_logits(
+            ref_product_ptr, ref_bias_ptr, n, c, inside, C, ref_stride, scale, softcap, HAS_SOFTCAP
+        )
+        e -= tl.exp(ref_z - tl.load(ref_lse_ptr + n, mask=row, other=0.0)[:, None])
+    e = kept(e, z, scored[:, None], softcap, HAS_SOFTCAP)
+    at = stash_ptr + n.to(tl.int64)[:, None] * stash_stride + c[None, :]
+    tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def cross_kernel(
+    product_ptr,
+    bias_ptr,
+    ref_product_ptr,
+    ref_bias_ptr,
+    ref_shift_ptr,
+    cross_ptr,
+    R,
+    C,
+    product_stride,
+    ref_stride,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``sum exp(z_ref - shift_ref) * (z_ref - z)`` of each row of two tiles, for the KL."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    row = n < R
+    inside = row[:, None] & (c < C)[None, :]
+    z = load_logits(
+        product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap, HAS_SOFTCAP
+    )
+    ref_z = load_logits(
+        ref_product_ptr, ref_bias_ptr, n, c, inside, C, ref_stride, scale, softcap, HAS_SOFTCAP
+    )
+    e = tl.exp(ref_z - tl.load(ref_shift_ptr + n, mask=row, other=0.0)[:, None])
+    # Where the reference gives no probability there is no term, even if both logits are -inf.
+    tl.store(cross_ptr + n, tl.sum(tl.where(e > 0.0, e * (ref_z - z), 0.0), 1), mask=row)
+
+
+@triton.jit
+def merge_kernel(
+    shift_ptr,
+    rest_ptr,
+    target_z_ptr,
+    target_ptr,
+    lse_ptr,
+    logp_ptr,
+    miss_ptr,
+    top_shift_ptr,
+    mean_ptr,
+    entropy_ptr,
+    squares_ptr,
+    top_ptr,
+    mean_out_ptr,
+    entropy_out_ptr,
+    squares_out_ptr,
+    top_out_ptr,
+    N,
+    K,
+    V,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sums of all tiles of BLOCK_N rows, in a fixed order."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = n < N
+    shift = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    top = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    rest = tl.zeros((BLOCK_N,), tl.float32)
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    entropy = tl.zeros((BLOCK_N,), tl.float32)
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        inside = (k < K)[:, None] & row[None, :]
+        at = k.to(tl.int64)[:, None] * N + n[None, :]
+        s = tl.load(shift_ptr + at, mask=inside, other=LOWEST)
+        shift_new = tl.maximum(shift, tl.max(s, 0))
+        down = tl.exp(shift - shift_new)
+        factor = tl.exp(s - shift_new[None, :])
+        r = tl.load(rest_ptr + at, mask=inside, other=0.0)
+        if mean_ptr is not None:
+            mean += tl.sum(tl.load(mean_ptr + at, mask=inside, other=0.0), 0)
+        if squares_ptr is not None:
+            q = tl.load(squares_ptr + at, mask=inside, other=0.0)
+            squares = squares * down * down + tl.sum(q * factor * factor, 0)
+        if entropy_ptr is not None:  # sum e * (z - shift), moved to the new shift
+            q = tl.load(entropy_ptr + at, mask=inside, other=0.0)
+            entropy = down * (entropy + tl.where(down > 0.0, rest * (shift - shift_new), 0.0))
+            moved = tl.where(factor > 0.0, r * (s - shift_new[None, :]), 0.0)
+            entropy += tl.sum(factor * (q + moved), 0)
+        if top_ptr is not None:
+            top = tl.maximum(top, tl.max(tl.load(top_ptr + at, mask=inside, other=LOWEST), 0))
+        rest = rest * down + tl.sum(r * factor, 0)
+        shift = shift_new
+    t = tl.load(target_z_ptr + n, mask=row, other=0.0)
+    scored = tl.load(target_ptr + n, mask=row, other=-1) >= 0
+    own = tl.where(scored, tl.exp(t - shift), 0.0)
+    total = rest + own
+    lse = shift + tl.log(total)
+    # log-odds against the target; -inf - -inf where it alone has all the probability
+    against = tl.where(rest > 0.0, (shift - t) + tl.log(rest), float("-inf"))
+    tl.store(lse_ptr + n, lse, mask=row)
+    tl.store(logp_ptr + n, tl.where(scored, -softplus(against), 0.0), mask=row)
+    tl.store(miss_ptr + n, tl.where(scored, 1.0 / (1.0 + tl.exp(-against)), 0.0), mask=row)
+    tl.store(top_shift_ptr + n, shift, mask=row)
+    if mean_out_ptr is not None:
+        tl.store(mean_out_ptr + n, tl.where(scored, mean / V, 0.0), mask=row)
+    if entropy_out_ptr is not None:  # -sum p (z - lse)
+        entropy += tl.where(own > 0.0, own * (t - shift), 0.0)
+        value = tl.log(total) - entropy / total
+        tl.store(entropy_out_ptr + n, tl.where(scored, value, 0.0), mask=row)
+    if squares_out_ptr is not None:
+        value = tl.log(squares) - 2.0 * tl.log(total)
+        tl.store(squares_out_ptr + n, tl.where(scored, value, 0.0), mask=row)
+    if top_out_ptr is not None:
+        tl.store(top_out_ptr + n, tl.where(scored & (t >= top), 1.0, 0.0), mask=row)
+
+
+@triton.jit
+def settle_kernel(stash_ptr, shift_ptr, top_shift_ptr, N, K, V, width, stride, BLOCK: tl.constexpr):
+    """Bring a row's tiles to its largest shift; a row with one shift, as nearly all, is left."""
+    n = tl.program_id(0)
+    top = tl.load(top_shift_ptr + n)
+    lowest = top
+    for k0 in tl.range(0, K, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        shift = tl.load(shift_ptr + k.to(tl.int64) * N + n, mask=k < K, other=float("inf"))
+        lowest = tl.minimum(lowest, tl.min(shift, 0))
+    if lowest < top:
+        for v0 in tl.range(0, V, BLOCK):
+            v = v0 + tl.arange(0, BLOCK)
+            inside = v < V
+            shift = tl.load(shift_ptr + (v // width).to(tl.int64) * N + n, mask=inside, other=0.0)
+            at = stash_ptr + n.to(tl.int64) * stride + v
+            e = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(at, (e * tl.exp(shift - top)).to(stash_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(R: int, C: int) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and block sizes of a kernel over whole rows of a tile (R, C)."""
+    block = max(16, triton.next_power_of_2(C))
+    rows = max(1, _TILE_NUMEL // block)
+    warps = 4 if block <= 4096 else 8
+    return (triton.cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": warps, **OPTIONS}
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What turns products into logits beside a bias."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def arguments(self) -> tuple[float, float]:
+        return self.scale, 1.0 if self.softcap is None else self.softcap
+
+
+def fold(
+    product_RC: Tensor,
+    bias_C: Tensor | None,
+    head: HeadShape,
+    target_R: Tensor,
+    first_column: int,
+    partials: Partials,
+    rows: slice,
+    stash_RC: Tensor | None,
+    limit: float,
+) -> None:
+    """Fold a tile of fp32 products, ``rows`` of the block and one tile of columns.
+
+    ``stash_RC`` takes the exponentials if given; its rows may be strided.
+    """
+    R, C = product_RC.shape
+    k = first_column // partials.width
+    part = {name: x_KN[k, rows] for name, x_KN in partials.stats.items()}
+    grid, blocks = _launch(R, C)
+    fold_kernel[grid](
+        product_RC, bias_C, target_R,
+        partials.shift_KN[k, rows], partials.rest_KN[k, rows], partials.shift_KN[0, rows],
+        partials.target_z_N[rows], stash_RC, part.get("mean_logit"), part.get("entropy"),
+        part.get("log_sum_sq_probs"), part.get("top1"), R, C, first_column,
+        product_RC.stride(0), 0 if stash_RC is None else stash_RC.stride(0),
+        *head.arguments, limit, HAS_SOFTCAP=head.softcap is not None, FIRST=k == 0, **blocks,
+    )  # fmt: skip
+
+
+def keep(
+    product_RC: Tensor,
+    bias_C: Tensor | None,
+    head: HeadShape,
+    target_R: Tensor | None,
+    lse_R: Tensor,
+    first_column: int,
+    stash_RC: Tensor,
+    ref: tuple[Tensor, Tensor | None, Tensor] | None = None,
+) -> None:
+    """Probabilities of a tile, or their difference to those of ``ref`` (products, bias, lse)."""
+    R, C = product_RC.shape
+    ref_product, ref_bias, ref_lse = ref or (None, None, None)
+    grid, blocks = _launch(R, C)
+    keep_kernel[grid](
+        product_RC, bias_C, target_R, lse_R, ref_product, ref_bias, ref_lse, stash_RC, R, C,
+        first_column, product_RC.stride(0), 0 if ref_product is None else ref_product.stride(0),
+        stash_RC.stride(0), *head.arguments, HAS_SOFTCAP=head.softcap is not None, **blocks,
+    )  # fmt: skip
+
+
+def cross(
+    product_RC: Tensor,
+    bias_C: Tensor | None,
+    ref_product_RC: Tensor,
+    ref_bias_C: Tensor | None,
+    head: HeadShape,
+    ref_shift_R: Tensor,
+    cross_R: Tensor,
+) -> None:
+    """Each row's share of the cross term of KL(reference || policy) from two tiles."""
+    R, C = product_RC.shape
+    grid, blocks = _launch(R, C)
+    cross_kernel[grid](
+        product_RC, bias_C, ref_product_RC, ref_bias_C, ref_shift_R, cross_R, R, C,
+        product_RC.stride(0), ref_product_RC.stride(0), *head.arguments,
+        HAS_SOFTCAP=head.softcap is not None, **blocks,
+    )  # fmt: skip
+
+
+@dataclass
+class Merged:
+    """Finished rows: ``miss`` is 1 - p(target) with all its digits; ignored rows are zeros."""
+
+    lse_N: Tensor
+    logp_N: Tensor
+    miss_N: Tensor
+    shift_N: Tensor
+    stats: dict[str, Tensor]
+
+
+def merge(partials: Partials, target_N: Tensor, V: int) -> Merged:
+    """Log-sum-exp, log-prob and statistics of each row from the partials of all its tiles."""
+    K, N = partials.shift_KN.shape
+    lse_N, logp_N, miss_N, shift_N = (torch.empty_like(partials.target_z_N) for _ in range(4))
+    part = partials.stats
+    out = {name: torch.empty_like(lse_N) for name in part}
+    merge_kernel[(triton.cdiv(N, 32),)](
+        partials.shift_KN, partials.rest_KN, partials.target_z_N, target_N, lse_N, logp_N, miss_N,
+        shift_N, *(part.get(name) for name in STATS), *(out.get(name) for name in STATS),
+        N, K, V, BLOCK_N=32, BLOCK_K=16, num_warps=4, **OPTIONS,
+    )  # fmt: skip
+    return Merged(lse_N, logp_N, miss_N, shift_N, out)
+
+
+def settle(stash_NV: Tensor, partials: Partials, shift_N: Tensor) -> None:
+    """Bring every row of a stash to one scale, ``exp(z - shift_N)``, in place."""
+    (N, V), K = stash_NV.shape, partials.shift_KN.shape[0]
+    settle_kernel[(N,)](
+        stash_NV, partials.shift_KN, shift_N, N, K, V, partials.width, stash_NV.stride(0),
+        BLOCK=1024, num_warps=4, **OPTIONS,
+    )  # fmt: skip

@@ -1,0 +1,284 @@
+"""One launch for the pairs: sums, reference log-ratios, length penalty, loss, metrics, slopes.
+
+P pairs, S = 2P sequences (2i chosen, 2i+1 rejected), N tokens.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .pointwise import OPTIONS
+
+# Objectives by name: functions of the margin z, then functions of the two sides.
+MARGIN_KINDS = ("sigmoid", "hinge", "ipo")
+SEPARATE_KINDS = ("apo_zero", "nca_pair")
+_CODES = {name: i for i, name in enumerate(MARGIN_KINDS + SEPARATE_KINDS)}
+# Averages over pairs, in the order in which the kernel sums them, after the loss.
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
+    "length_margin",
+)
+TOTALS = ("loss", *METRICS)
+
+
+@triton.jit
+def _softplus(x):
+    """In fp64, with all digits where it is small."""
+    u = tl.exp(-tl.abs(x))
+    series = u * (1.0 - u * (0.5 - u * (0.3333333333333333 - u * 0.25)))
+    return tl.maximum(x, 0.0) + tl.where(u < 1e-4, series, tl.log(1.0 + u))
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
+
+
+@triton.jit
+def _margin_loss(z, beta, KIND: tl.constexpr):
+    """f(z) and its derivative."""
+    if KIND == 0:
+        value = _softplus(-z)
+        slope = -_sigmoid(-z)
+    elif KIND == 1:
+        value = tl.maximum(1.0 - z, 0.0)
+        slope = tl.where(z < 1.0, -1.0, 0.0)
+    else:
+        value = ((z - 0.5) / beta) * ((z - 0.5) / beta)
+        slope = 2.0 * (z - 0.5) / (beta * beta)
+    return value, slope
+
+
+@triton.jit
+def _separate_loss(w, l, KIND: tl.constexpr):  # noqa: E741
+    """f(w, l) of the two sides' rewards and its derivatives."""
+    if KIND == 3:
+        a = _sigmoid(-w)
+        b = _sigmoid(l)
+        value = a + b
+        slope_w = -a * (1.0 - a)
+        slope_l = b * (1.0 - b)
+    else:
+        value = _softplus(w) + 0.5 * _softplus(-w) + 0.5 * _softplus(-l)
+        slope_w = _sigmoid(w) - 0.5 * _sigmoid(-w)
+        slope_l = -0.5 * _sigmoid(-l)
+    return value, slope_w, slope_l
+
+
+@triton.jit
+def _sequence(logp_ptr, ref_ptr, start, stop, BLOCK: tl.constexpr):
+    """Sum of log-probs of one sequence, and of the reference's."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    ref = tl.zeros((BLOCK,), tl.float64)
+    for i in tl.range(start, stop, BLOCK):
+        n = i + tl.arange(0, BLOCK)
+        inside = n < stop
+        total += tl.load(logp_ptr + n, mask=inside, other=0.0).to(tl.float64)
+        if ref_ptr is not None:
+            ref += tl.load(ref_ptr + n, mask=inside, other=0.0).to(tl.float64)
+    return tl.sum(total, 0), tl.sum(ref, 0)
+
+
+@triton.jit
+def _spread(coef_ptr, target_ptr, start, stop, value, BLOCK: tl.constexpr):
+    for i in tl.range(start, stop, BLOCK):
+        n = i + tl.arange(0, BLOCK)
+        inside = n < stop
+        scored = tl.load(target_ptr + n, mask=inside, other=-1) >= 0
+        tl.store(coef_ptr + n, tl.where(scored, value, 0.0).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def pair_kernel(
+    logp_ptr,
+    ref_token_ptr,
+    ref_ptr,
+    target_ptr,
+    bounds_ptr,
+    length_ptr,
+    margin_ptr,
+    smoothing_ptr,
+    weight_ptr,
+    logp_sum_ptr,
+    ref_sum_ptr,
+    slope_ptr,
+    coef_ptr,
+    totals_ptr,
+    P,
+    beta_high,
+    beta_low,
+    alpha_high,
+    alpha_low,
+    num_pairs_high,
+    num_pairs_low,
+    KIND: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All pairs in one program, in fp64 and in order, so that the totals need no atomics.
+
+    ``slope[s]`` is the derivative of the loss by the log-prob sum of sequence s, ``coef[n]`` that
+    of its tokens.
+    """
+    zero = tl.full((), 0.0, tl.float64)
+    beta = zero + beta_high + beta_low
+    alpha = zero + alpha_high + alpha_low
+    num_pairs = zero + num_pairs_high + num_pairs_low
+    loss = zero
+    chosen = zero
+    rejected = zero
+    right = zero
+    logp_w = zero
+    logp_l = zero
+    length_w = zero
+    length_l = zero
+    for p in tl.range(0, P):
+        start = tl.load(bounds_ptr + 2 * p)
+        middle = tl.load(bounds_ptr + 2 * p + 1)
+        stop = tl.load(bounds_ptr + 2 * p + 2)
+        lw, rw = _sequence(logp_ptr, ref_token_ptr, start, middle, BLOCK)
+        ll, rl = _sequence(logp_ptr, ref_token_ptr, middle, stop, BLOCK)
+        if ref_ptr is not None:
+            rw = tl.load(ref_ptr + 2 * p).to(tl.float64)
+            rl = tl.load(ref_ptr + 2 * p + 1).to(tl.float64)
+        # rounded to the precision the sums are returned in, which is the reference's
+        lw = lw.to(logp_sum_ptr.dtype.element_ty)
+        ll = ll.to(logp_sum_ptr.dtype.element_ty)
+        rw = rw.to(logp_sum_ptr.dtype.element_ty)
+        rl = rl.to(logp_sum_ptr.dtype.element_ty)
+        tl.store(logp_sum_ptr + 2 * p, lw)
+        tl.store(logp_sum_ptr + 2 * p + 1, ll)
+        tl.store(ref_sum_ptr + 2 * p, rw)
+        tl.store(ref_sum_ptr + 2 * p + 1, rl)
+        ratio_w = lw.to(tl.float64) - rw.to(tl.float64)
+        ratio_l = ll.to(tl.float64) - rl.to(tl.float64)
+        count_w = tl.load(length_ptr + 2 * p).to(tl.float64)
+        count_l = tl.load(length_ptr + 2 * p + 1).to(tl.float64)
+        share_w = beta
+        share_l = beta
+        if NORMALIZED:
+            share_w = beta / count_w
+            share_l = beta / count_l
+        if KIND < 3:
+            z = share_w * ratio_w - share_l * ratio_l + alpha * (count_w - count_l)
+            if margin_ptr is not None:
+                z += tl.load(margin_ptr + p)
+            value, slope = _margin_loss(z, beta, KIND)
+            if smoothing_ptr is not None:
+                eps = tl.load(smoothing_ptr + p)
+                flipped, flipped_slope = _margin_loss(-z, beta, KIND)
+                value = (1.0 - eps) * value + eps * flipped
+                slope = (1.0 - eps) * slope - eps * flipped_slope
+            slope_w = slope * share_w
+            slope_l = -slope * share_l
+        else:
+            value, slope_w, slope_l = _separate_loss(share_w * ratio_w, share_l * ratio_l, KIND)
+            slope_w *= share_w
+            slope_l *= share_l
+        factor = 1.0 / num_pairs
+        if weight_ptr is not None:
+            factor *= tl.load(weight_ptr + p)
+        slope_w *= factor
+        slope_l *= factor
+        tl.store(slope_ptr + 2 * p, slope_w)
+        tl.store(slope_ptr + 2 * p + 1, slope_l)
+        if coef_ptr is not None:
+            _spread(coef_ptr, target_ptr, start, middle, slope_w, BLOCK)
+            _spread(coef_ptr, target_ptr, middle, stop, slope_l, BLOCK)
+        loss += value * factor
+        chosen += beta * ratio_w
+        rejected += beta * ratio_l
+        right += (ratio_w > ratio_l).to(tl.float64)
+        logp_w += lw.to(tl.float64)
+        logp_l += ll.to(tl.float64)
+        length_w += count_w
+        length_l += count_l
+    tl.store(totals_ptr, loss)
+    tl.store(totals_ptr + 1, chosen)
+    tl.store(totals_ptr + 2, rejected)
+    tl.store(totals_ptr + 3, right)
+    tl.store(totals_ptr + 4, chosen - rejected)
+    tl.store(totals_ptr + 5, logp_w)
+    tl.store(totals_ptr + 6, logp_l)
+    tl.store(totals_ptr + 7, length_w)
+    tl.store(totals_ptr + 8, length_l)
+    tl.store(totals_ptr + 9, alpha * (length_w - length_l))
+
+
+def _two(x: float) -> tuple[float, float]:
+    """A number as the sum of two fp32 ones, the type in which Triton passes it."""
+    high = struct.unpack("f", struct.pack("f", x))[0]
+    return high, x - high
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective of `MARGIN_KINDS` or `SEPARATE_KINDS`."""
+
+    kind: str
+    beta: float
+    alpha: float = 0.0
+    length_normalized: bool = False
+
+
+@dataclass
+class PairResult:
+    """Sums of each sequence, the loss's derivatives; ``coef_N`` is None if not asked for.
+
+    ``totals`` has one fp64 entry a name of `TOTALS`: the loss, and each metric's sum over pairs.
+    """
+
+    totals: Tensor
+    logp_S: Tensor
+    ref_logp_S: Tensor
+    slope_S: Tensor
+    coef_N: Tensor | None
+
+
+def pair_losses(
+    logp_N: Tensor,
+    target_N: Tensor,
+    bounds_S1: Tensor,
+    lengths_S: Tensor,
+    objective: Objective,
+    *,
+    ref_logp_S: Tensor | None = None,
+    ref_logp_N: Tensor | None = None,
+    margin_P: Tensor | None = None,
+    smoothing_P: Tensor | None = None,
+    weight_P: Tensor | None = None,
+    num_pairs: float,
+    want_coef: bool,
+) -> PairResult:
+    """Score the pairs.
+
+    ``bounds_S1`` lies on the device and counts from the first token of ``logp_N``; ``lengths_S``
+    are the scored tokens of each sequence; ``margin_P``,
+    ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference.
+    """
+    S = bounds_S1.shape[0] - 1
+    device = logp_N.device
+    dtype = torch.float32 if ref_logp_S is None else ref_logp_S.dtype
+    logp_S, ref_S = (torch.empty(S, dtype=dtype, device=device) for _ in range(2))
+    slope_S = torch.empty(S, dtype=torch.float64, device=device)
+    coef_N = torch.empty_like(logp_N) if want_coef else None
+    totals = torch.empty(len(TOTALS), dtype=torch.float64, device=device)
+    pair_kernel[(1,)](
+        logp_N, ref_logp_N, ref_logp_S, target_N, bounds_S1, lengths_S, margin_P, smoothing_P,
+        weight_P, logp_S, ref_S, slope_S, coef_N, totals, S // 2, *_two(objective.beta),
+        *_two(objective.alpha), *_two(num_pairs), KIND=_CODES[objective.kind],
+        NORMALIZED=objective.length_normalized, BLOCK=1024, num_warps=8, **OPTIONS,
+    )  # fmt: skip
+    return PairResult(totals, logp_S, ref_S, slope_S, coef_N)
