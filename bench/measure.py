@@ -1,40 +1,45 @@
 """Errors first, then time, all variants interleaved; one row (a dict) a variant and pass.
 
-Errors are against fp64 on the inputs as rounded to the tested dtype. A variant that is off by more
-than `LOSS_LIMIT` or `GRADIENT_LIMIT` gets a row that says so, and no time.
+Errors are against fp64 on the inputs as rounded to the tested dtype (`bench.oracle`). A variant
+that is off by more than `LOSS_LIMIT` or `GRADIENT_LIMIT` gets a row that says so, and no time. So
+does one that fails or runs out of memory, at any stage. One that breaks the device ends the run.
+
+The errors of the bare matmuls' row are what is asked of the others: log-probs from a matmul with an
+fp32 result, and the exact gradients rounded to the dtype.
 """
 
 from __future__ import annotations
 
+import gc
+import math
 import platform
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fastdpo import reference
-
+from .oracle import Gold, Oracle, plain_logp
 from .peak import ROOT, cuda_peak_mib, peaks_mib
 from .variants import (
     FORWARD,
     MATMULS,
     PASSES,
-    WITH_REFERENCE,
     Out,
     Problem,
     Shape,
     Variant,
+    beta_of,
     floor_step,
     from_padded,
     make_problem,
-    pair_loss,
     step,
 )
 
@@ -42,72 +47,112 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOSS_LIMIT = 0.05  # relative
 GRADIENT_LIMIT = 0.2  # relative, Frobenius norm
 SLOW_MS = 10_000.0
-GOLD_BYTES = 64 * 2**20  # an fp64 tile of the oracle's logits
+SHORT_MS, MOST_CALLS = 2.0, 20  # a sample is several calls where one is shorter
+OUT_OF_MEMORY, BROKE = "out of memory", "broke the device"
+
+T = TypeVar("T")
 
 
-@dataclass
-class Gold:
-    """What a variant should have given, in fp64."""
+class DeviceBroken(RuntimeError):
+    """A variant left the device unusable; `row` is what is known of it."""
 
-    loss: Tensor
-    logp_N: Tensor
-    logp_S: Tensor
-    dh_ND: Tensor
-    dw_VD: Tensor
+    def __init__(self, row: dict) -> None:
+        super().__init__(f"{row['variant']}, {row['pass']}: {row['note']}")
+        self.row = row
 
 
-def fp64_gold(problem: Problem, pass_: str) -> Gold:
-    """The oracle, a few rows at a time: log-probs, the loss's slope in each of them, gradients."""
-    N, _, V, pairs = problem.shape
-    rows = max(1, GOLD_BYTES // (8 * V))
-    h, w = problem.h_ND.detach().double(), problem.w_VD.detach().double()
-    target = problem.target_N
+def is_out_of_memory(error: BaseException) -> bool:
+    """The allocator's own error, or a library's word for it."""
+    words = ("out of memory", "alloc_failed", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        word in str(error).lower() for word in words
+    )
 
-    def token_logp(hidden: Tensor) -> Tensor:
-        parts = zip(hidden.split(rows), target.split(rows))
-        return torch.cat([reference.linear_logp(x, w, y) for x, y in parts])
 
-    def sums(logp_N: Tensor) -> Tensor:
-        return logp_N.view(2 * pairs, -1).sum(1)
+def attempt(row: dict, call: Callable[[], T]) -> T | None:
+    """The call's result; a failure is the row's note, and leaves nothing allocated behind."""
+    try:
+        return call()
+    except Exception as error:
+        if is_out_of_memory(error):
+            row["note"] = OUT_OF_MEMORY
+        else:
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            row["note"] = f"{type(error).__name__}: {reason}"
+    # Outside the handler: the traceback would keep the failed call's tensors.
+    if device_is_broken():
+        row["note"] = f"{BROKE}: {row['note']}"
+        raise DeviceBroken(row)
+    release()
+    return None
 
-    ref_logp_S = problem.ref_logp_S.double()
-    if pass_ == WITH_REFERENCE:
-        ref_logp_S = sums(token_logp(problem.ref_h_ND.double()))
-    logp_N = token_logp(h).requires_grad_()
-    loss = pair_loss(sums(logp_N), ref_logp_S, problem.beta)
-    (slope_N,) = torch.autograd.grad(loss, logp_N)
 
-    w.requires_grad_()
-    dh, dw = torch.empty_like(h), torch.zeros_like(w)
-    for n in range(0, N, rows):
-        part = slice(n, n + rows)
-        x = h[part].detach().requires_grad_()
-        logp = reference.linear_logp(x, w, target[part])
-        dh[part], dw_part = torch.autograd.grad(logp, (x, w), slope_N[part])
-        dw += dw_part
-    logp_N = logp_N.detach()
-    return Gold(loss.detach(), logp_N, sums(logp_N), dh, dw)
+def device_is_broken() -> bool:
+    """After a device assert or an illegal access every later call fails, this one too."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def release() -> None:
+    """Give back what nothing holds, so that one variant's leftovers are not another's limit."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def relative(x: Tensor, gold: Tensor) -> float:
-    return ((x.double() - gold).norm() / gold.norm()).item()
+    """Error in the Frobenius norm, a part at a time: an fp64 copy of a head is large."""
+    error = size = torch.zeros((), dtype=torch.float64, device=gold.device)
+    for a, b in zip(x.reshape(-1).split(2**24), gold.reshape(-1).split(2**24)):
+        error = error + (a.double() - b).square().sum()
+        size = size + b.square().sum()
+    return (error / size).sqrt().item()
+
+
+def max_error(x: Tensor, gold: Tensor) -> float:
+    return (x.double() - gold).abs().max().item()
 
 
 def errors(variant: Variant, problem: Problem, pass_: str, gold: Gold) -> tuple[Out, dict]:
     """One checked call and its errors; what a variant or a pass doesn't give is None."""
-    out, dh, dw = step(variant, problem, pass_)
     logp_N = None
     if variant.token_logp is not None:
+        inputs = problem.h_ND, problem.w_VD, problem.target_N
         with torch.no_grad():
-            logp_N = variant.token_logp(problem.h_ND, problem.w_VD, problem.target_N)
+            logp_N = variant.token_logp(*inputs, problem.shape.softcap)
+    out, dh, dw = step(variant, problem, pass_)
+    grads_bytes = sum(x.nbytes for x in (dh, dw) if x is not None)
     if dh is not None and variant.padded:
         dh = from_padded(dh, problem.shape.pairs)
     return out, {
         "loss_rel_err": relative(out.loss.detach(), gold.loss),
-        "logp_max_err": None if logp_N is None else (logp_N - gold.logp_N).abs().max().item(),
-        "logp_sum_max_err": (out.logp_S.double() - gold.logp_S).abs().max().item(),
-        "dh_rel_err": None if dh is None else relative(dh, gold.dh_ND),
-        "dw_rel_err": None if dw is None else relative(dw, gold.dw_VD),
+        "logp_max_err": None if logp_N is None else max_error(logp_N[gold.tokens], gold.logp_N),
+        "logp_sum_max_err": max_error(out.logp_S, gold.logp_S),
+        "dh_rel_err": gradient_error(dh, gold.tokens, gold.dh_ND),
+        "dw_rel_err": gradient_error(dw, gold.vocab, gold.dw_VD),
+        "grads_mib": mib(grads_bytes),
+    }
+
+
+def gradient_error(x: Tensor | None, rows: Tensor | slice, gold: Tensor | None) -> float | None:
+    return None if x is None or gold is None else relative(x[rows], gold)
+
+
+def floor_errors(problem: Problem, gold: Gold) -> dict:
+    """What no 16-bit result can beat by much: see the file's docstring."""
+    dtype = problem.h_ND.dtype
+
+    def rounding(x: Tensor | None) -> float | None:
+        return None if x is None else relative(x.to(dtype), x)
+
+    return {
+        "logp_max_err": max_error(plain_logp(problem, gold.tokens), gold.logp_N),
+        "dh_rel_err": rounding(gold.dh_ND),
+        "dw_rel_err": rounding(gold.dw_VD),
     }
 
 
@@ -124,37 +169,60 @@ def refusal(found: dict) -> str | None:
     return None
 
 
-def timed_ms(call: Callable[[], object], device: torch.device) -> float:
-    """One call; on a GPU by events, so that a queue of launches isn't counted as work."""
+def timed_ms(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Time of one call, the mean of `calls`; on a GPU by events, so that a queue of launches isn't
+    counted as work.
+    """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        call()
+        for _ in range(calls):
+            call()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / calls
     started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1e3
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - started) * 1e3 / calls
+
+
+def warm_ms(call: Callable[[], object], device: torch.device) -> float:
+    """A warm-up's time; where that is short, the first call's is mostly something else."""
+    ms = timed_ms(call, device)
+    return ms if ms > 50 * SHORT_MS else timed_ms(call, device)
 
 
 def interleaved_ms(
-    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device
+    calls: dict[str, Callable[[], object]], rows: dict[str, dict], rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Warm each up, then every round runs all of them once, in a new order.
 
-    One whose warm-up takes over `SLOW_MS` is in the first round only, so it holds up no run.
+    One whose warm-up takes over `SLOW_MS` is in the first round only, so it holds up no run. One
+    that fails has its note in `rows`, and no time.
     """
-    slow = {name for name, call in calls.items() if timed_ms(call, device) > SLOW_MS}
-    times = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
+    warm = {name: attempt(rows[name], lambda c=c: warm_ms(c, device)) for name, c in calls.items()}
+    first_ms = {name: ms for name, ms in warm.items() if ms is not None}
+    count = {
+        name: min(MOST_CALLS, math.ceil(SHORT_MS / max(ms, SHORT_MS / MOST_CALLS)))
+        for name, ms in first_ms.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in first_ms}
+    order, shuffle = list(first_ms), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            if name not in slow or not times[name]:
-                times[name].append(timed_ms(calls[name], device))
-    return {name: summary(samples) for name, samples in times.items()}
+            if rows[name]["note"] or (first_ms[name] > SLOW_MS and times[name]):
+                continue
+            ms = attempt(rows[name], lambda n=name: timed_ms(calls[n], device, count[n]))
+            if ms is not None:
+                times[name].append(ms)
+    return {
+        name: {**summary(samples), "calls": count[name]}
+        for name, samples in times.items()
+        if not rows[name]["note"]
+    }
 
 
 def summary(samples: list[float]) -> dict[str, float]:
@@ -173,64 +241,123 @@ def run(
     rounds: int = 7,
     memory: bool = True,
     device: torch.device | str = "cpu",
+    leave_out: Collection[tuple[str, str]] = (),
+    commit: str | None = None,
 ) -> Iterator[dict]:
-    """Rows of one shape and dtype."""
-    device, dtype, variants = torch.device(device), DTYPES[dtype_name], list(variants)
-    common = {**where(device), "op": "dpo_loss", **shape._asdict(), "dtype": dtype_name}
+    """Rows of one shape and dtype; `leave_out` has (pass, variant's name).
+
+    Raises:
+        DeviceBroken: after the row of the variant that did it.
+    """
+    place, dtype = torch.device(device), DTYPES[dtype_name]
+    variants, passes = list(variants), list(passes)
+    common = {**where(place, commit), "op": "dpo_loss", **shape._asdict(), "dtype": dtype_name}
+    common |= {"beta": beta_of(shape), "rounds": rounds}
+    if place.index is not None:  # the allocator's books and the events are the current device's
+        torch.cuda.set_device(place)
+    problem = inputs(shape, dtype, place)
+    if problem is None:
+        for variant, pass_ in product(variants, passes):
+            if pass_ in variant.passes:
+                note = f"the inputs alone: {OUT_OF_MEMORY}"
+                yield {**common, **blank_row(variant, pass_), "note": note}
+        return
     peaks = {}
-    if memory and device.type == "cpu":
-        for variant in variants:
-            if variant.loss is not None:
-                threads = torch.get_num_threads()
-                peaks[variant.name] = peaks_mib(variant, shape, dtype, tuple(passes), threads)
-    problem = make_problem(shape, dtype, device)
+    if memory and place.type == "cpu":
+        job = shape, dtype, tuple(passes), torch.get_num_threads()
+        peaks = {v.name: peaks_mib(v, *job) for v in variants if v.loss is not None}
+
+    def peak_mib(variant: Variant, pass_: str) -> float | None:
+        if not memory or variant.loss is None:
+            return None
+        if place.type == "cuda":
+            return cuda_peak_mib(variant, problem, pass_)
+        return peaks[variant.name].get(pass_)
+
+    oracle = Oracle(problem)
     for pass_ in passes:
-        todo = [variant for variant in variants if pass_ in variant.passes]
-        rows, calls = check_all(todo, problem, pass_)
-        for variant in todo:
-            row = rows[variant.name]
-            if memory and variant.name in calls and variant.loss is not None:
-                row["peak_mib"] = (
-                    cuda_peak_mib(variant, problem, pass_)
-                    if device.type == "cuda"
-                    else peaks[variant.name].get(pass_)
-                )
-        times = interleaved_ms(calls, rounds, device)
-        floor = next((times[v.name]["median"] for v in todo if v.loss is None), None)
-        for variant in todo:
-            row = rows[variant.name]
-            if variant.name in times:
-                row["time_ms"] = times[variant.name]
-                row["x_floor"] = row["time_ms"]["median"] / floor if floor else None
-            yield {**common, **row, "rounds": rounds}
+        todo = [v for v in variants if pass_ in v.passes and (pass_, v.name) not in leave_out]
+        if any(variant.compiled for variant in todo):
+            torch.compiler.reset()
+        try:
+            for row in measured(todo, problem, oracle, pass_, peak_mib, rounds):
+                yield {**common, **row}
+        except DeviceBroken as broken:
+            yield {**common, **broken.row}
+            raise
+        release()
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem | None:
+    """None where there is no room for them."""
+    try:
+        return make_problem(shape, dtype, device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release()
+    return None
+
+
+def measured(
+    variants: list[Variant],
+    problem: Problem,
+    oracle: Oracle,
+    pass_: str,
+    peak_mib: Callable[[Variant, str], float | None],
+    rounds: int,
+) -> list[dict]:
+    """Rows of one pass: every variant is checked, then weighed, then all are timed."""
+    rows, calls = check_all(variants, problem, oracle, pass_)
+    release()
+    for variant in variants:
+        row = rows[variant.name]
+        if row["note"] is None:
+            row["peak_mib"] = attempt(row, lambda v=variant: peak_mib(v, pass_))
+    calls = {name: call for name, call in calls.items() if rows[name]["note"] is None}
+    times = interleaved_ms(calls, rows, rounds, problem.h_ND.device)
+    floor = next((times[v.name]["median"] for v in variants if not v.loss and v.name in times), 0)
+    for name, time_ms in times.items():
+        rows[name]["time_ms"] = time_ms
+        rows[name]["x_floor"] = time_ms["median"] / floor if floor else None
+    return list(rows.values())
 
 
 def check_all(
-    variants: list[Variant], problem: Problem, pass_: str
+    variants: list[Variant], problem: Problem, oracle: Oracle, pass_: str
 ) -> tuple[dict[str, dict], dict[str, Callable[[], object]]]:
     """A row for each variant, and a call for each that may be timed."""
-    gold = fp64_gold(problem, pass_)
-    rows, calls = {}, {}
+    release()
+    rows = {variant.name: blank_row(variant, pass_) for variant in variants}
+    calls: dict[str, Callable[[], object]] = {}
+    failed: dict = {"variant": "fp64 check", "pass": pass_, "note": None}
+    gold = attempt(failed, lambda: oracle.gold(pass_))
     for variant in variants:
-        row = rows[variant.name] = blank_row(variant, pass_)
-        if variant.loss is None:
-            calls[variant.name] = floor_step(problem, pass_)
-            row["route"] = f"{MATMULS[pass_]} matmuls"
+        row = rows[variant.name]
+        if gold is None:
+            row["note"] = f"not checked: {failed['note']}"
             continue
-        # A peer that can't run here is a result, not an error of the benchmark.
-        try:
-            out, found = errors(variant, problem, pass_, gold)
-        except Exception as error:
-            reason = (str(error).strip() or "no message").splitlines()[0]
-            row["note"] = f"{type(error).__name__}: {reason}"
-            continue
-        row.update(found, route=out.route, note=refusal(found))
-        row["workspace_mib"] = mib(out.workspace_bytes)
-        # Where there is no backward there is nothing to accumulate.
-        row["accumulators_mib"] = 0.0 if pass_ == FORWARD else mib(out.accumulator_bytes)
-        if row["note"] is None:
-            calls[variant.name] = lambda variant=variant: step(variant, problem, pass_)
+        call = attempt(row, lambda v=variant, r=row: checked(r, v, problem, pass_, gold))
+        if call is not None and row["note"] is None:
+            calls[variant.name] = call
     return rows, calls
+
+
+def checked(
+    row: dict, variant: Variant, problem: Problem, pass_: str, gold: Gold
+) -> Callable[[], object]:
+    """Fill in the errors and what is known of the memory; the call to be timed."""
+    row["checked_tokens"] = gold.logp_N.shape[0]
+    row["checked_vocab"] = None if gold.dw_VD is None else gold.dw_VD.shape[0]
+    if variant.loss is None:
+        row.update(floor_errors(problem, gold), route=f"{MATMULS[pass_]} matmuls")
+        return floor_step(problem, pass_)
+    out, found = errors(variant, problem, pass_, gold)
+    row.update(found, route=out.route, note=refusal(found))
+    row["workspace_mib"] = mib(out.workspace_bytes)
+    # Where there is no backward there is nothing to accumulate.
+    row["accumulators_mib"] = 0.0 if pass_ == FORWARD else mib(out.accumulator_bytes)
+    return lambda: step(variant, problem, pass_)
 
 
 def blank_row(variant: Variant, pass_: str) -> dict:
@@ -239,6 +366,7 @@ def blank_row(variant: Variant, pass_: str) -> dict:
             "time_ms",
             "x_floor",
             "peak_mib",
+            "grads_mib",
             "workspace_mib",
             "accumulators_mib",
             "route",
@@ -247,6 +375,8 @@ def blank_row(variant: Variant, pass_: str) -> dict:
             "logp_sum_max_err",
             "dh_rel_err",
             "dw_rel_err",
+            "checked_tokens",
+            "checked_vocab",
             "note",
         )
     )
@@ -258,13 +388,18 @@ def mib(size: int | None) -> float | None:
     return None if size is None else size / 2**20
 
 
-def where(device: torch.device) -> dict:
-    """The machine, the versions, the commit and the time of a run."""
+def where(device: torch.device, commit: str | None = None) -> dict:
+    """The machine, the versions, the commit and the time of a run.
+
+    `commit` is for a copy of the files without their repository.
+    """
     return {
         "device": device_name(device),
+        "device_type": device.type,
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
+            "cuda": torch.version.cuda,
             **{
                 name: installed(name)
                 for name in (
@@ -277,7 +412,7 @@ def where(device: torch.device) -> dict:
                 )
             },
         },
-        "git": git("rev-parse", "HEAD"),
+        "git": git("rev-parse", "HEAD") or commit,
         "dirty": bool(git("status", "--porcelain", "--", "fastdpo", "kernels", "bench/*.py")),
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

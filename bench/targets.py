@@ -1,16 +1,218 @@
-"""The targets of the fused loss, forward and backward, as ratios of times in one run."""
+"""The targets of the fused loss: what is asked, as ratios within one run, and what was measured.
+
+A CPU has ratios of times at SmolLM2's head. A GPU has `GPU_JOBS`, the rows that its targets need in
+the order of their importance, and `gpu_target_lines`. Other workspaces than the one a target names
+are reported beside it, not judged.
+"""
 
 from __future__ import annotations
 
-from .variants import FASTDPO, TRAIN, TRL
+from dataclasses import dataclass, field
+
+from .measure import OUT_OF_MEMORY
+from .variants import (
+    FASTDPO,
+    FASTDPO_LARGE,
+    FASTDPO_SMALL,
+    FLOOR,
+    FORWARD,
+    FROZEN,
+    LIGER,
+    LIGER_EAGER,
+    NAIVE,
+    SHAPES,
+    TRAIN,
+    TRL,
+    VARIANTS,
+    WITH_REFERENCE,
+    Shape,
+    Variant,
+)
 
 FASTER_THAN_TRL = {"bf16": 4.0, "fp32": 2.3}
 TIMES_THE_FLOOR = {"bf16": 2.5, "fp32": 1.4}
 TIMES_THE_FASTEST_PEER = 1.1
 
+LLAMA = SHAPES["llama-3-8b"]
+LONG_PAIR = SHAPES["qwen2.5-7b"]._replace(N=131072, pairs=1)
+SMALL_HEADS = {
+    "smollm2": SHAPES["smollm2"]._replace(N=8192),
+    "llama-3.2-1b": SHAPES["llama-3.2-1b"],
+}
+GPU_DTYPE = "bf16"
+BUDGET_S = 360.0  # no job of the targets starts later, so that all of it ends within 8 minutes
+GIB = 2**10  # in MiB
+ROUNDING_SLACK = 1.1  # a result rounded once has the error of rounding, and a little of its own
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one call of `measure.run` measures."""
+
+    shape: Shape
+    dtype: str
+    passes: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    leave_out: frozenset[tuple[str, str]] = field(default_factory=frozenset)
+
+
+def gpu_jobs() -> list[Job]:
+    """The rows of the GPU's targets, and no others."""
+    ours = FASTDPO_LARGE, FASTDPO
+    liger = LIGER, LIGER_EAGER
+    everyone = tuple(v for v in VARIANTS.values() if "cuda" in v.devices and v is not FASTDPO_SMALL)
+
+    def job(shape: Shape, pass_: str, *variants: Variant) -> Job:
+        return Job(shape, GPU_DTYPE, (pass_,), variants)
+
+    return [
+        job(LLAMA, TRAIN, *ours, TRL, *liger, NAIVE, FLOOR),
+        job(LLAMA, WITH_REFERENCE, *ours, *liger, FLOOR),
+        job(LLAMA, FROZEN, *ours, FLOOR),
+        job(LLAMA, FORWARD, *ours, FLOOR),
+        job(LONG_PAIR, FROZEN, FASTDPO_SMALL, NAIVE, LIGER),
+        *(job(shape, TRAIN, *everyone) for shape in SMALL_HEADS.values()),
+    ]
+
+
+@dataclass
+class Found:
+    """A number and what it leaves out, or why there is none."""
+
+    value: float | None
+    why: str = ""
+
+    def line(self, asked: str, side: str, limit: float, unit: str = "x", judge: bool = True) -> str:
+        asked = f"{asked} ({side} {limit}{unit})"
+        if self.value is None:
+            return f"not measured  {asked}: {self.why}"
+        met = self.value >= limit if side == "at least" else self.value <= limit
+        verdict = "report" if not judge else "pass" if met else "miss"
+        return f"{verdict}  {self.value:.2f}{unit}  {asked}{self.why}"
+
+
+def gpu_target_lines(rows: list[dict]) -> list[str]:
+    """One line a target: what was asked, what was measured, pass, miss or not measured."""
+    train, large, default = Rows(rows, LLAMA, TRAIN), FASTDPO_LARGE.name, FASTDPO.name
+    liger_names = [LIGER.name, LIGER_EAGER.name]
+    lines = []
+    for name, judge in ((large, True), (default, False)):
+        floor = train.ratio(name, FLOOR.name)
+        lines.append(floor.line(f"{name}: time of three bare GEMMs", "at most", 1.15, judge=judge))
+        for peers, limit in (([TRL.name], 1.25), (liger_names, 1.15), ([NAIVE.name], 1.0)):
+            asked = f"{name}: faster than {peers[0]}"
+            lines.append(train.speedup(name, peers).line(asked, "at least", limit, judge=judge))
+        speedup = Rows(rows, LLAMA, WITH_REFERENCE).speedup(name, liger_names)
+        asked = f"{name}: faster than liger, each with its reference"
+        lines.append(speedup.line(asked, "at least", 1.15, judge=judge))
+    for pass_, count, what in ((FROZEN, "two", "frozen head, "), (FORWARD, "one", "forward, ")):
+        for name in (default, large):
+            ratio = Rows(rows, LLAMA, pass_).ratio(name, FLOOR.name)
+            asked = f"{name}: {what}time of {count} bare GEMM{'s' * (count != 'one')}"
+            lines.append(ratio.line(asked, "at most", 1.15))
+    long_pair, small = Rows(rows, LONG_PAIR, FROZEN), FASTDPO_SMALL.name
+    asked = f"{small}: 2 x 65,536 tokens, frozen head, memory beyond inputs and gradients"
+    lines.append(long_pair.extra_gib(small).line(asked, "at most", 1.0, " GiB"))
+    for name in (NAIVE.name, LIGER.name):
+        lines.append(cannot_line(long_pair, name))
+    for name, judge in ((large, True), (default, False)):
+        asked = f"{name}: log-prob error of an fp32 matmul and an fp64 log-softmax"
+        error = train.ratio(name, FLOOR.name, "logp_max_err")
+        lines.append(error.line(asked, "at most", 1.5, judge=judge))
+        for gradient in ("dh", "dw"):
+            asked = (
+                f"{name}: {gradient} error of half of naive's or {ROUNDING_SLACK} times the "
+                "rounding of the exact gradient, whichever is larger"
+            )
+            error = gradient_error(train, name, f"{gradient}_rel_err")
+            lines.append(error.line(asked, "at most", 1.0, judge=judge))
+    for head, shape in SMALL_HEADS.items():
+        found = Rows(rows, shape, TRAIN)
+        for name, judge in ((default, True), (large, False)):
+            asked = f"{name}: {head}, faster than {found.fastest_name}"
+            lines.append(found.speedup(name, found.peers).line(asked, "at least", 1.0, judge=judge))
+    return lines
+
+
+class Rows:
+    """The rows of one shape and pass, by the variant's name."""
+
+    def __init__(self, rows: list[dict], shape: Shape, pass_: str) -> None:
+        wanted = {**shape._asdict(), "dtype": GPU_DTYPE, "pass": pass_}
+        self.by_name = {
+            row["variant"]: row
+            for row in rows
+            if all(row.get(name) == value for name, value in wanted.items())
+        }
+        self.peers = [name for name, row in self.by_name.items() if row["kind"] == "peer"]
+
+    def number(self, name: str, column: str = "time_ms") -> Found:
+        """A row's number; a median for the time."""
+        row = self.by_name.get(name)
+        if row is None:
+            return Found(None, f"no row of {name}")
+        value = row[column]
+        if value is None:
+            return Found(None, f"{name}: {row['note'] or 'unknown'}")
+        return Found(value["median"] if column == "time_ms" else value)
+
+    def ms(self, name: str) -> float | None:
+        return self.number(name).value
+
+    def ratio(self, top: str, bottom: str, column: str = "time_ms") -> Found:
+        a, b = self.number(top, column), self.number(bottom, column)
+        if a.value is None or b.value is None:
+            return a if a.value is None else b
+        return Found(a.value / b.value)
+
+    def fastest(self, names: list[str]) -> str | None:
+        return min((x for x in names if self.ms(x)), key=lambda x: self.ms(x) or 0, default=None)
+
+    @property
+    def fastest_name(self) -> str:
+        return self.fastest(self.peers) or "the fastest peer"
+
+    def speedup(self, ours: str, peers: list[str]) -> Found:
+        """Over the fastest of the peers that could be measured."""
+        fastest = self.fastest(peers)
+        if fastest is None:
+            return self.number(peers[0]) if peers else Found(None, "no rows of peers")
+        notes = {name: self.by_name[name]["note"] for name in peers if name in self.by_name}
+        missing = [f"{name} ({note})" for name, note in notes.items() if note]
+        why = f"; without {', '.join(missing)}" if missing else ""
+        found = self.ratio(fastest, ours)
+        return found if found.value is None else Found(found.value, why)
+
+    def extra_gib(self, name: str) -> Found:
+        """Peak memory beyond inputs and gradients."""
+        peak, grads = self.number(name, "peak_mib"), self.number(name, "grads_mib")
+        if peak.value is None or grads.value is None:
+            return peak if peak.value is None else grads
+        return Found((peak.value - grads.value) / GIB)
+
+
+def cannot_line(rows: Rows, name: str) -> str:
+    """A peer that is asked to run out of memory, or to need too much."""
+    asked = f"{name}: cannot run the same, or needs over 40 GiB"
+    row = rows.by_name.get(name)
+    if row is not None and row["note"] == OUT_OF_MEMORY:
+        return f"pass  {OUT_OF_MEMORY}  {asked}"
+    peak = rows.number(name, "peak_mib")
+    if peak.value is None:
+        return f"not measured  {asked}: {peak.why}"
+    return f"{'pass' if peak.value > 40 * GIB else 'miss'}  {peak.value / GIB:.1f} GiB  {asked}"
+
+
+def gradient_error(rows: Rows, name: str, column: str) -> Found:
+    """As a fraction of what is allowed."""
+    ours, naive, rounding = (rows.number(x, column) for x in (name, NAIVE.name, FLOOR.name))
+    if ours.value is None or naive.value is None or rounding.value is None:
+        return next(found for found in (ours, naive, rounding) if found.value is None)
+    return Found(ours.value / max(naive.value / 2, ROUNDING_SLACK * rounding.value))
+
 
 def target_lines(rows: list[dict]) -> list[str]:
-    """One line a target: what was asked, what was measured, pass or miss."""
+    """The CPU's targets, one line each."""
     lines = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         times = {

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.measure import DTYPES, errors, fp64_gold, refusal
+from bench.measure import DTYPES, errors, refusal
+from bench.oracle import Oracle
 from bench.variants import SHAPES, TRAIN, VARIANTS, floor_step, make_problem, step
 
 pytest.importorskip("pytest_benchmark")
@@ -19,7 +20,7 @@ pytest.importorskip("pytest_benchmark")
 def problem_and_gold(request):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = make_problem(SHAPES["smollm2"], DTYPES[request.param], device)
-    return problem, fp64_gold(problem, TRAIN)
+    return problem, Oracle(problem).gold(TRAIN)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
