@@ -5,6 +5,7 @@ from fastdpo.ops import (
     LinearDPOLoss,
     PreferenceLoss,
     linear_dpo_loss,
+    linear_kl,
     linear_logp,
     linear_preference_loss,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "PreferenceLoss",
     "__version__",
     "linear_dpo_loss",
+    "linear_kl",
     "linear_logp",
     "linear_preference_loss",
     "objectives",

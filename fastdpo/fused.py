@@ -48,9 +48,9 @@ class _Tokens:
     """What the head's gradient takes of each token: factors of its kept row and of its target."""
 
     h_ND: Tensor
-    by_target: scatter.Segments
+    by_target: scatter.Segments | None
     row_N: Tensor
-    own_N: Tensor
+    own_N: Tensor | None  # None where no target has an entry of its own
 
     @cached_property
     def scaled(self) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class FusedStreamer:
         block = Block(merged.logp_N, merged.lse_N, merged.shift_N, stash_NV, own_N, merged.stats)
         if ref_partials is not None:
             ref_merged = fold.merge(ref_partials, target_N, self.V)
-            block.ref_logp_N = ref_merged.logp_N
+            block.ref_logp_N, block.ref_lse_N = ref_merged.logp_N, ref_merged.lse_N
             if cross_KN is not None:
                 down_KN = (ref_partials.shift_KN - ref_merged.lse_N).exp()
                 kl_N = (down_KN * cross_KN).sum(0) - ref_merged.lse_N + merged.lse_N
@@ -147,7 +147,7 @@ class FusedStreamer:
         ref_h_ND: Tensor | None,
     ) -> tuple[fold.Partials, fold.Partials | None, Tensor | None]:
         """Partials of policy and reference, and the cross term of their KL if asked for."""
-        width, row_tiles = self._tiles(len(h_ND))
+        width, row_tiles = self._tiles(len(h_ND), 1 if ref is None else 2)
         partials = fold.Partials.empty(target_N, self.V, width, stats)
         ref_partials = cross_KN = None
         if ref is not None:
@@ -182,9 +182,12 @@ class FusedStreamer:
         product_RC = fp32_product(h_RD, self.head.w_VD[columns].T)
         return product_RC, None if bias_V is None else bias_V[columns]
 
-    def _tiles(self, N: int) -> tuple[int, list[slice]]:
-        """Width of a tile, and its rows, within the plan's tile; near square, as products like."""
-        numel = max(1, self.plan.tile_bytes // 4)
+    def _tiles(self, N: int, count: int = 1) -> tuple[int, list[slice]]:
+        """Width of a tile, and its rows; near square, as products like.
+
+        ``count`` of them fit what the plan has for tiles.
+        """
+        numel = max(1, self.plan.tile_bytes // (4 * count))
         width = min(fold.MAX_TILE_COLUMNS, padded(self.V))
         while width > 256 and numel // width < min(N, width // 2):
             width //= 2
@@ -220,8 +223,11 @@ class FusedStreamer:
         self._row_grads(dh_ND, dh_ND, row_N, target_N, own_N)
         return dh_ND
 
-    def _tokens(self, h_ND: Tensor, target_N: Tensor, row_N: Tensor, own_N: Tensor) -> "_Tokens":
-        return _Tokens(h_ND, scatter.Segments.of(target_N, self.V), row_N, own_N)
+    def _tokens(
+        self, h_ND: Tensor, target_N: Tensor, row_N: Tensor, own_N: Tensor | None
+    ) -> "_Tokens":
+        segments = None if own_N is None else scatter.Segments.of(target_N, self.V)
+        return _Tokens(h_ND, segments, row_N, own_N)
 
     def _head_grads(
         self, stash_NC: Tensor, columns: slice, tokens: "_Tokens", into: Grads, *, accumulate: bool
@@ -230,10 +236,12 @@ class FusedStreamer:
         if into.bias is not None:
             bias_C = into.bias[columns]
             scatter.add_column_sums(bias_C, stash_NC, tokens.row_N)
-            scatter.row_sums(
-                bias_C[:, None], segments=tokens.by_target, offset=columns.start, accumulate=True,
-                b_ND=torch.ones_like(tokens.own_N)[:, None], b_scale_N=tokens.own_N,
-            )  # fmt: skip
+            if tokens.own_N is not None:
+                scatter.row_sums(
+                    bias_C[:, None], segments=tokens.by_target, offset=columns.start,
+                    accumulate=True, b_ND=torch.ones_like(tokens.own_N)[:, None],
+                    b_scale_N=tokens.own_N,
+                )  # fmt: skip
         if into.w is None:
             return
         scaled_ND, gain = tokens.scaled
@@ -243,7 +251,7 @@ class FusedStreamer:
             scatter.row_sums(
                 into.w[rows], segments=tokens.by_target, offset=rows.start, accumulate=accumulate,
                 base_ID=fp32_product(stash_NC[:, part].T, scaled_ND), base_factor=gain,
-                b_ND=tokens.h_ND, b_scale_N=tokens.own_N,
+                b_ND=None if tokens.own_N is None else tokens.h_ND, b_scale_N=tokens.own_N,
             )  # fmt: skip
 
     def _row_grads(
@@ -251,14 +259,14 @@ class FusedStreamer:
         out_ND: Tensor,
         product_ND: Tensor,
         row_N: Tensor,
-        target_N: Tensor | None,
+        target_N: Tensor,
         own_N: Tensor | None,
         *,
         accumulate: bool = False,
     ) -> None:
-        """``row * product + own * w[target]``; without targets the first term."""
+        """``row * product + own * w[target]``; without ``own`` the first term."""
         w_VD, index_N = self.head.w_VD, target_N
-        if target_N is not None and w_VD.stride(1) != 1:
+        if own_N is not None and w_VD.stride(1) != 1:
             w_VD, index_N = w_VD[target_N.clamp(min=0)], None
         scatter.row_sums(
             out_ND, a_ND=product_ND, a_scale_N=row_N, accumulate=accumulate,
@@ -272,21 +280,24 @@ class FusedStreamer:
         coef_N: Tensor,
         needs: Needs,
         into: Grads,
+        ref: "tuple[FusedStreamer, Rows] | None" = None,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp.
 
         With a frozen head, whole rows at a time; else whole columns, whose gradient is then
-        complete at once.
+        complete at once.  With ``ref`` they are those of ``sum coef * KL(ref || policy)``.
         """
-        if not needs.head:
+        if not needs.head and ref is None:
             self._recompute_rows(blocks, rows, coef_N, needs, into)
             return
         h_ND, target_N = rows.block(0, coef_N.shape[0])
         h_ND = _rows_in_memory(h_ND)
         coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).float()
         lse_N = torch.cat([block.lse_N for _, _, block in blocks])
-        own_N = torch.cat([block.own_N for _, _, block in blocks]) * coef_N * self.head.scale
-        row_N = coef_N * -self.head.scale
+        own_N, row_N = None, coef_N * self.head.scale
+        if ref is None:
+            own_N = torch.cat([block.own_N for _, _, block in blocks]) * row_N
+            row_N = -row_N
         tokens = self._tokens(h_ND, target_N, row_N, own_N)
         dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if needs.h else None
         width = self.plan.vocab_chunk
@@ -294,17 +305,41 @@ class FusedStreamer:
         for v0 in range(0, self.V, width):
             columns = slice(v0, min(v0 + width, self.V))
             kept_NC = stash_NC[:, : columns.stop - v0]
-            self._keep(h_ND, target_N, lse_N, columns, kept_NC)
+            if ref is None:
+                self._keep(h_ND, target_N, lse_N, columns, kept_NC)
+            else:
+                self._keep_difference(h_ND, lse_N, columns, kept_NC, *ref, blocks)
             self._head_grads(kept_NC, columns, tokens, into, accumulate=False)
             if dh_ND is not None:
                 product_ND = fp32_product(kept_NC, self.head.w_VD[columns])
-                first = v0 == 0  # the targets' own entries belong to the first columns' turn
-                self._row_grads(
-                    dh_ND, product_ND, row_N, target_N if first else None, own_N if first else None,
-                    accumulate=not first,
-                )  # fmt: skip
+                # The targets' own entries belong to no columns in particular: the first turn's.
+                own = own_N if v0 == 0 else None
+                self._row_grads(dh_ND, product_ND, row_N, target_N, own, accumulate=v0 > 0)
         if dh_ND is not None:
             into.h = self.place(rows, dh_ND, None)
+
+    def _keep_difference(
+        self,
+        h_ND: Tensor,
+        lse_N: Tensor,
+        columns: slice,
+        kept_NC: Tensor,
+        ref: "FusedStreamer",
+        ref_rows: Rows,
+        blocks: list[tuple[int, int, Block]],
+    ) -> None:
+        """Probabilities of some columns, less the reference's."""
+        ref_h_ND, _ = ref_rows.block(0, len(h_ND))
+        found = [block.ref_lse_N for _, _, block in blocks if block.ref_lse_N is not None]
+        ref_lse_N = torch.cat(found)
+        width, row_tiles = self._tiles(len(h_ND), 2)
+        for rows in row_tiles:
+            for v0 in range(columns.start, columns.stop, width):
+                part = slice(v0, min(v0 + width, columns.stop))
+                product, bias = self._products(h_ND[rows], part)
+                other = (*ref._products(ref_h_ND[rows], part), ref_lse_N[rows])
+                kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
+                fold.keep(product, bias, self.shape, None, lse_N[rows], v0, kept_RC, other)
 
     def _recompute_rows(
         self,

@@ -10,7 +10,7 @@ Legend: T hidden rows, N scored tokens, D hidden size, V vocabulary, P pairs, S 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import pairwise
 from typing import Any
@@ -27,6 +27,7 @@ from fastdpo.passes import (
     forward_blocks,
     frozen_forward,
     grouped_pass,
+    kl_backward,
     ref_logps,
     rounded,
     score,
@@ -181,6 +182,84 @@ def linear_logp(
         with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
             return call.full(forward_blocks(call, h_TD, w_VD, bias_V))
     return _LinearLogp.apply(h_TD, w_VD, bias_V, call)  # type: ignore[return-value]
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    @_plain_precision
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
+        forward_blocks(call, h_TD, w_VD, bias_V)
+        ctx.call = call
+        ctx.save_for_backward(h_TD, w_VD, bias_V)
+        return call.token_stats()["kl_ref"]
+
+    @staticmethod
+    @_once
+    @_plain_precision
+    def backward(ctx, dkl_N):
+        return *kl_backward(ctx.call, ctx.saved_tensors, dkl_N), None
+
+
+def linear_kl(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    ref_h_TD: Tensor,
+    ref_w_VD: Tensor,
+    *,
+    rows_N: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    ref_bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    workspace_mib: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """KL(reference || policy) of the next token at each row, with any upstream gradient.
+
+    Both heads are streamed together, so neither's logits are kept.  The gradient is the policy's;
+    the reference gets none.  It takes two products a head in the forward and backward each.
+
+    Args:
+        h_TD, w_VD, bias_V: the policy's hidden states and head, as in `linear_logp`.
+        ref_h_TD, ref_w_VD, ref_bias_V: the reference's, for the same tokens; the hidden size may
+            differ.
+        rows_N: hidden rows to compare, (N,) int64; default: all, in order.
+        scale, softcap, workspace_mib, impl: as in `linear_logp`.
+
+    Returns:
+        (N,) fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+    """
+    h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V = _autocast(
+        h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V
+    )
+    fused = checks.choose_impl(impl, h_TD) == "triton"
+    scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
+    if rows_N is not None:
+        checks.require_tensor("rows_N", rows_N, 1, "(N,)")
+    N = h_TD.shape[0] if rows_N is None else rows_N.shape[0]
+    if N == 0:
+        raise ValueError("there is no row to compare: h_TD, or rows_N, is empty")
+    # The streams gather a target anyway; the first token is as good as any.
+    target_N = torch.zeros(N, dtype=torch.int64, device=h_TD.device)
+    checks.check_targets(h_TD, w_VD.shape[0], target_N, rows_N)
+    if ref_h_TD is None:
+        raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
+    ref = _check_reference(h_TD, w_VD, None, ref_h_TD, ref_w_VD, ref_bias_V, (0, scale, softcap))
+    call = _make_call(
+        h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, None, fused=fused
+    )
+    assert call is not None
+    call.ref, call.stats = ref, frozenset({"kl_ref"})
+    # Nothing is kept: the difference of two softmaxes needs both log-sum-exps first.
+    call.plan = replace(call.plan, route="recompute" if any(call.needs) else "forward")
+    if call.plan.route == "forward":
+        with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
+            forward_blocks(call, h_TD, w_VD, bias_V)
+            return call.token_stats()["kl_ref"]
+    return _LinearKL.apply(h_TD, w_VD, bias_V, call)  # type: ignore[return-value]
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -266,6 +266,25 @@ def token_backward(
     return rounded(into, h_TD.dtype)
 
 
+def kl_backward(
+    call: Call, saved: tuple[Tensor | None, ...], coef_N: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``sum coef * KL(ref || policy)``."""
+    h_TD, w_VD, bias_V = saved
+    assert h_TD is not None and w_VD is not None and call.ref is not None
+    streamer = call.streamer(w_VD, bias_V)
+    into = Grads()
+    if call.needs.w:
+        into.w = torch.empty_like(w_VD, memory_format=torch.contiguous_format)
+    if bias_V is not None and call.needs.bias:
+        into.bias = torch.zeros_like(bias_V, dtype=streamer.acc_dtype)
+    head, ref_h_TD = call.ref
+    ref: Any = (call.streamer_of(head), Rows(ref_h_TD, call.rows_N, call.target_N))
+    rows = Rows(h_TD, call.rows_N, call.target_N)
+    streamer.recompute_backward(call.blocks, rows, coef_N, call.needs, into, ref)
+    return rounded(into, h_TD.dtype)
+
+
 def _new_grads(
     call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, *, w: bool = False
 ) -> Grads:

@@ -71,6 +71,26 @@ def token_stats(
     return {name: torch.where(scored_N, x, torch.zeros_like(x)) for name, x in stats.items()}
 
 
+def linear_kl(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    ref_h_TD: Tensor,
+    ref_w_VD: Tensor,
+    *,
+    rows_N: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    ref_bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """KL(reference || policy) of the next token at each selected row, (N,)."""
+    head = {"rows_N": rows_N, "scale": scale, "softcap": softcap}
+    z_NV = linear_logits(h_TD, w_VD, bias_V=bias_V, **head)
+    ref_z_NV = linear_logits(ref_h_TD, ref_w_VD, bias_V=ref_bias_V, **head)
+    logp_NV, ref_logp_NV = z_NV.log_softmax(-1), ref_z_NV.log_softmax(-1)
+    return F.kl_div(logp_NV, ref_logp_NV, reduction="none", log_target=True).sum(-1)
+
+
 def sequence_sums(x_N: Tensor, bounds_S1: Tensor) -> Tensor:
     """Sum of ``x_N`` over each sequence ``bounds[s] : bounds[s + 1]``, (S,)."""
     return torch.stack([part.sum() for part in x_N.split(bounds_S1.diff().tolist())])

@@ -214,6 +214,7 @@ class Block:
     own_N: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
     ref_logp_N: Tensor | None = None
+    ref_lse_N: Tensor | None = None
 
 
 class Streamer:
@@ -292,7 +293,7 @@ class Streamer:
         block = Block(logp_N, lse_N, fold.max_KN, stash, own_N)
         ref_lse_N = ref_fold.lse() if ref_fold else None
         if ref_fold is not None:
-            block.ref_logp_N = ref_fold.logp()
+            block.ref_logp_N, block.ref_lse_N = ref_fold.logp(), ref_lse_N
         block.stats = take.finish(fold, lse_N, self.head.w_VD.shape[0], ref_fold, ref_lse_N)
         return block
 
@@ -375,14 +376,16 @@ class Streamer:
         coef_N: Tensor,
         needs: Needs,
         into: Grads,
+        ref: "tuple[Streamer, Rows] | None" = None,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp, vocabulary chunks outermost.
 
         The weight's gradient of a chunk is complete before the next chunk begins, so its fp32
-        accumulator is one chunk high.
+        accumulator is one chunk high.  With ``ref`` the gradients are those of
+        ``sum coef * KL(ref || policy)``.
         """
         operand, acc = self.products.operand, self.acc_dtype
-        coef_N = coef_N.to(acc)
+        coef_N = torch.where(rows.target_N == IGNORE, 0.0, coef_N).to(acc)
         if needs.h:
             into.h = torch.zeros_like(rows.h_TD, dtype=acc)
         for k, (v0, v1) in enumerate(self.chunks):
@@ -391,14 +394,16 @@ class Streamer:
                 dw_CD = torch.zeros(v1 - v0, into.w.shape[1], dtype=acc, device=into.w.device)
             for start, stop, block in blocks:
                 h_ND, target_N = rows.block(start, stop)
-                h_ND = _clean(h_ND, target_N)
-                coef = torch.where(target_N == IGNORE, 0.0, coef_N[start:stop])
-                z_NC = self._logits(self.products.inner_blocks(h_ND), v0, v1)
-                slope_NC = None if self.head.softcap is None else self._slope(z_NC)
-                z_NC.sub_(block.max_KN[k][:, None]).exp_()
-                if slope_NC is not None:
-                    z_NC.mul_(slope_NC)
-                g_NC = self._dlogits(block, z_NC, target_N, coef, k)
+                h_ND, coef = _clean(h_ND, target_N), coef_N[start:stop]
+                if ref is None:
+                    e_NC = self._probs(h_ND, k, block.max_KN[k])
+                    g_NC = self._dlogits(block, e_NC, target_N, coef, k)
+                else:
+                    assert block.ref_lse_N is not None
+                    ref_h_ND, _ = ref[1].block(start, stop)
+                    other = ref[0], ref_h_ND, block.ref_lse_N
+                    g_NC = self._probs(h_ND, k, block.lse_N, other)
+                    g_NC *= (coef * self.head.scale)[:, None]
                 if into.bias is not None:
                     into.bias[v0:v1] += g_NC.sum(0)
                 if into.h is not None:
@@ -409,16 +414,34 @@ class Streamer:
                     self.products.addmm(dw_CD, operand(g_NC).T, operand(h_ND))
             if into.w is not None and dw_CD is not None:
                 into.w[v0:v1] = dw_CD
+        if ref is not None:
+            return
         for start, stop, block in blocks:
             h_ND, target_N = rows.block(start, stop)
-            h_ND = _clean(h_ND, target_N)
-            coef = torch.where(target_N == IGNORE, 0.0, coef_N[start:stop])
-            dh_ND = None
+            h_ND, dh_ND = _clean(h_ND, target_N), None
             if into.h is not None:
                 dh_ND = torch.zeros(h_ND.shape, dtype=acc, device=h_ND.device)
-            self._add_targets(block, h_ND, target_N, coef, dh_ND, into)
+            self._add_targets(block, h_ND, target_N, coef_N[start:stop], dh_ND, into)
             if into.h is not None and dh_ND is not None:
                 rows.scatter(into.h, start, stop, dh_ND)
+
+    def _probs(
+        self,
+        h_ND: Tensor,
+        k: int,
+        shift_N: Tensor,
+        ref: "tuple[Streamer, Tensor, Tensor] | None" = None,
+    ) -> Tensor:
+        """Exponentials of a chunk, less the reference's, times the cap's slope."""
+        v0, v1 = self.chunks[k]
+        z_NC = self._logits(self.products.inner_blocks(h_ND), v0, v1)
+        slope_NC = None if self.head.softcap is None else self._slope(z_NC)
+        z_NC.sub_(shift_N[:, None]).exp_()
+        if ref is not None:
+            streamer, ref_h_ND, ref_lse_N = ref
+            ref_blocks = streamer.products.inner_blocks(ref_h_ND)
+            z_NC -= streamer._logits(ref_blocks, v0, v1).sub_(ref_lse_N[:, None]).exp_()
+        return z_NC if slope_NC is None else z_NC.mul_(slope_NC)
 
 
 def _clean(h_ND: Tensor, target_N: Tensor) -> Tensor:
