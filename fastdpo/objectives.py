@@ -15,7 +15,7 @@ P pairs.  All tensors are (P,); lengths are token counts, the end token included
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -130,3 +130,15 @@ def apo_zero(beta: float = 0.1) -> SeparateObjective:
 def nca_pair(beta: float = 0.1) -> SeparateObjective:
     """Noise contrastive alignment of pairs (arXiv 2402.05369)."""
     return SeparateObjective(_nca_pair, beta, kind="nca_pair")
+
+
+def of_kind(kind: str, beta: float, alpha: float, length_normalized: bool) -> Objective:
+    """The objective with these attributes, for where only numbers and names can be passed."""
+    if kind == "apo_zero":
+        return apo_zero(beta)
+    if kind == "nca_pair":
+        return nca_pair(beta)
+    if kind == "ipo":
+        return replace(ipo(beta), alpha=alpha, length_normalized=length_normalized)
+    margin = {"sigmoid": lr_dpo, "hinge": hinge}[kind](beta, alpha)
+    return replace(margin, length_normalized=length_normalized)

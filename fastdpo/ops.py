@@ -36,6 +36,17 @@ from fastdpo.passes import (
 from fastdpo.plan import MIB, Plan, make_plan
 from fastdpo.streaming import IGNORE, Head, Needs
 
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
+    "length_margin",
+)
 STATS = frozenset({"entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref"})
 
 
@@ -51,7 +62,7 @@ class PreferenceLoss:
         metrics: detached scalars averaged over the call's pairs, under TRL's names, and
             ``lengths/chosen``, ``lengths/rejected``, ``length_margin`` (``alpha * (nw - nl)``).
         stats: the requested per-token statistics, each (N,).
-        plan: the route taken, its workspace and its accumulators.
+        plan: the route taken, its workspace and its accumulators; None under torch.compile.
     """
 
     loss: Tensor
@@ -60,7 +71,7 @@ class PreferenceLoss:
     lengths_S: Tensor
     metrics: dict[str, Tensor]
     stats: dict[str, Tensor]
-    plan: Plan
+    plan: Plan | None
 
 
 # ------------------------------------------------------------------------------------- linear_logp
@@ -166,6 +177,13 @@ def linear_logp(
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
     """
     h_TD, w_VD, bias_V = _autocast(h_TD, w_VD, bias_V)
+    if torch.compiler.is_compiling():
+        from fastdpo import compiled
+
+        return compiled.linear_logp(
+            h_TD, w_VD, target_N, rows_N=rows_N, bias_V=bias_V, scale=scale, softcap=softcap,
+            workspace_mib=workspace_mib, impl=impl,
+        )  # fmt: skip
     fused = checks.choose_impl(impl, h_TD) == "triton"
     scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
     checks.check_targets(h_TD, w_VD.shape[0], target_N, rows_N)
@@ -232,6 +250,11 @@ def linear_kl(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
     """
+    if torch.compiler.is_compiling():
+        return _outside_the_graph(linear_kl)(
+            h_TD, w_VD, ref_h_TD, ref_w_VD, rows_N=rows_N, bias_V=bias_V, ref_bias_V=ref_bias_V,
+            scale=scale, softcap=softcap, workspace_mib=workspace_mib, impl=impl,
+        )  # fmt: skip
     h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V = _autocast(
         h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V
     )
@@ -260,6 +283,11 @@ def linear_kl(
             forward_blocks(call, h_TD, w_VD, bias_V)
             return call.token_stats()["kl_ref"]
     return _LinearKL.apply(h_TD, w_VD, bias_V, call)  # type: ignore[return-value]
+
+
+def _outside_the_graph(op: Callable) -> Callable:
+    """A call that torch.compile leaves to Python: a graph break, refused by ``fullgraph=True``."""
+    return torch.compiler.disable(op)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -415,6 +443,22 @@ def linear_preference_loss(
     h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V = _autocast(
         h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V
     )
+    if torch.compiler.is_compiling():
+        options = {
+            "rows_N": rows_N, "bias_V": bias_V, "scale": scale, "softcap": softcap,
+            "ref_h_TD": ref_h_TD, "ref_w_VD": ref_w_VD, "ref_bias_V": ref_bias_V,
+            "margin_P": margin_P, "smoothing_P": smoothing_P, "weight_P": weight_P,
+            "num_pairs": num_pairs, "stats": stats, "workspace_mib": workspace_mib, "impl": impl,
+        }  # fmt: skip
+        packed = (h_TD, w_VD, target_N, bounds_S1, ref_logp_S)
+        if getattr(objective, "kind", None) is None:  # a function of the caller's own
+            return _outside_the_graph(linear_preference_loss)(*packed, objective, **options)
+        from fastdpo import compiled
+
+        known: Any = objective
+        alpha = getattr(known, "alpha", 0.0)
+        described = (known.kind, known.beta, alpha, known.length_normalized)
+        return compiled.linear_preference_loss(*packed, described, **options)
     fused = checks.choose_impl(impl, h_TD) == "triton"
     scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
     V = w_VD.shape[0]
@@ -486,9 +530,10 @@ def linear_dpo_loss(
         alpha: length penalty per token, not multiplied by ``beta``; 0 is plain DPO.
         options: the keyword arguments of `linear_preference_loss`.
     """
-    beta = checks.require_number("beta", beta, low=0, open_low=True)
-    alpha = checks.require_number("alpha", alpha)
-    _check_options("linear_dpo_loss", options)
+    if not torch.compiler.is_compiling():
+        beta = checks.require_number("beta", beta, low=0, open_low=True)
+        alpha = checks.require_number("alpha", alpha)
+        _check_options("linear_dpo_loss", options)
     return linear_preference_loss(
         h_TD, w_VD, target_N, bounds_S1, ref_logp_S, lr_dpo(beta, alpha), **options
     )
@@ -680,8 +725,6 @@ def _check_pair_values(
 @torch.no_grad()
 def _metrics(pairs: Pairs, logp_S: Tensor, ref_S: Tensor) -> dict[str, Tensor]:
     if pairs.totals is not None:
-        from fastdpo.kernels.pair import METRICS
-
         return dict(zip(METRICS, (pairs.totals[1:] / (len(pairs.edges) // 2)).float()))
     beta = getattr(pairs.objective, "beta", 1.0)
     alpha = getattr(pairs.objective, "alpha", 0.0)

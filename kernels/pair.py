@@ -17,8 +17,9 @@ from .pointwise import OPTIONS
 MARGIN_KINDS = ("sigmoid", "hinge", "ipo")
 SEPARATE_KINDS = ("apo_zero", "nca_pair")
 _CODES = {name: i for i, name in enumerate(MARGIN_KINDS + SEPARATE_KINDS)}
-# Averages over pairs, in the order in which the kernel sums them, after the loss.
-METRICS = (
+# What the kernel sums over pairs, in this order.
+TOTALS = (
+    "loss",
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
@@ -29,7 +30,6 @@ METRICS = (
     "lengths/rejected",
     "length_margin",
 )
-TOTALS = ("loss", *METRICS)
 
 
 @triton.jit
