@@ -39,7 +39,7 @@ def require_tensor(name: str, x: Any, ndim: int, letters: str) -> Tensor:
 def require_number(
     name: str, x: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> float:
-    if isinstance(x, bool) or not isinstance(x, int | float):
+    if isinstance(x, bool) or not isinstance(x, (int, float)):  # traceable by torch 2.8
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if isinstance(x, int) and abs(x) > sys.float_info.max:
         raise ValueError(f"{name} must fit a float, got an integer of {x.bit_length()} bits")

@@ -295,7 +295,10 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     if not isinstance(tensors[0], Tensor):
         return tensors
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Dynamo of torch 2.11 cannot trace the question whether there is autocast at all.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
+        return tensors
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -4,7 +4,8 @@ import interpreter
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # where Triton kernels cannot run, they are interpreted
+# Where Triton kernels cannot run, they are interpreted.
+if not torch.cuda.is_available() and interpreter.supported():
     interpreter.enable()
 pytest.register_assert_rewrite("checks")
 torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other are slow

@@ -8,9 +8,25 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from typing import Any
 
 import numpy as np
+import pytest
+
+MINIMUM_TRITON = (3, 6)  # as in fastdpo.kernels.support, which must not be imported before enable()
+
+
+def supported() -> bool:
+    """Whether a Triton is installed that the kernels and these corrections are made for."""
+    try:
+        major, minor, *_ = metadata.version("triton").split(".")
+    except metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= MINIMUM_TRITON
+
+
+needs_kernels = pytest.mark.skipif(not supported(), reason="needs Triton 3.6 or newer")
 
 _spans: list[tuple[int, int]] = []  # addresses of the running kernel's tensors: first, last + 1
 
