@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from interpreter import needs_kernels
 
 from bench import __main__ as cli
-from bench import measure, oracle, peak, report, targets, variants
+from bench import measure, oracle, peak, report, targets, tune, variants
 
 SHAPE = variants.Shape(N=64, D=32, V=200, pairs=2)
 CAPPED = SHAPE._replace(softcap=3.0)  # the logits' standard deviation is 2
@@ -576,3 +577,19 @@ def test_bench_imports_no_peer():
         [sys.executable, "-c", code], cwd=peak.ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+@needs_kernels
+def test_tuning_checks_and_runs_every_candidate(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "TILE_MIB", (0.001, 0.004))
+    monkeypatch.setattr(tune, "KERNEL_TILES", ((16, 32, 16, 4, 1), (32, 64, 32, 4, 1)))
+    problem = variants.make_problem(CAPPED._replace(N=16), torch.bfloat16)
+    calls = tune.candidates(problem)
+    assert len(calls) == 2 * 4 + 2
+    blocks = [call() for name, call in calls.items() if name.endswith("forward")]
+    assert all(torch.allclose(block.logp_N, blocks[0].logp_N, atol=1e-5) for block in blocks)
+    gradients = [call() for name, call in calls.items() if name.endswith("backward")]
+    assert torch.equal(*gradients)
+    monkeypatch.setattr(tune, "LOGP_LIMIT", -1.0)
+    assert tune.candidates(problem) == {}
+    assert "wrong, log-prob error" in capsys.readouterr().out

@@ -1,0 +1,133 @@
+"""`python -m bench.tune`: constants of `fastdpo.fused` and `fastdpo.kernels`, measured on a GPU.
+
+For each head: the forward of one block, without and with a stash, by a tile of each size that is
+folded and by the fused kernel with each tile; then the backward from the stash with each size of
+fp32 tile.  All candidates of a head are interleaved, and each is checked first.  The fastest of a
+column is what `fused.PROJECT_MAX_D`, `plan._TILE_BYTES` and `project.HOPPER` should say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdpo.plan import MIB, make_plan
+
+from .measure import interleaved_ms, where
+from .variants import SHAPES, Problem, make_problem
+
+TILE_MIB = (16, 32, 64, 128)
+KERNEL_TILES = (
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 8, 3),
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (64, 256, 64, 8, 4),
+    (128, 128, 128, 8, 3),
+)
+LOGP_LIMIT = 2e-5
+
+
+def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[int, ...] | None):
+    """A streamer that folds tiles of a size, or projects with a kernel's tile."""
+    from fastdpo.fused import FusedStreamer
+    from fastdpo.kernels.project import Tile
+    from fastdpo.streaming import Head
+
+    class Forced(FusedStreamer):
+        def projects(self, h_ND: Tensor) -> bool:
+            return kernel_tile is not None
+
+    N, D, V, _, softcap = problem.shape
+    plan = make_plan(
+        [0, N], D, V, itemsize=4, workspace_bytes=8192 * MIB, need_head=True, need_h=True, T=N,
+        fused_itemsize=problem.h_ND.element_size(),
+    )  # fmt: skip
+    head = Head(problem.w_VD.detach(), None, 1.0, softcap)
+    streamer = Forced(head, replace(plan, tile_bytes=int(tile_mib * MIB)))
+    if kernel_tile is not None:
+        streamer.kernel_tile = Tile(*kernel_tile)
+    return streamer
+
+
+def candidates(problem: Problem) -> dict[str, Callable[[], object]]:
+    """Calls by name; one that fails or is wrong is left out, with a line that says so."""
+    from fastdpo.streaming import Grads, Needs
+
+    h, target = problem.h_ND.detach(), problem.target_N
+    sample, gold = sampled_logp(problem)
+    folds = {f"fold {mib} MiB": forced(problem, mib, None) for mib in TILE_MIB}
+    kernels = {f"kernel {tile}": forced(problem, TILE_MIB[1], tile) for tile in KERNEL_TILES}
+    calls: dict[str, Callable[[], object]] = {}
+    block = None
+    for name, streamer in {**folds, **kernels}.items():
+        try:
+            found = streamer.forward(h, target, keep=block is None)
+        except Exception as error:  # a tile that does not compile or launch is a result
+            print(f"{name}: {type(error).__name__}: {error}")
+            continue
+        error = (found.logp_N[sample] - gold).abs().max().item()
+        if not error <= LOGP_LIMIT:
+            print(f"{name}: wrong, log-prob error {error:.2g}")
+            continue
+        block = block or found
+        calls[f"{name}, forward"] = partial(streamer.forward, h, target, keep=False)
+        calls[f"{name}, forward and stash"] = partial(streamer.forward, h, target, keep=True)
+    if block is not None:
+        into = Grads(w=torch.empty_like(problem.w_VD))
+        rest = (
+            block,
+            h,
+            target,
+            torch.ones_like(gold[:1]).expand(len(h)),
+            Needs(True, True, False),
+        )
+        for name, streamer in folds.items():
+            calls[f"{name}, backward"] = partial(streamer.backward, *rest, into, final=True)
+    return calls
+
+
+def sampled_logp(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Some rows, and their log-probs in fp64."""
+    h, softcap = problem.h_ND.detach(), problem.shape.softcap
+    sample = torch.arange(0, len(h), max(1, len(h) // 256), device=h.device)
+    z = h[sample].double() @ problem.w_VD.detach().double().T
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return sample, z.log_softmax(-1).gather(1, problem.target_N[sample, None])[:, 0]
+
+
+def main() -> None:
+    """Measure, print and, with `--out`, append JSON lines."""
+    parser = argparse.ArgumentParser("python -m bench.tune", description=__doc__)
+    parser.add_argument("--shape", nargs="+", default=list(SHAPES))
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m bench.tune needs a CUDA device; there is none")
+    device = torch.device("cuda")
+    for name in args.shape:
+        problem = make_problem(SHAPES[name]._replace(N=args.tokens), torch.bfloat16, device)
+        times = interleaved_ms(candidates(problem), args.rounds, device)
+        print(f"\n{name}, N={args.tokens}")
+        for key, time in sorted(times.items(), key=lambda item: item[1]["median"]):
+            print(f"  {time['median']:9.3f} ms  {key}")
+        if args.out:
+            row = {**where(device), "op": "tune", **problem.shape._asdict(), "times_ms": times}
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        del problem
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
