@@ -37,9 +37,9 @@ def padded(columns: int) -> int:
     return -(-columns // 64) * 64
 
 
-def even_tiles(total: int, most: int) -> list[slice]:
-    """At most ``most`` wide, and of even width."""
-    width = -(-total // -(-total // most))
+def tiles(total: int, most: int) -> list[slice]:
+    """At most ``most`` wide, and if it can be in whole tiles of a matrix product."""
+    width = most // 256 * 256 or most
     return [slice(i, min(i + width, total)) for i in range(0, total, width)]
 
 
@@ -192,7 +192,7 @@ class FusedStreamer:
         while width > 256 and numel // width < min(N, width // 2):
             width //= 2
         width = min(width, self.V)
-        return width, even_tiles(N, max(1, numel // width))
+        return width, tiles(N, max(1, numel // width))
 
     # ------------------------------------------------------------------------------------ backward
     def backward(
@@ -246,7 +246,7 @@ class FusedStreamer:
             return
         scaled_ND, gain = tokens.scaled
         most = max(16, self.plan.tile_bytes // (4 * self.D))
-        for part in even_tiles(columns.stop - columns.start, most):
+        for part in tiles(columns.stop - columns.start, most):
             rows = slice(columns.start + part.start, columns.start + part.stop)
             scatter.row_sums(
                 into.w[rows], segments=tokens.by_target, offset=rows.start, accumulate=accumulate,
@@ -396,6 +396,11 @@ class FusedStreamer:
 def _rows_in_memory(h_ND: Tensor) -> Tensor:
     """Rows with neighbouring elements side by side, as the kernels read them."""
     return h_ND if h_ND.stride(1) == 1 else h_ND.contiguous()
+
+
+def scale_into(out_ID: Tensor, x_ID: Tensor, factor: Tensor | None) -> None:
+    """``out = x * factor``, rounded once."""
+    scatter.row_sums(out_ID, base_ID=x_ID, base_factor=factor)
 
 
 def device_bounds(edges: list[int], device: torch.device) -> Tensor:

@@ -71,7 +71,7 @@ class PreferenceLoss:
     lengths_S: Tensor
     metrics: dict[str, Tensor]
     stats: dict[str, Tensor]
-    plan: Plan | None
+    plan: Plan
 
 
 # ------------------------------------------------------------------------------------- linear_logp
@@ -389,7 +389,7 @@ class _LinearPreference(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         saved = ctx.saved_tensors
         if ctx.grads is not None:
-            grads = rounded(ctx.grads, saved[0].dtype, dloss)
+            grads = rounded(ctx.grads, saved[0].dtype, dloss, fused=ctx.call.fused)
         else:
             coef_N = (ctx.coef_N * dloss).to(torch.promote_types(dloss.dtype, torch.float32))
             grads = token_backward(ctx.call, saved[:4], coef_N)
@@ -577,6 +577,8 @@ class LinearDPOLoss(nn.Module):
         ``target_N`` (2B, L) already shifted, so that row t predicts label t, with -100 on prompts
         and padding; no ``bounds_S1``.  Pair i is rows i and B + i; ``ref_logp_S``, ``ref_h_TD``
         (2B, L, D) and the returned ``logp_S``, ``lengths_S`` and ``stats`` (2B, L) keep that order.
+        On a GPU this layout waits once for the labels, so that prompts and padding cost nothing;
+        the packed one never waits.
         """
         settings = {"beta": self.beta, "alpha": self.alpha, **self.options, **options}
         if bounds_S1 is not None or not isinstance(h_TD, Tensor) or h_TD.ndim != 3:
@@ -610,6 +612,11 @@ class LinearDPOLoss(nn.Module):
         back_S = order_S.argsort()
         order, back = order_S.to(h_TD.device), back_S.to(h_TD.device)
         rows_N = (order[:, None] * L + torch.arange(L, device=h_TD.device)).reshape(-1)
+        packed_N, bounds_S1 = target_N[order].reshape(-1), torch.arange(S + 1) * L
+        keep_N = None
+        if _may_wait_for(target_N):
+            keep_N, bounds_S1 = _scored(packed_N, L)
+            rows_N, packed_N = rows_N[keep_N], packed_N[keep_N]
         if settings.get("ref_h_TD") is not None:
             ref_h = checks.require_tensor("ref_h_TD", settings["ref_h_TD"], 3, "(2B, L, D)")
             if ref_h.shape[:2] != (S, L):
@@ -625,15 +632,32 @@ class LinearDPOLoss(nn.Module):
         result = linear_dpo_loss(
             h_TD.reshape(S * L, D),
             w_VD,
-            target_N[order].reshape(-1),
-            torch.arange(S + 1) * L,
+            packed_N,
+            bounds_S1,
             ref_logp_S,
             **{**settings, "rows_N": rows_N},
         )
+        if keep_N is not None:
+            whole = {name: x.new_zeros(S * L) for name, x in result.stats.items()}
+            result.stats = {k: whole[k].index_copy_(0, keep_N, x) for k, x in result.stats.items()}
         result.stats = {name: x.view(S, L)[back] for name, x in result.stats.items()}
         result.logp_S, result.ref_logp_S = result.logp_S[back], result.ref_logp_S[back]
         result.lengths_S = result.lengths_S[back]
         return result
+
+
+def _may_wait_for(target: Tensor) -> bool:
+    """Whether a device's targets can be looked at: not while a graph is being made."""
+    if target.device.type == "cpu" or torch.compiler.is_compiling():
+        return False
+    return not (target.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _scored(target_N: Tensor, L: int) -> tuple[Tensor, Tensor]:
+    """Positions of the scored targets of sequences of length ``L``, and the sequences' bounds."""
+    keep_N = (target_N != IGNORE).nonzero()[:, 0]
+    edges_S1 = torch.arange(0, len(target_N) + 1, L, device=keep_N.device)
+    return keep_N, torch.searchsorted(keep_N, edges_S1).cpu()
 
 
 def _check_options(owner: str, options: dict[str, Any]) -> None:

@@ -263,7 +263,7 @@ def token_backward(
             into.h = streamer.place(rows, dh_ND, None)
     else:
         streamer.recompute_backward(call.blocks, rows, coef_N, call.needs, into)
-    return rounded(into, h_TD.dtype)
+    return rounded(into, h_TD.dtype, fused=call.fused)
 
 
 def kl_backward(
@@ -282,7 +282,7 @@ def kl_backward(
     ref: Any = (call.streamer_of(head), Rows(ref_h_TD, call.rows_N, call.target_N))
     rows = Rows(h_TD, call.rows_N, call.target_N)
     streamer.recompute_backward(call.blocks, rows, coef_N, call.needs, into, ref)
-    return rounded(into, h_TD.dtype)
+    return rounded(into, h_TD.dtype, fused=call.fused)
 
 
 def _new_grads(
@@ -298,13 +298,20 @@ def _new_grads(
     )
 
 
-def rounded(grads: Grads, dtype: torch.dtype, factor: Tensor | None = None):
+def rounded(
+    grads: Grads, dtype: torch.dtype, factor: Tensor | None = None, *, fused: bool = False
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients times ``factor``, rounded once, without a second copy in fp32."""
 
     def finish(x: Tensor | None) -> Tensor | None:
         if x is None or (factor is None and x.dtype == dtype):
             return x
         out = torch.empty_like(x, dtype=dtype)
+        if fused and x.ndim == 2:
+            from fastdpo.fused import scale_into
+
+            scale_into(out, x, factor)
+            return out
         for part, rows in zip(out.split(4096), x.split(4096)):
             part.copy_(rows if factor is None else rows * factor.to(x.dtype))
         return out
@@ -319,7 +326,11 @@ def grouped_pass(
     streamer = call.streamer(w_VD, bias_V)
     rows = Rows(h_TD, call.rows_N, call.target_N)
     first_is_unit = call.plan.groups[0].unit
-    total = _new_grads(call, h_TD, w_VD, bias_V, w=not first_is_unit)
+    # The first group of the kernels writes the weight's gradient, so it need not be cleared.
+    writes = call.fused and not first_is_unit
+    total = _new_grads(call, h_TD, w_VD, bias_V, w=not (first_is_unit or writes))
+    if writes and call.needs.w:
+        total.w = torch.empty_like(w_VD, dtype=streamer.acc_dtype)
     if first_is_unit:  # its buffers become the total, so none are needed beside them
         total.bias = None
     call.blocks = []
@@ -342,7 +353,8 @@ def _stash_group(
     call.blocks.append((start, stop, block))
     scored = score(call, pairs, block.logp_N, block.ref_logp_N, group.pairs)
     assert scored.coef_N is not None
-    dh_ND = streamer.backward(block, h_ND, target_N, scored.coef_N, call.needs, total, final=False)
+    final = call.fused and group is call.plan.groups[0]
+    dh_ND = streamer.backward(block, h_ND, target_N, scored.coef_N, call.needs, total, final=final)
     block.stash = None
     if total.h is not None and dh_ND is not None:
         rows.scatter(total.h, start, stop, dh_ND)

@@ -29,7 +29,14 @@ from checks import (
     workspace_for,
 )
 
-from fastdpo import LinearDPOLoss, linear_dpo_loss, linear_logp, linear_preference_loss, reference
+from fastdpo import (
+    LinearDPOLoss,
+    linear_dpo_loss,
+    linear_logp,
+    linear_preference_loss,
+    ops,
+    reference,
+)
 from fastdpo.kernels import support
 from fastdpo.objectives import (
     apo_zero,
@@ -935,3 +942,10 @@ def test_a_constant_objective_is_an_error_with_and_without_gradients(requires_gr
     arguments = h, torch.randn(50, 8), torch.randint(50, (6,)), torch.tensor([0, 3, 6])
     with pytest.raises(ValueError, match="objective"):
         linear_preference_loss(*arguments, torch.zeros(2), lambda c, *_: c.detach())
+
+
+def test_scored_targets_of_a_padded_batch():
+    target_N = torch.tensor([-100, 3, 4, -100, 5, -100, -100, -100, 0])
+    keep_N, bounds_S1 = ops._scored(target_N, 3)
+    assert keep_N.tolist() == [1, 2, 4, 8]
+    assert bounds_S1.tolist() == [0, 2, 3, 4]
