@@ -117,7 +117,9 @@ def main() -> None:
     device = torch.device("cuda")
     for name in args.shape:
         problem = make_problem(SHAPES[name]._replace(N=args.tokens), torch.bfloat16, device)
-        times = interleaved_ms(candidates(problem), args.rounds, device)
+        calls = candidates(problem)
+        notes: dict[str, dict] = {key: {"note": None} for key in calls}
+        times = interleaved_ms(calls, notes, args.rounds, device)
         print(f"\n{name}, N={args.tokens}")
         for key, time in sorted(times.items(), key=lambda item: item[1]["median"]):
             print(f"  {time['median']:9.3f} ms  {key}")

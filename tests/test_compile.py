@@ -100,11 +100,9 @@ def test_objectives(objective):
         getattr(objective, "alpha", 0.0),
         objective.length_normalized,
     )
-    arguments = [torch.randn(2).double() for _ in range(2)] + [torch.ones(2) * 3] * 2
-    margin_P, smoothing_P = torch.zeros(2), torch.zeros(2)
-    assert torch.equal(
-        objective(*arguments, margin_P, smoothing_P), again(*arguments, margin_P, smoothing_P)
-    )
+    chosen, rejected, zeros, lengths = torch.randn(2), torch.randn(2), torch.zeros(2), torch.ones(2)
+    losses = [f(chosen, rejected, 3 * lengths, lengths, zeros, zeros) for f in (objective, again)]
+    assert torch.equal(*losses)
 
 
 def test_an_objective_of_the_callers_own_breaks_the_graph():
