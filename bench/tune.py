@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[int, ...] | Non
     return streamer
 
 
-def candidates(problem: Problem) -> dict[str, Callable[[], object]]:
+def candidates(problem: Problem) -> dict[str, Callable[[], Any]]:
     """Calls by name; one that fails or is wrong is left out, with a line that says so."""
     from fastdpo.streaming import Grads, Needs
 
@@ -65,7 +66,7 @@ def candidates(problem: Problem) -> dict[str, Callable[[], object]]:
     sample, gold = sampled_logp(problem)
     folds = {f"fold {mib} MiB": forced(problem, mib, None) for mib in TILE_MIB}
     kernels = {f"kernel {tile}": forced(problem, TILE_MIB[1], tile) for tile in KERNEL_TILES}
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     block = None
     for name, streamer in {**folds, **kernels}.items():
         try:

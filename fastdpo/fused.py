@@ -349,20 +349,16 @@ class FusedStreamer:
         needs: Needs,
         into: Grads,
     ) -> None:
-        direct = rows.rows_N is None  # every hidden row is in one block, so it is rounded at once
-        out_TD = torch.empty_like(rows.h_TD) if direct else None
-        parts = []
+        # The plan comes here only where token i has hidden row i, so a block's are finished.
+        assert rows.rows_N is None
+        into.h = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
         for start, stop, _ in blocks:
             h_ND, target_N = rows.block(start, stop)
             block = self.forward(h_ND, target_N, keep=True)
             coef = coef_N[start:stop]
             dh_ND = self.backward(block, h_ND, target_N, coef, needs, Grads(), final=False)
-            block.stash = None
-            if out_TD is None:
-                parts.append(dh_ND)
-            elif dh_ND is not None:
-                out_TD[start:stop] = dh_ND
-        into.h = self.place(rows, torch.cat(parts), None) if out_TD is None else out_TD
+            assert dh_ND is not None
+            into.h[start:stop] = dh_ND
 
     def _keep(
         self, h_ND: Tensor, target_N: Tensor, lse_N: Tensor, columns: slice, kept_NC: Tensor

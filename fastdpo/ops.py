@@ -357,6 +357,7 @@ def _make_call(
         T=h_TD.shape[0],
         unit_buffers=unit_buffers,
         fused_itemsize=h_TD.itemsize if fused else None,
+        gathered=rows_N is not None,
     )
     return Call(
         scale, softcap, rows_N, target_N, keep_N, num_targets, needs, plan, edges or [], fused

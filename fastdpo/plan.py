@@ -91,7 +91,7 @@ def _fused_space(D: int, V: int, N: int, itemsize: int, workspace_bytes: int) ->
     The backward of a row needs an fp32 product and a scaled copy.
     """
     tile_bytes = min(_TILE_BYTES, workspace_bytes // 4)
-    row_bytes = itemsize * (-(-V // 64) * 64)
+    row_bytes = itemsize * (-(-V // 64) * 64) + V // 16  # two fp32 sums a tile of 128 columns
     chunk = (workspace_bytes - tile_bytes) // (itemsize * N) // 64 * 64
     scratch = (4 + itemsize) * D
     return _Space(min(V, max(64, chunk)), row_bytes, tile_bytes, tile_bytes, scratch, sums_h=False)
@@ -109,6 +109,7 @@ def make_plan(
     T: int,
     unit_buffers: int = 1,
     fused_itemsize: int | None = None,
+    gathered: bool = True,
 ) -> Plan:
     """Plan a call on sequences ``bounds[s] : bounds[s + 1]``; two bounds are one plain token list.
 
@@ -119,6 +120,7 @@ def make_plan(
         T: hidden rows, the size of their fp32 gradient.
         unit_buffers: head-sized buffers a long pair needs: 1 for margin objectives, else 2.
         fused_itemsize: bytes of an operand where the kernels run the call, None for PyTorch.
+        gathered: whether tokens name their hidden rows, whose gradients are then summed at the end.
 
     Raises:
         ValueError: the workspace does not hold one row of logits.
@@ -146,7 +148,7 @@ def make_plan(
     scratch_bytes = space.scratch_row_bytes * longest
     if not (need_head or need_h):
         route, accumulators = "forward", 0
-    elif not need_head and tokens_bytes <= affordable:
+    elif not need_head and (tokens_bytes <= affordable or (gathered and not space.sums_h)):
         route, accumulators = "frozen", tokens_bytes + scratch_bytes + h_bytes * space.sums_h
     elif need_head and rows <= capacity:
         route, accumulators = "stash", scratch_bytes + h_bytes * space.sums_h
