@@ -103,12 +103,11 @@ def test_gradcheck():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_layouts_and_no_gradient(impl):
     policy, ref = make(torch.float32)
+    columns: dict[str, Any] = {k: x.T.contiguous().T if x.ndim == 2 else x for k, x in ref.items()}
+    head: dict[str, Any] = {"bias_V": policy[2], "impl": impl}
     with torch.no_grad():
-        plain = linear_kl(*policy[:2], **ref, bias_V=policy[2], impl=impl)
-        strided = linear_kl(
-            policy[0].T.contiguous().T, policy[1].T.contiguous().T, bias_V=policy[2], impl=impl,
-            **{k: x.T.contiguous().T if x.ndim == 2 else x for k, x in ref.items()},
-        )  # fmt: skip
+        plain = linear_kl(*policy[:2], **ref, **head)
+        strided = linear_kl(*(x.T.contiguous().T for x in policy[:2]), **columns, **head)
     assert not plain.requires_grad
     torch.testing.assert_close(strided, plain, rtol=0, atol=1e-5)
 
