@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fastdpo import objectives, ops
 
+# A node reads its bounds on the host, which the replay of a CUDA graph would not.
+_HOST = torch._C.Tag.cudagraph_unsafe
 _AUTOGRAD_KEYS = (
     torch._C.DispatchKey.AutogradFunctionality,
     torch._C.DispatchKey.AutogradOther,
@@ -67,7 +69,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 # ------------------------------------------------------------------------------------- linear_logp
-@torch.library.custom_op("fastdpo::linear_logp", mutates_args=())
+@torch.library.custom_op("fastdpo::linear_logp", mutates_args=(), tags=(_HOST,))
 def _logp(
     h_TD: Tensor,
     w_VD: Tensor,
@@ -91,7 +93,7 @@ def _(h_TD, w_VD, target_N, rows_N, bias_V, scale, softcap, workspace_mib, impl)
     return h_TD.new_empty(target_N.shape[0], dtype=_accumulator(h_TD))
 
 
-@torch.library.custom_op("fastdpo::linear_logp_backward", mutates_args=())
+@torch.library.custom_op("fastdpo::linear_logp_backward", mutates_args=(), tags=(_HOST,))
 def _logp_backward(
     dlogp_N: Tensor,
     h_TD: Tensor,
@@ -154,7 +156,7 @@ def linear_logp(
 
 
 # -------------------------------------------------------------------------------- preference losses
-@torch.library.custom_op("fastdpo::preference_loss", mutates_args=())
+@torch.library.custom_op("fastdpo::preference_loss", mutates_args=(), tags=(_HOST,))
 def _preference(
     h_TD: Tensor,
     w_VD: Tensor,

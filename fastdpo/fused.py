@@ -20,12 +20,8 @@ from torch import Tensor
 from fastdpo.gemm import fp32_product
 from fastdpo.kernels import fold, pair, project, scatter
 from fastdpo.passes import Call, Pairs, Scored
-from fastdpo.plan import Plan
+from fastdpo.plan import PROJECT_MAX_D, Plan
 from fastdpo.streaming import IGNORE, Block, Grads, Head, Needs, Rows
-
-# Widest head whose projection is one kernel.  Writing and folding a tile costs as much as a product
-# of some hundred columns of D; the fused kernel loses a share of every product instead.
-PROJECT_MAX_D = 2048
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -65,6 +61,8 @@ class FusedStreamer:
     acc_dtype = torch.float32
 
     def __init__(self, head: Head, plan: Plan) -> None:
+        if head.bias_V is not None:
+            head = head._replace(bias_V=head.bias_V.contiguous())
         self.head = head
         self.plan = plan
         self.shape = fold.HeadShape(head.scale, head.softcap)
@@ -163,6 +161,7 @@ class FusedStreamer:
                     None if stash_NV is None else stash_NV[rows, columns], self.limit,
                 )  # fmt: skip
                 if ref is None or ref_h_ND is None or ref_partials is None:
+                    del product  # before the next is made, so that it takes the same memory
                     continue
                 ref_product, ref_bias = ref._products(ref_h_ND[rows], columns)
                 fold.fold(
@@ -174,12 +173,17 @@ class FusedStreamer:
                         product, bias, ref_product, ref_bias, self.shape,
                         ref_partials.shift_KN[k, rows], cross_KN[k, rows],
                     )  # fmt: skip
+                del product, ref_product
         return partials, ref_partials, cross_KN
 
     def _products(self, h_RD: Tensor, columns: slice) -> tuple[Tensor, Tensor | None]:
         """An fp32 tile of products, and its columns' biases."""
         bias_V = self.head.bias_V
         product_RC = fp32_product(h_RD, self.head.w_VD[columns].T)
+        R, C = product_RC.shape
+        if C % 16:  # the vocabulary's last columns; rows are read four numbers at a time
+            padded_RC = matrix(R, C, product_RC.dtype, product_RC.device)
+            product_RC = padded_RC.copy_(product_RC)
         return product_RC, None if bias_V is None else bias_V[columns]
 
     def _tiles(self, N: int, count: int = 1) -> tuple[int, list[slice]]:
@@ -213,6 +217,7 @@ class FusedStreamer:
         h_ND = _rows_in_memory(h_ND)
         coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).float()
         row_N = (block.max_KN - block.lse_N).exp_().mul_(coef_N).mul_(-self.head.scale)
+        row_N = torch.where(coef_N == 0.0, 0.0, row_N)  # an ignored row may not be finite
         own_N = block.own_N * coef_N * self.head.scale
         if into.w is not None or into.bias is not None:
             tokens = self._tokens(h_ND, target_N, row_N, own_N)
@@ -315,6 +320,7 @@ class FusedStreamer:
                 # The targets' own entries belong to no columns in particular: the first turn's.
                 own = own_N if v0 == 0 else None
                 self._row_grads(dh_ND, product_ND, row_N, target_N, own, accumulate=v0 > 0)
+                del product_ND
         if dh_ND is not None:
             into.h = self.place(rows, dh_ND, None)
 
@@ -340,6 +346,7 @@ class FusedStreamer:
                 other = (*ref._products(ref_h_ND[rows], part), ref_lse_N[rows])
                 kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
                 fold.keep(product, bias, self.shape, None, lse_N[rows], v0, kept_RC, other)
+                del product, other
 
     def _recompute_rows(
         self,
@@ -359,6 +366,7 @@ class FusedStreamer:
             dh_ND = self.backward(block, h_ND, target_N, coef, needs, Grads(), final=False)
             assert dh_ND is not None
             into.h[start:stop] = dh_ND
+            del block, dh_ND  # before the next stash is made
 
     def _keep(
         self, h_ND: Tensor, target_N: Tensor, lse_N: Tensor, columns: slice, kept_NC: Tensor
@@ -378,6 +386,7 @@ class FusedStreamer:
                 product, bias = self._products(h_ND[rows], part)
                 kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
                 fold.keep(product, bias, self.shape, target_N[rows], lse_N[rows], v0, kept_RC)
+                del product
 
     def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None) -> Tensor:
         """``x * scale`` of each token summed into its hidden row in fp32, and rounded once."""
@@ -443,7 +452,9 @@ def score_pairs(
         known = pair.Objective(
             kind, objective.beta, getattr(objective, "alpha", 0.0), objective.length_normalized
         )
-    ref_S = None if pairs.ref_logp_S is None else pairs.ref_logp_S[2 * first : 2 * last]
+    ref_S = None
+    if pairs.ref_logp_S is not None:
+        ref_S = pairs.ref_logp_S[2 * first : 2 * last].contiguous()
     result = pair.pair_losses(
         logp_N,
         call.target_N[start : pairs.edges[2 * last]],
@@ -452,9 +463,9 @@ def score_pairs(
         known,
         ref_logp_S=ref_S,
         ref_logp_N=ref_logp_N,
-        margin_P=pairs.margin_P[first:last],
-        smoothing_P=pairs.smoothing_P[first:last],
-        weight_P=pairs.weight_P[first:last],
+        margin_P=pairs.margin_P[first:last].contiguous(),
+        smoothing_P=pairs.smoothing_P[first:last].contiguous(),
+        weight_P=pairs.weight_P[first:last].contiguous(),
         num_pairs=pairs.num_pairs,
         want_coef=slopes,
     )

@@ -9,7 +9,8 @@ Legend: T hidden rows, N scored tokens, D hidden size, V vocabulary, P pairs, S 
 (2i chosen, 2i+1 rejected).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import pairwise
@@ -75,12 +76,20 @@ class PreferenceLoss:
 
 
 # ------------------------------------------------------------------------------------- linear_logp
+@contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
+    """Outside autocast, which would round fp32 products, and on the device, where kernels start."""
+    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with guard, torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _plain_precision(method: Callable) -> Callable:
-    """Run an autograd method outside autocast, which would round its fp32 products."""
+    """Run an autograd method `_plainly`."""
 
     @wraps(method)
     def run(ctx, x, *args):
-        with torch.autocast(x.device.type, enabled=False):
+        with _plainly(x.device):
             return method(ctx, x, *args)
 
     return run
@@ -197,7 +206,7 @@ def linear_logp(
             anchor = anchor + bias_V[:0].sum()
         return torch.zeros(target_N.shape[0], dtype=acc, device=h_TD.device) + anchor.to(acc)
     if call.plan.route == "forward":
-        with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
+        with torch.no_grad(), _plainly(h_TD.device):
             return call.full(forward_blocks(call, h_TD, w_VD, bias_V))
     return _LinearLogp.apply(h_TD, w_VD, bias_V, call)  # type: ignore[return-value]
 
@@ -279,7 +288,7 @@ def linear_kl(
     # Nothing is kept: the difference of two softmaxes needs both log-sum-exps first.
     call.plan = replace(call.plan, route="recompute" if any(call.needs) else "forward")
     if call.plan.route == "forward":
-        with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
+        with torch.no_grad(), _plainly(h_TD.device):
             forward_blocks(call, h_TD, w_VD, bias_V)
             return call.token_stats()["kl_ref"]
     return _LinearKL.apply(h_TD, w_VD, bias_V, call)  # type: ignore[return-value]
@@ -340,6 +349,8 @@ def _make_call(
         rows_N = keep_N if rows_N is None else rows_N[keep_N]
     if edges is not None and not fused and target_N.device.type == "cpu":
         checks.check_lengths([b - a for a, b in pairwise(edges)])
+    if fused:  # the kernels read neighbouring elements
+        target_N = target_N.contiguous()
     grad = torch.is_grad_enabled()
     needs = Needs(
         h=grad and h_TD.requires_grad,
@@ -488,7 +499,8 @@ def linear_preference_loss(
     if fused:
         from fastdpo.fused import count_scored, device_bounds
 
-        call.bounds_S1 = device_bounds(edges, device)
+        with _plainly(device):
+            call.bounds_S1 = device_bounds(edges, device)
         lengths_S = count_scored(target_N, call.bounds_S1)
     elif device.type == "cpu":
         lengths_S = torch.tensor([b - a for a, b in pairwise(edges)])
@@ -499,7 +511,7 @@ def linear_preference_loss(
         checks.check_device_lengths(lengths_S)
     pairs = Pairs(objective, edges, lengths_S, ref_logp_S, *pair_values, count)
     if call.plan.route == "forward":
-        with torch.no_grad(), torch.autocast(h_TD.device.type, enabled=False):
+        with torch.no_grad(), _plainly(h_TD.device):
             logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
             # Slopes only for their check of the objective; inference mode has none.
             slopes = not torch.is_inference_mode_enabled()
@@ -609,9 +621,9 @@ class LinearDPOLoss(nn.Module):
             )
         if settings.get("rows_N") is not None:
             raise ValueError("rows_N has no meaning in the padded layout; leave it out")
-        order_S = torch.arange(S).view(2, S // 2).T.reshape(S)  # chosen 0, rejected 0, chosen 1...
-        back_S = order_S.argsort()
-        order, back = order_S.to(h_TD.device), back_S.to(h_TD.device)
+        places_S = torch.arange(S, device=h_TD.device)
+        order = places_S.view(2, S // 2).T.reshape(S)  # chosen 0, rejected 0, chosen 1...
+        back = places_S.view(S // 2, 2).T.reshape(S)
         rows_N = (order[:, None] * L + torch.arange(L, device=h_TD.device)).reshape(-1)
         packed_N, bounds_S1 = target_N[order].reshape(-1), torch.arange(S + 1) * L
         keep_N = None

@@ -183,7 +183,7 @@ def score(
 
 
 def per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
-    """Repeat each sequence's number over its tokens, without a synchronization."""
+    """Repeat each sequence's number over its tokens; on a GPU this waits for the copy of sizes."""
     counts_S = torch.tensor(sizes, device=x_S.device)
     return torch.repeat_interleave(x_S, counts_S, output_size=sum(sizes))
 
@@ -382,16 +382,19 @@ def _unit_group(
         for _ in range(1 if pairs.is_margin else 2)
     ]
     sign_N = _over_tokens(call, sign_S, sizes)
-    blocks, unit_h = [], []
+    blocks, unit_h = [], None
+    if total.h is not None:
+        shape = sum(sizes), rows.h_TD.shape[1]
+        unit_h = torch.empty(shape, dtype=streamer.acc_dtype, device=rows.h_TD.device)
     for start, stop in group.spans:
         h_ND, target_N = rows.block(start, stop)
         ref = _ref_block(call, start, stop)
         block = streamer.forward(h_ND, target_N, keep=True, stats=call.stats, ref=ref)
         unit = units[0] if pairs.is_margin else units[start >= middle]
         coef_N = sign_N[start - offset : stop - offset]
-        unit_h.append(
-            streamer.backward(block, h_ND, target_N, coef_N, call.needs, unit, final=False)
-        )
+        dh_ND = streamer.backward(block, h_ND, target_N, coef_N, call.needs, unit, final=False)
+        if unit_h is not None:
+            unit_h[start - offset : stop - offset] = dh_ND
         block.stash = None
         blocks.append(block)
         call.blocks.append((start, stop, block))
@@ -403,9 +406,9 @@ def _unit_group(
     for unit, scalar in zip(units, scalar_S):
         total.w = _add_scaled(total.w, unit.w, scalar)
         total.bias = _add_scaled(total.bias, unit.bias, scalar)
-    if total.h is not None:
+    if total.h is not None and unit_h is not None:
         scalar_N = _over_tokens(call, scalar_S, sizes)
-        rows.scatter(total.h, *group.rows, torch.cat(unit_h).mul_(scalar_N[:, None]))
+        rows.scatter(total.h, *group.rows, unit_h.mul_(scalar_N[:, None]))
     return scored
 
 

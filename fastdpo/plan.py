@@ -27,6 +27,9 @@ from typing import NamedTuple
 MIB = 2**20
 ACCUMULATOR_SHARE = 4
 _VOCAB_CHUNK = 1024
+# Widest head whose projection is one kernel.  Writing and folding a tile costs as much as a product
+# of some hundred columns of D; the fused kernel loses a share of every product instead.
+PROJECT_MAX_D = 2048
 # An fp32 tile that is used again at once should still be in a GPU's L2 cache.
 _TILE_BYTES = 32 * MIB
 
@@ -73,28 +76,26 @@ class _Space(NamedTuple):
     chunk: int  # columns of the head at a time
     row_bytes: int  # of a stash
     fixed_bytes: int  # of the workspace, whatever the rows
-    tile_bytes: int
     scratch_row_bytes: int  # in the backward, beside the workspace
-    sums_h: bool  # whether an fp32 gradient of all hidden rows exists on every route
+    fused: bool
 
 
 def _torch_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
     """PyTorch: a stash of accumulated numbers of ``itemsize`` bytes, a chunk of the head beside."""
     chunk = min(V, _VOCAB_CHUNK, max(16, workspace_bytes // (8 * D * itemsize)))
     row_bytes = itemsize * V + (itemsize + 2) * chunk
-    return _Space(chunk, row_bytes, itemsize * chunk * D, 0, 0, sums_h=True)
+    return _Space(chunk, row_bytes, itemsize * chunk * D, 0, fused=False)
 
 
-def _fused_space(D: int, V: int, N: int, itemsize: int, workspace_bytes: int) -> _Space:
-    """Kernels: a stash of operands of ``itemsize`` bytes, fp32 tiles beside it.
+def _fused_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
+    """Kernels: a stash of operands of ``itemsize`` bytes; what it leaves is for fp32 tiles.
 
     The backward of a row needs an fp32 product and a scaled copy.
     """
-    tile_bytes = min(_TILE_BYTES, workspace_bytes // 4)
-    row_bytes = itemsize * (-(-V // 64) * 64) + V // 16  # two fp32 sums a tile of 128 columns
-    chunk = (workspace_bytes - tile_bytes) // (itemsize * N) // 64 * 64
-    scratch = (4 + itemsize) * D
-    return _Space(min(V, max(64, chunk)), row_bytes, tile_bytes, tile_bytes, scratch, sums_h=False)
+    row_bytes = itemsize * (-(-V // 64) * 64)
+    if D <= PROJECT_MAX_D:
+        row_bytes += V // 16  # two fp32 sums a tile of 128 columns
+    return _Space(V, row_bytes, workspace_bytes // 64, (4 + itemsize) * D, fused=True)
 
 
 def make_plan(
@@ -128,8 +129,10 @@ def make_plan(
     if fused_itemsize is None:
         space = _torch_space(D, V, itemsize, workspace_bytes)
     else:
-        space = _fused_space(D, V, bounds[-1], fused_itemsize, workspace_bytes)
+        space = _fused_space(D, V, fused_itemsize, workspace_bytes)
     capacity = (workspace_bytes - space.fixed_bytes) // space.row_bytes
+    if space.fused and capacity > 128:
+        capacity -= capacity % 128  # whole tiles of a matrix product
     if capacity < 1:
         needed = (space.row_bytes + space.fixed_bytes) / MIB
         raise ValueError(
@@ -144,25 +147,33 @@ def make_plan(
     buffers = buffers if long_pairs else 1
     grouped_bytes = buffers * head_bytes
     affordable = ACCUMULATOR_SHARE * workspace_bytes
+    sums_h = not space.fused  # an fp32 gradient of all hidden rows, on every route
     longest = max(stop - start for group in groups for start, stop in group.spans)
     scratch_bytes = space.scratch_row_bytes * longest
     if not (need_head or need_h):
         route, accumulators = "forward", 0
-    elif not need_head and (tokens_bytes <= affordable or (gathered and not space.sums_h)):
-        route, accumulators = "frozen", tokens_bytes + scratch_bytes + h_bytes * space.sums_h
+    elif not need_head and (tokens_bytes <= affordable or (gathered and not sums_h)):
+        route, accumulators = "frozen", tokens_bytes + scratch_bytes + h_bytes * sums_h
     elif need_head and rows <= capacity:
-        route, accumulators = "stash", scratch_bytes + h_bytes * space.sums_h
+        route, accumulators = "stash", scratch_bytes + h_bytes * sums_h
     elif need_head and len(bounds) > 2 and grouped_bytes <= affordable:
-        route, accumulators = "grouped", grouped_bytes + scratch_bytes + h_bytes
-    elif space.sums_h:
+        in_groups = [stop - start for start, stop in (g.rows for g in groups if g.unit)]
+        unit_bytes = itemsize * D * max(in_groups, default=0)
+        route, accumulators = "grouped", grouped_bytes + scratch_bytes + h_bytes + unit_bytes
+    elif not space.fused:
         route, accumulators = "recompute", h_bytes + itemsize * space.chunk * D
     elif need_head:
         route, accumulators = "recompute", tokens_bytes + space.scratch_row_bytes * rows
     else:
         route, accumulators = "recompute", scratch_bytes
-    return Plan(
-        route, groups, space.chunk, workspace_bytes, accumulators, tile_bytes=space.tile_bytes
-    )
+    chunk, tile_bytes = space.chunk, 0
+    if space.fused:
+        assert fused_itemsize is not None
+        # From the sizes alone, so that every route folds the same tiles.
+        tile_bytes = min(_TILE_BYTES, workspace_bytes - longest * space.row_bytes)
+        columns = (workspace_bytes - tile_bytes) // (fused_itemsize * rows)
+        chunk = min(V, max(64, columns // 64 * 64))
+    return Plan(route, groups, chunk, workspace_bytes, accumulators, tile_bytes=tile_bytes)
 
 
 def _groups(bounds: list[int], capacity: int) -> tuple[Group, ...]:

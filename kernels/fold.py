@@ -115,6 +115,9 @@ def fold_kernel(
     if stash_ptr is not None:
         e = kept(e, z, (column >= -first_column)[:, None], softcap, HAS_SOFTCAP)
         at = stash_ptr + n.to(tl.int64)[:, None] * stash_stride + c[None, :]
+        # Four at a time, as the products are read: a wider store would lay the tile out anew, and
+        # its rows would be summed in another order with a stash than without.
+        at = tl.max_contiguous(at, [1, 4])
         tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
 
 
@@ -263,8 +266,8 @@ def merge_kernel(
     own = tl.where(scored, tl.exp(t - shift), 0.0)
     total = rest + own
     lse = shift + tl.log(total)
-    # log-odds against the target; -inf - -inf where it alone has all the probability
-    against = tl.where(rest > 0.0, (shift - t) + tl.log(rest), float("-inf"))
+    # Log-odds against the target.  Only a sum of exactly zero makes it certain: NaN stays NaN.
+    against = tl.where(rest == 0.0, float("-inf"), (shift - t) + tl.log(rest))
     tl.store(lse_ptr + n, lse, mask=row)
     tl.store(logp_ptr + n, tl.where(scored, -softplus(against), 0.0), mask=row)
     tl.store(miss_ptr + n, tl.where(scored, 1.0 / (1.0 + tl.exp(-against)), 0.0), mask=row)
@@ -393,7 +396,10 @@ def cross(
 
 @dataclass
 class Merged:
-    """Finished rows: ``miss`` is 1 - p(target) with all its digits; ignored rows are zeros."""
+    """Finished rows: ``miss`` is 1 - p(target) with all its digits.
+
+    Log-prob, ``miss`` and statistics of an ignored row are zeros.
+    """
 
     lse_N: Tensor
     logp_N: Tensor

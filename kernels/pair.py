@@ -53,8 +53,8 @@ def _margin_loss(z, beta, KIND: tl.constexpr):
         value = _softplus(-z)
         slope = -_sigmoid(-z)
     elif KIND == 1:
-        value = tl.maximum(1.0 - z, 0.0)
-        slope = tl.where(z < 1.0, -1.0, 0.0)
+        value = tl.where(z < 1.0, 1.0 - z, 0.0 * z)  # of NaN both stay NaN
+        slope = tl.where(z < 1.0, -1.0, 0.0 * z)
     else:
         value = ((z - 0.5) / beta) * ((z - 0.5) / beta)
         slope = 2.0 * (z - 0.5) / (beta * beta)
@@ -71,9 +71,9 @@ def _separate_loss(w, l, KIND: tl.constexpr):  # noqa: E741
         slope_w = -a * (1.0 - a)
         slope_l = b * (1.0 - b)
     else:
-        value = _softplus(w) + 0.5 * _softplus(-w) + 0.5 * _softplus(-l)
-        slope_w = _sigmoid(w) - 0.5 * _sigmoid(-w)
-        slope_l = -0.5 * _sigmoid(-l)
+        value = _softplus(-w) + 0.5 * _softplus(w) + 0.5 * _softplus(l)
+        slope_w = 0.5 * _sigmoid(w) - _sigmoid(-w)
+        slope_l = 0.5 * _sigmoid(l)
     return value, slope_w, slope_l
 
 
@@ -219,6 +219,8 @@ def pair_kernel(
 
 def _two(x: float) -> tuple[float, float]:
     """A number as the sum of two fp32 ones, the type in which Triton passes it."""
+    if abs(x) > 3e38:
+        raise ValueError(f"beta, alpha and num_pairs must fit fp32 in the kernels, got {x:g}")
     high = struct.unpack("f", struct.pack("f", x))[0]
     return high, x - high
 

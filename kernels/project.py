@@ -26,6 +26,7 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int
+    registers: int | None = None  # at most, a thread; NVIDIA only
 
 
 # The largest tiles that compile without spills.
@@ -147,7 +148,9 @@ def project_kernel(
         at = tile.to(tl.int64) * N + n
         tl.store(shift_ptr + at, shift_N, mask=row)
         tl.store(rest_ptr + at, rest_N, mask=row)
-        tl.store(target_z_ptr + n, own_z_N, mask=(own_c >= 0) & (own_c < BLOCK_V))
+        tl.store(
+            target_z_ptr + n, own_z_N, mask=(own_c >= 0) & (own_c < V - v0) & (own_c < BLOCK_V)
+        )
 
 
 def can_project(h_ND: Tensor, w_VD: Tensor) -> bool:
@@ -189,6 +192,8 @@ def project(
     if stash_NC is not None:
         stash_desc = TensorDescriptor.from_tensor(stash_NC, [tile.m, tile.v // 2])
 
+    limits = {} if tile.registers is None else {"maxnreg": tile.registers}
+
     def launch(first_tile: int, num_tiles: int) -> None:
         if num_tiles == 0:
             return
@@ -200,7 +205,7 @@ def project(
             N, V, D, first, first_tile, num_tiles, *head.arguments, limit,
             HAS_SOFTCAP=head.softcap is not None, FIRST=first_tile == 0, BLOCK_M=tile.m,
             BLOCK_V=tile.v, BLOCK_K=tile.k, GROUP=GROUP_M, num_warps=tile.warps,
-            num_stages=tile.stages, **OPTIONS,
+            num_stages=tile.stages, **limits, **OPTIONS,
         )  # fmt: skip
 
     if lse_N is not None:
