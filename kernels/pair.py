@@ -71,8 +71,9 @@ def _separate_loss(w, l, KIND: tl.constexpr):  # noqa: E741
         slope_w = -a * (1.0 - a)
         slope_l = b * (1.0 - b)
     else:
-        value = _softplus(-w) + 0.5 * _softplus(w) + 0.5 * _softplus(l)
-        slope_w = 0.5 * _sigmoid(w) - _sigmoid(-w)
+        # softplus(-w) + softplus(w) / 2 + softplus(l) / 2, with softplus(-w) = softplus(w) - w
+        value = 1.5 * _softplus(w) - w + 0.5 * _softplus(l)
+        slope_w = 1.5 * _sigmoid(w) - 1.0
         slope_l = 0.5 * _sigmoid(l)
     return value, slope_w, slope_l
 

@@ -107,7 +107,15 @@ def report(kernel: Any, target: str) -> dict[str, Any]:
         "tma_stores": count("UTMASTG"),
         "local_memory_instructions": count("STL$|LDL$|scratch_"),
         "wgmma_serialized": "serialized" in kernel.asm["log"],
+        "reduce_layouts": _reduce_layouts(kernel.asm["ttgir"]),
     }
+
+
+def _reduce_layouts(text: str) -> list[str]:
+    """How each reduction's operand is spread over registers and threads: the order of its sum."""
+    layouts = dict(re.findall(r"(#\w+) = (#ttg\.\w+<\{[^}]*\}>)", text))
+    operands = re.findall(r"\}\) : \(tensor<[^>]*?, (#\w+)>\)", text)
+    return [layouts.get(name, name) for name in operands]
 
 
 def _report_nvidia(kernel: Any) -> tuple[Counter[str], dict[str, Any]]:
