@@ -22,6 +22,8 @@ from fastdpo.streaming import IGNORE, Block, Grads, Head, Needs, Rows, Streamer
 if TYPE_CHECKING:
     from fastdpo.fused import FusedStreamer
 
+# Gradients are made of whole rows, whatever the layout of what they belong to.
+_ROWS = torch.contiguous_format
 # A custom objective: see `fastdpo.objectives`.
 ObjectiveFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -249,7 +251,7 @@ def token_backward(
     streamer = call.streamer(w_VD, bias_V)
     into = Grads()
     if call.needs.w:  # written chunk by chunk, so not cleared
-        into.w = torch.empty_like(w_VD, memory_format=torch.contiguous_format)
+        into.w = torch.empty_like(w_VD, memory_format=_ROWS)
     if bias_V is not None and call.needs.bias:
         into.bias = torch.zeros_like(bias_V, dtype=streamer.acc_dtype)
     if unit_ND is not None:
@@ -275,7 +277,7 @@ def kl_backward(
     streamer = call.streamer(w_VD, bias_V)
     into = Grads()
     if call.needs.w:
-        into.w = torch.empty_like(w_VD, memory_format=torch.contiguous_format)
+        into.w = torch.empty_like(w_VD, memory_format=_ROWS)
     if bias_V is not None and call.needs.bias:
         into.bias = torch.zeros_like(bias_V, dtype=streamer.acc_dtype)
     head, ref_h_TD = call.ref
@@ -290,8 +292,8 @@ def _new_grads(
 ) -> Grads:
     acc = torch.promote_types(h_TD.dtype, torch.float32)
     return Grads(
-        h=torch.zeros_like(h_TD, dtype=acc) if call.needs.h else None,
-        w=torch.zeros_like(w_VD, dtype=acc) if w and call.needs.w else None,
+        h=torch.zeros_like(h_TD, dtype=acc, memory_format=_ROWS) if call.needs.h else None,
+        w=torch.zeros_like(w_VD, dtype=acc, memory_format=_ROWS) if w and call.needs.w else None,
         bias=torch.zeros_like(bias_V, dtype=acc)
         if bias_V is not None and call.needs.bias
         else None,
@@ -306,7 +308,7 @@ def rounded(
     def finish(x: Tensor | None) -> Tensor | None:
         if x is None or (factor is None and x.dtype == dtype):
             return x
-        out = torch.empty_like(x, dtype=dtype)
+        out = torch.empty_like(x, dtype=dtype, memory_format=_ROWS)
         if fused and x.ndim == 2:
             from fastdpo.fused import scale_into
 
@@ -330,7 +332,7 @@ def grouped_pass(
     writes = call.fused and not first_is_unit
     total = _new_grads(call, h_TD, w_VD, bias_V, w=not (first_is_unit or writes))
     if writes and call.needs.w:
-        total.w = torch.empty_like(w_VD, dtype=streamer.acc_dtype)
+        total.w = torch.empty_like(w_VD, dtype=streamer.acc_dtype, memory_format=_ROWS)
     if first_is_unit:  # its buffers become the total, so none are needed beside them
         total.bias = None
     call.blocks = []

@@ -282,6 +282,6 @@ def pair_losses(
         logp_N, ref_logp_N, ref_logp_S, target_N, bounds_S1, lengths_S, margin_P, smoothing_P,
         weight_P, logp_S, ref_S, slope_S, coef_N, totals, S // 2, *_two(objective.beta),
         *_two(objective.alpha), *_two(num_pairs), KIND=_CODES[objective.kind],
-        NORMALIZED=objective.length_normalized, BLOCK=1024, num_warps=8, **OPTIONS,
+        NORMALIZED=objective.length_normalized, BLOCK=512, num_warps=2, **OPTIONS,
     )  # fmt: skip
     return PairResult(totals, logp_S, ref_S, slope_S, coef_N)

@@ -1537,3 +1537,20 @@ def test_op_inputs_need_not_be_contiguous():
 
 def test_the_kernel_sums_the_metrics_in_their_order():
     assert ("loss", *ops.METRICS) == pair.TOTALS
+
+
+@pytest.mark.parametrize("workspace_mib", [0.022, 0.05, 1.0])
+def test_op_gradients_of_transposed_operands(workspace_mib):
+    """Their gradients are made of whole rows all the same."""
+    p = make_problem(D=16, V=296, dtype=torch.float32)
+    grads = []
+    for move in (lambda x: x.detach().clone(), lambda x: x.detach().T.contiguous().T):
+        h, w = (move(x).requires_grad_() for x in (p.h_TD, p.w_VD))
+        result = linear_preference_loss(
+            h, w, p.target_N, p.bounds_S1, p.ref_logp_S, lr_dpo(BETA), rows_N=p.rows_N,
+            workspace_mib=workspace_mib, impl="triton",
+        )  # fmt: skip
+        result.loss.backward()
+        grads.append((h.grad, w.grad))
+    for plain, moved in zip(*grads):
+        assert relative_error(moved, plain) <= 1e-6
