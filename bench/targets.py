@@ -40,7 +40,7 @@ SMALL_HEADS = {
     "llama-3.2-1b": SHAPES["llama-3.2-1b"],
 }
 GPU_DTYPE = "bf16"
-BUDGET_S = 360.0  # no job of the targets starts later, so that all of it ends within 8 minutes
+BUDGET_S = 360.0  # no job of the targets starts later; all of it is to end within 8 minutes
 GIB = 2**10  # in MiB
 ROUNDING_SLACK = 1.1  # a result rounded once has the error of rounding, and a little of its own
 

@@ -1,9 +1,9 @@
-"""`python -m bench.tune`: constants of `fastdpo.fused` and `fastdpo.kernels`, measured on a GPU.
+"""`python -m bench.tune`: constants of `fastdpo.plan` and `fastdpo.kernels`, measured on a GPU.
 
 For each head: the forward of one block, without and with a stash, by a tile of each size that is
 folded and by the fused kernel with each tile; then the backward from the stash with each size of
 fp32 tile.  All candidates of a head are interleaved, and each is checked first.  The fastest of a
-column is what `fused.PROJECT_MAX_D`, `plan._TILE_BYTES` and `project.HOPPER` should say.
+column is what `plan.PROJECT_MAX_D`, `plan._TILE_BYTES` and `project.HOPPER` should say.
 """
 
 from __future__ import annotations

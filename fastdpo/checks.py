@@ -53,7 +53,7 @@ def require_number(
     return float(x)
 
 
-def _same_device(name: str, x: Tensor, device: torch.device, other: str = "h_TD") -> None:
+def require_device(name: str, x: Tensor, device: torch.device, other: str = "h_TD") -> None:
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, but {other} is on {device}; move it there")
 
@@ -89,7 +89,7 @@ def check_head(
         raise TypeError(f"{h_name} must be float16, bfloat16, float32 or float64, got {h.dtype}")
     if w.dtype != h.dtype:
         raise TypeError(f"{w_name} is {w.dtype} but {h_name} is {h.dtype}; cast one to the other")
-    _same_device(w_name, w, h.device, h_name)
+    require_device(w_name, w, h.device, h_name)
     if w.numel() == 0:
         raise ValueError(
             f"{w_name} is empty {tuple(w.shape)}: under DeepSpeed ZeRO-3 a weight has no content "
@@ -102,7 +102,7 @@ def check_head(
         )
     if bias is not None:
         require_tensor(bias_name, bias, 1, "(V,)")
-        _same_device(bias_name, bias, h.device, h_name)
+        require_device(bias_name, bias, h.device, h_name)
         if bias.dtype != h.dtype:
             raise TypeError(f"{bias_name} is {bias.dtype} but {h_name} is {h.dtype}")
         if bias.shape[0] != w.shape[0]:
@@ -120,7 +120,7 @@ def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any) -> None:
     require_tensor("target_N", target, 1, "(N,)")
     if target.dtype != torch.int64:
         raise TypeError(f"target_N must be int64, got {target.dtype}")
-    _same_device("target_N", target, h_TD.device)
+    require_device("target_N", target, h_TD.device)
     T, N = h_TD.shape[0], target.shape[0]
     if N == 0:
         raise ValueError("target_N is empty: there is nothing to score")
@@ -134,7 +134,7 @@ def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any) -> None:
         require_tensor("rows_N", rows, 1, "(N,)")
         if rows.dtype != torch.int64:
             raise TypeError(f"rows_N must be int64, got {rows.dtype}")
-        _same_device("rows_N", rows, h_TD.device)
+        require_device("rows_N", rows, h_TD.device)
         if rows.shape[0] != N:
             raise ValueError(f"rows_N has {rows.shape[0]} entries but target_N has {N}")
         _check_range("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
@@ -232,7 +232,7 @@ def check_vector(
     require_tensor(name, x, 1, f"({letter},)")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float tensor, got {x.dtype}")
-    _same_device(name, x, device)
+    require_device(name, x, device)
     if x.shape[0] != count:
         raise ValueError(f"{name} must have {letter}={count} entries, got {x.shape[0]}")
     if x.requires_grad:

@@ -158,6 +158,10 @@ def run_doctor(config: DoctorConfig) -> None:
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     fast_bf16 = cuda or has_native_bf16()
     reason = support.unsupported_reason(device)
+    kernels = "Triton"
+    if reason is not None:  # a GPU without kernels is refused, so it is said here first
+        on_cpu = device.type == "cpu"
+        kernels = f"PyTorch path ({reason})" if on_cpu else f"none: {reason}; use impl='torch'"
     lines = {
         "fastdpo": __version__,
         "python": platform.python_version(),
@@ -165,7 +169,7 @@ def run_doctor(config: DoctorConfig) -> None:
         "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
         "dtype": "bf16 autocast" if fast_bf16 else "bf16 works, but is slow here: set bf16=false",
         "attention": "PyTorch SDPA, one call a packed segment",
-        "kernels": "Triton" if reason is None else f"PyTorch path ({reason})",
+        "kernels": kernels,
     }
     for key, value in lines.items():
         print(f"{key:>10}  {value}")

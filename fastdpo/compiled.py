@@ -196,8 +196,9 @@ def _preference(
         )  # fmt: skip
         dh, dw, dbias = _grads(result.loss, None, leaves)
     metrics = torch.stack([result.metrics[name] for name in ops.METRICS])
-    parts = [result.stats[name].float() for name in _names(stats)]
-    per_token = torch.stack(parts) if parts else metrics.new_empty(0, len(target_N))
+    acc = _accumulator(h_TD)
+    parts = [result.stats[name].to(acc) for name in _names(stats)]
+    per_token = torch.stack(parts) if parts else metrics.new_empty(0, len(target_N), dtype=acc)
     return (
         result.loss.detach(), result.logp_S, result.ref_logp_S.clone(), result.lengths_S, metrics,
         per_token, dh, dw, dbias,
@@ -217,7 +218,7 @@ def _(
         h_TD.new_empty((), dtype=acc), h_TD.new_empty(S, dtype=sums),
         h_TD.new_empty(S, dtype=sums), h_TD.new_empty(S, dtype=torch.int64),
         h_TD.new_empty(len(ops.METRICS), dtype=torch.float32),
-        h_TD.new_empty(len(_names(stats)), target_N.shape[0], dtype=torch.float32), dh, dw, dbias,
+        h_TD.new_empty(len(_names(stats)), target_N.shape[0], dtype=acc), dh, dw, dbias,
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """The head through the Triton kernels: the blocks of `fastdpo.streaming`, on a GPU.
 
 Products whose result is a plain matrix are the matrix library's; the kernels do the rest in one
-pass each.  The projection goes one of two ways, by the head's size: a bounded fp32 tile that a
-kernel folds, or, for a narrow head, whose tile would cost more than its product, one kernel that
-folds in registers.  Policy and reference of like sizes take the same way, so they agree to the bit.
+pass each.  The projection goes one of two ways, by the head's width: a bounded fp32 tile that a
+kernel folds, or, for a narrow head, one kernel that folds in registers.  The width at which one
+takes over from the other is an estimate that no GPU has confirmed yet (`python -m bench.tune`).
+Policy and reference of like sizes take the same way, so they agree to the bit.
 
 Nothing here waits for the device, so a call can be captured in a CUDA graph.
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fastdpo.gemm import fp32_product
 from fastdpo.kernels import fold, pair, project, scatter
+from fastdpo.objectives import kind_of
 from fastdpo.passes import Call, Pairs, Scored
 from fastdpo.plan import PROJECT_MAX_D, Plan
 from fastdpo.streaming import IGNORE, Block, Grads, Head, Needs, Rows
@@ -444,13 +446,16 @@ def score_pairs(
     assert call.bounds_S1 is not None
     start = pairs.edges[2 * first]
     bounds_S1 = call.bounds_S1[2 * first : 2 * last + 1] - start
-    kind = getattr(pairs.objective, "kind", None)
+    kind = kind_of(pairs.objective)
     objective: Any = pairs.objective
     if kind is None:  # the kernel sums its sequences all the same
         known = pair.Objective(pair.MARGIN_KINDS[0], 1.0)
     else:
         known = pair.Objective(
-            kind, objective.beta, getattr(objective, "alpha", 0.0), objective.length_normalized
+            kind,
+            objective.beta,
+            getattr(objective, "alpha", 0.0),
+            getattr(objective, "length_normalized", False),
         )
     ref_S = None
     if pairs.ref_logp_S is not None:

@@ -38,7 +38,6 @@ class MarginObjective:
     alpha: float = 0.0
     length_normalized: bool = False
     margin: bool = True
-    kind: str | None = None  # its name in the pair kernel, if it has one
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, low=0, open_low=True)
@@ -69,9 +68,7 @@ class SeparateObjective:
 
     f: Callable[[Tensor, Tensor], Tensor]
     beta: float
-    length_normalized: bool = False
     margin: bool = False
-    kind: str | None = None
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, low=0, open_low=True)
@@ -91,6 +88,14 @@ def _hinge(z_P: Tensor) -> Tensor:
     return F.relu(1 - z_P)
 
 
+@dataclass(frozen=True)
+class _Ipo:
+    beta: float
+
+    def __call__(self, z_P: Tensor) -> Tensor:
+        return ((z_P - 0.5) / self.beta).square()
+
+
 def _apo_zero(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
     return torch.sigmoid(-chosen_P) + torch.sigmoid(rejected_P)
 
@@ -102,34 +107,44 @@ def _nca_pair(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
 
 def lr_dpo(beta: float = 0.1, alpha: float = 0.0) -> MarginObjective:
     """Length-regularized DPO (arXiv 2406.11817); ``alpha=0`` is DPO (arXiv 2305.18290, eq. 7)."""
-    return MarginObjective(_softplus_of_minus, beta, alpha, kind="sigmoid")
+    return MarginObjective(_softplus_of_minus, beta, alpha)
 
 
 def length_normalized_dpo(beta: float = 0.1, alpha: float = 0.0) -> MarginObjective:
     """DPO on log-ratios divided by length (arXiv 2411.15124, section 5); TRL's ``sigmoid_norm``."""
-    return MarginObjective(_softplus_of_minus, beta, alpha, length_normalized=True, kind="sigmoid")
+    return MarginObjective(_softplus_of_minus, beta, alpha, length_normalized=True)
 
 
 def hinge(beta: float = 0.1, alpha: float = 0.0) -> MarginObjective:
     """Hinge loss of the margin (SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657)."""
-    return MarginObjective(_hinge, beta, alpha, kind="hinge")
+    return MarginObjective(_hinge, beta, alpha)
 
 
 def ipo(beta: float = 0.1) -> MarginObjective:
     """IPO on length-averaged log-ratios (arXiv 2310.12036, eq. 17): ``(d - 1/(2 beta))^2``."""
-    return MarginObjective(
-        lambda z_P: ((z_P - 0.5) / beta).square(), beta, length_normalized=True, kind="ipo"
-    )
+    return MarginObjective(_Ipo(beta), beta, length_normalized=True)
 
 
 def apo_zero(beta: float = 0.1) -> SeparateObjective:
     """Anchored preference optimization, zero variant (arXiv 2408.06266)."""
-    return SeparateObjective(_apo_zero, beta, kind="apo_zero")
+    return SeparateObjective(_apo_zero, beta)
 
 
 def nca_pair(beta: float = 0.1) -> SeparateObjective:
     """Noise contrastive alignment of pairs (arXiv 2402.05369)."""
-    return SeparateObjective(_nca_pair, beta, kind="nca_pair")
+    return SeparateObjective(_nca_pair, beta)
+
+
+def kind_of(objective: object) -> str | None:
+    """The name of an objective of this module in the pair kernel; None for one of the caller's."""
+    if isinstance(objective, MarginObjective):
+        if objective.f == _Ipo(objective.beta):
+            return "ipo"
+    elif not isinstance(objective, SeparateObjective):
+        return None
+    names = ("sigmoid", _softplus_of_minus), ("hinge", _hinge)
+    separate = ("apo_zero", _apo_zero), ("nca_pair", _nca_pair)
+    return next((name for name, f in (*names, *separate) if objective.f is f), None)
 
 
 def of_kind(kind: str, beta: float, alpha: float, length_normalized: bool) -> Objective:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo import checks
-from fastdpo.objectives import lr_dpo
+from fastdpo.objectives import kind_of, lr_dpo
 from fastdpo.passes import (
     Call,
     ObjectiveFn,
@@ -165,7 +165,8 @@ def linear_logp(
     """Log-probability of each target under the head, with any upstream gradient.
 
     ``logp[i] = log_softmax(z)[target[i]]``, ``z = softcap * tanh(scale * (h[rows[i]] @ w.T + bias)
-    / softcap)``, in fp32 without rounding the logits and without an (N, V) tensor.
+    / softcap)``, in fp32 with unrounded logits and no (N, V) tensor beyond the workspace.
+    fp32 products on a GPU are as exact as ``torch.set_float32_matmul_precision`` lets them be.
 
     Args:
         h_TD: hidden states, (T, D), fp16, bf16, fp32 or fp64.
@@ -244,7 +245,8 @@ def linear_kl(
     """KL(reference || policy) of the next token at each row, with any upstream gradient.
 
     Both heads are streamed together, so neither's logits are kept.  The gradient is the policy's;
-    the reference gets none.  It takes two products a head in the forward and backward each.
+    the reference gets none.  It takes one product a head in the forward, and in the backward one a
+    head again and one for each gradient.  Under torch.compile it breaks the graph.
 
     Args:
         h_TD, w_VD, bias_V: the policy's hidden states and head, as in `linear_logp`.
@@ -466,13 +468,14 @@ def linear_preference_loss(
             "num_pairs": num_pairs, "stats": stats, "workspace_mib": workspace_mib, "impl": impl,
         }  # fmt: skip
         packed = (h_TD, w_VD, target_N, bounds_S1, ref_logp_S)
-        if getattr(objective, "kind", None) is None:  # a function of the caller's own
+        kind = kind_of(objective)
+        if kind is None:  # a function of the caller's own
             return _outside_the_graph(linear_preference_loss)(*packed, objective, **options)
         from fastdpo import compiled
 
         known: Any = objective
-        alpha = getattr(known, "alpha", 0.0)
-        described = (known.kind, known.beta, alpha, known.length_normalized)
+        alpha, normalized = getattr(known, "alpha", 0.0), getattr(known, "length_normalized", False)
+        described = (kind, known.beta, alpha, normalized)
         return compiled.linear_preference_loss(*packed, described, **options)
     fused = checks.choose_impl(impl, h_TD) == "triton"
     scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
@@ -621,6 +624,7 @@ class LinearDPOLoss(nn.Module):
             )
         if settings.get("rows_N") is not None:
             raise ValueError("rows_N has no meaning in the padded layout; leave it out")
+        checks.require_device("target_N", target_N, h_TD.device)
         places_S = torch.arange(S, device=h_TD.device)
         order = places_S.view(2, S // 2).T.reshape(S)  # chosen 0, rejected 0, chosen 1...
         back = places_S.view(S // 2, 2).T.reshape(S)
@@ -641,6 +645,7 @@ class LinearDPOLoss(nn.Module):
             checks.require_tensor("ref_logp_S", ref_logp_S, 1, "(2B,)")
             if ref_logp_S.shape[0] != S:
                 raise ValueError(f"ref_logp_S must have 2B={S} entries, got {ref_logp_S.shape[0]}")
+            checks.require_device("ref_logp_S", ref_logp_S, h_TD.device)
             ref_logp_S = ref_logp_S[order]
         result = linear_dpo_loss(
             h_TD.reshape(S * L, D),
@@ -660,10 +665,10 @@ class LinearDPOLoss(nn.Module):
 
 
 def _may_wait_for(target: Tensor) -> bool:
-    """Whether a device's targets can be looked at: not while a graph is being made."""
-    if target.device.type == "cpu" or torch.compiler.is_compiling():
+    """Whether a GPU's targets can be looked at: not while a graph is being made."""
+    if not target.is_cuda or torch.compiler.is_compiling():
         return False
-    return not (target.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def _scored(target_N: Tensor, L: int) -> tuple[Tensor, Tensor]:

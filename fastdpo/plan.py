@@ -13,7 +13,8 @@ One matrix product over a call is G = 2*N*D*V operations.
 `grouped` takes as many whole pairs at a time as the workspace holds; a pair longer than the
 workspace streams through it in blocks and has its unit gradient scaled at the end, which needs fp32
 buffers of the head's size beside the workspace.  They, and what `frozen` keeps, may take up to
-`ACCUMULATOR_SHARE` workspaces; beyond that the call recomputes.
+`ACCUMULATOR_SHARE` workspaces; beyond that the call recomputes.  Only the kernels' `frozen` with
+tokens that name their rows keeps more: the sum into those rows would need as much.
 
 The blocks of rows (`spans`) depend on the sizes alone, not on what needs a gradient, so a policy
 and a reference evaluated on the same packed rows run the same instructions and agree to the bit.
@@ -27,8 +28,8 @@ from typing import NamedTuple
 MIB = 2**20
 ACCUMULATOR_SHARE = 4
 _VOCAB_CHUNK = 1024
-# Widest head whose projection is one kernel.  Writing and folding a tile costs as much as a product
-# of some hundred columns of D; the fused kernel loses a share of every product instead.
+# Widest head whose projection is one kernel, an estimate not yet measured: writing and folding a
+# tile costs the same for every D, while the fused kernel loses a share of its product.
 PROJECT_MAX_D = 2048
 # An fp32 tile that is used again at once should still be in a GPU's L2 cache.
 _TILE_BYTES = 32 * MIB

@@ -148,7 +148,9 @@ class _Stats:
             self.part["log_sum_sq_probs"][k] = e_NC.square().sum(1)
         if "kl_ref" in self.names:
             assert ref_e_NC is not None and difference_NC is not None
-            self.part["kl_ref"][k] = (ref_e_NC * difference_NC).sum(1)
+            # Both logits of a padded token may be -inf, whose difference is NaN.
+            terms_NC = torch.where(ref_e_NC > 0, ref_e_NC * difference_NC, 0.0)
+            self.part["kl_ref"][k] = terms_NC.sum(1)
 
     def finish(
         self, fold: _Fold, lse_N: Tensor, V: int, ref: _Fold | None, ref_lse_N: Tensor | None

@@ -47,6 +47,7 @@ from fastdpo.objectives import (
     apo_zero,
     hinge,
     ipo,
+    kind_of,
     length_normalized_dpo,
     lr_dpo,
     nca_pair,
@@ -850,11 +851,13 @@ PAIR_LENGTHS = (1, 5, 7, 1, 1100, 30, 2, 1030, 4, 4, 1, 1, 9, 3)
 
 
 def known(objective: Any) -> pair.Objective:
+    kind = kind_of(objective)
+    assert kind is not None
     return pair.Objective(
-        objective.kind,
+        kind,
         objective.beta,
         getattr(objective, "alpha", 0.0),
-        objective.length_normalized,
+        getattr(objective, "length_normalized", False),
     )
 
 
@@ -1554,3 +1557,35 @@ def test_op_gradients_of_transposed_operands(workspace_mib):
         grads.append((h.grad, w.grad))
     for plain, moved in zip(*grads):
         assert relative_error(moved, plain) <= 1e-6
+
+
+def test_op_an_objective_is_known_by_its_function():
+    """One with another function is the caller's own, whatever it was made from."""
+    p = make_problem(D=16, V=70, dtype=torch.float32)
+    own = replace(lr_dpo(BETA), f=lambda z_P: (1 - z_P).square())
+    losses = [
+        linear_preference_loss(
+            p.h_TD, p.w_VD, p.target_N, p.bounds_S1, p.ref_logp_S, own, rows_N=p.rows_N, impl=impl
+        ).loss
+        for impl in ("torch", "triton")
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_op_a_padded_batch_that_may_be_looked_at_gives_the_same(monkeypatch, impl):
+    """As on a GPU: prompts and padding are left out before anything is computed."""
+    h = torch.randn(4, 6, 16, requires_grad=True)
+    w = torch.randn(70, 16, requires_grad=True)
+    target = torch.randint(70, (4, 6))
+    target[0, :3] = target[2, 4:] = target[3, 0] = IGNORE
+    found = []
+    for looks in (False, True):
+        monkeypatch.setattr(ops, "_may_wait_for", lambda target, looks=looks: looks)
+        loss = LinearDPOLoss(BETA, 0.02, impl=impl, stats=("entropy",))
+        result = loss(h, w, target, ref_logp_S=-torch.ones(4) * 20)
+        grads = torch.autograd.grad(result.loss, (h, w))
+        values = (result.loss, result.logp_S, result.lengths_S, result.stats["entropy"])
+        found.append([*(x.detach() for x in values), *grads])
+    for plain, packed in zip(*found):
+        torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-6)

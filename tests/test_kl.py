@@ -135,3 +135,17 @@ def test_bad_input(case):
     arguments = {**ref, "bias_V": policy[2], **change}
     with pytest.raises((TypeError, ValueError), match=message):
         linear_kl(*policy[:2], **arguments)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_padded_vocabulary_adds_nothing(impl):
+    """Tokens that neither head can give, by a bias of -inf."""
+    policy, ref = make(torch.float32)
+    policy[2][-5:] = ref["ref_bias_V"][-5:] = -torch.inf
+    kl_N, grads = run(linear_kl, policy, ref, torch.ones(T), torch.float32, impl=impl)
+    short = [policy[0], policy[1][:-5], policy[2][:-5]]
+    short_ref = {k: x if k == "ref_h_TD" else x[:-5] for k, x in ref.items()}
+    wanted, wanted_grads = run(linear_kl, short, short_ref, torch.ones(T), torch.float32, impl=impl)
+    torch.testing.assert_close(kl_N, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(grads[0], wanted_grads[0], rtol=1e-4, atol=1e-5)
+    assert not grads[1][-5:].any()

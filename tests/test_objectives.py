@@ -1,6 +1,7 @@
 """Every objective against TRL's formula, written a second time in ``checks``."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,8 @@ def test_import_needs_neither_triton_nor_transformers():
         "assert not loaded, loaded\n"
         "assert 'cpu' in support.unsupported_reason(torch.device('cpu'))\n"
     )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, env=env
     )
     assert done.returncode == 0, done.stderr
