@@ -4,7 +4,8 @@ Products whose result is a plain matrix are the matrix library's; the kernels do
 pass each.  The projection goes one of two ways, by the head's width: a bounded fp32 tile that a
 kernel folds, or, for a narrow head, one kernel that folds in registers.  The width at which one
 takes over from the other is an estimate that no GPU has confirmed yet (`python -m bench.tune`).
-Policy and reference of like sizes take the same way, so they agree to the bit.
+Policy and reference of like sizes take the same way, so they agree to the bit, unless one of them
+is asked for statistics, which only the fold takes.
 
 Nothing here waits for the device, so a call can be captured in a CUDA graph.
 

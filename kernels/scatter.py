@@ -49,7 +49,6 @@ def row_sums_kernel(
     b_ptr,
     b_scale_ptr,
     b_index_ptr,
-    factor_ptr,
     D,
     out_stride,
     base_stride,
@@ -59,7 +58,7 @@ def row_sums_kernel(
     TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``out[i] (+)= base[i] * base_factor + factor * sum_n (a_scale[n] a[n] + b_scale[n] b[j(n)])``
+    """``out[i] (+)= base[i] * base_factor + sum_n (a_scale[n] a[n] + b_scale[n] b[j(n)])``
 
     over the tokens n of row i; without segments token i alone.  ``j(n)`` is ``b_index[n]`` or n.
     """
@@ -92,8 +91,6 @@ def row_sums_kernel(
                 row = tl.maximum(tl.load(b_index_ptr + n, mask=token, other=0), 0)
             b = tl.load(b_ptr + row[:, None] * b_stride + d[None, :], mask=tile, other=0.0)
             total += tl.sum(scaled(b, scale[:, None]), 0)
-    if factor_ptr is not None:
-        total *= tl.load(factor_ptr).to(tl.float32)
     if base_ptr is not None:
         base = tl.load(base_ptr + i * base_stride + d, mask=column, other=0.0).to(tl.float32)
         if base_factor_ptr is not None:
@@ -150,7 +147,6 @@ def row_sums(
     b_ND: Tensor | None = None,
     b_scale_N: Tensor | None = None,
     b_index_N: Tensor | None = None,
-    factor: Tensor | None = None,
     offset: int = 0,
     accumulate: bool = False,
 ) -> None:
@@ -162,7 +158,7 @@ def row_sums(
     stride = [0 if x is None else x.stride(0) for x in (base_ID, a_ND, b_ND)]
     row_sums_kernel[(rows, grid_d)](
         out_ID, base_ID, base_factor, order, start, a_ND, a_scale_N, b_ND, b_scale_N, b_index_N,
-        factor, D, out_ID.stride(0), *stride,
+        D, out_ID.stride(0), *stride,
         ACCUMULATE=accumulate, TOKENS=1 if segments is None else 4, BLOCK_D=block,
         num_warps=4, **OPTIONS,
     )  # fmt: skip

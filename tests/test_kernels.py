@@ -695,7 +695,7 @@ def index_sum(rows: int, index_N: Tensor, x_ND: Tensor) -> Tensor:
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("accumulate_", [False, True])
 def test_row_sums_of_segments(D, out_dtype, accumulate_):
-    """Repeats, empty rows and rows of many tokens; scaled rows of two tensors, base and factors."""
+    """Repeats, empty rows, rows of many tokens; scaled rows of two tensors, and a scaled base."""
     N, I, dtype = 41, 9, torch.bfloat16  # noqa: E741
     index_N = torch.randint(I, (N,))
     index_N[index_N == 4] = 2  # none there
@@ -705,19 +705,19 @@ def test_row_sums_of_segments(D, out_dtype, accumulate_):
     a_scale_N, b_scale_N = torch.randn(N), torch.randn(N)
     a_scale_N[::9] = b_scale_N[4::9] = 0.0
     a_ND[::9], b_ND[4::9] = INF, NAN
-    factor, base_factor = torch.tensor(0.7), torch.tensor(-1.3)
+    base_factor = torch.tensor(-1.3)
     out_ID = spaced(torch.randn(I, D).to(out_dtype), between=7.0)
     before = out_ID.double()
     segments = scatter.Segments.of(index_N, I)
     scatter.row_sums(
         out_ID, segments=segments, base_ID=base_ID, base_factor=base_factor, a_ND=a_ND,
-        a_scale_N=a_scale_N, b_ND=b_ND, b_scale_N=b_scale_N, factor=factor, accumulate=accumulate_,
+        a_scale_N=a_scale_N, b_ND=b_ND, b_scale_N=b_scale_N, accumulate=accumulate_,
     )  # fmt: skip
     a, b = gold_terms(a_ND, a_scale_N), gold_terms(b_ND, b_scale_N)
     kept = before if accumulate_ else torch.zeros_like(before)
     base = base_ID.double() * base_factor.double()
-    gold = kept + base + factor.double() * index_sum(I, index_N, a + b)
-    size = kept.abs() + base.abs() + factor.abs() * index_sum(I, index_N, a.abs() + b.abs())
+    gold = kept + base + index_sum(I, index_N, a + b)
+    size = kept.abs() + base.abs() + index_sum(I, index_N, a.abs() + b.abs())
     terms = int(torch.bincount(index_N.clamp(min=0)).max()) + 4
     assert_within(out_ID, gold, U * terms * size + rounding(out_dtype) * gold.abs(), "row sums")
     assert_gaps_untouched(out_ID)
@@ -784,13 +784,13 @@ def test_row_sums_of_single_tokens(D, accumulate_):
 
 
 def test_row_sums_without_scales():
-    """`a` as it is; a factor, and a base without a factor."""
+    """`a` as it is, and a base without a factor."""
     a_ND, base_ND = random_rows(6, 21, torch.float32), random_rows(6, 21, torch.float32)
     out_ND = output(6, 21, torch.float32)
     scatter.row_sums(out_ND, a_ND=a_ND)
     assert torch.equal(out_ND, a_ND)
-    scatter.row_sums(out_ND, a_ND=a_ND, base_ID=base_ND, factor=torch.tensor(0.25))
-    assert_within(out_ND, base_ND + 0.25 * a_ND.double(), U * (base_ND.abs() + a_ND.abs()))
+    scatter.row_sums(out_ND, a_ND=a_ND, base_ID=base_ND)
+    assert_within(out_ND, base_ND + a_ND.double(), U * (base_ND.abs() + a_ND.abs()))
 
 
 @pytest.mark.parametrize("D", [37, 2100])

@@ -292,7 +292,6 @@ KERNELS = {
             ),
             mask("if ACCUMULATE:", "if not ACCUMULATE:"),
             scale("scale = token.to(tl.float32)", "scale = 2.0 * token.to(tl.float32)"),
-            scale("total *= tl.load(factor_ptr)", "total /= tl.load(factor_ptr)"),
             scale("base *= tl.load(base_factor_ptr)", "base /= tl.load(base_factor_ptr)"),
             scale("scale = tl.load(b_scale_ptr + n,", "scale = tl.load(b_scale_ptr + i + 0 * n,"),
             sign("total += base", "total -= base"),
