@@ -1,19 +1,27 @@
-"""Tokenized preference pairs -> packed tensors, and the plan of which pairs go where.
+"""Tokenized preference pairs -> tensors of a micro-batch, and the plan of which pairs go where.
 
-A packed batch is one row of tokens without padding. Every pair contributes two sequences,
-`[prompt][chosen]` and `[prompt][rejected]`, and each sequence is its own attention segment.
+Three layouts of the same pairs:
 
-Names: T packed tokens, N scored tokens (targets), P pairs, S = 2P sequences (2i chosen,
-2i+1 rejected).
+| layout | tokens | for |
+|---|---|---|
+| shared | one row, `[prompt][chosen][rejected]` a pair: the prompt is computed once | most models |
+| packed | one row, `[prompt][chosen]` and `[prompt][rejected]` a pair | as a comparison |
+| padded | a row for each of the two, padded to the longest | recurrent or own attention code |
+
+Names: B rows, T tokens of a row, N scored tokens (targets), P pairs, S = 2P sequences (2i chosen,
+2i + 1 rejected), K gathered keys.
 """
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LAYOUTS = ("shared", "packed", "padded")
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class TokenizedPair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     extra: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # the row it came from, for messages
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -36,21 +45,65 @@ class TokenizedPair:
             if set(map(type, ids)) != {int} or min(ids) < 0:
                 raise ValueError(f"{name} must be a list of ints >= 0, got {ids[:8]}")
 
+    def num_tokens(self, layout: str = "shared") -> int:
+        """Tokens this pair takes in a batch of a layout: the length to plan batches with.
+
+        In a padded batch a pair takes two rows as long as the batch's longest sequence; this is
+        what it takes alone.
+        """
+        prompt, chosen, rejected = map(len, (self.prompt_ids, self.chosen_ids, self.rejected_ids))
+        if layout == "shared":
+            return prompt + chosen + rejected
+        if layout == "packed":
+            return 2 * prompt + chosen + rejected
+        if layout == "padded":
+            return 2 * (prompt + max(chosen, rejected))
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which keys the tokens of a packed row attend to.
+
+    Segment i are the tokens ``bounds_q[i]:bounds_q[i + 1]``. It sees the keys
+    ``bounds_k[i]:bounds_k[i + 1]`` of the row's keys gathered by ``key_rows_K``, causally and
+    aligned at their ends: the segment's last token sees all of them.
+
+    A prompt that is shared is gathered twice. ``first_T`` is where each row was gathered first,
+    ``again_keys_R`` and ``again_rows_R`` are the repeats: what the gather's gradient needs.
+    """
+
+    bounds_q: tuple[int, ...]
+    bounds_k: tuple[int, ...]
+    cu_q: Tensor  # the bounds as int32, on the device of the tokens
+    cu_k: Tensor
+    key_rows_K: Tensor | None = None  # None: the keys are the row's own, in order
+    first_T: Tensor | None = None
+    again_keys_R: Tensor | None = None
+    again_rows_R: Tensor | None = None
+
     @property
-    def num_tokens(self) -> int:
-        """Packed tokens this pair takes in a batch: the length to plan batches with."""
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+    def longest(self) -> tuple[int, int]:
+        """Queries and keys of the longest segment of each."""
+        return tuple(  # type: ignore[return-value]
+            max(b - a for a, b in pairwise(bounds)) for bounds in (self.bounds_q, self.bounds_k)
+        )
+
+    def to(self, device: torch.device | str) -> "Segments":
+        return _moved(self, device, ("bounds_q", "bounds_k"))
 
 
 @dataclass(frozen=True)
 class PackedPairs:
-    """One micro-batch. All integers are int64, except `cu_seqlens_S1`, which is int32."""
+    """One micro-batch: B = 1 row of T tokens, or B = S padded rows. Indices are int64.
 
-    input_ids_T: Tensor
-    position_ids_T: Tensor  # from 0 in every sequence
-    cu_seqlens_S1: Tensor  # CPU: sequence s is packed tokens [s]:[s + 1]
-    max_seqlen: int  # tokens of the longest sequence
-    rows_N: Tensor  # rows_N[i] is the packed row whose hidden state predicts target_N[i]
+    ``rows_N`` counts tokens over all rows, row after row.
+    """
+
+    input_ids_BT: Tensor
+    position_ids_BT: Tensor | None  # from 0 in every sequence; None: padded rows, as models count
+    segments: Segments | None  # of a packed row
+    rows_N: Tensor  # rows_N[i] is the token whose hidden state predicts target_N[i]
     target_N: Tensor
     bounds_S1: Tensor  # CPU: sequence s has targets [s]:[s + 1]
     pair_index_P: Tensor  # CPU: which pairs of the dataset these are
@@ -61,20 +114,37 @@ class PackedPairs:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.input_ids_T)
+        """Tokens that the model computes, padding included."""
+        return self.input_ids_BT.numel()
 
     def to(self, device: torch.device | str) -> "PackedPairs":
         """Copy the token tensors to `device`; boundaries and pair indices stay on the CPU."""
-        names = ("input_ids_T", "position_ids_T", "rows_N", "target_N")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved)
+        return _moved(self, device, ("bounds_S1", "pair_index_P"))
 
 
-def pack_pairs(pairs: Sequence[TokenizedPair], index: Sequence[int] | None = None) -> PackedPairs:
-    """Pack whole pairs, in the order given, into one row of tokens.
+def _moved(data: Any, device: torch.device | str, stay: tuple[str, ...]) -> Any:
+    moved = {}
+    for item in fields(data):
+        value = getattr(data, item.name)
+        if isinstance(value, Tensor) and item.name not in stay:
+            moved[item.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Segments):
+            moved[item.name] = value.to(device)
+    return replace(data, **moved)
 
-    `index` names the dataset pair behind each of `pairs` (default: 0, 1, ...). Raises ValueError
-    when there are no pairs or `index` has another length.
+
+def pack_pairs(
+    pairs: Sequence[TokenizedPair], index: Sequence[int] | None = None, *, layout: str = "shared"
+) -> PackedPairs:
+    """Lay out whole pairs, in the order given, as one micro-batch.
+
+    Args:
+        pairs: at least one.
+        index: the dataset pair behind each of `pairs` (default: 0, 1, ...).
+        layout: "shared", "packed" or "padded"; see the module's docstring.
+
+    Raises:
+        ValueError: no pairs, an `index` of another length, or an unknown layout.
     """
     if not pairs:
         raise ValueError("pack_pairs needs at least one pair")
@@ -82,43 +152,118 @@ def pack_pairs(pairs: Sequence[TokenizedPair], index: Sequence[int] | None = Non
         index = range(len(pairs))
     if len(index) != len(pairs):
         raise ValueError(f"index has {len(index)} entries for {len(pairs)} pairs")
-
-    sides = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
-    seqlens = [len(prompt) + len(response) for prompt, response in sides]
-    offsets = [0, *accumulate(seqlens)]
-    # The hidden state of the token before a target predicts it, so the rows of a response start
-    # at the last token of its prompt.
-    rows = [
-        torch.arange(start + len(prompt) - 1, start + len(prompt) - 1 + len(response))
-        for start, (prompt, response) in zip(offsets, sides)
-    ]
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+    responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    lay_out = {"shared": _shared, "packed": _packed, "padded": _padded}[layout]
     return PackedPairs(
-        input_ids_T=torch.tensor([t for prompt, response in sides for t in prompt + response]),
-        position_ids_T=torch.cat([torch.arange(n) for n in seqlens]),
-        cu_seqlens_S1=torch.tensor(offsets, dtype=torch.int32),
-        max_seqlen=max(seqlens),
-        rows_N=torch.cat(rows),
-        target_N=torch.tensor([t for _, response in sides for t in response]),
-        bounds_S1=torch.tensor([0, *accumulate(len(response) for _, response in sides)]),
+        **lay_out(pairs),
+        target_N=torch.tensor([token for ids in responses for token in ids]),
+        bounds_S1=torch.tensor([0, *accumulate(map(len, responses))]),
         pair_index_P=torch.tensor(list(index)),
     )
 
 
-def plan_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Distribute whole pairs over batches of at most `max_tokens` packed tokens.
+def _shared(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """`[prompt][chosen][rejected]`: segments (prompt + chosen) and (rejected)."""
+    ids, positions, rows, keys, again_keys, again_rows, first = [], [], [], [], [], [], []
+    bounds_q, bounds_k = [0], [0]
+    for pair in pairs:
+        start, taken = len(ids), len(keys)
+        prompt, chosen, rejected = map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        middle = start + prompt + chosen  # of the packed row: where the rejected response starts
+        stop = middle + rejected
+        ids += pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
+        positions += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+        # The hidden state before a target predicts it: the prompt's last token predicts the first
+        # of both responses.
+        rows += [*range(start + prompt - 1, middle - 1), start + prompt - 1]
+        rows += range(middle, stop - 1)
+        bounds_q += [middle, stop]
+        keys += [*range(start, middle), *range(start, start + prompt), *range(middle, stop)]
+        repeated = taken + prompt + chosen
+        bounds_k += [repeated, repeated + prompt + rejected]
+        first += [*range(taken, repeated), *range(repeated + prompt, len(keys))]
+        again_keys += range(repeated, repeated + prompt)
+        again_rows += range(start, start + prompt)
+    segments = Segments(
+        tuple(bounds_q),
+        tuple(bounds_k),
+        torch.tensor(bounds_q, dtype=torch.int32),
+        torch.tensor(bounds_k, dtype=torch.int32),
+        *map(torch.tensor, (keys, first, again_keys, again_rows)),
+    )
+    return _one_row(ids, positions, segments, rows)
+
+
+def _packed(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """`[prompt][chosen]` and `[prompt][rejected]`: a segment each."""
+    ids, positions, rows, bounds = [], [], [], [0]
+    for pair in pairs:
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            before = len(ids) + len(pair.prompt_ids) - 1
+            rows += range(before, before + len(response))
+            ids += pair.prompt_ids + response
+            positions += range(len(ids) - bounds[-1])
+            bounds.append(len(ids))
+    cu = torch.tensor(bounds, dtype=torch.int32)
+    return _one_row(ids, positions, Segments(tuple(bounds), tuple(bounds), cu, cu), rows)
+
+
+def _one_row(
+    ids: list[int], positions: list[int], segments: Segments, rows: list[int]
+) -> dict[str, Any]:
+    return {
+        "input_ids_BT": torch.tensor([ids]),
+        "position_ids_BT": torch.tensor([positions]),
+        "segments": segments,
+        "rows_N": torch.tensor(rows),
+    }
+
+
+def _padded(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """A row for each `[prompt][response]`, padded on the right: a causal model needs no mask."""
+    sides = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+    T = max(len(prompt) + len(response) for prompt, response in sides)
+    input_ids_BT = torch.zeros(len(sides), T, dtype=torch.int64)
+    rows = []
+    for i, (prompt, response) in enumerate(sides):
+        length = len(prompt) + len(response)
+        input_ids_BT[i, :length] = torch.tensor(prompt + response)
+        rows += range(i * T + len(prompt) - 1, i * T + length - 1)
+    return {
+        "input_ids_BT": input_ids_BT,
+        "position_ids_BT": None,
+        "segments": None,
+        "rows_N": torch.tensor(rows),
+    }
+
+
+def plan_batches(
+    lengths: Sequence[int], *, max_tokens: int, padded: bool = False
+) -> list[list[int]]:
+    """Distribute whole pairs over batches of at most `max_tokens` tokens.
 
     First-fit decreasing, equal lengths by index: the same lengths always give the same plan.
-    `lengths[i]` is the packed tokens of pair i (`TokenizedPair.num_tokens`). Returns the pair
-    indices of each batch in ascending order; the batch with the longest pair comes first.
+    `lengths[i]` is the tokens of pair i (`TokenizedPair.num_tokens` in its layout). `padded` says
+    that every pair of a batch takes the tokens of its longest; such batches are filled in order of
+    length. Returns the pair indices of each batch in ascending order; the batch with the longest
+    pair comes first.
 
     Raises ValueError when a length is below 1 or above `max_tokens`.
     """
     _check_lengths(lengths, max_tokens)
-    return _first_fit_decreasing(range(len(lengths)), lengths, max_tokens)
+    return _fill(range(len(lengths)), lengths, max_tokens, padded)
 
 
 def plan_steps(
-    lengths: Sequence[int], *, batch_pairs: int, max_tokens: int, seed: int, epoch: int = 0
+    lengths: Sequence[int],
+    *,
+    batch_pairs: int,
+    max_tokens: int,
+    seed: int,
+    epoch: int = 0,
+    padded: bool = False,
 ) -> list[list[list[int]]]:
     """Plan an epoch: `plan[step][micro_batch]` lists pair indices.
 
@@ -139,7 +284,22 @@ def plan_steps(
     for _ in range(epoch + 1):
         order = torch.randperm(len(lengths), generator=generator).tolist()
     groups = [order[start : start + batch_pairs] for start in range(0, len(order), batch_pairs)]
-    return [_first_fit_decreasing(group, lengths, max_tokens) for group in groups]
+    return [_fill(group, lengths, max_tokens, padded) for group in groups]
+
+
+def share_step(indices: Sequence[int], lengths: Sequence[int], world: int) -> list[list[int]]:
+    """Deal a step's pairs to `world` processes so that their tokens come out even.
+
+    Longest first, each to the process with the fewest tokens so far; which pairs a step has does
+    not depend on `world`. A process gets none only when there are fewer pairs than processes.
+    """
+    shares: list[list[int]] = [[] for _ in range(world)]
+    loads = [(0, 0, rank) for rank in range(world)]  # tokens, pairs, rank: a heap
+    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
+        tokens, count, rank = heapq.heappop(loads)
+        shares[rank].append(i)
+        heapq.heappush(loads, (tokens + lengths[i], count + 1, rank))
+    return [sorted(share) for share in shares]
 
 
 def fill_rate(plan: Sequence[Sequence[int]], lengths: Sequence[int], max_tokens: int) -> float:
@@ -158,6 +318,19 @@ def _check_lengths(lengths: Sequence[int], max_tokens: int) -> None:
                 f"pair {i} takes {length} packed tokens, more than max_tokens={max_tokens}: "
                 f"raise max_tokens to at least {max(lengths)}, or truncate to a smaller max_length"
             )
+
+
+def _fill(
+    indices: Sequence[int], lengths: Sequence[int], max_tokens: int, padded: bool
+) -> list[list[int]]:
+    if not padded:
+        return _first_fit_decreasing(indices, lengths, max_tokens)
+    batches: list[list[int]] = []
+    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return [sorted(batch) for batch in batches]
 
 
 def _first_fit_decreasing(

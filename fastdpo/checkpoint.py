@@ -26,15 +26,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     yield scratch
     for file in scratch.rglob("*"):
-        _sync(file)
-    _sync(scratch)
+        sync(file)
+    sync(scratch)
     if path.exists():
         shutil.rmtree(path)
     scratch.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     if os.name != "posix" and path.is_dir():  # directories can't be opened there
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -48,11 +49,15 @@ def save_checkpoint(
     folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> None:
     """Save weights, optimizer, schedule and random state after ``step`` steps; drop older ones."""
-    from safetensors.torch import save_file, save_model
+    from safetensors.torch import save_file
+
+    from fastdpo.adapters import trainable_state
 
     target = folder / _STEP.format(step)
     with atomic_directory(target) as scratch:
-        save_model(model, str(scratch / "model.safetensors"))
+        # A frozen base is what the run starts from, so only what is trained is kept.
+        weights = {name: x.contiguous() for name, x in trainable_state(model).items()}
+        save_file(weights, scratch / "model.safetensors")
         tensors = {
             f"{index}.{name}": value.contiguous()
             for index, slots in optimizer.state_dict()["state"].items()
@@ -76,12 +81,14 @@ def load_checkpoint(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> int:
     """Restore the newest checkpoint in place; the number of steps done, 0 without one."""
-    from safetensors.torch import load_file, load_model
+    from safetensors.torch import load_file
+
+    from fastdpo.adapters import load_trainable_state
 
     found = sorted(folder.glob("step-*"))
     if not found:
         return 0
-    load_model(model, str(found[-1] / "model.safetensors"))
+    load_trainable_state(model, load_file(found[-1] / "model.safetensors"))
     tensors = load_file(found[-1] / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng"))
     slots: dict[int, dict[str, torch.Tensor]] = {}

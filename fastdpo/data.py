@@ -16,7 +16,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Text = str | list[dict[str, Any]]  # a string, or a list of chat messages
+
+OVERLONG = ("truncate", "drop", "stop")  # what can be done with a pair that is too long
 
 _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
 _OTHER_SUFFIXES = {".txt", ".tsv", ".arrow", ".gz", ".zip", ".zst", ".xz", ".ndjson", ".yaml"}
@@ -452,18 +454,30 @@ def tokenize_dataset(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int | None,
+    overlong: str = "truncate",
     progress: bool = True,
 ) -> TokenizedPairs:
     """Tokenize all pairs, in order, by the rules of `tokenize_pair`.
 
+    `overlong` says what happens to a pair with a side, prompt + response, over `max_length` tokens:
+
+    - "truncate": the first `max_length` tokens of each side are kept. A prompt that leaves no room
+      for a token of a response can't be truncated so; its pair is dropped.
+    - "drop": the pair is dropped.
+    - "stop": the first such pair raises DataError.
+
+    The last two leave pairs aside that are dropped whatever their length (no prompt token, empty or
+    identical responses): those count by that reason and don't stop anything.
+
     Dropped and truncated pairs are counted. One warning tells of prompts that lost tokens.
 
     Raises DataError when a row can't be rendered or no pair is left, and ValueError when
-    `max_length` < 2.
+    `max_length` < 2 or `overlong` is none of the three.
     """
     from tqdm import tqdm
 
     _check_max_length(max_length)
+    _check_overlong(overlong)
     if not rows:
         raise DataError("there are no rows to tokenize. Give at least one preference pair.")
     pairs: list[TokenizedPair] = []
@@ -472,7 +486,7 @@ def tokenize_dataset(
     lost_at: list[str] = []
     for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
         split = _split_pair(row, tokenizer)
-        pair = _truncate(split, max_length)
+        pair = _within(split, max_length, overlong)
         if isinstance(pair, str):
             dropped[pair] += 1
             continue
@@ -482,9 +496,10 @@ def tokenize_dataset(
             lost_at.append(f"{row.where}: {tokenizer.decode(split.lost_ids)!r}")
     if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        choice = ", set overlong=truncate" if overlong == "drop" else ""
         raise DataError(
             f"{rows[0].where} to {rows[-1].where}: no pair is left to train on ({reasons}). "
-            "Raise max_length, or check that chosen and rejected differ."
+            f"Raise max_length{choice}, or check that chosen and rejected differ."
         )
     if lost_at:
         warnings.warn(
@@ -498,6 +513,82 @@ def tokenize_dataset(
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """What `fit_to_budget` made of pairs: `pairs[i]` was number `kept[i]` of those given."""
+
+    pairs: list[TokenizedPair]
+    kept: list[int]
+    dropped: int
+    truncated: int  # kept pairs with a response cut
+
+
+def fit_to_budget(
+    pairs: Sequence[TokenizedPair], max_tokens: int, *, layout: str, overlong: str
+) -> Fitted:
+    """Make every pair fit a micro-batch of `max_tokens` tokens in a layout, in order.
+
+    One that fits is returned as it is, the same object. `overlong` says what happens to any other:
+
+    - "truncate": both responses are cut at the end to one common cap, the largest at which the pair
+      fits; a response within the cap stays whole. The pair is dropped when not even one token of
+      each fits, or when both are the same tokens after the cut.
+    - "drop": the pair is dropped.
+    - "stop": the first such pair raises DataError.
+
+    Raises DataError when no pair is left, and ValueError when `overlong` is none of the three.
+    """
+    _check_overlong(overlong)
+    if not pairs:
+        raise DataError("there are no pairs to fit to max_tokens. Give at least one pair.")
+    sizes = [pair.num_tokens(layout) for pair in pairs]
+    result: list[TokenizedPair] = []
+    kept: list[int] = []
+    truncated = 0
+    for i, pair in enumerate(pairs):
+        fitting: TokenizedPair | None = pair
+        if sizes[i] > max_tokens:
+            if overlong == "stop":
+                raise DataError(
+                    f"{_place(pairs, i)}: the pair takes {sizes[i]} tokens, max_tokens is "
+                    f"{max_tokens}. Raise max_tokens to at least {max(sizes)}, the longest pair, "
+                    "or set overlong=truncate or overlong=drop."
+                )
+            fitting = _cut(pair, max_tokens, layout) if overlong == "truncate" else None
+        if fitting is not None:
+            result.append(fitting)
+            kept.append(i)
+            truncated += fitting is not pair
+    if not result:
+        choice = ", or set overlong=truncate" if overlong == "drop" else ""
+        raise DataError(
+            f"{_place(pairs, 0)} to {_place(pairs, len(pairs) - 1)}: no pair is left to train on: "
+            f"all {len(pairs)} take more than max_tokens = {max_tokens} tokens. "
+            f"Raise max_tokens to at least {max(sizes)}, the longest pair{choice}."
+        )
+    return Fitted(result, kept, len(pairs) - len(kept), truncated)
+
+
+def _place(pairs: Sequence[TokenizedPair], i: int) -> str:
+    return pairs[i].where or f"pair {i} (counting from 0)"
+
+
+def _cut(pair: TokenizedPair, max_tokens: int, layout: str) -> TokenizedPair | None:
+    """The pair within `max_tokens`, its responses under one cap; None if that leaves nothing."""
+    shorter = min(len(pair.chosen_ids), len(pair.rejected_ids))
+    one = replace(pair, chosen_ids=pair.chosen_ids[:1], rejected_ids=pair.rejected_ids[:1])
+    room = max_tokens - one.num_tokens(layout) + 2  # for the tokens of both responses
+    # One response takes what a shorter one leaves; where neither is within half, each gets half. In
+    # a padded row the shorter one leaves nothing.
+    cap = room // 2 if layout == "padded" else max(room // 2, room - shorter)
+    if cap < 1:
+        return None
+    chosen, rejected = pair.chosen_ids[:cap], pair.rejected_ids[:cap]
+    if chosen == rejected:
+        return None
+    return replace(pair, chosen_ids=chosen, rejected_ids=rejected)
+
+
+@dataclass(frozen=True)
 class _SplitPair:
     """Token ids before truncation. `lost_ids` ended the prompt alone, but not within a side."""
 
@@ -506,6 +597,7 @@ class _SplitPair:
     rejected_ids: list[int]
     lost_ids: list[int]
     extra: dict[str, Any]
+    where: str
 
     @property
     def num_tokens(self) -> int:
@@ -525,7 +617,26 @@ def _split_pair(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> _Sp
         raise DataError(f"{row.where}: {error}") from error
     split = min(_common_prefix_length(prompt, side) for side in sides)
     chosen, rejected = (side[split:] for side in sides)
-    return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra)
+    return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra, row.where)
+
+
+def _within(split: _SplitPair, max_length: int | None, overlong: str) -> TokenizedPair | str:
+    """The pair within `max_length` tokens a side by the choice `overlong`, or why to drop it."""
+    if overlong == "truncate":
+        return _truncate(split, max_length)
+    pair = _truncate(split, None)
+    # What no length would save is no matter of length.
+    if isinstance(pair, str) or max_length is None or split.num_tokens <= max_length:
+        return pair
+    if overlong == "drop":
+        return "longer than max_length"
+    sides = {"chosen": len(split.chosen_ids), "rejected": len(split.rejected_ids)}
+    side = max(sides, key=lambda name: sides[name])
+    raise DataError(
+        f"{split.where}: prompt and {side} response have {split.num_tokens} tokens "
+        f"({len(split.prompt_ids)} + {sides[side]}), max_length is {max_length}. Raise max_length "
+        f"to at least {split.num_tokens}, or set overlong=truncate or overlong=drop."
+    )
 
 
 def _truncate(split: _SplitPair, max_length: int | None) -> TokenizedPair | str:
@@ -542,7 +653,7 @@ def _truncate(split: _SplitPair, max_length: int | None) -> TokenizedPair | str:
         return "identical responses"
     if chosen == rejected:
         return "identical responses after truncation"
-    return TokenizedPair(split.prompt_ids, chosen, rejected, split.extra)
+    return TokenizedPair(split.prompt_ids, chosen, rejected, split.extra, split.where)
 
 
 def _join(prompt: Text, response: Text, tokenizer: "PreTrainedTokenizerBase") -> Text:
@@ -587,3 +698,8 @@ def _common_prefix_length(a: list[int], b: list[int]) -> int:
 def _check_max_length(max_length: int | None) -> None:
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 (prompt and response), got {max_length}")
+
+
+def _check_overlong(overlong: str) -> None:
+    if overlong not in OVERLONG:
+        raise ValueError(f"overlong must be truncate, drop or stop, got {overlong!r}")

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastdpo.ops import linear_logp
+from fastdpo.batch import PackedPairs
 
 
 class HeadCall:
@@ -34,16 +33,27 @@ def head_settings(config: Any) -> dict[str, float | None]:
     return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
+def base_of(model: Any) -> Any:
+    """The transformers model itself, where PEFT wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def attach(model: Any) -> None:
     """Teach ``model`` (a transformers causal LM, or a PEFT model of one) ``head_call``.
 
     Raises:
-        ValueError: the head is not a plain linear layer, for example because LoRA wraps it.
+        ValueError: there is no head, or it is not a plain linear layer, for example because LoRA
+            wraps it.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if getattr(base, "_fastdpo_attached", False):
         return
-    head: Any = base.get_output_embeddings()
+    head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(
+            f"{type(base).__name__} has no head that get_output_embeddings() names; load the model "
+            "with AutoModelForCausalLM"
+        )
     kind = type(head)
     if kind is not nn.Linear:
         raise ValueError(
@@ -76,56 +86,13 @@ def _forward_of_model(
     return self.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
 
 
-@torch.no_grad()
-def check(model: nn.Module) -> None:
-    """Refuse a model whose logits the fused head does not reproduce.
-
-    There may be a factor or a function after the head that `head_settings` does not know.
-    """
-    from fastdpo.attention import probe
-
-    ids, position, bounds = probe(model)
-    packed = {"attention_mask": None, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-    longest = {"max_length_q": 13, "max_length_k": 13}
-    inputs = {"input_ids": ids[None], "position_ids": position[None], **packed, **longest}
-    logits = model(**inputs, use_cache=False).logits[0]
-    wanted = torch.log_softmax(logits.double(), -1).gather(1, ids[:, None])[:, 0]
-    call = HeadCall(lambda h_TD, w_VD, **rest: linear_logp(h_TD, w_VD, ids, **rest))
-    error = (model(**inputs, head_call=call).double() - wanted).abs().max()
-    tolerance = 0.2 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-2
-    if not error < tolerance:
-        raise ValueError(
-            f"the fused head does not reproduce the logits of {type(model).__name__} (log-probs "
-            f"differ by {error:.2g}): something is applied to its logits that is not known here"
-        )
-
-
-def packed_forward(model: nn.Module, batch: Any, f: Callable[..., Any]) -> Any:
-    """Run ``model`` on a `fastdpo.batch.PackedPairs` and ``f`` on its hidden states and head."""
-    return model(
-        input_ids=batch.input_ids_T[None],
-        position_ids=batch.position_ids_T[None],
-        attention_mask=None,
-        cu_seq_lens_q=batch.cu_seqlens_S1,
-        cu_seq_lens_k=batch.cu_seqlens_S1,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
-        head_call=HeadCall(f),
-    )
-
-
-def hidden_states(
-    model: nn.Module, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens_S1: Tensor
-) -> Tensor:
-    """Hidden states (T, D) of packed tokens, as the head would get them."""
-    longest = int(cu_seqlens_S1.diff().max())
-    return model(
-        input_ids=input_ids_T[None],
-        position_ids=position_ids_T[None],
-        attention_mask=None,
-        cu_seq_lens_q=cu_seqlens_S1,
-        cu_seq_lens_k=cu_seqlens_S1,
-        max_length_q=longest,
-        max_length_k=longest,
-        head_call=HeadCall(lambda h_TD, **_: h_TD),
-    )
+def packed_forward(model: nn.Module, batch: PackedPairs, f: Callable[..., Any]) -> Any:
+    """Run ``model`` on a batch and ``f`` on its hidden states (B * T, D) and head."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT}
+    if batch.segments is not None:
+        inputs |= {
+            "position_ids": batch.position_ids_BT,
+            "attention_mask": None,
+            "segments": batch.segments,
+        }
+    return model(**inputs, head_call=HeadCall(f))

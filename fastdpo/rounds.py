@@ -125,7 +125,7 @@ class _Run:
         self.tokenizer = load_tokenizer(config.model)
         self.train_prompts, self.heldout = self._prompts()
         if not (self.out / "state.json").exists():
-            check_model(config.model, self.tokenizer, config.max_length)
+            check_model(config.model, self.tokenizer, config)
         self.out.mkdir(parents=True, exist_ok=True)
         self.state_path = self.out / "state.json"
         self.done: list[str] = self._open_state()

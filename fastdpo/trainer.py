@@ -9,12 +9,11 @@ processes, however they were packed.
 A run that was interrupted goes on from its last checkpoint and ends in the same weights.
 """
 
+import copy
 import gc
-import hashlib
-import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -25,18 +24,46 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdpo import attention, head
-from fastdpo.batch import PackedPairs, TokenizedPair, pack_pairs, plan_batches, plan_steps
-from fastdpo.checkpoint import atomic_directory, load_checkpoint, save_checkpoint
+from fastdpo import ref_logps
+from fastdpo.adapters import (
+    add_lora,
+    load_4bit,
+    merged,
+    merged_in_place,
+    reference_mode,
+    save_adapter,
+)
+from fastdpo.batch import (
+    LAYOUTS,
+    PackedPairs,
+    TokenizedPair,
+    pack_pairs,
+    plan_batches,
+    plan_steps,
+    share_step,
+)
+from fastdpo.checkpoint import load_checkpoint, save_checkpoint
+from fastdpo.data import OVERLONG, fit_to_budget
 from fastdpo.metrics import MetricsLog, read_metrics
 from fastdpo.models import ModelError, load_causal_lm, save_policy
-from fastdpo.objectives import lr_dpo
-from fastdpo.ops import PreferenceLoss, linear_preference_loss
+from fastdpo.ops import PreferenceLoss
+from fastdpo.policy import check_range, layout_of, packed_loss, prepare_model
+from fastdpo.ref_logps import cache_key, pairs_digest, weights_digest
 from fastdpo.storage import read_json, write_json_atomic
 
 
 class ConfigError(ValueError):
     """An option with an impossible value."""
+
+
+_CHOICES = {
+    "overlong": OVERLONG,
+    "layout": ("auto", *LAYOUTS),
+    "impl": ("auto", "triton", "torch"),
+    "dtype": ("float32", "bfloat16"),
+}
+# What does not change the weights that come out.
+_FREE = {"save_steps", "reference_cache"}
 
 
 @dataclass
@@ -53,11 +80,28 @@ class TrainingConfig:
         num_train_epochs: passes over the pairs.
         batch_size: pairs of an optimizer step, over all processes and micro-batches.
         max_length: tokens of prompt and response kept, from the start.
-        max_tokens: packed tokens of a micro-batch; at least 2 * max_length.
+        max_tokens: tokens of a micro-batch.
+        overlong: what becomes of a pair over max_length or max_tokens: "truncate" keeps the start
+            of its responses, "drop" leaves it out and counts it, "stop" is an error.
+        layout: "shared" computes a pair's prompt once, "packed" twice, "padded" gives each sequence
+            a row; "auto" takes the first that the model computes exactly.
+        precompute_ref_log_probs: compute the reference once, before training; otherwise in every
+            step, with a copy of the model in memory (none with use_peft).
+        reference_cache: folder that keeps reference log-probs for other runs on the same pairs.
+        dtype: of the weights, "float32" or "bfloat16"; the optimizer's state has the same. Small
+            steps are lost in bfloat16 weights: it is for frozen ones, under use_peft.
         gradient_checkpointing: recompute activations in the backward.
-        bf16: compute in bf16 under autocast; weights and optimizer stay fp32.
+        bf16: compute in bf16 under autocast.
         save_steps: optimizer steps between checkpoints.
         workspace_mib: bound on the head's tiles and stash; default 1024 on a GPU, 256 on a CPU.
+        impl: of the head: "triton", "torch", or "auto" for what the device has.
+        activation_offloading: keep what the backward needs in CPU memory.
+        mlp_tile_tokens: tokens that go through an MLP at a time; bounds its activations.
+        use_liger_kernel: Liger's RMSNorm, RoPE and SwiGLU, on this model only.
+        use_peft: train LoRA adapters; the reference is the model with them off.
+        lora_r, lora_alpha, lora_target_modules: as in PEFT; by default all linear layers but the
+            head.
+        load_in_4bit: QLoRA, frozen weights in NF4; needs use_peft.
         seed: order of the pairs.
     """
 
@@ -71,10 +115,24 @@ class TrainingConfig:
     batch_size: int = 32
     max_length: int = 1024
     max_tokens: int = 4096
+    overlong: str = "truncate"
+    layout: str = "auto"
+    precompute_ref_log_probs: bool = True
+    reference_cache: str | None = "~/.cache/fastdpo/ref_logps"
+    dtype: str = "float32"
     gradient_checkpointing: bool = True
     bf16: bool = True
     save_steps: int = 50
     workspace_mib: float | None = None
+    impl: str = "auto"
+    activation_offloading: bool = False
+    mlp_tile_tokens: int | None = None
+    use_liger_kernel: bool = False
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: float = 32.0
+    lora_target_modules: list[str] | None = None
+    load_in_4bit: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,12 +145,16 @@ class TrainingConfig:
         require(self, "alpha", math.isfinite(self.alpha), "finite")
         require(self, "warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         require(self, "max_length", self.max_length >= 2, ">= 2 (a prompt and a response token)")
-        require(
-            self,
-            "max_tokens",
-            self.max_tokens >= 2 * self.max_length,
-            f">= 2 * max_length = {2 * self.max_length}, so that any pair fits a micro-batch",
-        )
+        require(self, "max_tokens", self.max_tokens >= 3, ">= 3 (a prompt and two responses)")
+        for name, choices in _CHOICES.items():
+            require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        require(self, "lora_r", self.lora_r >= 1, ">= 1")
+        require(self, "lora_alpha", self.lora_alpha > 0, "> 0")
+        if self.mlp_tile_tokens is not None:
+            require(self, "mlp_tile_tokens", self.mlp_tile_tokens >= 1, ">= 1")
+        # Its linear layers compute in bf16, whatever is around them.
+        fits = (self.use_peft and self.bf16) or not self.load_in_4bit
+        require(self, "load_in_4bit", fits, "false without use_peft and bf16")
         if self.workspace_mib is not None:
             require(self, "workspace_mib", self.workspace_mib > 0, "> 0")
 
@@ -105,123 +167,44 @@ def require(config: Any, name: str, holds: bool, wanted: str) -> None:
         raise ConfigError(f"{name}={value} must be {wanted}")
 
 
-def packed_loss(
-    model: nn.Module,
-    batch: PackedPairs,
-    ref_logp_S: Tensor,
-    *,
-    beta: float,
-    alpha: float,
-    num_pairs: float | None = None,
-    workspace_mib: float | None = None,
-) -> PreferenceLoss:
-    """Length-regularized DPO loss of a packed batch under a model prepared by `prepare_model`."""
-
-    def loss(h_TD: Tensor, **parameters: Any) -> PreferenceLoss:
-        return linear_preference_loss(
-            h_TD,
-            target_N=batch.target_N,
-            bounds_S1=batch.bounds_S1,
-            ref_logp_S=ref_logp_S,
-            objective=lr_dpo(beta, alpha),
-            rows_N=batch.rows_N,
-            num_pairs=num_pairs,
-            workspace_mib=workspace_mib,
-            **parameters,
-        )
-
-    return head.packed_forward(model, batch, loss)
-
-
-def prepare_model(model: nn.Module, *, gradient_checkpointing: bool = False) -> nn.Module:
-    """Packed attention, the fused head, no dropout, in training mode.
-
-    Raises:
-        ModelError: the model cannot keep packed pairs apart, has a head that the fused one does not
-            reproduce, or is not deterministic.
-    """
-
-    def body(*packed: Tensor) -> Tensor:
-        return head.hidden_states(model, *packed)
-
-    try:
-        head.attach(model)
-        attention.use_packed_attention(model)
-        attention.check_isolation(model.eval(), body)
-        head.check(model)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
-    _disable_dropout(model)
-    if gradient_checkpointing:
-        # transformers renames it between 5.0 and 6.0
-        new = getattr(model, "activation_checkpointing_enable", None)
-        (new or model.gradient_checkpointing_enable)()  # type: ignore[operator]
-    model.train()
-    with torch.no_grad():
-        probe = attention.probe(model)
-        if not torch.equal(body(*probe), body(*probe)):
-            raise ModelError(
-                f"{type(model).__name__} gives two forward passes different hidden states: it has "
-                "noise or dropout that cannot be switched off; policy and reference would differ"
-            )
-    return model
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Zero every dropout, also those that models keep as plain numbers (attention, layerdrop)."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
-                setattr(module, name, 0.0)
-
-
-def check_model(name: str, tokenizer: Any, max_length: int) -> None:
+def check_model(name: str, tokenizer: Any, config: TrainingConfig) -> None:
     """Refuse a model that `train` would refuse, before samples are drawn for it."""
-    model = prepare_model(load_causal_lm(name))
-    _check_range(model, len(tokenizer) - 1, max_length, "the tokenizer's", "max_length")
-
-
-def _check_range(model: nn.Module, token: int, length: int, whose: str, what: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if token >= rows:
-        raise ModelError(
-            f"{whose} token ids go up to {token}, but {type(model).__name__} has {rows} "
-            "embeddings; use the tokenizer that belongs to the model"
-        )
-    positions = getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
-    if positions is not None and length > positions:
-        raise ModelError(
-            f"{what}={length} is over the {positions} positions of {type(model).__name__}; "
-            "lower max_length"
-        )
+    model = prepare_model(load_causal_lm(name), layout=config.layout, impl=config.impl)
+    what = "max_length"
+    check_range(model, len(tokenizer) - 1, config.max_length, "the tokenizer's", what)
 
 
 def train(
-    model_name: str,
+    model: Any,
     tokenizer: Any,
     pairs: Sequence[TokenizedPair],
     config: TrainingConfig,
     out: Path,
     *,
     progress: bool = True,
+    on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, float]:
     """Train a policy on pairs and leave it in ``out/policy``.
 
     Args:
-        model_name: folder or hub name of the start, which is also the reference.
+        model: folder or hub name of the start, which is also the reference; or a transformers model
+            in memory, which is trained in place while its reference is what it was.
         tokenizer: saved beside the policy.
-        pairs: tokenized pairs, none longer than ``config.max_tokens`` packed tokens.
-        out: gets ``ref_logps/``, ``checkpoint/``, ``metrics/`` and ``policy/``.
+        pairs: tokenized pairs; ``config.overlong`` says what becomes of those that do not fit
+            ``config.max_tokens``.
+        out: gets ``ref_logps/``, ``checkpoint/``, ``metrics/`` and ``policy/``; with adapters also
+            ``adapter/``.
+        on_step: called after each optimizer step with its metrics.
 
     Returns:
         The metrics of all steps, averaged over pairs.
 
     Raises:
-        ModelError: the model cannot be trained on packed pairs, or the loss left the finite range.
+        ModelError: the model cannot be trained on pairs, or the loss left the finite range.
+        DataError: a pair does not fit, and ``config.overlong`` is "stop".
+        ConfigError: ``out`` holds another run.
     """
-    return _Round(model_name, tokenizer, pairs, config, Path(out), progress).run()
+    return _Round(model, tokenizer, pairs, config, Path(out), progress, on_step).run()
 
 
 class _Round:
@@ -229,20 +212,20 @@ class _Round:
 
     def __init__(
         self,
-        model_name: str,
+        model: Any,
         tokenizer: Any,
         pairs: Sequence[TokenizedPair],
         config: TrainingConfig,
         out: Path,
         progress: bool,
+        on_step: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         from accelerate import Accelerator
 
         # Its precision belongs to the process, so autocast is entered here instead (see _loss).
         self.accelerator = _check_accelerator(Accelerator())
-        self.model_name, self.tokenizer, self.config, self.out = model_name, tokenizer, config, out
-        self.pairs = pairs
-        self.lengths = [pair.num_tokens for pair in pairs]
+        self.start, self.tokenizer, self.config, self.out = model, tokenizer, config, out
+        self.pairs, self.on_step = pairs, on_step
         self.progress = progress and self.accelerator.is_main_process
 
     def run(self) -> dict[str, float]:
@@ -250,30 +233,26 @@ class _Round:
         if (self.out / "policy").is_dir():
             return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
         config, accelerator = self.config, self.accelerator
+        model = self._load()
+        self._fit_pairs(model)
         steps = list(chain.from_iterable(map(self._plan, range(config.num_train_epochs))))
-        model = prepare_model(
-            load_causal_lm(self.model_name), gradient_checkpointing=config.gradient_checkpointing
-        )
-        sides = [
-            pair.prompt_ids + x for pair in self.pairs for x in (pair.chosen_ids, pair.rejected_ids)
-        ]
-        longest = max(map(len, sides))
-        _check_range(
-            model, max(map(max, sides)), longest, "the pairs'", "a response with its prompt"
-        )
+        trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         scheduler = _cosine(optimizer, config, len(steps))
+        reference = None
+        if not config.precompute_ref_log_probs and not config.use_peft:
+            reference = copy.deepcopy(model).requires_grad_(False).eval()
         model, optimizer = accelerator.prepare(model, optimizer)
-        ref_logp_P2 = self._reference(model)
+        ref_logp_P2 = self._reference(model) if config.precompute_ref_log_probs else None
         checkpoints = self.out / "checkpoint"
         plain = accelerator.unwrap_model(model)
         done = load_checkpoint(checkpoints, plain, optimizer.optimizer, scheduler)
         log = MetricsLog(self.out / "metrics", done) if accelerator.is_main_process else None
         bar = tqdm(total=len(steps), initial=done, desc="train", disable=not self.progress)
         for index in range(done, len(steps)):
-            row = self._step(model, optimizer, steps[index], ref_logp_P2)
+            row = self._step(model, optimizer, steps[index], ref_logp_P2, reference)
             row["learning_rate"] = scheduler.get_last_lr()[0]
             scheduler.step()
             if log is not None:
@@ -283,20 +262,90 @@ class _Round:
             due = (index + 1) % config.save_steps == 0 or index + 1 == len(steps)
             if due and accelerator.is_main_process:
                 save_checkpoint(checkpoints, index + 1, plain, optimizer.optimizer, scheduler)
+            if self.on_step is not None:
+                self.on_step(row)
         bar.close()
         if log is not None:
             log.close()
-            save_policy(plain, self.tokenizer, self.out / "policy")
+            self._save(plain)
         accelerator.wait_for_everyone()
-        del model, plain, optimizer, scheduler  # the patched forwards are a cycle
+        del model, plain, optimizer, scheduler, reference  # the patched forwards are a cycle
         gc.collect()
         return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
 
+    def _load(self) -> nn.Module:
+        """The start on this process's device, with everything that the options patch onto it."""
+        config, device = self.config, self.accelerator.device
+        model, dtype = self.start, getattr(torch, config.dtype)
+        if isinstance(model, str | Path):
+            load = load_4bit if config.load_in_4bit else load_causal_lm
+            model = load(str(model), dtype=dtype)
+        elif config.load_in_4bit:
+            raise ConfigError("load_in_4bit=True needs a model by name, not one in memory")
+        model = model.to(device)
+        self.weights = None
+        if config.reference_cache is not None and config.precompute_ref_log_probs:
+            self.weights = weights_digest(model)  # before there are adapters
+        if config.use_peft:
+            model = add_lora(
+                model,
+                r=config.lora_r,
+                alpha=config.lora_alpha,
+                target_modules=config.lora_target_modules,
+                seed=config.seed,
+            )
+        return prepare_model(
+            model,
+            layout=config.layout,
+            gradient_checkpointing=config.gradient_checkpointing,
+            bf16=config.bf16,
+            impl=config.impl,
+            activation_offloading=config.activation_offloading,
+            mlp_tile_tokens=config.mlp_tile_tokens,
+            use_liger_kernel=config.use_liger_kernel,
+        )
+
+    def _fit_pairs(self, model: nn.Module) -> None:
+        """Bring every pair within the budget, by the rule of the config."""
+        config = self.config
+        self.layout = layout_of(model)
+        fitted = fit_to_budget(
+            self.pairs, config.max_tokens, layout=self.layout, overlong=config.overlong
+        )
+        if self.accelerator.is_main_process and (fitted.dropped or fitted.truncated):
+            print(
+                f"over max_tokens={config.max_tokens}: {fitted.dropped} pairs dropped, "
+                f"{fitted.truncated} truncated"
+            )
+        self.pairs = fitted.pairs
+        self.lengths = [pair.num_tokens(self.layout) for pair in self.pairs]
+        sides = [
+            pair.prompt_ids + x for pair in self.pairs for x in (pair.chosen_ids, pair.rejected_ids)
+        ]
+        what = "a response with its prompt"
+        check_range(model, max(map(max, sides)), max(map(len, sides)), "the pairs'", what)
+
+    def _save(self, model: nn.Module) -> None:
+        """Leave the policy as a whole model; adapters are merged in fp32 and kept beside it.
+
+        Merged in bf16, most of a small change would be rounded away.
+        """
+        config, whole = self.config, model
+        if config.use_peft:
+            save_adapter(model, self.out / "adapter")
+            if config.load_in_4bit:
+                whole = merged(str(self.start), self.out / "adapter", torch.float32)
+            else:
+                whole = merged_in_place(model, torch.float32)
+        save_policy(whole, self.tokenizer, self.out / "policy")
+
     def _claim_folder(self) -> None:
         """Write what this run is, or refuse a folder that holds another one."""
-        names = {field.name for field in fields(TrainingConfig)} - {"save_steps"}
+        names = {field.name for field in fields(TrainingConfig)} - _FREE
         run = {name: value for name, value in asdict(self.config).items() if name in names}
-        run |= {"model": str(self.model_name), "pairs": _digest(self.pairs)}
+        named = isinstance(self.start, str | Path)
+        run["model"] = str(self.start) if named else weights_digest(self.start)
+        run["pairs"] = pairs_digest(self.pairs)
         path = self.out / "run.json"
         if self.accelerator.is_main_process and not path.exists():
             write_json_atomic(path, run)
@@ -316,29 +365,27 @@ class _Round:
     def _plan(self, epoch: int) -> list[list[list[int]]]:
         """Micro-batches of pair indices for each step of an epoch, of this process."""
         config, world = self.config, self.accelerator.num_processes
+        fit = {"max_tokens": config.max_tokens, "padded": self.layout == "padded"}
         steps = plan_steps(
-            self.lengths,
-            batch_pairs=config.batch_size,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            epoch=epoch,
+            self.lengths, batch_pairs=config.batch_size, seed=config.seed, epoch=epoch, **fit
         )
         if world == 1:
             return steps
         own = []
         for step in steps:
-            mine = sorted(chain.from_iterable(step))[self.accelerator.process_index :: world]
-            if not mine:
+            pairs = list(chain.from_iterable(step))
+            mine = share_step(pairs, self.lengths, world)[self.accelerator.process_index]
+            if len(pairs) < world:
                 raise ConfigError(
-                    f"a step of {sum(map(len, step))} pairs leaves one of {world} processes "
+                    f"a step of {len(pairs)} pairs leaves one of {world} processes "
                     "without a pair; use fewer processes or more pairs"
                 )
-            plan = plan_batches([self.lengths[i] for i in mine], max_tokens=config.max_tokens)
+            plan = plan_batches([self.lengths[i] for i in mine], **fit)
             own.append([[mine[i] for i in batch] for batch in plan])
         return own
 
     def _batch(self, index: list[int]) -> PackedPairs:
-        batch = pack_pairs([self.pairs[i] for i in index], index)
+        batch = pack_pairs([self.pairs[i] for i in index], index, layout=self.layout)
         return batch.to(self.accelerator.device)
 
     def _loss(
@@ -358,24 +405,57 @@ class _Round:
                 alpha=config.alpha,
                 num_pairs=num_pairs,
                 workspace_mib=config.workspace_mib,
+                impl=config.impl,
             )
+
+    def _reference_logp(self, model: nn.Module, batch: PackedPairs) -> Tensor:
+        """Log-prob sums of a batch under the reference, on the route that training takes."""
+        zeros_S = torch.zeros(
+            2 * batch.num_pairs, dtype=torch.float64, device=batch.target_N.device
+        )
+        plain = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), reference_mode(plain) if self.config.use_peft else nullcontext():
+            return self._loss(plain, batch, zeros_S).logp_S
 
     def _reference(self, model: nn.Module) -> Tensor:
         """Log-prob sums of each pair under the reference, (pairs, 2) fp64, kept on disk."""
         from accelerate.utils import gather_object
-        from safetensors.torch import load_file, save_file
 
-        folder = self.out / "ref_logps"
-        if folder.is_dir():
-            return load_file(folder / "ref_logps.safetensors")["logp_P2"]
+        config, accelerator = self.config, self.accelerator
+        own, shared = self.out / "ref_logps" / "ref_logps.safetensors", None
+        if config.reference_cache is not None:
+            key = cache_key(
+                weights=self.weights,
+                pairs=pairs_digest(self.pairs),
+                layout=self.layout,
+                device=accelerator.device.type,
+                bf16=config.bf16,
+                impl=config.impl,
+            )
+            shared = Path(config.reference_cache).expanduser() / f"{key}.safetensors"
+        accelerator.wait_for_everyone()
+        logp_P2 = ref_logps.load(own, len(self.pairs))
+        if logp_P2 is None and shared is not None:
+            logp_P2 = ref_logps.load(shared, len(self.pairs))
+        # A process that finds what another does not would leave it waiting.
+        if not all(gather_object([logp_P2 is not None])):
+            logp_P2 = self._compute_reference(model)
+            if accelerator.is_main_process and shared is not None:
+                ref_logps.save(shared, logp_P2)
+        assert logp_P2 is not None
+        if accelerator.is_main_process and not own.is_file():
+            ref_logps.save(own, logp_P2)
+        accelerator.wait_for_everyone()
+        return logp_P2
+
+    def _compute_reference(self, model: nn.Module) -> Tensor:
+        from accelerate.utils import gather_object
+
         found: list[tuple[int, list[float]]] = []
         batches = list(chain.from_iterable(self._plan(epoch=0)))
         for index in tqdm(batches, desc="reference", disable=not self.progress):
-            batch = self._batch(index)
-            zeros_S = torch.zeros(2 * len(index), dtype=torch.float64, device=batch.target_N.device)
-            with torch.no_grad():
-                result = self._loss(model, batch, zeros_S)
-            found += zip(index, result.logp_S.view(-1, 2).tolist())
+            logp_S = self._reference_logp(model, self._batch(index))
+            found += zip(index, logp_S.view(-1, 2).tolist())
         found = gather_object(found)
         logp_P2 = torch.full((len(self.pairs), 2), float("nan"), dtype=torch.float64)
         for pair, sums in found:
@@ -383,29 +463,37 @@ class _Round:
         bad = logp_P2.isfinite().all(1).logical_not().nonzero()
         if len(bad):
             raise ModelError(
-                f"the reference {self.model_name!r} gives pair {int(bad[0])} a log-prob that is "
-                "not finite; the model is broken or overflows in bf16 (try bf16=false)"
+                f"the reference gives pair {int(bad[0])} ({self.pairs[int(bad[0])].where}) a "
+                "log-prob that is not finite; the model is broken or overflows in bf16 (try "
+                "bf16=false)"
             )
-        if self.accelerator.is_main_process:
-            with atomic_directory(folder) as scratch:
-                save_file({"logp_P2": logp_P2}, scratch / "ref_logps.safetensors")
-        self.accelerator.wait_for_everyone()
         return logp_P2
 
     def _step(
-        self, model: nn.Module, optimizer: Any, batches: list[list[int]], ref_logp_P2: Tensor
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        batches: list[list[int]],
+        ref_logp_P2: Tensor | None,
+        reference: nn.Module | None,
     ) -> dict[str, float]:
-        """One optimizer step over this process's micro-batches; metrics averaged over all pairs."""
+        """One optimizer step over this process's micro-batches; metrics averaged over all pairs.
+
+        The reference is known (``ref_logp_P2``), another model, or ``model`` with adapters off.
+        """
         config, accelerator = self.config, self.accelerator
         started = time.perf_counter()
         own_pairs = sum(map(len, batches))
-        own_tokens = sum(self.lengths[i] for index in batches for i in index)
-        counts = torch.tensor([own_pairs, own_tokens], device=accelerator.device)
-        step_pairs, all_tokens = accelerator.reduce(counts, "sum").tolist()  # type: ignore[union-attr]
+        own_tokens = sum(self._tokens(index) for index in batches)
+        counts = torch.tensor([own_pairs, own_tokens, len(batches)], device=accelerator.device)
+        step_pairs, all_tokens, all_batches = accelerator.reduce(counts, "sum").tolist()  # type: ignore[union-attr]
         sums: dict[str, Tensor] = {}
         for position, index in enumerate(batches):
             batch = self._batch(index)
-            ref_logp_S = ref_logp_P2[index].reshape(-1).to(batch.target_N.device)
+            if ref_logp_P2 is not None:
+                ref_logp_S = ref_logp_P2[index].reshape(-1).to(batch.target_N.device)
+            else:
+                ref_logp_S = self._reference_logp(reference or model, batch)
             last = position == len(batches) - 1
             with accelerator.no_sync(model) if not last else nullcontext():
                 # Gradients are averaged over processes, so each divides by its share.
@@ -428,8 +516,17 @@ class _Round:
         optimizer.zero_grad()
         row = self._average(row, own_pairs, step_pairs)
         seconds = time.perf_counter() - started
-        speed = {"num_tokens": all_tokens, "pairs_per_second": step_pairs / seconds}
+        speed = {
+            "num_tokens": all_tokens,
+            "fill_rate": all_tokens / (all_batches * config.max_tokens),
+            "pairs_per_second": step_pairs / seconds,
+        }
         return {**row, "pairs": step_pairs, **speed}
+
+    def _tokens(self, index: list[int]) -> int:
+        """Tokens that a micro-batch computes."""
+        lengths = [self.lengths[i] for i in index]
+        return len(lengths) * max(lengths) if self.layout == "padded" else sum(lengths)
 
     def _average(self, row: dict[str, float], own: int, total: int) -> dict[str, float]:
         """Weight each process's metrics by its pairs."""
@@ -476,14 +573,6 @@ def _cosine(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _digest(pairs: Sequence[TokenizedPair]) -> str:
-    """Which tokens reference log-probs belong to."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        digest.update(json.dumps([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
-    return digest.hexdigest()
 
 
 def _mean_metrics(path: Path) -> dict[str, float]:

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdpo.batch import (
+    LAYOUTS,
     TokenizedPair,
     fill_rate,
     pack_pairs,
     plan_batches,
     plan_steps,
+    share_step,
 )
 
 PAIRS = [
@@ -31,39 +33,75 @@ some_pairs = st.lists(st.builds(TokenizedPair, ids, ids, ids), min_size=1, max_s
 some_lengths = st.lists(st.integers(1, 64), max_size=60)
 
 
-def test_layout_of_one_pair_by_hand():
+def test_layouts_of_one_pair_by_hand():
     batch = pack_pairs(PAIRS[:1])
-    assert batch.input_ids_T.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6]
-    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    assert batch.cu_seqlens_S1.tolist() == [0, 5, 9]
-    assert batch.rows_N.tolist() == [2, 3, 7]
-    assert batch.target_N.tolist() == [4, 5, 6]
-    assert batch.bounds_S1.tolist() == [0, 2, 3]
-    assert (batch.max_seqlen, batch.num_pairs, batch.num_tokens) == (5, 1, 9)
+    assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 3]]
+    assert batch.rows_N.tolist() == [2, 3, 2]  # the prompt's last row predicts both firsts
+    segments = batch.segments
+    assert (segments.bounds_q, segments.bounds_k) == ((0, 5, 6), (0, 5, 9))
+    assert segments.key_rows_K.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
+    assert segments.longest == (5, 5)
+    packed = pack_pairs(PAIRS[:1], layout="packed")
+    assert packed.input_ids_BT.tolist() == [[1, 2, 3, 4, 5, 1, 2, 3, 6]]
+    assert packed.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert packed.rows_N.tolist() == [2, 3, 7]
+    assert packed.segments.bounds_q == packed.segments.bounds_k == (0, 5, 9)
+    assert packed.segments.key_rows_K is None
+    padded = pack_pairs(PAIRS[:1], layout="padded")
+    assert padded.input_ids_BT.tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 6, 0]]
+    assert padded.position_ids_BT is padded.segments is None
+    assert padded.rows_N.tolist() == [2, 3, 7]
+    for each, tokens in ((batch, 6), (packed, 9), (padded, 10)):
+        assert each.target_N.tolist() == [4, 5, 6] and each.bounds_S1.tolist() == [0, 2, 3]
+        assert (each.num_pairs, each.num_tokens) == (1, tokens)
 
 
 @settings(max_examples=60, deadline=None)
-@given(some_pairs)
-def test_layout_against_one_sequence_at_a_time(pairs):
-    batch = pack_pairs(pairs)
-    responses = [r for p in pairs for r in (p.chosen_ids, p.rejected_ids)]
-    prompts = [p.prompt_ids for p in pairs for _ in range(2)]
-    starts = batch.cu_seqlens_S1.tolist()
-    bounds = batch.bounds_S1.tolist()
-    assert len(starts) == len(bounds) == 2 * len(pairs) + 1
-    for s, (prompt, response) in enumerate(zip(prompts, responses)):
-        tokens = batch.input_ids_T[starts[s] : starts[s + 1]]
-        rows = batch.rows_N[bounds[s] : bounds[s + 1]]
-        assert tokens.tolist() == prompt + response
-        assert batch.position_ids_T[starts[s] : starts[s + 1]].tolist() == list(range(len(tokens)))
+@given(some_pairs, st.sampled_from(LAYOUTS))
+def test_each_target_sees_its_own_sequence(pairs, layout):
+    """Following keys back from each target's row gives its prompt and the response before it."""
+    batch = pack_pairs(pairs, layout=layout)
+    ids, bounds = batch.input_ids_BT.view(-1), batch.bounds_S1.tolist()
+    sides = [(p.prompt_ids, r) for p in pairs for r in (p.chosen_ids, p.rejected_ids)]
+    assert len(bounds) == len(sides) + 1 and batch.num_pairs == len(pairs)
+    for s, (prompt, response) in enumerate(sides):
         assert batch.target_N[bounds[s] : bounds[s + 1]].tolist() == response
-        # The row that predicts a target is the one before it, inside the same sequence.
-        assert (rows - starts[s]).tolist() == [len(prompt) - 1 + j for j in range(len(response))]
-        assert batch.input_ids_T[rows + 1].tolist() == response
-    assert starts[-1] == batch.num_tokens == sum(p.num_tokens for p in pairs)
-    assert bounds[-1] == len(batch.target_N) == len(batch.rows_N)
-    assert batch.max_seqlen == max(b - a for a, b in pairwise(starts))
-    assert batch.num_pairs == len(pairs)
+        for j, row in enumerate(batch.rows_N[bounds[s] : bounds[s + 1]].tolist()):
+            assert seen_by(batch, ids, row) == prompt + response[:j]
+            if batch.position_ids_BT is not None:
+                assert batch.position_ids_BT[0, row] == len(prompt) + j - 1
+    if layout != "padded":
+        assert batch.num_tokens == sum(p.num_tokens(layout) for p in pairs)
+    elif len(pairs) == 1:
+        assert batch.num_tokens == pairs[0].num_tokens(layout)
+
+
+def seen_by(batch, ids, row):
+    """Tokens that a row attends to, itself last."""
+    if batch.segments is None:
+        T = batch.input_ids_BT.shape[1]
+        return ids[row // T * T : row + 1].tolist()
+    q, k = batch.segments.bounds_q, batch.segments.bounds_k
+    i = next(i for i in range(len(q) - 1) if q[i] <= row < q[i + 1])
+    keys = batch.segments.key_rows_K
+    keys = range(q[-1]) if keys is None else keys.tolist()
+    own = list(keys)[k[i] : k[i + 1]]
+    return ids[own[: len(own) - (q[i + 1] - 1 - row)]].tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(some_pairs)
+def test_gathered_keys_and_their_gradient(pairs):
+    segments = pack_pairs(pairs).segments
+    T, K = segments.bounds_q[-1], segments.bounds_k[-1]
+    assert len(segments.key_rows_K) == K and len(segments.first_T) == T
+    assert segments.key_rows_K[segments.first_T].tolist() == list(range(T))
+    assert torch.equal(segments.key_rows_K[segments.again_keys_R], segments.again_rows_R)
+    everything = torch.cat([segments.first_T, segments.again_keys_R])
+    assert sorted(everything.tolist()) == list(range(K))
+    for bounds, tensor in ((segments.bounds_q, segments.cu_q), (segments.bounds_k, segments.cu_k)):
+        assert tensor.dtype == torch.int32 and tuple(tensor.tolist()) == bounds
 
 
 def test_types_and_pair_indices():
@@ -73,17 +111,24 @@ def test_types_and_pair_indices():
     for f in fields(batch):
         value = getattr(batch, f.name)
         if isinstance(value, torch.Tensor):
-            assert value.dtype == (torch.int32 if f.name == "cu_seqlens_S1" else torch.int64)
-            assert value.is_contiguous() and value.ndim == 1
+            assert value.dtype == torch.int64 and value.is_contiguous()
 
 
 def test_to_moves_only_the_token_tensors():
     batch = pack_pairs(PAIRS).to("meta")
-    on_meta = {
-        f.name for f in fields(batch) if getattr(getattr(batch, f.name), "is_meta", False) is True
-    }
-    assert on_meta == {"input_ids_T", "position_ids_T", "rows_N", "target_N"}
-    assert batch.num_pairs == 3 and batch.num_tokens == 25
+    stay = {"bounds_S1", "pair_index_P"}
+    for data in (batch, batch.segments):
+        for f in fields(data):
+            value = getattr(data, f.name)
+            if isinstance(value, torch.Tensor):
+                assert value.is_meta == (f.name not in stay), f.name
+    assert batch.num_pairs == 3 and batch.num_tokens == 19
+
+
+def test_an_unknown_layout_is_named():
+    for refused in (lambda: pack_pairs(PAIRS, layout="rows"), lambda: PAIRS[0].num_tokens("rows")):
+        with pytest.raises(ValueError, match="layout='rows' must be one of shared, packed, padded"):
+            refused()
 
 
 def test_pack_pairs_refuses_nothing_and_wrong_index():
@@ -158,6 +203,29 @@ def test_plan_steps_shuffles_by_seed_and_epoch_only():
     assert order(0, 0) == first
     assert len({order(seed, epoch) for seed in range(4) for epoch in range(4)}) == 16
     assert first != tuple(range(50))
+
+
+@settings(max_examples=80, deadline=None)
+@given(some_lengths, st.integers(64, 300))
+def test_padded_batches_count_their_padding(lengths, max_tokens):
+    plan = plan_batches(lengths, max_tokens=max_tokens, padded=True)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
+    taken = [[lengths[i] for i in batch] for batch in plan]
+    assert all(len(batch) * max(batch) <= max_tokens for batch in taken)
+    # Filled in order of length: the next pair would not have fitted.
+    for batch, after in pairwise(taken):
+        assert min(batch) >= max(after) and (len(batch) + 1) * max(batch) > max_tokens
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=60), st.integers(1, 8))
+def test_a_step_is_shared_out_evenly(lengths, world):
+    shares = share_step(range(len(lengths)), lengths, world)
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in share) for share in shares]
+    # Longest first to the emptiest: two differ by at most one pair.
+    assert len(shares) == world and max(loads) - min(loads) <= max(lengths)
+    assert all(shares) or len(lengths) < world
 
 
 def test_planning_leaves_the_global_random_state_alone():

@@ -6,16 +6,24 @@ with values written out by hand. Tokenizers are trained here on a few sentences.
 
 import csv
 import json
+import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fastdpo.batch import TokenizedPair
 from fastdpo.data import (
+    OVERLONG,
     DataError,
+    Fitted,
     PreferenceRow,
     Rows,
+    fit_to_budget,
     preference_rows,
     prompt_rows,
     read_rows,
@@ -108,11 +116,11 @@ def make_tokenizer(chat_template: str | None = CHATML) -> Any:
     return tokenizer
 
 
-def tokenize(rows, tokenizer, max_length=None):
+def tokenize(rows, tokenizer, max_length=None, **options):
     rows = preference_rows(Rows("here", rows))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # prompts that lose tokens have a test of their own
-        return tokenize_dataset(rows, tokenizer, max_length=max_length, progress=False)
+        return tokenize_dataset(rows, tokenizer, max_length=max_length, progress=False, **options)
 
 
 def triples(result):
@@ -252,6 +260,263 @@ def test_dropped_and_truncated_pairs_are_counted(tokenizer):
     everything = tokenize(rows, tokenizer)
     assert (len(everything.pairs), everything.truncated) == (4, 0)
     assert everything.dropped == {"identical responses": 2}
+
+
+def overlong_rows(tokenizer):
+    """Rows, and the `max_length` that exactly two of them are within."""
+    prompt = "The sky"
+    rows = [
+        {"prompt": prompt, "chosen": "!", "rejected": "?"},
+        {"prompt": prompt, "chosen": "!?!?!", "rejected": "!?!?!"},  # identical at any length
+        {"prompt": prompt, "chosen": "!?", "rejected": "?"},  # chosen is one too long
+        {"prompt": prompt, "chosen": "?", "rejected": "!?!?!"},
+        {"prompt": prompt, "chosen": "!?!?!", "rejected": "!?!?"},
+        {"prompt": "!?" * 9, "chosen": "!", "rejected": "?"},
+        {"prompt": prompt, "chosen": "?", "rejected": "!"},
+    ]
+    start = len(tokenizer(prompt)["input_ids"])
+    whole = tokenize(rows, tokenizer).pairs
+    lengths = [(len(x.prompt_ids), len(x.chosen_ids), len(x.rejected_ids)) for x in whole]
+    responses = [(2, 2), (3, 2), (2, 6), (6, 5), (2, 2), (2, 2)]
+    prompts = [start, start, start, start, 18, start]
+    assert lengths == [(prompt, *both) for prompt, both in zip(prompts, responses)]
+    return rows, whole, start + 2
+
+
+def test_overlong_pairs_are_truncated(tokenizer):
+    rows, whole, max_length = overlong_rows(tokenizer)
+    result = tokenize(rows, tokenizer, max_length, overlong="truncate")
+    assert result == tokenize(rows, tokenizer, max_length)
+    assert result.pairs == [
+        whole[0],
+        replace(whole[1], chosen_ids=whole[1].chosen_ids[:2]),
+        replace(whole[2], rejected_ids=whole[2].rejected_ids[:2]),
+        whole[5],
+    ]
+    assert result.truncated == 2
+    assert result.dropped == {
+        "identical responses": 1,
+        "identical responses after truncation": 1,
+        "responses truncated to nothing": 1,
+    }
+
+
+def test_overlong_pairs_are_dropped(tokenizer):
+    rows, whole, max_length = overlong_rows(tokenizer)
+    result = tokenize(rows, tokenizer, max_length, overlong="drop")
+    assert result.pairs == [whole[0], whole[5]]
+    assert result.truncated == 0
+    assert result.dropped == {"identical responses": 1, "longer than max_length": 4}
+    with pytest.raises(
+        DataError, match=r"\(longer than max_length: 1\)\. Raise max_length, set overlong=truncate,"
+    ):
+        tokenize(rows[2:3], tokenizer, max_length, overlong="drop")
+
+
+@pytest.mark.parametrize(("at", "side", "tokens"), [(2, "chosen", 3), (3, "rejected", 6)])
+def test_the_first_overlong_pair_stops(tmp_path, tokenizer, at, side, tokens):
+    rows, _, max_length = overlong_rows(tokenizer)
+    path = tmp_path / "pairs.jsonl"
+    # Identical responses are dropped whatever their length, so they stop nothing.
+    chosen = [*rows[:2], *rows[at:]]
+    path.write_text("\n" + "".join(f"{json.dumps(row)}\n" for row in chosen))
+    start = max_length - 2
+    with pytest.raises(DataError) as caught:
+        tokenize_dataset(
+            preference_rows(read_rows(path)),
+            tokenizer,
+            max_length=max_length,
+            overlong="stop",
+            progress=False,
+        )
+    total = start + tokens
+    assert str(caught.value) == (
+        f"{path}:4: prompt and {side} response have {total} tokens ({start} + {tokens}), "
+        f"max_length is {max_length}. Raise max_length to at least {total}, "
+        "or set overlong=truncate or overlong=drop."
+    )
+    # The advice holds.
+    tokenize(chosen[:3], tokenizer, total, overlong="stop")
+    with pytest.raises(DataError, match=f"max_length is {total - 1}"):
+        tokenize(chosen[:3], tokenizer, total - 1, overlong="stop")
+
+
+@pytest.mark.parametrize("overlong", OVERLONG)
+def test_pairs_within_max_length_are_left_alone(overlong, tokenizer):
+    rows, whole, _ = overlong_rows(tokenizer)
+    longest = max(len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids)) for x in whole)
+    for max_length in (None, longest):
+        result = tokenize(rows, tokenizer, max_length, overlong=overlong)
+        assert (result.pairs, result.truncated) == (whole, 0)
+        assert result.dropped == {"identical responses": 1}
+
+
+@pytest.mark.parametrize("overlong", ["", "keep", "Truncate", "truncate "])
+def test_other_choices_are_refused(overlong, tokenizer):
+    message = re.escape(f"overlong must be truncate, drop or stop, got {overlong!r}")
+    with pytest.raises(ValueError, match=message):
+        tokenize(STRINGS, tokenizer, overlong=overlong)
+    with pytest.raises(ValueError, match=message):
+        fit_to_budget([LONG], 99, layout="shared", overlong=overlong)
+
+
+def test_pairs_remember_their_row(tokenizer):
+    rows = preference_rows(Rows("pairs.jsonl", CHATS, lines=[1, 17]))
+    result = tokenize_dataset(rows, tokenizer, max_length=None, progress=False)
+    assert [pair.where for pair in result.pairs] == ["pairs.jsonl:1", "pairs.jsonl:17"]
+    pair = tokenize_pair(rows[1], tokenizer, None)
+    assert isinstance(pair, TokenizedPair) and pair.where == "pairs.jsonl:17"
+    assert pair == replace(pair, where="elsewhere")
+
+
+SHORT = TokenizedPair([1], [2], [3])
+LONG = TokenizedPair([1, 2], [3, 4, 5, 6, 7], [8, 9], {"score": 1.5}, "pairs.jsonl:17")
+
+
+@pytest.mark.parametrize(
+    ("room", "chosen", "rejected"),
+    [
+        (6, [3, 4, 5, 6], [8, 9]),
+        (5, [3, 4, 5], [8, 9]),
+        (4, [3, 4], [8, 9]),
+        (3, [3], [8]),  # a cap of 2 would take 4
+        (2, [3], [8]),
+    ],
+)
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_pairs_over_the_budget_are_cut_to_one_cap(room, chosen, rejected, share_prompt):
+    max_tokens = room + (2 if share_prompt else 4)
+    result = fit_to_budget(
+        [SHORT, LONG],
+        max_tokens,
+        layout="shared" if share_prompt else "packed",
+        overlong="truncate",
+    )
+    cut = TokenizedPair([1, 2], chosen, rejected, {"score": 1.5})
+    assert result == Fitted([SHORT, cut], [0, 1], 0, 1)
+    assert result.pairs[0] is SHORT and result.pairs[1].where == "pairs.jsonl:17"
+    assert (LONG.chosen_ids, LONG.rejected_ids) == ([3, 4, 5, 6, 7], [8, 9])
+
+
+@pytest.mark.parametrize(
+    ("pair", "share_prompt", "max_tokens"),
+    [
+        (LONG, True, 3),  # one token of each is one too many
+        (LONG, False, 5),
+        (TokenizedPair([1] * 9, [2], [3]), True, 8),  # the prompt alone is too long
+        (TokenizedPair([1], [2, 3, 4], [2, 3, 5]), True, 5),  # identical after the cut
+    ],
+)
+def test_a_pair_that_no_cut_makes_useful_is_dropped(pair, share_prompt, max_tokens):
+    result = fit_to_budget(
+        [pair, SHORT, pair, SHORT],
+        max_tokens,
+        layout="shared" if share_prompt else "packed",
+        overlong="truncate",
+    )
+    assert (result.kept, result.dropped, result.truncated) == ([1, 3], 2, 0)
+    assert result.pairs[0] is SHORT and result.pairs[1] is SHORT
+    with pytest.raises(DataError, match="no pair is left"):
+        fit_to_budget(
+            [pair], max_tokens, layout="shared" if share_prompt else "packed", overlong="truncate"
+        )
+
+
+@pytest.mark.parametrize(("share_prompt", "size"), [(True, 9), (False, 11)])
+def test_pairs_over_the_budget_are_dropped_or_stop(share_prompt, size):
+    pairs = [SHORT, LONG, replace(LONG, chosen_ids=[7] * 20)]
+    result = fit_to_budget(
+        pairs, size - 1, layout="shared" if share_prompt else "packed", overlong="drop"
+    )
+    assert result == Fitted([SHORT], [0], 2, 0) and result.pairs[0] is SHORT
+    with pytest.raises(DataError) as caught:
+        fit_to_budget(
+            pairs, size - 1, layout="shared" if share_prompt else "packed", overlong="stop"
+        )
+    assert str(caught.value) == (
+        f"pairs.jsonl:17: the pair takes {size} tokens, max_tokens is {size - 1}. Raise "
+        f"max_tokens to at least {size + 15}, the longest pair, or set overlong=truncate or "
+        "overlong=drop."
+    )
+    with pytest.raises(DataError, match=r"^pair 1 \(counting from 0\): the pair takes"):
+        fit_to_budget(
+            [SHORT, replace(LONG, where="")],
+            8,
+            layout="shared" if share_prompt else "packed",
+            overlong="stop",
+        )
+    for overlong in OVERLONG:
+        whole = fit_to_budget(
+            pairs, size + 15, layout="shared" if share_prompt else "packed", overlong=overlong
+        )
+        assert whole == Fitted(pairs, [0, 1, 2], 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("overlong", "choice"), [("truncate", ""), ("drop", ", or set overlong=truncate")]
+)
+def test_no_pair_within_the_budget_is_an_error(overlong, choice):
+    with pytest.raises(DataError) as caught:
+        fit_to_budget([LONG, SHORT], 2, layout="shared", overlong=overlong)
+    assert str(caught.value) == (
+        "pairs.jsonl:17 to pair 1 (counting from 0): no pair is left to train on: all 2 take "
+        "more than max_tokens = 2 tokens. Raise max_tokens to at least 9, the longest pair"
+        f"{choice}."
+    )
+    with pytest.raises(DataError, match="there are no pairs"):
+        fit_to_budget([], 9, layout="shared", overlong=overlong)
+
+
+def some_ids(most):
+    return st.lists(st.integers(0, 2), min_size=1, max_size=most)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pairs=st.lists(
+        st.builds(TokenizedPair, some_ids(6), some_ids(12), some_ids(12)), min_size=1, max_size=5
+    ),
+    max_tokens=st.integers(3, 36),
+    share_prompt=st.booleans(),
+)
+def test_fitted_pairs_fit_and_lose_no_more_than_they_must(pairs, max_tokens, share_prompt):
+    def cut(pair, cap):
+        return replace(pair, chosen_ids=pair.chosen_ids[:cap], rejected_ids=pair.rejected_ids[:cap])
+
+    def fits(pair):
+        prompts = 1 if share_prompt else 2
+        size = prompts * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        return size <= max_tokens
+
+    # The rule in its plainest form: try every cap.
+    best = {}
+    for i, pair in enumerate(pairs):
+        caps = [cap for cap in range(1, 13) if fits(cut(pair, cap))]
+        if caps and (
+            fits(pair) or cut(pair, caps[-1]).chosen_ids != cut(pair, caps[-1]).rejected_ids
+        ):
+            best[i] = cut(pair, caps[-1])
+    within = [i for i, pair in enumerate(pairs) if fits(pair)]
+    for overlong, kept in (("truncate", list(best)), ("drop", within)):
+        if not kept:
+            with pytest.raises(DataError, match="no pair is left"):
+                fit_to_budget(
+                    pairs,
+                    max_tokens,
+                    layout="shared" if share_prompt else "packed",
+                    overlong=overlong,
+                )
+            continue
+        result = fit_to_budget(
+            pairs, max_tokens, layout="shared" if share_prompt else "packed", overlong=overlong
+        )
+        assert all(map(fits, result.pairs))
+        assert result.pairs == [best[i] for i in kept] and result.kept == kept
+        assert (result.dropped, result.truncated) == (
+            len(pairs) - len(kept),
+            len(set(kept) - set(within)),
+        )
+        assert all(x is pairs[i] for x, i in zip(result.pairs, kept) if i in within)
 
 
 def test_a_prompt_or_a_response_without_tokens_is_dropped(tokenizer):

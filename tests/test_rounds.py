@@ -37,6 +37,7 @@ def arguments(inputs, out, **changes):
         output_dir=out, rounds=2, heldout=3, num_samples=3, max_new_tokens=12, max_length=64,
         max_tokens=160, batch_prompts=3, batch_size=3, save_steps=1, learning_rate=1e-3,
         warmup_ratio=0.0, bf16="false", sample_dtype="float32", gradient_checkpointing="false",
+        reference_cache="null",
     )  # fmt: skip
     options |= changes
     return ["iterate", *(f"--{name}={value}" for name, value in options.items())]

@@ -12,7 +12,7 @@ from tiny import LLAMA, build_tokenizer
 from torch.multiprocessing.spawn import spawn
 
 from fastdpo.batch import TokenizedPair, pack_pairs
-from fastdpo.trainer import packed_loss, prepare_model
+from fastdpo.policy import packed_loss, prepare_model
 
 WORLD = 2
 VOCAB = len(build_tokenizer())

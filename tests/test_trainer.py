@@ -9,10 +9,14 @@ from tiny import (
     BLOOM,
     COHERE,
     GEMMA,
+    GEMMA3,
     GRANITE,
     LLAMA,
     MAMBA,
     MISTRAL,
+    MIXTRAL,
+    OLMO,
+    OLMO2,
     OPT,
     PHI,
     QWEN,
@@ -21,11 +25,12 @@ from tiny import (
 )
 
 from fastdpo import attention, head, reference
-from fastdpo.batch import TokenizedPair, pack_pairs
+from fastdpo.batch import LAYOUTS, Segments, TokenizedPair, pack_pairs
 from fastdpo.models import ModelError, load_tokenizer
-from fastdpo.trainer import ConfigError, TrainingConfig, packed_loss, prepare_model, train
+from fastdpo.policy import layout_of, packed_loss, prepare_model
+from fastdpo.trainer import ConfigError, TrainingConfig, train
 
-FAMILIES = [LLAMA, QWEN, GEMMA, MISTRAL, COHERE, GRANITE, PHI]
+FAMILIES = [LLAMA, QWEN, GEMMA, GEMMA3, MISTRAL, COHERE, GRANITE, PHI, OLMO, OLMO2]
 VOCAB = len(build_tokenizer())
 
 
@@ -57,15 +62,23 @@ def one_by_one(model, pairs, ref_logp_S):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_equals_one_by_one(family, checkpointing):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_one_by_one(family, checkpointing, layout):
+    if checkpointing and layout == "packed":
+        pytest.skip("the attention's arguments go through a checkpoint as with shared prompts")
+    torch.manual_seed(0)
     plain = family.build(VOCAB).double().eval()
     plain.set_attn_implementation("eager")
-    packed = prepare_model(copy.deepcopy(plain), gradient_checkpointing=checkpointing)
+    packed = prepare_model(
+        copy.deepcopy(plain), layout=layout, gradient_checkpointing=checkpointing
+    )
+    assert layout_of(packed) == layout
     pairs = random_pairs(3)
     ref_logp_S = -50 + 10 * torch.randn(6, dtype=torch.float64)
     logp_S, loss = one_by_one(plain, pairs, ref_logp_S)
     loss.backward()
-    result = packed_loss(packed, pack_pairs(pairs), ref_logp_S, beta=0.1, alpha=0.02)
+    batch = pack_pairs(pairs, layout=layout)
+    result = packed_loss(packed, batch, ref_logp_S, beta=0.1, alpha=0.02)
     result.loss.backward()
     # rotary embeddings and eager softmax are fp32 in any model
     torch.testing.assert_close(result.logp_S, logp_S, rtol=1e-6, atol=1e-6)
@@ -75,30 +88,44 @@ def test_packed_equals_one_by_one(family, checkpointing):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_of_experts_shares_prompts(dtype):
+    torch.manual_seed(0)
+    plain = MIXTRAL.build(VOCAB).to(dtype)
+    found, pairs, zeros_S = {}, random_pairs(3), torch.zeros(6)
+    for layout in ("auto", "padded"):
+        model = prepare_model(copy.deepcopy(plain), layout=layout)
+        found[layout_of(model)] = packed_loss(
+            model, pack_pairs(pairs, layout=layout_of(model)), zeros_S, beta=0.1, alpha=0.0
+        ).logp_S
+    assert set(found) == {"shared", "padded"}
+    # A sum of up to 20 log-probs near -6: rounding of hidden states, once a layer.
+    bound = 20 * 6 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found["shared"], found["padded"], rtol=0, atol=bound)
+
+
 def test_a_model_that_leaks_between_sequences_is_refused(monkeypatch):
-    def leaky(module, query, key, value, mask, cu_seq_lens_q=None, **kwargs):
-        everything = torch.tensor([0, query.shape[2]], dtype=torch.int32)
-        return attention.packed_attention(
-            module, query, key, value, mask, cu_seq_lens_q=everything, **kwargs
-        )
+    real = attention.packed_attention
 
-    model = LLAMA.build(VOCAB)
-    head.attach(model)
-    attention.use_packed_attention(model)
-    from transformers import AttentionInterface
+    def leaky(module, query, key, value, mask, segments=None, **kwargs):
+        T = query.shape[2]
+        cu = torch.tensor([0, T], dtype=torch.int32)
+        everything = Segments((0, T), (0, T), cu, cu)
+        return real(module, query, key, value, mask, segments=everything, **kwargs)
 
-    AttentionInterface.register(attention.NAME, leaky)
-    try:
-        with pytest.raises(ValueError, match="not isolated"):
-            attention.check_isolation(model, lambda *packed: head.hidden_states(model, *packed))
-    finally:
-        AttentionInterface.register(attention.NAME, attention.packed_attention)
+    monkeypatch.setattr(attention, "packed_attention", leaky)
+    for layout in ("shared", "packed"):
+        with pytest.raises(ModelError, match="not isolated"):
+            prepare_model(LLAMA.build(VOCAB), layout=layout)
 
 
 @pytest.mark.parametrize("family", [MAMBA, BLOOM], ids=lambda family: family.name)
-def test_recurrent_and_own_attention_models_are_refused(family):
-    with pytest.raises(ModelError, match=r"not isolated|AttentionInterface|unexpected"):
-        prepare_model(family.build(VOCAB))
+def test_recurrent_and_own_attention_models_are_padded_or_refused(family, caplog):
+    for layout in ("shared", "packed"):
+        with pytest.raises(ModelError, match=r"linear_attention|AttentionInterface"):
+            prepare_model(family.build(VOCAB), layout=layout)
+    assert layout_of(prepare_model(family.build(VOCAB))) == "padded"
+    assert "padded" in caplog.text and "shared:" in caplog.text
 
 
 def test_dropout_is_off_so_the_first_loss_is_log_2():
@@ -138,7 +165,7 @@ def test_noise_in_a_model_is_refused():
 
 def test_packed_attention_refuses_unpacked_use():
     model = prepare_model(LLAMA.build(VOCAB))
-    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="got no segments"):
         model(torch.tensor([[3, 4, 5]]))
 
 
@@ -178,7 +205,7 @@ def test_attached_head_still_gives_logits():
 
 CONFIG = dict(
     batch_size=4, max_length=48, max_tokens=120, save_steps=2, learning_rate=1e-3, alpha=0.0,
-    gradient_checkpointing=False, warmup_ratio=0.0,
+    gradient_checkpointing=False, warmup_ratio=0.0, reference_cache=None,
 )  # fmt: skip
 
 
@@ -209,6 +236,32 @@ def test_first_loss_is_log_2_and_falls(model_path, tmp_path, bf16, workspace_mib
     assert rows[-1]["loss"] < 0.6 and rows[-1]["rewards/margins"] > 0
     assert rows[0]["learning_rate"] == 1e-3
     assert {"rewards/accuracies", "logps/chosen", "lengths/rejected", "grad_norm"} <= set(rows[0])
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics" / "metrics.jsonl").open()]
+
+
+def test_every_layout_gives_the_same_loss_curve(model_path, tmp_path):
+    for layout in LAYOUTS:
+        run(model_path, tmp_path / layout, bf16=False, layout=layout, num_train_epochs=3)
+    curves = [[row["loss"] for row in read_metrics(tmp_path / layout)] for layout in LAYOUTS]
+    assert len(curves[0]) == 12 and curves[0][-1] < 0.6
+    assert len({row["num_tokens"] for x in LAYOUTS for row in read_metrics(tmp_path / x)[:1]}) == 3
+    for curve in curves[1:]:
+        # Adam divides by the size of a gradient, so rounding grows over the steps.
+        torch.testing.assert_close(torch.tensor(curve), torch.tensor(curves[0]), rtol=2e-3, atol=0)
+    ends = [weights(tmp_path / layout) for layout in LAYOUTS]
+    for end in ends[1:]:
+        for name in end:
+            torch.testing.assert_close(end[name], ends[0][name], rtol=1e-2, atol=2e-4)
+
+
+def test_the_fill_rate_is_logged(model_path, tmp_path):
+    run(model_path, tmp_path)
+    for row in read_metrics(tmp_path):
+        batches = row["num_tokens"] / (row["fill_rate"] * CONFIG["max_tokens"])
+        assert 0 < row["fill_rate"] <= 1 and batches == pytest.approx(round(batches))
 
 
 def test_packing_does_not_change_training(model_path, tmp_path):

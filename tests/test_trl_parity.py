@@ -7,7 +7,7 @@ import torch
 from tiny import GEMMA, LLAMA, QWEN, build_tokenizer, save_tiny
 
 from fastdpo.batch import TokenizedPair, pack_pairs
-from fastdpo.trainer import packed_loss, prepare_model
+from fastdpo.policy import packed_loss, prepare_model
 
 trl = pytest.importorskip("trl")
 FAMILIES = [LLAMA, QWEN, GEMMA]

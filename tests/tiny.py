@@ -38,6 +38,13 @@ def _family(name: str, config: str, **extra: Any) -> Family:
 LLAMA = _family("llama", "LlamaConfig")
 QWEN = _family("qwen3", "Qwen3Config", tie_word_embeddings=True)
 GEMMA = _family("gemma2", "Gemma2Config", sliding_window=8, query_pre_attn_scalar=8)
+GEMMA3 = _family(
+    "gemma3", "Gemma3TextConfig", sliding_window=8, query_pre_attn_scalar=8,
+    layer_types=["sliding_attention", "full_attention"],
+)  # fmt: skip
+OLMO = _family("olmo", "OlmoConfig")
+OLMO2 = _family("olmo2", "Olmo2Config")
+MIXTRAL = _family("mixtral", "MixtralConfig", num_local_experts=4)
 MISTRAL = _family("mistral", "MistralConfig", sliding_window=8)
 COHERE = _family("cohere", "CohereConfig")
 GRANITE = _family("granite", "GraniteConfig", logits_scaling=4.0)

@@ -1,0 +1,242 @@
+"""LoRA and QLoRA by peft: adapters on a frozen base, which without them is the reference.
+
+The order of calls is `load_4bit` or ``load_causal_lm``, `add_lora`, ``prepare_model``; then the
+reference log-probs within `reference_mode`, training, `save_adapter` and `merged`.  peft and
+bitsandbytes are imported only where they are needed.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.checkpoint import atomic_directory
+from fastdpo.models import ModelError, load_causal_lm
+
+ALL_LINEAR = "all-linear"
+
+
+def add_lora(
+    model: Any, *, r: int, alpha: float, target_modules: list[str] | str | None, seed: int = 0
+) -> Any:
+    """Freeze ``model`` and put LoRA adapters into it; they start as zero and have no dropout.
+
+    Adapters are fp32 on a base of lower precision, which is peft's default.  TRL makes them bf16 on
+    a quantized base; a step of a DPO learning rate would often be lost to rounding there.
+
+    Args:
+        model: a transformers causal LM; it is changed in place.
+        r: rank.
+        alpha: the adapters' product is scaled by ``alpha / r``.
+        target_modules: names of linear layers, or the ends of their names ("q_proj"); None or
+            "all-linear" is every linear layer but the head.  They are no regular expressions.
+        seed: of the adapters' first halves; the global random state is left alone.
+
+    Returns:
+        A ``peft.PeftModel``.
+
+    Raises:
+        ModelError: peft is missing or refuses the model, there are adapters already, a name fits no
+            layer, or it fits the head, an embedding or anything else that is not a linear layer.
+    """
+    peft = _import_peft()
+    if getattr(model, "peft_config", None):
+        raise ModelError(
+            f"this {type(model).__name__} has adapters already; give a model in which they are "
+            "merged (peft's merge_and_unload)"
+        )
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
+    targets = ALL_LINEAR if names is None or names == [ALL_LINEAR] else names
+    if isinstance(targets, list):
+        _check_targets(model, targets)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets
+    )
+    # peft draws on the CPU whatever the base's device is.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            return peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"peft refuses this {type(model).__name__}: {error}") from error
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError("LoRA needs the peft package: pip install 'fastdpo[peft]'") from error
+    return peft
+
+
+def _check_targets(model: Any, targets: list[str]) -> None:
+    """Refuse names before peft changes the model; it ignores one unknown name among known ones."""
+    from transformers.pytorch_utils import Conv1D
+
+    fitting = {
+        target: [m for n, m in model.named_modules() if n == target or n.endswith(f".{target}")]
+        for target in targets
+    }
+    unknown = [target for target, modules in fitting.items() if not modules]
+    if unknown or not targets:
+        raise ModelError(
+            f"lora_target_modules={unknown or targets} fit no layer of {type(model).__name__}; "
+            f"give names of its linear layers, or {ALL_LINEAR!r}"
+        )
+    head = model.get_output_embeddings()
+    for target, modules in fitting.items():
+        for module in modules:
+            if module is head or not isinstance(module, (nn.Linear, Conv1D)):
+                what = "the head" if module is head else f"a {type(module).__name__}"
+                raise ModelError(
+                    f"lora_target_modules={target!r} is {what} of {type(model).__name__}; an "
+                    "adapter goes on linear layers other than the head, so leave it out"
+                )
+
+
+def _check_adapted(model: Any) -> None:
+    if not hasattr(model, "disable_adapter"):
+        raise ModelError(
+            f"{type(model).__name__} is no peft.PeftModel; wrap it by add_lora, and unwrap it from "
+            "DistributedDataParallel"
+        )
+
+
+@contextmanager
+def reference_mode(model: Any) -> Iterator[None]:
+    """Within the block, ``model`` is its base: the reference, without a second model.
+
+    Raises:
+        ModelError: the model has no adapters.
+    """
+    _check_adapted(model)
+    # peft switches the gradients of all adapters off, and then of all active ones on.
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+def load_4bit(name: str, dtype: torch.dtype) -> Any:
+    """Causal LM with linear layers in 4 bits, on the current GPU (or the CPU), for `add_lora`.
+
+    QLoRA (arXiv 2305.14314): NF4, quantized constants, products in bf16.  The head, embeddings and
+    norms are kept in ``dtype``.  peft's ``prepare_model_for_kbit_training`` casts these to fp32,
+    which adds nothing to frozen weights; ``dtype=torch.float32`` is the same thing, and gives an
+    fp32 residual stream.
+
+    Raises:
+        ModelError: bitsandbytes is missing, or the model cannot be loaded.
+    """
+    try:
+        import bitsandbytes  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ModelError(
+            "load_in_4bit=True needs the bitsandbytes package: pip install 'fastdpo[qlora]'"
+        ) from error
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, quantization_config=quantization
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        short = " ".join(str(error).split())[:300]
+        raise ModelError(f"model={name!r} cannot be loaded in 4 bits: {short}") from error
+    module: Any
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On some CPUs an evaluation repacks the weights into a format without a backward.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def save_adapter(model: Any, path: Path) -> None:
+    """Write the adapters in peft's format, whole or not at all.
+
+    Raises:
+        ModelError: the model has no adapters.
+    """
+    _check_adapted(model)
+    with atomic_directory(path) as folder:
+        # "auto" may ask the hub whether the embeddings have grown; they are frozen.
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that is trained, once by its first name if it is tied; no copies."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy what `trainable_state` gave into ``model``.
+
+    Raises:
+        ModelError: the names or shapes are not those that the model trains.
+    """
+    state = trainable_state(model)
+    shapes = {name: tuple(x.shape) for name, x in state.items()}
+    given = {name: tuple(x.shape) for name, x in tensors.items()}
+    if shapes != given:
+        name = min(name for name in shapes | given if shapes.get(name) != given.get(name))
+        raise ModelError(
+            f"the saved state has {name!r} with shape {given.get(name)}, but the model trains it "
+            f"with {shapes.get(name)}; give the model and LoRA options that it was saved with"
+        )
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
+
+
+def merged(base_name: str, adapter_folder: Path, dtype: torch.dtype) -> Any:
+    """A plain transformers model on the CPU: the base, loaded anew, with saved adapters merged in.
+
+    The training model is not touched.  After QLoRA this base is the unquantized one, so the policy
+    differs from the trained one by the quantization error of the base.  `merged_in_place` says why
+    ``dtype`` should be fp32.
+
+    Raises:
+        ModelError: peft is missing, or the base or the adapters cannot be loaded.
+    """
+    peft = _import_peft()
+    base = load_causal_lm(base_name, dtype=dtype)
+    try:
+        model = peft.PeftModel.from_pretrained(base, str(adapter_folder), torch_device="cpu")
+    except (OSError, ValueError, RuntimeError) as error:
+        short = " ".join(str(error).split())[:300]
+        raise ModelError(f"adapters {str(adapter_folder)!r} cannot be loaded: {short}") from error
+    return merged_in_place(model)
+
+
+def merged_in_place(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Merge the adapters into their own base and return it; ``model`` is of no use afterwards.
+
+    Args:
+        model: what `add_lora` gave.
+        dtype: the base is cast to it first; by default it keeps its own.  Sums are rounded once.
+            bfloat16 loses a change under 1/500 of a weight.  A short run at a low learning rate may
+            make none that is larger, and its policy would be the reference again.
+
+    Raises:
+        ModelError: the model has no adapters, or its base is quantized.
+    """
+    _check_adapted(model)
+    if getattr(model, "is_quantized", False):
+        raise ModelError(
+            "adapters cannot be merged into a quantized base, which would be rounded to 4 bits "
+            "again; save_adapter, and merged with the name of the unquantized base"
+        )
+    if dtype is not None:
+        model.get_base_model().to(dtype)
+    return model.merge_and_unload()

@@ -1,0 +1,272 @@
+"""A language model made ready for pairs: how it takes them, its fused head, and the loss on it.
+
+`prepare_model` finds the layout in which a model computes pairs exactly.  Sharing the prompt needs
+every layer to attend through transformers' interface; recurrent and hybrid layers and own attention
+code don't, and get a row for each sequence instead.  What a layout gives is compared with the model
+as it was loaded, a sequence at a time, before anything is trained.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo import attention, head, longcontext
+from fastdpo.batch import LAYOUTS, PackedPairs, TokenizedPair, pack_pairs
+from fastdpo.models import ModelError
+from fastdpo.objectives import lr_dpo
+from fastdpo.ops import PreferenceLoss, linear_logp, linear_preference_loss
+
+_log = logging.getLogger(__name__)
+_ATTENTION = {"full_attention", "sliding_attention"}  # transformers' names of layers that pack
+
+
+def packed_loss(
+    model: nn.Module,
+    batch: PackedPairs,
+    ref_logp_S: Tensor,
+    *,
+    beta: float,
+    alpha: float,
+    num_pairs: float | None = None,
+    workspace_mib: float | None = None,
+    impl: str = "auto",
+) -> PreferenceLoss:
+    """Length-regularized DPO loss of a batch under a model prepared by `prepare_model`."""
+
+    def loss(h_TD: Tensor, **parameters: Any) -> PreferenceLoss:
+        return linear_preference_loss(
+            h_TD,
+            target_N=batch.target_N,
+            bounds_S1=batch.bounds_S1,
+            ref_logp_S=ref_logp_S,
+            objective=lr_dpo(beta, alpha),
+            rows_N=batch.rows_N,
+            num_pairs=num_pairs,
+            workspace_mib=workspace_mib,
+            impl=impl,
+            **parameters,
+        )
+
+    return head.packed_forward(model, batch, loss)
+
+
+def prepare_model(
+    model: nn.Module,
+    *,
+    layout: str = "auto",
+    gradient_checkpointing: bool = False,
+    bf16: bool = False,
+    impl: str = "auto",
+    activation_offloading: bool = False,
+    mlp_tile_tokens: int | None = None,
+    use_liger_kernel: bool = False,
+) -> nn.Module:
+    """Packed attention, the fused head, no dropout, in training mode; on the model's own device.
+
+    Args:
+        model: a transformers causal LM, or a PEFT model of one; changed in place and returned.
+        layout: of `fastdpo.batch.pack_pairs`; "auto" takes the first that this model computes
+            exactly, and says so where it is not the first. `layout_of` reads it back.
+        gradient_checkpointing: recompute activations in the backward.
+        bf16: check under the autocast that training uses.
+        impl: of the fused head.
+        activation_offloading, mlp_tile_tokens, use_liger_kernel: see `fastdpo.longcontext`.
+
+    Raises:
+        ModelError: the model computes pairs in no layout, or not in the one asked for; its head is
+            one that the fused one does not reproduce; or it is not deterministic.
+    """
+    try:
+        head.attach(model)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    _disable_dropout(model)
+    model.eval()
+    kind = next(model.parameters()).device.type
+    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
+        alone = _Alone(model)
+        alone.check_head(model, impl)
+        if use_liger_kernel:
+            longcontext.use_liger(model)
+        if mlp_tile_tokens is not None:
+            longcontext.tile_mlp(model, mlp_tile_tokens)
+        if activation_offloading:
+            longcontext.offload(model)
+        chosen = _first_exact(model, alone, LAYOUTS if layout == "auto" else (layout,))
+        head.base_of(model)._fastdpo_layout = chosen
+        if gradient_checkpointing:
+            # transformers renames it between 5.0 and 6.0
+            new = getattr(model, "activation_checkpointing_enable", None)
+            (new or model.gradient_checkpointing_enable)()  # type: ignore[operator]
+        model.train()
+        if not torch.equal(alone.in_batch(model, chosen), alone.in_batch(model, chosen)):
+            raise ModelError(
+                f"{type(model).__name__} gives two forward passes different hidden states: it has "
+                "noise or dropout that cannot be switched off; policy and reference would differ"
+            )
+    return model
+
+
+def layout_of(model: Any) -> str:
+    """The layout that `prepare_model` found for a model."""
+    return head.base_of(model)._fastdpo_layout
+
+
+def _first_exact(model: Any, alone: "_Alone", layouts: Sequence[str]) -> str:
+    """Switch the model to the first of `layouts` that it computes exactly."""
+    own = model.config._attn_implementation
+    reasons = []
+    for layout in layouts:
+        try:
+            if layout != "padded":
+                attention.use_packed_attention(model)
+            elif own == attention.NAME:  # prepared before
+                attention.use_own_attention(model)
+            _refuse_state(model, layout)
+            error = alone.error(model, layout)
+        # A model that was not made for packed rows can fail in any way.
+        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as problem:
+            reasons.append(f"{layout}: {' '.join(str(problem).split())[:200]}")
+        else:
+            # Rounding of a mixture of experts may depend on what else is in a batch, in any layout.
+            leak = 0.0 if layout == "padded" else alone.leak(model, layout)
+            isolated = leak == 0.0 or leak < 4 * alone.padded_leak
+            if error < alone.tolerance and isolated:
+                if reasons:
+                    _log.warning(
+                        "%s: pairs are %s, which costs more than a shared prompt. %s",
+                        type(head.base_of(model)).__name__, layout, "; ".join(reasons),
+                    )  # fmt: skip
+                return layout
+            reasons.append(
+                f"{layout}: pairs are not isolated, hidden states differ by {error:.2g} of their "
+                f"size from those of each sequence alone and by {leak:.2g} with what is beside it; "
+                "its layers do not all attend through transformers' AttentionInterface"
+            )
+        if model.config._attn_implementation != own:
+            model.set_attn_implementation(own)
+    raise ModelError(
+        f"{type(head.base_of(model)).__name__} computes pairs exactly in no layout asked for. "
+        + "; ".join(reasons)
+    )
+
+
+def _refuse_state(model: Any, layout: str) -> None:
+    """Refuse to pack models that carry a state from token to token, whatever a probe shows."""
+    base = head.base_of(model)
+    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+    if layout == "padded" or not (base._is_stateful or kinds - _ATTENTION):
+        return
+    what = ", ".join(sorted(kinds - _ATTENTION)) or "a recurrent state"
+    raise ValueError(f"the model's layers have {what}, which runs across packed sequences")
+
+
+class _Alone:
+    """Two short pairs, and what the model as loaded gives for each sequence by itself."""
+
+    def __init__(self, model: Any) -> None:
+        device = next(model.parameters()).device
+        vocab = model.get_input_embeddings().weight.shape[0]
+        ids = [i * 7919 % vocab for i in range(44)]
+        self.pairs = [
+            TokenizedPair(ids[:7], ids[7:12], ids[12:21]),
+            TokenizedPair(ids[21:32], ids[32:40], ids[40:44]),
+        ]
+        hidden, self.logits, self.targets = [], [], []
+        with attention.own_attention(model):
+            for pair in self.pairs:
+                for response in (pair.chosen_ids, pair.rejected_ids):
+                    inputs = torch.tensor([pair.prompt_ids + response], device=device)
+                    rows = slice(len(pair.prompt_ids) - 1, -1)
+                    call = head.HeadCall(lambda h_TD, **_: h_TD)
+                    hidden.append(model(input_ids=inputs, head_call=call)[rows])
+                    self.logits.append(model(input_ids=inputs, use_cache=False).logits[0, rows])
+                    self.targets.append(torch.tensor(response, device=device))
+        self.hidden_ND = torch.cat(hidden).float()
+        other = [(token + 1) % vocab for token in ids]
+        # The last response and its prompt stay, everything beside them is another.
+        self.changed = [
+            TokenizedPair(other[:7], other[7:12], other[12:21]),
+            TokenizedPair(ids[21:32], other[32:40], ids[40:44]),
+        ]
+        # Rounding differences stay near eps times the depth; leaked attention is of order one.
+        with attention.own_attention(model):
+            self.padded_leak = self.leak(model, "padded")
+        half = any(x.dtype in (torch.bfloat16, torch.float16) for x in (*self.logits, *hidden))
+        self.tolerance = 0.05 if half else 1e-3
+
+    def check_head(self, model: nn.Module, impl: str) -> None:
+        """Refuse a model whose logits the fused head does not reproduce.
+
+        There may be a factor or a function after the head that `head.head_settings` does not know.
+        """
+        target_N = torch.cat(self.targets)
+        logp_NV = torch.log_softmax(torch.cat(self.logits).double(), -1)
+        wanted = logp_NV.gather(1, target_N[:, None])[:, 0]
+
+        def fused(h_TD: Tensor, w_VD: Tensor, **rest: Any) -> Tensor:
+            rows_N = batch.rows_N
+            return linear_logp(h_TD, w_VD, target_N, rows_N=rows_N, impl=impl, **rest)
+
+        batch = pack_pairs(self.pairs, layout="padded").to(target_N.device)
+        with attention.own_attention(model):
+            found = head.packed_forward(model, batch, fused)
+        error = (found.double() - wanted).abs().max()
+        if not error < (0.2 if self.tolerance > 0.01 else 1e-2):
+            raise ModelError(
+                f"the fused head does not reproduce the logits of {type(model).__name__} "
+                f"(log-probs differ by {error:.2g}): something is applied to its logits that is "
+                "not known here"
+            )
+
+    def leak(self, model: nn.Module, layout: str) -> float:
+        """How much the last response's hidden states depend on what is beside it, relative.
+
+        The same kernels run on the same shapes, so without a leak the bits are the same.
+        """
+        count = len(self.pairs[-1].rejected_ids)
+        before, after = (self.in_batch(model, layout, x)[-count:] for x in (None, self.changed))
+        difference = after.float() - before.float()
+        return float((difference.norm(dim=-1) / before.float().norm(dim=-1)).max())
+
+    def in_batch(
+        self, model: nn.Module, layout: str, pairs: list[TokenizedPair] | None = None
+    ) -> Tensor:
+        """Hidden states that predict the targets, from both pairs in one batch."""
+        device = next(model.parameters()).device
+        batch = pack_pairs(pairs or self.pairs, layout=layout).to(device)
+        return head.packed_forward(model, batch, lambda h_TD, **_: h_TD)[batch.rows_N]
+
+    def error(self, model: nn.Module, layout: str) -> float:
+        """Largest difference of a hidden state, relative to its size."""
+        difference = self.in_batch(model, layout).float() - self.hidden_ND
+        return float((difference.norm(dim=-1) / self.hidden_ND.norm(dim=-1)).max())
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Zero every dropout, also those that models keep as plain numbers (attention, layerdrop)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def check_range(model: Any, token: int, length: int, whose: str, what: str) -> None:
+    """Refuse token ids and lengths that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if token >= rows:
+        raise ModelError(
+            f"{whose} token ids go up to {token}, but {type(model).__name__} has {rows} "
+            "embeddings; use the tokenizer that belongs to the model"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ModelError(
+            f"{what}={length} is over the {positions} positions of {type(model).__name__}; "
+            "lower max_length"
+        )
