@@ -237,12 +237,12 @@ def markdown(rows: list[dict], plots: list[str]) -> str:
     return "\n\n".join(parts)
 
 
-def insert(text: str, block: str) -> str:
+def insert(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `block` between the markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected {BEGIN} and then {END}, once each")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin} and then {end}, once each")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    return f"{head}{begin}\n{block}\n{end}{tail}"
 
 
 def plot(rows: list[dict], paths: list[Path]) -> None:
@@ -337,16 +337,28 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.check and args.readme is None:
         parser.error("--check needs --readme")
-    plots = [path.with_suffix(".svg") for path in args.results]
-    if not args.check:
-        for results, picture in zip(args.results, plots):
-            plot(load([results]), [picture] + [picture.with_suffix(".png")] * args.png)
+    from . import step  # whole steps have tables, plots and markers of their own
+
+    whole = [path for path in args.results if step.is_step(load([path]))]
+    losses = [path for path in args.results if path not in whole]
+    text = wanted = "" if args.readme is None else args.readme.read_text()
+    for paths, draw, block, markers in (
+        (losses, plot, markdown, (BEGIN, END)),
+        (whole, step.plot, step.markdown, (step.BEGIN, step.END)),
+    ):
+        if not paths:
+            continue
+        plots = [path.with_suffix(".svg") for path in paths]
+        if not args.check:
+            for results, picture in zip(paths, plots):
+                draw(load([results]), [picture] + [picture.with_suffix(".png")] * args.png)
+        if args.readme is None:
+            print(block(load(paths), [path.name for path in plots]))
+            continue
+        links = [Path(os.path.relpath(path, args.readme.parent)).as_posix() for path in plots]
+        wanted = insert(wanted, block(load(paths), links), *markers)
     if args.readme is None:
-        print(markdown(load(args.results), [path.name for path in plots]))
         return 0
-    links = [Path(os.path.relpath(path, args.readme.parent)).as_posix() for path in plots]
-    text = args.readme.read_text()
-    wanted = insert(text, markdown(load(args.results), links))
     if args.check:
         if wanted != text:
             print(f"{args.readme} differs from {', '.join(map(str, args.results))}")

@@ -74,7 +74,9 @@ def run_train(config: TrainConfig) -> None:
     _quiet_loading()
     tokenizer = load_tokenizer(config.model)
     rows = preference_rows(read_rows(config.dataset, config.split))
-    found = tokenize_dataset(rows, tokenizer, max_length=config.max_length)
+    found = tokenize_dataset(
+        rows, tokenizer, max_length=config.max_length, overlong=config.overlong
+    )
     print(f"{len(found.pairs)} pairs, {found.truncated} truncated to max_length")
     for reason, count in found.dropped.items():
         print(f"dropped {count}: {reason}")
@@ -168,20 +170,36 @@ def run_doctor(config: DoctorConfig) -> None:
         "torch": torch.__version__,
         "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
         "dtype": "bf16 autocast" if fast_bf16 else "bf16 works, but is slow here: set bf16=false",
-        "attention": "PyTorch SDPA, one call a packed segment",
+        "attention": _attention(device),
         "kernels": kernels,
     }
     for key, value in lines.items():
         print(f"{key:>10}  {value}")
     optional = {
         "gguf": "the demo's model without a hub",
+        "peft": "LoRA (use_peft)",
+        "bitsandbytes": "QLoRA (load_in_4bit)",
+        "flash_attn": "the fastest packed attention on a GPU",
+        "liger_kernel": "use_liger_kernel, and the benchmark",
         "trl": "the parity tests and the benchmark",
-        "liger_kernel": "the benchmark",
         "cut_cross_entropy": "the benchmark",
     }
     for package, use in optional.items():
         if importlib.util.find_spec(package) is None:
             print(f"{'missing':>10}  {package}: needed for {use}")
+
+
+def _attention(device: Any) -> str:
+    """What packed attention runs on; `fastdpo.attention.route` decides it for each call."""
+    from fastdpo.attention import has_flash_attn
+
+    if device.type != "cuda":
+        return "PyTorch SDPA, one call a packed segment"
+    if has_flash_attn():
+        return "flash-attn"
+    if importlib.util.find_spec("torch.nn.attention.varlen"):
+        return "PyTorch varlen_attn; SDPA a segment for soft caps and fp32"
+    return "PyTorch SDPA, one call a packed segment: torch 2.11 or flash-attn would be faster"
 
 
 def run_bench(argv: Sequence[str]) -> None:

@@ -169,6 +169,7 @@ def load_pairs(path: Path) -> list[TokenizedPair]:
                     row["chosen_ids"],
                     row["rejected_ids"],
                     {key: row[key] for key in _PAIR_EXTRA},
+                    rows.where(i),
                 )
             )
         except KeyError as error:

@@ -122,7 +122,8 @@ def test_an_unsupported_model_is_refused_before_sampling(inputs, tmp_path, capsy
     from tiny import MAMBA
 
     save_tiny(MAMBA, tmp_path / "mamba")
-    assert main(arguments(inputs, tmp_path / "out", model=tmp_path / "mamba")) == 2
+    model = tmp_path / "mamba"
+    assert main(arguments(inputs, tmp_path / "out", model=model, layout="shared")) == 2
     assert "error:" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -261,7 +262,7 @@ def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_pa
         ({"num_samples": 1}, "num_samples=1"),
         ({"temperature": 0}, "temperature=0"),
         ({"beta": -1}, "beta=-1"),
-        ({"max_tokens": 100}, "max_tokens=100"),
+        ({"max_tokens": 2}, "max_tokens=2"),
         ({"max_new_tokens": 64}, "max_new_tokens=64"),
         ({"max_new_tokens": 60}, "prompts.jsonl:1"),
     ],
