@@ -11,10 +11,10 @@ Packed models must always be called with ``use_cache=False`` and no attention ma
 transformers' defaults packed segments silently see each other.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -63,7 +63,8 @@ def packed_attention(
         raise ValueError(f"dropout={dropout}: packed pairs are trained without attention dropout")
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    q_THd, k_THd, v_THd = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    # Squeezed, not indexed: the gradient of an index is a zeroed copy of the whole.
+    q_THd, k_THd, v_THd = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     if segments.key_rows_K is not None:
         k_THd, v_THd = _GatherKeys.apply(k_THd, segments), _GatherKeys.apply(v_THd, segments)
     attend = route(q_THd, v_THd, softcap)
@@ -80,16 +81,27 @@ def route(q_THd: Tensor, v_KHd: Tensor, softcap: float | None) -> Callable[..., 
     )
     if fits and has_flash_attn():
         return flash
-    if fits and softcap is None and importlib.util.find_spec("torch.nn.attention.varlen"):
+    if fits and softcap is None and "window_size" in varlen_options():
         return varlen
     return sdpa
 
 
+@cache
 def has_flash_attn() -> bool:
     """Whether flash-attn 2 is installed; packages of other generations share its import name."""
     from transformers.utils import is_flash_attn_2_available
 
     return is_flash_attn_2_available()
+
+
+@cache
+def varlen_options() -> frozenset[str]:
+    """Arguments of this torch's ``varlen_attn``: none before torch 2.10, whose has no window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class _GatherKeys(torch.autograd.Function):
@@ -148,7 +160,7 @@ def varlen(
     options: dict[str, Any] = {}
     groups = q_THd.shape[1] // k_KHd.shape[1]
     if groups > 1:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if "enable_gqa" in varlen_options():
             options["enable_gqa"] = True
         else:  # torch 2.11 asks for as many heads of keys as of queries
             k_KHd, v_KHd = (x.repeat_interleave(groups, 1) for x in (k_KHd, v_KHd))
@@ -179,7 +191,7 @@ def sdpa(
         (q_THd, sizes_q), (k_KHd, sizes_k), (v_KHd, sizes_k)
     ))  # fmt: skip
     out = [_attend(q, k, v, scale, window, softcap) for q, k, v in zip(*parts)]
-    return torch.cat(out, 2)[0].transpose(0, 1)
+    return torch.cat(out, 2).squeeze(0).transpose(0, 1)
 
 
 def _attend(

@@ -191,13 +191,13 @@ def run_doctor(config: DoctorConfig) -> None:
 
 def _attention(device: Any) -> str:
     """What packed attention runs on; `fastdpo.attention.route` decides it for each call."""
-    from fastdpo.attention import has_flash_attn
+    from fastdpo.attention import has_flash_attn, varlen_options
 
     if device.type != "cuda":
         return "PyTorch SDPA, one call a packed segment"
     if has_flash_attn():
         return "flash-attn"
-    if importlib.util.find_spec("torch.nn.attention.varlen"):
+    if "window_size" in varlen_options():
         return "PyTorch varlen_attn; SDPA a segment for soft caps and fp32"
     return "PyTorch SDPA, one call a packed segment: torch 2.11 or flash-attn would be faster"
 

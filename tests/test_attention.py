@@ -219,6 +219,9 @@ def test_the_call_of_varlen_attn(gqa, kv_heads, window, monkeypatch):
     installed = inspect.signature(varlen.varlen_attn).parameters
     assert set(inspect.signature(fake).parameters) <= set(installed) | {"enable_gqa"}
     monkeypatch.setattr(varlen, "varlen_attn", fake)
+    monkeypatch.setattr(
+        attention, "varlen_options", lambda: set(inspect.signature(fake).parameters)
+    )
     monkeypatch.setattr(attention, "route", lambda *_: attention.varlen)
     mask = visible(PAIRS, "shared", window)
     inputs = tensors(len(mask), kv_heads=kv_heads)
