@@ -4,8 +4,9 @@ A packed row is divided into segments (`fastdpo.batch.Segments`): each attends t
 causally and aligned at their ends.  With a shared prompt the segments are (prompt + chosen) and
 (rejected), and the second one's keys are those of the prompt and its own: one gather of keys and
 values, then plain variable-length attention.  That is flash-attn where it is installed, PyTorch's
-``varlen_attn`` on CUDA, and scaled-dot-product attention a segment elsewhere; no (T, T) mask exists
-on any of them.
+``varlen_attn`` on CUDA, and scaled-dot-product attention a segment elsewhere, in blocks of queries
+where it needs a mask; no (T, T) mask exists on any of them.  The first two have not run on a device
+yet: they are tested against their signatures, by a recorder that computes what they should.
 
 Packed models must always be called with ``use_cache=False`` and no attention mask: with
 transformers' defaults packed segments silently see each other.
@@ -21,13 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastdpo.batch import Segments
 
 NAME = "fastdpo_packed"
 # Queries that share a mask where SDPA needs one: its size is this times the segment's keys.
 _BLOCK = 1024
+# A mask up to this is made once a batch, shared by all layers; what is larger is made again.
+_KEPT_BYTES = 16 * 2**20
 _FLASH_MAX_HEAD_DIM = 256
+# While a model is probed: the windows of its masks, and those that its layers ask for.
+_windows: tuple[set[int | None], set[int | None]] | None = None
 
 
 def packed_attention(
@@ -52,6 +58,8 @@ def packed_attention(
     Raises:
         ValueError: no segments were given, or the model needs attention sinks or dropout.
     """
+    if _windows is not None:
+        _windows[1].add(sliding_window)
     if segments is None:
         raise ValueError(
             f"attention {NAME!r} serves packed pairs only and got no segments; for anything "
@@ -77,6 +85,7 @@ def route(q_THd: Tensor, v_KHd: Tensor, softcap: float | None) -> Callable[..., 
         q_THd.is_cuda
         and q_THd.dtype in (torch.bfloat16, torch.float16)
         and q_THd.shape[-1] == v_KHd.shape[-1] <= _FLASH_MAX_HEAD_DIM
+        and q_THd.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(q_THd.device) >= (8, 0)
     )
     if fits and has_flash_attn():
@@ -107,8 +116,8 @@ def varlen_options() -> frozenset[str]:
 class _GatherKeys(torch.autograd.Function):
     """Rows of keys or values in the order in which segments see them.
 
-    The gradient is a gather too, plus one addition at rows gathered twice: no atomics, the same
-    bits every time.
+    The gradient is a gather too, plus one addition at rows gathered twice.  Each row gets at most
+    one, so the bits are the same every time.
     """
 
     @staticmethod
@@ -183,20 +192,26 @@ def sdpa(
     window: int | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """Scaled-dot-product attention a segment; in blocks of queries where it needs a mask."""
+    groups = q_THd.shape[1] // k_KHd.shape[1]
+    if groups > 1 and (q_THd.is_cuda or softcap is not None):
+        # On CUDA, grouped heads outside flash attention would materialize all scores.
+        k_KHd, v_KHd = (x.repeat_interleave(groups, 1) for x in (k_KHd, v_KHd))
     sizes_q, sizes_k = (
-        [b - a for a, b in pairwise(x)] for x in (segments.bounds_q, segments.bounds_k)
+        [b - a for a, b in pairwise(bounds)] for bounds in (segments.bounds_q, segments.bounds_k)
     )
     # Split and concatenated, not sliced: the gradient of a slice is a zeroed copy of the whole.
-    parts = (x.transpose(0, 1)[None].split(sizes, 2) for x, sizes in (
-        (q_THd, sizes_q), (k_KHd, sizes_k), (v_KHd, sizes_k)
-    ))  # fmt: skip
-    out = [_attend(q, k, v, scale, window, softcap) for q, k, v in zip(*parts)]
+    q, k, v = (
+        x.transpose(0, 1).unsqueeze(0).split(sizes, 2)
+        for x, sizes in ((q_THd, sizes_q), (k_KHd, sizes_k), (v_KHd, sizes_k))
+    )
+    out = [_attend(*x, scale, window, softcap, segments.masks) for x in zip(q, k, v)]
     return torch.cat(out, 2).squeeze(0).transpose(0, 1)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, softcap: float | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None,
+    softcap: float | None, masks: dict[Any, Tensor],
+) -> Tensor:  # fmt: skip
     """One segment, (1, heads, queries, head_dim) on (1, heads, keys, head_dim)."""
     queries, keys = q.shape[2], k.shape[2]
     if window is not None and window >= keys:
@@ -209,31 +224,41 @@ def _attend(
         stop = min(start + _BLOCK, queries)
         last = keys - queries + stop  # keys that the block's last query sees
         first = 0 if window is None else max(0, last - (stop - start) - window + 1)
-        # True where query i, at position last - (stop - start) + i, sees key first + j.
-        mask = torch.ones(stop - start, last - first, dtype=torch.bool, device=q.device)
-        mask = mask.tril(last - first - (stop - start))
-        if window is not None:
-            mask = mask.triu(last - first - (stop - start) - window + 1)
+        shape = stop - start, last - first
         block = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
-        if softcap is None:
-            out.append(
-                F.scaled_dot_product_attention(*block, attn_mask=mask, scale=scale, enable_gqa=True)
-            )
+        scores = 1 if softcap is None else q.shape[1]
+        if scores * shape[0] * shape[1] * q.element_size() <= _KEPT_BYTES:
+            key = shape, window, q.dtype
+            if key not in masks:
+                masks[key] = _mask(q, *key)
+            out.append(_masked(*block, masks[key], scale, softcap))
         else:
-            out.append(_softcapped(*block, mask, scale, softcap))
+            # What a long block would keep for its backward is computed again there.
+            def long(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int] = shape) -> Tensor:
+                return _masked(q, k, v, _mask(q, shape, window, q.dtype), scale, softcap)
+
+            out.append(checkpoint(long, *block, use_reentrant=False))
     return torch.cat(out, 2) if len(out) > 1 else out[0]
 
 
-def _softcapped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float
+def _mask(like: Tensor, shape: tuple[int, int], window: int | None, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where a query sees a key, the last one all keys of the block."""
+    queries, keys = shape
+    seen = torch.ones(shape, dtype=torch.bool, device=like.device).tril(keys - queries)
+    if window is not None:
+        seen = seen.triu(keys - queries - window + 1)
+    return torch.zeros(shape, dtype=dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """Attention with Gemma 2's soft cap on the scores, which SDPA lacks."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    # Gemma 2's soft cap on the scores, which SDPA lacks; heads are expanded already.
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
-    return weights.to(q.dtype) @ v
+    scores = softcap * torch.tanh(scores / softcap) + mask
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def use_packed_attention(model: nn.Module) -> None:
@@ -252,7 +277,7 @@ def use_packed_attention(model: nn.Module) -> None:
             f"{config.attention_chunk_size}), which packed attention does not do"
         )
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(NAME, _no_mask)
     try:
         model.set_attn_implementation(NAME)  # type: ignore[operator]
     except (AttributeError, ValueError) as error:
@@ -260,6 +285,35 @@ def use_packed_attention(model: nn.Module) -> None:
             f"{type(model).__name__} does not dispatch its attention through transformers' "
             f"AttentionInterface, so packed pairs cannot be isolated in it: {error}"
         ) from error
+
+
+def _no_mask(*_: object, local_size: int | None = None, **__: object) -> None:
+    """Stands for transformers' masks: what a layer sees is in its segments and its window."""
+    if _windows is not None:
+        _windows[0].add(local_size)
+
+
+@contextmanager
+def refuse_lost_windows() -> Iterator[None]:
+    """Refuse a model that is run within it and whose windows or chunks are in its masks only.
+
+    Packed attention has no masks, it takes a window from the layer.
+
+    Raises:
+        ValueError: at the end, naming the window.
+    """
+    global _windows
+    _windows = set(), set()
+    try:
+        yield
+        lost = _windows[0] - _windows[1] - {None}
+        if lost:
+            raise ValueError(
+                f"its layers leave a window or chunk of {', '.join(map(str, sorted(lost)))} tokens "
+                "to a mask, and do not pass it to the attention"
+            )
+    finally:
+        _windows = None
 
 
 @contextmanager

@@ -81,6 +81,8 @@ class Segments:
     first_T: Tensor | None = None
     again_keys_R: Tensor | None = None
     again_rows_R: Tensor | None = None
+    # Masks that attention made for this batch, for its next layer.
+    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -90,7 +92,7 @@ class Segments:
         )
 
     def to(self, device: torch.device | str) -> "Segments":
-        return _moved(self, device, ("bounds_q", "bounds_k"))
+        return replace(_moved(self, device, ()), masks={})
 
 
 @dataclass(frozen=True)

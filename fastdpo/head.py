@@ -54,6 +54,10 @@ def attach(model: Any) -> None:
             f"{type(base).__name__} has no head that get_output_embeddings() names; load the model "
             "with AutoModelForCausalLM"
         )
+    if base.base_model is base:
+        raise ValueError(
+            f"{type(base).__name__} has no body apart from its head (base_model), to run it alone"
+        )
     kind = type(head)
     if kind is not nn.Linear:
         raise ValueError(

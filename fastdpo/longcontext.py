@@ -106,8 +106,10 @@ def offload_activations(enabled: bool = True) -> AbstractContextManager[Any]:
 
     The backward may run inside or outside.  Gradients keep their bits.  It is meant for gradient
     checkpointing, where one tensor a layer is saved: without it, a tensor that several operations
-    save is moved once for each.  Parameters (also views of them and autocast's copies of them),
-    tensors under 64 KiB and those on the CPU stay where they are.  Pinned host buffers are rounded
+    save is moved once for each.  Parameters (also views of them and autocast's copies of trained
+    ones), tensors under 64 KiB and those on the CPU stay where they are; autocast's copies of
+    frozen fp32 weights are not recognized, so freeze them in bf16.  The copies are not overlapped
+    with computation, and have not run on a device yet.  Pinned host buffers are rounded
     up to powers of two by PyTorch.
     """
     offload = _Offload()

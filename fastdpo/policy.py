@@ -98,9 +98,11 @@ def prepare_model(
         chosen = _first_exact(model, alone, LAYOUTS if layout == "auto" else (layout,))
         head.base_of(model)._fastdpo_layout = chosen
         if gradient_checkpointing:
-            # transformers renames it between 5.0 and 6.0
-            new = getattr(model, "activation_checkpointing_enable", None)
-            (new or model.gradient_checkpointing_enable)()  # type: ignore[operator]
+            kwargs = {"use_reentrant": False}
+            if hasattr(model, "activation_checkpointing_enable"):  # renamed before transformers 6
+                model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+            else:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
         model.train()
         if not torch.equal(alone.in_batch(model, chosen), alone.in_batch(model, chosen)):
             raise ModelError(
@@ -126,7 +128,11 @@ def _first_exact(model: Any, alone: "_Alone", layouts: Sequence[str]) -> str:
             elif own == attention.NAME:  # prepared before
                 attention.use_own_attention(model)
             _refuse_state(model, layout)
-            error = alone.error(model, layout)
+            if layout == "padded":
+                error = alone.error(model, layout)
+            else:
+                with attention.refuse_lost_windows():
+                    error = alone.error(model, layout)
         # A model that was not made for packed rows can fail in any way.
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as problem:
             reasons.append(f"{layout}: {' '.join(str(problem).split())[:200]}")

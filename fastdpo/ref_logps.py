@@ -1,23 +1,28 @@
 """Reference log-probs on disk, so that each is computed once: across epochs, resumes and runs.
 
-A file holds the log-prob sums of one list of pairs under one model.  Its name is a digest of what
-they depend on: the weights, every token, and the way they were computed (device, dtype, layout).
-Nothing that a run may vary freely is part of it (beta, learning rate, seed, batch size, budget).
+A file holds the log-prob sums of one list of pairs under one model.  In the cache its name is a
+digest of what they depend on: the weights, every token, and the way they were computed
+(`cache_key`).  How pairs are packed is not part of it: a run on another seed or budget reads values
+that differ from its own by the rounding of a matrix product, so its first loss is log 2 to that
+rounding only.
 """
 
 import hashlib
 import json
 import logging
-import os
+import uuid
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdpo import __version__
 from fastdpo.batch import TokenizedPair
 from fastdpo.checkpoint import sync
+from fastdpo.models import ModelError
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +36,7 @@ def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Digest of a model's configuration, parameters and buffers; adapters that are off count too.
+    """Digest of a model's configuration, parameters and buffers.
 
     It reads the weights themselves, so it is the same for a folder, a hub name and a model in
     memory.
@@ -51,25 +56,34 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def cache_key(**parts: Any) -> str:
-    """Name of a cache entry: a digest of everything the log-probs depend on."""
+    """Name of a cache entry: a digest of ``parts`` and of the versions that compute log-probs."""
+    parts["versions"] = [__version__, torch.__version__, version("transformers")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def load(path: Path, count: int) -> Tensor | None:
+def load(path: Path, count: int, weights: str) -> Tensor | None:
     """The (count, 2) fp64 log-prob sums in a file, None if there are none.
+
+    ``weights`` is the digest of the model that they must belong to.
 
     A file that cannot be read, or holds something else, is passed over with a warning.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         return None
     try:
-        logp_P2 = load_file(path)["logp_P2"]
+        with safe_open(path, "pt") as file:
+            owner = (file.metadata() or {}).get("weights")
+            logp_P2 = file.get_tensor("logp_P2")
     except (SafetensorError, OSError, KeyError) as error:
         problem = str(error)
     else:
+        if owner != weights:
+            raise ModelError(
+                f"{path} holds the log-probs of another model: the one that the run started from "
+                "has changed since; give the old one to go on, or another output_dir to start anew"
+            )
         if logp_P2.shape == (count, 2) and bool(logp_P2.isfinite().all()):
             return logp_P2
         problem = f"it holds {tuple(logp_P2.shape)} numbers for {count} pairs, or not finite ones"
@@ -77,13 +91,13 @@ def load(path: Path, count: int) -> Tensor | None:
     return None
 
 
-def save(path: Path, logp_P2: Tensor) -> None:
+def save(path: Path, logp_P2: Tensor, weights: str) -> None:
     """Write log-prob sums, whole or not at all, also where runs share a cache."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({"logp_P2": logp_P2}, scratch)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    save_file({"logp_P2": logp_P2}, scratch, {"weights": weights})
     sync(scratch)
     scratch.replace(path)
     sync(path.parent)

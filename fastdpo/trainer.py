@@ -2,15 +2,16 @@
 
 The reference is the policy at the start.  Its log-probs are computed once, on the packed rows of
 the first epoch and by the instructions that training uses, so at ``alpha = 0`` the first loss is
-log 2 to the bit.  Then every optimizer step takes ``batch_size`` pairs, split into packed
-micro-batches of at most ``max_tokens`` tokens; the loss is the mean over the step's pairs on all
-processes, however they were packed.
+log 2 to the bit (to rounding where an earlier run packed the pairs otherwise).  Then every
+optimizer step takes ``batch_size`` pairs, split into packed micro-batches of at most ``max_tokens``
+tokens; the loss is the mean over the step's pairs on all processes, however they were packed.
 
 A run that was interrupted goes on from its last checkpoint and ends in the same weights.
 """
 
 import copy
 import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from fastdpo.adapters import (
     reference_mode,
     save_adapter,
 )
+from fastdpo.attention import has_flash_attn, use_own_attention
 from fastdpo.batch import (
     LAYOUTS,
     PackedPairs,
@@ -56,6 +58,7 @@ class ConfigError(ValueError):
     """An option with an impossible value."""
 
 
+_log = logging.getLogger(__name__)
 _CHOICES = {
     "overlong": OVERLONG,
     "layout": ("auto", *LAYOUTS),
@@ -63,7 +66,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
 }
 # What does not change the weights that come out.
-_FREE = {"save_steps", "reference_cache"}
+_FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
 
 
 @dataclass
@@ -168,10 +171,64 @@ def require(config: Any, name: str, holds: bool, wanted: str) -> None:
 
 
 def check_model(name: str, tokenizer: Any, config: TrainingConfig) -> None:
-    """Refuse a model that `train` would refuse, before samples are drawn for it."""
-    model = prepare_model(load_causal_lm(name), layout=config.layout, impl=config.impl)
+    """Refuse a model or options that `train` would refuse, before samples are drawn for it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = prepare_policy(load_start(name, config, device), config)
     what = "max_length"
     check_range(model, len(tokenizer) - 1, config.max_length, "the tokenizer's", what)
+
+
+def load_start(start: Any, config: TrainingConfig, device: torch.device) -> Any:
+    """The model that training starts from, on its device, as the options have its weights.
+
+    Raises:
+        ModelError: it cannot be loaded; or, in memory, has adapters or another dtype.
+    """
+    dtype = getattr(torch, config.dtype)
+    if isinstance(start, str | Path):
+        return (load_4bit if config.load_in_4bit else load_causal_lm)(str(start), dtype=dtype).to(
+            device
+        )
+    if config.load_in_4bit:
+        raise ConfigError("load_in_4bit=True needs a model by name, not one in memory")
+    if getattr(start, "peft_config", None):
+        raise ModelError(
+            f"this {type(start).__name__} has adapters; merge them (peft's merge_and_unload), and "
+            "set use_peft=True to train new ones"
+        )
+    others = {p.dtype for p in start.parameters()} - {dtype}
+    if others:
+        raise ModelError(
+            f"this {type(start).__name__} has weights in {others.pop()}, but dtype={config.dtype}; "
+            "cast it, or set dtype"
+        )
+    return start.to(device)
+
+
+def prepare_policy(model: Any, config: TrainingConfig) -> nn.Module:
+    """Everything that the options patch onto a model: adapters, layout, head, memory."""
+    if config.use_peft:
+        model = add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules,
+            seed=config.seed,
+        )
+    elif config.dtype == "bfloat16":
+        _log.warning("dtype=bfloat16 without use_peft: steps under 1/500 of a weight are lost")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(f"this {type(model).__name__} is frozen: no parameter requires_grad")
+    return prepare_model(
+        model,
+        layout=config.layout,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=config.bf16,
+        impl=config.impl,
+        activation_offloading=config.activation_offloading,
+        mlp_tile_tokens=config.mlp_tile_tokens,
+        use_liger_kernel=config.use_liger_kernel,
+    )
 
 
 def train(
@@ -188,7 +245,8 @@ def train(
 
     Args:
         model: folder or hub name of the start, which is also the reference; or a transformers model
-            in memory, which is trained in place while its reference is what it was.
+            in memory, which is trained in place while its reference is what it was.  With adapters
+            it ends merged, in fp32 on the CPU.
         tokenizer: saved beside the policy.
         pairs: tokenized pairs; ``config.overlong`` says what becomes of those that do not fit
             ``config.max_tokens``.
@@ -231,11 +289,17 @@ class _Round:
     def run(self) -> dict[str, float]:
         self._claim_folder()
         if (self.out / "policy").is_dir():
+            if not isinstance(self.start, str | Path):
+                raise ConfigError(f"{self.out} holds a finished run; load its policy instead")
             return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
         config, accelerator = self.config, self.accelerator
-        model = self._load()
+        model = load_start(self.start, config, accelerator.device)
+        # Of the start itself, before there are adapters.
+        self.weights = weights_digest(model) if accelerator.is_main_process else ""
+        model = prepare_policy(model, config)
         self._fit_pairs(model)
         steps = list(chain.from_iterable(map(self._plan, range(config.num_train_epochs))))
+        self._tell_plan(steps)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -269,41 +333,11 @@ class _Round:
             log.close()
             self._save(plain)
         accelerator.wait_for_everyone()
+        if not isinstance(self.start, str | Path) and not config.use_peft:
+            use_own_attention(plain.eval())  # the caller's model generates again
         del model, plain, optimizer, scheduler, reference  # the patched forwards are a cycle
         gc.collect()
         return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
-
-    def _load(self) -> nn.Module:
-        """The start on this process's device, with everything that the options patch onto it."""
-        config, device = self.config, self.accelerator.device
-        model, dtype = self.start, getattr(torch, config.dtype)
-        if isinstance(model, str | Path):
-            load = load_4bit if config.load_in_4bit else load_causal_lm
-            model = load(str(model), dtype=dtype)
-        elif config.load_in_4bit:
-            raise ConfigError("load_in_4bit=True needs a model by name, not one in memory")
-        model = model.to(device)
-        self.weights = None
-        if config.reference_cache is not None and config.precompute_ref_log_probs:
-            self.weights = weights_digest(model)  # before there are adapters
-        if config.use_peft:
-            model = add_lora(
-                model,
-                r=config.lora_r,
-                alpha=config.lora_alpha,
-                target_modules=config.lora_target_modules,
-                seed=config.seed,
-            )
-        return prepare_model(
-            model,
-            layout=config.layout,
-            gradient_checkpointing=config.gradient_checkpointing,
-            bf16=config.bf16,
-            impl=config.impl,
-            activation_offloading=config.activation_offloading,
-            mlp_tile_tokens=config.mlp_tile_tokens,
-            use_liger_kernel=config.use_liger_kernel,
-        )
 
     def _fit_pairs(self, model: nn.Module) -> None:
         """Bring every pair within the budget, by the rule of the config."""
@@ -325,6 +359,16 @@ class _Round:
         what = "a response with its prompt"
         check_range(model, max(map(max, sides)), max(map(len, sides)), "the pairs'", what)
 
+    def _tell_plan(self, steps: list[list[list[int]]]) -> None:
+        if not self.progress:
+            return
+        batches = [index for step in steps for index in step]
+        fill = sum(map(self._tokens, batches)) / (len(batches) * self.config.max_tokens)
+        print(
+            f"{len(self.pairs)} pairs, {self.layout}: {len(steps)} steps in {len(batches)} "
+            f"micro-batches that fill {fill:.0%} of max_tokens={self.config.max_tokens}"
+        )
+
     def _save(self, model: nn.Module) -> None:
         """Leave the policy as a whole model; adapters are merged in fp32 and kept beside it.
 
@@ -333,10 +377,11 @@ class _Round:
         config, whole = self.config, model
         if config.use_peft:
             save_adapter(model, self.out / "adapter")
-            if config.load_in_4bit:
+            # Neither way needs room for an fp32 model on the device.
+            if isinstance(self.start, str | Path):
                 whole = merged(str(self.start), self.out / "adapter", torch.float32)
             else:
-                whole = merged_in_place(model, torch.float32)
+                whole = merged_in_place(model.cpu(), torch.float32)
         save_policy(whole, self.tokenizer, self.out / "policy")
 
     def _claim_folder(self) -> None:
@@ -396,7 +441,9 @@ class _Round:
         num_pairs: float | None = None,
     ) -> PreferenceLoss:
         config = self.config
-        with torch.autocast(batch.target_N.device.type, torch.bfloat16, enabled=config.bf16):
+        # Its cache would keep a copy of every weight until the loss; each is used once.
+        kind = batch.target_N.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=config.bf16, cache_enabled=False):
             return packed_loss(
                 model,
                 batch,
@@ -420,33 +467,51 @@ class _Round:
     def _reference(self, model: nn.Module) -> Tensor:
         """Log-prob sums of each pair under the reference, (pairs, 2) fp64, kept on disk."""
         from accelerate.utils import gather_object
+        from safetensors import safe_open
 
         config, accelerator = self.config, self.accelerator
-        own, shared = self.out / "ref_logps" / "ref_logps.safetensors", None
-        if config.reference_cache is not None:
+        own, logp_P2 = self.out / "ref_logps" / "ref_logps.safetensors", None
+        if accelerator.is_main_process:
+            logp_P2 = ref_logps.load(own, len(self.pairs), self.weights)
+        [known, *_] = gather_object([logp_P2 is not None])
+        if not known and config.reference_cache is not None:
+            device = accelerator.device.type
             key = cache_key(
                 weights=self.weights,
                 pairs=pairs_digest(self.pairs),
                 layout=self.layout,
-                device=accelerator.device.type,
+                device=[device, has_flash_attn() if device == "cuda" else False],
                 bf16=config.bf16,
                 impl=config.impl,
+                liger=config.use_liger_kernel,
             )
             shared = Path(config.reference_cache).expanduser() / f"{key}.safetensors"
-        accelerator.wait_for_everyone()
-        logp_P2 = ref_logps.load(own, len(self.pairs))
-        if logp_P2 is None and shared is not None:
-            logp_P2 = ref_logps.load(shared, len(self.pairs))
-        # A process that finds what another does not would leave it waiting.
-        if not all(gather_object([logp_P2 is not None])):
+            if accelerator.is_main_process:
+                logp_P2 = ref_logps.load(shared, len(self.pairs), self.weights)
+            [known, *_] = gather_object([logp_P2 is not None])
+            if known and accelerator.is_main_process:
+                ref_logps.save(own, logp_P2, self.weights)
+        if not known:
             logp_P2 = self._compute_reference(model)
-            if accelerator.is_main_process and shared is not None:
-                ref_logps.save(shared, logp_P2)
-        assert logp_P2 is not None
-        if accelerator.is_main_process and not own.is_file():
-            ref_logps.save(own, logp_P2)
+            if accelerator.is_main_process:
+                ref_logps.save(own, logp_P2, self.weights)
+                if config.reference_cache is not None:
+                    self._share(shared, logp_P2)
         accelerator.wait_for_everyone()
+        if logp_P2 is None:  # every process reads what the first one found
+            with safe_open(own, "pt") as file:
+                logp_P2 = file.get_tensor("logp_P2")
         return logp_P2
+
+    def _share(self, path: Path, logp_P2: Tensor) -> None:
+        try:
+            ref_logps.save(path, logp_P2, self.weights)
+        except OSError as error:
+            _log.warning(
+                "reference_cache: %s cannot be written, other runs will not find it: %s",
+                path,
+                error,
+            )
 
     def _compute_reference(self, model: nn.Module) -> Tensor:
         from accelerate.utils import gather_object

@@ -116,21 +116,44 @@ def test_any_lengths_windows_and_blocks(pairs, window, block):
             torch.testing.assert_close(out, dense(*inputs, mask, None, None))
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_no_mask_is_larger_than_a_block(window, monkeypatch):
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_long_blocks_keep_no_mask_and_no_scores(options, monkeypatch):
+    """What a backward needs of a long segment grows with its tokens, not with their square."""
     monkeypatch.setattr(attention, "_BLOCK", 16)
-    long = [TokenizedPair([5] * 150, [6] * 90, [7] * 80)]
-    sizes, real = [], torch.ones
+    monkeypatch.setattr(attention, "_KEPT_BYTES", 0)
+    pairs = [TokenizedPair([5] * 150, [6] * 90, [7] * 80)]
+    segments, kept = pack_pairs(pairs).segments, []
 
-    def ones(*size, **options):
-        sizes.append(size)
-        return real(*size, **options)
+    def keep(x):
+        kept.append(x)
+        return x
 
-    monkeypatch.setattr(torch, "ones", ones)
-    call(*tensors(320), pack_pairs(long).segments, window=window)
-    assert sizes and max(rows for rows, _ in sizes) <= 16
-    if window is not None:
-        assert max(columns for _, columns in sizes) <= 16 + window - 1
+    inputs = tensors(320)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = call(*inputs, segments, **options)
+    tokens = max(x.shape[-2] * x.shape[-3] for x in kept if x.ndim == 4)
+    assert tokens <= 470 * 4 and max(x.numel() for x in kept) <= 470 * 4 * 8
+    assert not segments.masks
+    wanted = dense(*inputs, visible(pairs, "shared", options["window"]), None, options["softcap"])
+    tolerance = 1e-12 if options["softcap"] is None else 1e-6
+    for mine, theirs in zip(gradients(out, inputs), gradients(wanted, inputs)):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_layers_share_the_masks_of_a_batch(monkeypatch):
+    made, real = [], attention._mask
+
+    def counted(*args):
+        made.append(args[1:])
+        return real(*args)
+
+    monkeypatch.setattr(attention, "_mask", counted)
+    segments = pack_pairs(PAIRS).segments
+    inputs = tensors(segments.bounds_q[-1])
+    for window in (None, 5, None, 5):
+        call(*inputs, segments, window=window)
+    assert len(made) == len(set(made)) == len(segments.masks) > 0
+    assert not segments.to("cpu").masks
 
 
 # ------------------------------------------------------------------- what is not on this machine

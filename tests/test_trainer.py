@@ -12,6 +12,7 @@ from tiny import (
     GEMMA3,
     GRANITE,
     LLAMA,
+    LLAMA4,
     MAMBA,
     MISTRAL,
     MIXTRAL,
@@ -20,6 +21,7 @@ from tiny import (
     OPT,
     PHI,
     QWEN,
+    QWEN2_MOE,
     build_tokenizer,
     save_tiny,
 )
@@ -126,6 +128,26 @@ def test_recurrent_and_own_attention_models_are_padded_or_refused(family, caplog
             prepare_model(family.build(VOCAB), layout=layout)
     assert layout_of(prepare_model(family.build(VOCAB))) == "padded"
     assert "padded" in caplog.text and "shared:" in caplog.text
+
+
+def test_a_window_that_is_in_the_mask_only_is_not_lost():
+    """Qwen2-MoE's attention does not pass its window on; no probe is as long as real windows."""
+    torch.manual_seed(0)
+    plain = QWEN2_MOE.build(VOCAB)
+    with pytest.raises(ModelError, match="a window or chunk of 30 tokens to a mask"):
+        prepare_model(copy.deepcopy(plain), layout="shared")
+    model = prepare_model(copy.deepcopy(plain))
+    assert layout_of(model) == "padded"
+    pairs = [TokenizedPair([5] * 60, [6] * 40, [7, 8] * 25)]
+    zeros_S = torch.zeros(2)
+    found = packed_loss(model, pack_pairs(pairs, layout="padded"), zeros_S, beta=0.1, alpha=0.0)
+    wanted, _ = one_by_one(plain.eval(), pairs, zeros_S)
+    torch.testing.assert_close(found.logp_S.float(), wanted.float(), rtol=1e-5, atol=0)
+
+
+def test_a_model_without_a_body_of_its_own_is_refused():
+    with pytest.raises(ModelError, match=r"no body apart from its head|not a plain nn.Linear"):
+        prepare_model(LLAMA4.build(VOCAB))
 
 
 def test_dropout_is_off_so_the_first_loss_is_log_2():

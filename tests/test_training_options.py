@@ -54,6 +54,43 @@ def test_the_reference_is_reused_by_other_runs(model_path, tmp_path, references)
     torch.testing.assert_close(losses(tmp_path / "free")[0].float(), LOG_2, rtol=0.02, atol=0)
 
 
+def test_a_cache_that_cannot_be_written_costs_nothing_else(model_path, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    run(model_path, tmp_path / "a", reference_cache=str(tmp_path / "file" / "cache"))
+    assert "cannot be written" in caplog.text
+    assert losses(tmp_path / "a")[0].float() == LOG_2
+
+
+def stop_after_the_reference(monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer._Round, "_step", stop)
+
+
+def test_a_start_that_changed_under_its_name_is_refused(tmp_path, monkeypatch):
+    path = save_tiny(QWEN, tmp_path / "model")
+    with monkeypatch.context() as patch:
+        stop_after_the_reference(patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(str(path), tmp_path / "run")
+    save_tiny(QWEN, path, seed=1)
+    with pytest.raises(ModelError, match="has changed since"):
+        run(str(path), tmp_path / "run")
+
+
+def test_a_broken_reference_of_the_run_is_repaired(model_path, tmp_path, monkeypatch, references):
+    with monkeypatch.context() as patch:
+        stop_after_the_reference(patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(model_path, tmp_path)
+    file = tmp_path / "ref_logps" / "ref_logps.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(b"x")
+    run(model_path, tmp_path)
+    assert len(references) == 2 and file.read_bytes() == whole
+
+
 @pytest.mark.parametrize("change", ["pairs", "weights", "layout", "bf16"])
 def test_another_reference_is_computed_for(change, model_path, tmp_path, references):
     cache = str(tmp_path / "cache")
@@ -122,9 +159,26 @@ def test_a_model_in_memory_is_trained_against_what_it_was(model_path, tmp_path):
         config = TrainingConfig(**CONFIG, precompute_ref_log_probs=not each)  # type: ignore[arg-type]
         train(start_again, tokenizer, random_pairs(14), config, tmp_path / name, progress=False)
         assert losses(tmp_path / name)[0].float() == LOG_2
+        start_again.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)  # a model as before
+        with pytest.raises(ConfigError, match="finished run"):
+            train(copy.deepcopy(start), tokenizer, random_pairs(14), config, tmp_path / name)
     assert torch.equal(losses(tmp_path / "once"), losses(tmp_path / "each"))
-    with pytest.raises(ConfigError, match="holds a run with model="):
+    with pytest.raises(ConfigError, match="holds a run with"):
         run(model_path, tmp_path / "once")
+
+
+def test_models_in_memory_that_cannot_be_trained(model_path, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        load_causal_lm(model_path), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    half = load_causal_lm(model_path, dtype=torch.bfloat16)
+    frozen = load_causal_lm(model_path).requires_grad_(False)
+    config = TrainingConfig(**CONFIG)  # type: ignore[arg-type]
+    cases = ((adapted, "has adapters"), (half, "dtype=float32"), (frozen, "is frozen"))
+    for i, (model, message) in enumerate(cases):
+        with pytest.raises(ModelError, match=message):
+            train(model, build_tokenizer(), random_pairs(4), config, tmp_path / str(i))
 
 
 # ------------------------------------------------------------------------------------ adapters

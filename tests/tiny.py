@@ -45,6 +45,11 @@ GEMMA3 = _family(
 OLMO = _family("olmo", "OlmoConfig")
 OLMO2 = _family("olmo2", "Olmo2Config")
 MIXTRAL = _family("mixtral", "MixtralConfig", num_local_experts=4)
+QWEN2_MOE = _family(
+    "qwen2_moe", "Qwen2MoeConfig", num_experts=4, sliding_window=30, use_sliding_window=True,
+    max_window_layers=0, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+)  # fmt: skip
+LLAMA4 = _family("llama4", "Llama4TextConfig", intermediate_size_mlp=48, num_local_experts=2)
 MISTRAL = _family("mistral", "MistralConfig", sliding_window=8)
 COHERE = _family("cohere", "CohereConfig")
 GRANITE = _family("granite", "GraniteConfig", logits_scaling=4.0)
