@@ -1,4 +1,4 @@
-"""The command line: ``fastdpo demo | train | iterate | doctor``, and ``bench`` in a checkout.
+"""The command line: ``fastdpo demo | train | iterate | plan | doctor``; in a checkout, ``bench``.
 
 Every option can stand in a YAML file (``--config``) and be overridden on the command line.  Errors
 a user can mend are one line and exit status 2; an interruption exits with 130 and loses at most the
@@ -8,6 +8,7 @@ unfinished part of a stage.
 import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -52,6 +53,19 @@ class DemoConfig:
     model: str | None = None
     output_dir: str = "runs/demo"
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class PlanConfig(TrainingConfig):
+    """Say what a training step takes and the longest pair that fits, without weights or a GPU.
+
+    Attributes:
+        model: folder or hub name; only its configuration is read.
+        gpu_gib: memory of the GPU, in GiB.
+    """
+
+    model: str
+    gpu_gib: float = 24.0
 
 
 @dataclass(kw_only=True)
@@ -149,6 +163,19 @@ def run_demo(config: DemoConfig) -> None:
     run_iterate(settings)
 
 
+def run_plan(config: PlanConfig) -> None:
+    from fastdpo.memory import estimate, longest_pair
+
+    prompt = max(1, config.max_length // 4)
+    response = config.max_length - prompt
+    print(
+        f"a full micro-batch of max_tokens={config.max_tokens}, pairs of a prompt of {prompt} and "
+        f"responses of {response} tokens:"
+    )
+    print(estimate(config.model, config, prompt=prompt, response=response))
+    print(longest_pair(config.model, config, config.gpu_gib))
+
+
 def run_doctor(config: DoctorConfig) -> None:
     import torch
 
@@ -213,10 +240,12 @@ def run_bench(argv: Sequence[str]) -> None:
     bench(list(argv))
 
 
+_OPTION = re.compile(r"^--[a-z][a-z0-9-]*")
 COMMANDS = {
     "demo": (DemoConfig, run_demo),
     "train": (TrainConfig, run_train),
     "iterate": (IterateConfig, run_iterate),
+    "plan": (PlanConfig, run_plan),
     "doctor": (DoctorConfig, run_doctor),
 }
 
@@ -245,6 +274,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str, Any]:
         ConfigError: an option has an impossible value.
         SystemExit: an unknown option, a wrong type or an unreadable file; printed as one error.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    # --gpu-gib is --gpu_gib
+    argv = [_OPTION.sub(lambda name: "--" + name[0][2:].replace("-", "_"), x) for x in argv]
     options = build_parser().parse_args(argv)
     config_class, _ = COMMANDS[options.command]
     values = options[options.command].as_dict()

@@ -743,7 +743,7 @@ class _Simulation:
             live.restart()
 
         live.restart()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16, cache_enabled=False):
             value = head.packed_forward(self.model, batch, loss)
         value.backward()
         return found["kept"], (found["head"], max(found["forward"], live.peak))

@@ -14,8 +14,8 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -287,6 +287,10 @@ class _Round:
         self.progress = progress and self.accelerator.is_main_process
 
     def run(self) -> dict[str, float]:
+        with _repeatable(self.accelerator.device):
+            return self._run()
+
+    def _run(self) -> dict[str, float]:
         self._claim_folder()
         if (self.out / "policy").is_dir():
             if not isinstance(self.start, str | Path):
@@ -603,6 +607,24 @@ class _Round:
         values = torch.tensor([value * weights.get(name, share) for name, value in row.items()])
         values = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
         return dict(zip(row, values.tolist()))  # type: ignore[union-attr]
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, deterministic algorithms where there are any (attention's backward is one)."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def _check_accelerator(accelerator: Any) -> Any:

@@ -185,3 +185,13 @@ def test_two_processes_train_like_one(model, tmp_path):
     for a, b in zip(*logs):
         for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name
+
+
+def test_plan_says_what_fits(tmp_path, capsys):
+    path = save_tiny(LLAMA, tmp_path / "llama")
+    assert main(["plan", f"--model={path}", "--gpu-gib=24", "--max-length=64"]) == 0
+    out = capsys.readouterr().out
+    assert "prompt of 16 and responses of 48 tokens" in out and "peak" in out
+    assert "Longest pair on 24 GiB" in out and "2 x   2048 (the model's limit)" in out
+    assert main(["plan", f"--model={path}", "--gpu-gib", "0"]) == 2
+    assert "gpu_gib=0" in capsys.readouterr().err
