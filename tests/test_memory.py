@@ -75,7 +75,7 @@ def _train(sizes: Any, config: TrainingConfig) -> None:
         for _ in range(2 if count < config.batch_size else 1):
             pairs = [TokenizedPair(ids(PROMPT), ids(RESPONSE), ids(RESPONSE)) for _ in range(count)]
             reference = torch.full((2 * count,), -1000.0, dtype=torch.float64)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16, cache_enabled=False):
                 result = packed_loss(
                     model, pack_pairs(pairs, layout=layout), reference, beta=0.1, alpha=0.01,
                     workspace_mib=config.workspace_mib,
