@@ -157,7 +157,7 @@ def load_4bit(name: str, dtype: torch.dtype) -> Any:
         raise ModelError(f"model={name!r} cannot be loaded in 4 bits: {short}") from error
     module: Any
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):  # type: ignore[attr-defined]
             # On some CPUs an evaluation repacks the weights into a format without a backward.
             module.support_avx512bf16_for_cpu = False
     return model

@@ -98,7 +98,7 @@ def route(q_THd: Tensor, v_KHd: Tensor, softcap: float | None) -> Callable[..., 
 @cache
 def has_flash_attn() -> bool:
     """Whether flash-attn 2 is installed; packages of other generations share its import name."""
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-defined]
 
     return is_flash_attn_2_available()
 
@@ -306,7 +306,7 @@ def refuse_lost_windows() -> Iterator[None]:
     _windows = set(), set()
     try:
         yield
-        lost = _windows[0] - _windows[1] - {None}
+        lost = {x for x in _windows[0] - _windows[1] if x is not None}
         if lost:
             raise ValueError(
                 f"its layers leave a window or chunk of {', '.join(map(str, sorted(lost)))} tokens "

@@ -193,7 +193,10 @@ def _shared(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
         tuple(bounds_k),
         torch.tensor(bounds_q, dtype=torch.int32),
         torch.tensor(bounds_k, dtype=torch.int32),
-        *map(torch.tensor, (keys, first, again_keys, again_rows)),
+        torch.tensor(keys),
+        torch.tensor(first),
+        torch.tensor(again_keys),
+        torch.tensor(again_rows),
     )
     return _one_row(ids, positions, segments, rows)
 

@@ -493,7 +493,7 @@ class _Round:
             if accelerator.is_main_process:
                 logp_P2 = ref_logps.load(shared, len(self.pairs), self.weights)
             [known, *_] = gather_object([logp_P2 is not None])
-            if known and accelerator.is_main_process:
+            if logp_P2 is not None:
                 ref_logps.save(own, logp_P2, self.weights)
         if not known:
             logp_P2 = self._compute_reference(model)

@@ -1,3 +1,5 @@
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 """Attention over segments: every route against a dense mask in fp64, absent ones by recorders."""
 
 import inspect
