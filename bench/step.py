@@ -7,7 +7,8 @@
 
 Each variant trains in a process of its own, on the same model, the same pairs in the same order and
 the same dtype of weights, with AdamW of the same settings; alpha is 0, where the losses are one
-function. The variants take turns, a step each a round.
+function. The variants take turns, a step each a round. Steps differ in length, so a speed is that
+of all timed steps together, and `x trl` all of TRL's seconds over all of a variant's.
 
 Before any time is taken, every variant trains two steps in fp32 on the shortest pairs: its loss,
 log-probs and gradient norm have to be TRL's, and those of the first step the ones of plain fp32
@@ -44,7 +45,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -368,13 +368,14 @@ class Group:
             worker.stop()
 
     def has_room(self) -> bool:
-        """For one more like those that are there, and for any one's step."""
+        """For one more like the largest, were all at their longest step.
+
+        What an allocator holds stays its own while others take their turn, so peaks add up.
+        """
         first = [self.steps[name][0] for name in self.workers]
-        # On a GPU what an allocator reserved stays its own.
         cuda = torch.cuda.is_available()
         peaks = [x["held_mib"] if cuda else x["peak_mib"] for x in first]
-        held = sum(x["held_mib"] for x in first)
-        return held + max(peaks) * self.growth() < SPARE * self.capacity_mib
+        return (sum(peaks) + max(peaks)) * self.growth() < SPARE * self.capacity_mib
 
     def growth(self) -> float:
         """The longest step's tokens over those of the warm-up."""
@@ -517,7 +518,8 @@ def row_of(result: Result, job: dict[str, Any], common: dict) -> dict:
     def rate(amounts: list[int]) -> dict[str, float] | None:
         if not timed:
             return None
-        return summary([x / s for x, s in zip(amounts, seconds)])
+        steps = summary([x / s for x, s in zip(amounts, seconds)])
+        return {"total": sum(amounts) / sum(seconds), **steps}
 
     computed = [step["tokens"] for step in steps[WARM_UP:]]
     padded = VARIANTS[result.variant].kind == "peer" or "padded" in result.variant
@@ -531,7 +533,8 @@ def row_of(result: Result, job: dict[str, Any], common: dict) -> dict:
         "pairs_per_s": rate([size] * len(seconds)),
         "tokens_per_s": rate(needed[WARM_UP:]),
         "step_s": summary(seconds) if timed else None,
-        "x_trl": median(result.ratios) if result.ratios else None,
+        "x_trl": x_trl(result.ratios, seconds),
+        "x_trl_steps": summary(result.ratios) if result.ratios else None,
         "interleaved": result.interleaved,
         "off": result.off,
         "off_fp32": result.check,
@@ -547,6 +550,13 @@ def row_of(result: Result, job: dict[str, Any], common: dict) -> dict:
     }
 
 
+def x_trl(ratios: list[float], seconds: list[float]) -> float | None:
+    """All of TRL's seconds over all its own: steps of many tokens count for what they take."""
+    if not ratios:
+        return None
+    return sum(ratio * s for ratio, s in zip(ratios, seconds)) / sum(seconds)
+
+
 def absent_rows(common: dict) -> list[dict]:
     """Rows for the trainers that are not run, and why."""
     rows = []
@@ -559,8 +569,8 @@ def absent_rows(common: dict) -> list[dict]:
 
 def blank_row(name: str, kind: str, common: dict) -> dict:
     unknown = (
-        "pairs_per_s", "tokens_per_s", "step_s", "x_trl", "interleaved", "setup_s", "tokens",
-        "off", "off_fp32",
+        "pairs_per_s", "tokens_per_s", "step_s", "x_trl", "x_trl_steps", "interleaved",
+        "setup_s", "tokens", "off", "off_fp32",
         "tokens_computed", "padding_share", "fill_rate", "peak_mib", "resident_mib",
     )  # fmt: skip
     curves: dict[str, list] = {"loss": [], "grad_norm": [], "logps": []}
@@ -579,8 +589,8 @@ def line(row: dict) -> str:
     ratio = "" if row["x_trl"] is None else f"  {row['x_trl']:.2f}x"
     return (
         f"{name} {row['step_s']['median']:7.2f} s{ratio}"
-        f"  {row['pairs_per_s']['median']:.3g} pairs/s"
-        f"  {row['tokens_per_s']['median']:,.0f} tokens/s  peak {row['peak_mib']:,.0f} MiB"
+        f"  {row['pairs_per_s']['total']:.3g} pairs/s"
+        f"  {row['tokens_per_s']['total']:,.0f} tokens/s  peak {row['peak_mib']:,.0f} MiB"
         f"  losses {losses}"
     )
 
@@ -679,7 +689,7 @@ def heading(rows: list[dict]) -> str:
         f"**{row['model']}, {row['data']}: {row['batch_size']} pairs a step, sequences of "
         f"{row['mean_sequence']:,.0f} tokens on average and {row['max_length']:,} at most, "
         f"{row['dtype']} weights {computed}, {saved} gradient checkpointing** on {row['device']}, "
-        f"{threads}median of {row['rounds']} interleaved steps ({versions}; {commit}; "
+        f"{threads}all of {row['rounds']} interleaved steps together ({versions}; {commit}; "
         f"{row['utc'][:10]})"
     )
 
@@ -687,16 +697,16 @@ def heading(rows: list[dict]) -> str:
 def spread(value: dict[str, float] | None) -> str:
     if value is None:
         return ""
-    form = ",.0f" if value["median"] >= 100 else ".3g"
-    median_, low, high = (format(value[name], form) for name in ("median", "p20", "p80"))
-    return f"{median_} ({low} to {high})"
+    form = ",.0f" if value["total"] >= 100 else ".3g"
+    total, low, high = (format(value[name], form) for name in ("total", "p20", "p80"))
+    return f"{total} ({low} to {high})"
 
 
 def table(rows: list[dict]) -> str:
     """One line a variant, the fastest first."""
     titles = [
-        "variant", "pairs/s (p20 to p80)", "x trl", "tokens/s", "s a step", "tokens computed",
-        "padding", "peak MiB", "before, MiB", "loss, first and last step",
+        "variant", "pairs/s (steps' p20 to p80)", "x trl", "tokens/s", "s a step",
+        "tokens computed", "padding", "peak MiB", "before, MiB", "loss, first and last step",
     ]  # fmt: skip
     body = []
     for row in sorted(rows, key=lambda row: -(row["x_trl"] or 0)):
@@ -706,7 +716,7 @@ def table(rows: list[dict]) -> str:
                 f"**{row['variant']}**" if row["kind"] == "fastdpo" else row["variant"],
                 row["note"] or spread(row["pairs_per_s"]),
                 number(row["x_trl"], ".2f"),
-                "" if step_s is None else f"{row['tokens_per_s']['median']:,.0f}",
+                "" if step_s is None else f"{row['tokens_per_s']['total']:,.0f}",
                 "" if step_s is None else f"{step_s['median']:.3g}",
                 "" if step_s is None else number(row["tokens_computed"], ",.0f"),
                 "" if step_s is None else number(row["padding_share"], ".0%"),
@@ -764,11 +774,11 @@ def plot(rows: list[dict], paths: list[Path]) -> None:
         if drawn:
             axes = figure.subplots(len(drawn), 2, squeeze=False)
             for (left, right), group in zip(axes, drawn):
-                ordered = sorted(group, key=lambda row: row["pairs_per_s"]["median"])
+                ordered = sorted(group, key=lambda row: row["pairs_per_s"]["total"])
                 first = group[0]
                 what = f"{first['data']}, {first['dtype']}"
                 what += ", checkpointing" if first["gradient_checkpointing"] else ""
-                speeds = [row["pairs_per_s"]["median"] for row in ordered]
+                speeds = [row["pairs_per_s"]["total"] for row in ordered]
                 bars(left, ordered, speeds, f"pairs per second ({what})")
                 peaks = [row["peak_mib"] for row in ordered]
                 bars(right, ordered, peaks, "peak memory of the process, MiB")
