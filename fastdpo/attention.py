@@ -69,14 +69,22 @@ def packed_attention(
         raise ValueError("attention sinks (s_aux) are not supported with packed pairs")
     if dropout:
         raise ValueError(f"dropout={dropout}: packed pairs are trained without attention dropout")
+    q_THd, k_KHd, v_KHd = seen_by(segments, query, key, value)
+    attend = route(q_THd, v_KHd, softcap)
+    return attend(q_THd, k_KHd, v_KHd, segments, scaling, sliding_window, softcap)[None], None
+
+
+def seen_by(
+    segments: Segments, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries as rows, keys and values as each segment sees them, in the dtype of autocast."""
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     # Squeezed, not indexed: the gradient of an index is a zeroed copy of the whole.
     q_THd, k_THd, v_THd = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     if segments.key_rows_K is not None:
         k_THd, v_THd = _GatherKeys.apply(k_THd, segments), _GatherKeys.apply(v_THd, segments)
-    attend = route(q_THd, v_THd, softcap)
-    return attend(q_THd, k_THd, v_THd, segments, scaling, sliding_window, softcap)[None], None
+    return q_THd, k_THd, v_THd
 
 
 def route(q_THd: Tensor, v_KHd: Tensor, softcap: float | None) -> Callable[..., Tensor]:

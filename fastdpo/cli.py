@@ -91,9 +91,7 @@ def run_train(config: TrainConfig) -> None:
     found = tokenize_dataset(
         rows, tokenizer, max_length=config.max_length, overlong=config.overlong
     )
-    print(f"{len(found.pairs)} pairs, {found.truncated} truncated to max_length")
-    for reason, count in found.dropped.items():
-        print(f"dropped {count}: {reason}")
+    print(found)
     out = Path(config.output_dir)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir={out} is a file; name a folder")

@@ -14,7 +14,6 @@ import csv
 import json
 import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 Text = str | list[dict[str, Any]]  # a string, or a list of chat messages
 
+_NAMED_ROWS = 3  # of those dropped or truncated; the rest are counted
 OVERLONG = ("truncate", "drop", "stop")  # what can be done with a pair that is too long
 
 _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
@@ -402,8 +402,30 @@ class TokenizedPairs:
     """What `tokenize_dataset` made of a dataset."""
 
     pairs: list[TokenizedPair]
-    dropped: dict[str, int]  # reason -> pairs left out
-    truncated: int  # kept pairs with a response cut at max_length
+    dropped_at: dict[str, list[str]]  # reason -> the rows left out
+    truncated_at: list[str]  # rows kept with a response cut at max_length
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return {reason: len(rows) for reason, rows in self.dropped_at.items()}
+
+    @property
+    def truncated(self) -> int:
+        return len(self.truncated_at)
+
+    def __str__(self) -> str:
+        """One line for what was kept, and one a reason for what was not."""
+        lines = [f"{len(self.pairs)} pairs, {counted(self.truncated_at)} truncated to max_length"]
+        lines += [f"dropped {counted(at)}: {reason}" for reason, at in self.dropped_at.items()]
+        return "\n".join(lines)
+
+
+def counted(places: Sequence[str]) -> str:
+    """How many rows, and the first of them by name."""
+    if not places:
+        return "0"
+    more = ", ..." if len(places) > _NAMED_ROWS else ""
+    return f"{len(places)} ({', '.join(places[:_NAMED_ROWS])}{more})"
 
 
 def render_prompt(
@@ -469,7 +491,7 @@ def tokenize_dataset(
     The last two leave pairs aside that are dropped whatever their length (no prompt token, empty or
     identical responses): those count by that reason and don't stop anything.
 
-    Dropped and truncated pairs are counted. One warning tells of prompts that lost tokens.
+    Dropped and truncated pairs are named by their rows. One warning tells of prompts that lost tokens.
 
     Raises DataError when a row can't be rendered or no pair is left, and ValueError when
     `max_length` < 2 or `overlong` is none of the three.
@@ -481,21 +503,22 @@ def tokenize_dataset(
     if not rows:
         raise DataError("there are no rows to tokenize. Give at least one preference pair.")
     pairs: list[TokenizedPair] = []
-    dropped: Counter[str] = Counter()
-    truncated = 0
+    dropped_at: dict[str, list[str]] = {}
+    truncated_at: list[str] = []
     lost_at: list[str] = []
     for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
         split = _split_pair(row, tokenizer)
         pair = _within(split, max_length, overlong)
         if isinstance(pair, str):
-            dropped[pair] += 1
+            dropped_at.setdefault(pair, []).append(row.where)
             continue
         pairs.append(pair)
-        truncated += max_length is not None and split.num_tokens > max_length
+        if max_length is not None and split.num_tokens > max_length:
+            truncated_at.append(row.where)
         if split.lost_ids:
             lost_at.append(f"{row.where}: {tokenizer.decode(split.lost_ids)!r}")
     if not pairs:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        reasons = ", ".join(f"{reason}: {len(at)}" for reason, at in dropped_at.items())
         choice = ", set overlong=truncate" if overlong == "drop" else ""
         raise DataError(
             f"{rows[0].where} to {rows[-1].where}: no pair is left to train on ({reasons}). "
@@ -509,7 +532,7 @@ def tokenize_dataset(
             "template that renders a prompt alike with and without a response.",
             stacklevel=2,
         )
-    return TokenizedPairs(pairs, dict(dropped), truncated)
+    return TokenizedPairs(pairs, dropped_at, truncated_at)
 
 
 @dataclass(frozen=True)
@@ -518,8 +541,8 @@ class Fitted:
 
     pairs: list[TokenizedPair]
     kept: list[int]
-    dropped: int
-    truncated: int  # kept pairs with a response cut
+    dropped_at: list[str]  # the rows left out
+    truncated_at: list[str]  # rows kept with a response cut
 
 
 def fit_to_budget(
@@ -543,7 +566,8 @@ def fit_to_budget(
     sizes = [pair.num_tokens(layout) for pair in pairs]
     result: list[TokenizedPair] = []
     kept: list[int] = []
-    truncated = 0
+    dropped_at: list[str] = []
+    truncated_at: list[str] = []
     for i, pair in enumerate(pairs):
         fitting: TokenizedPair | None = pair
         if sizes[i] > max_tokens:
@@ -554,10 +578,13 @@ def fit_to_budget(
                     "or set overlong=truncate or overlong=drop."
                 )
             fitting = _cut(pair, max_tokens, layout) if overlong == "truncate" else None
-        if fitting is not None:
-            result.append(fitting)
-            kept.append(i)
-            truncated += fitting is not pair
+        if fitting is None:
+            dropped_at.append(_place(pairs, i))
+            continue
+        result.append(fitting)
+        kept.append(i)
+        if fitting is not pair:
+            truncated_at.append(_place(pairs, i))
     if not result:
         choice = ", or set overlong=truncate" if overlong == "drop" else ""
         raise DataError(
@@ -565,7 +592,7 @@ def fit_to_budget(
             f"all {len(pairs)} take more than max_tokens = {max_tokens} tokens. "
             f"Raise max_tokens to at least {max(sizes)}, the longest pair{choice}."
         )
-    return Fitted(result, kept, len(pairs) - len(kept), truncated)
+    return Fitted(result, kept, dropped_at, truncated_at)
 
 
 def _place(pairs: Sequence[TokenizedPair], i: int) -> str:

@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdpo import attention, head, longcontext, ops, policy
-from fastdpo.adapters import add_lora
 from fastdpo.batch import LAYOUTS, PackedPairs, Segments, TokenizedPair, pack_pairs
 from fastdpo.gemm import Products, has_native_bf16
 from fastdpo.models import ModelError
@@ -34,7 +33,7 @@ from fastdpo.objectives import lr_dpo
 from fastdpo.passes import Call, Pairs
 from fastdpo.plan import PROJECT_MAX_D
 from fastdpo.streaming import Block, Grads, Head, Needs, Rows, Stash
-from fastdpo.trainer import ConfigError, TrainingConfig
+from fastdpo.trainer import ConfigError, TrainingConfig, with_adapters
 
 GIB = 2**30
 # Of a GPU's memory, a CUDA context with its libraries takes this, and of the rest the caching
@@ -440,17 +439,13 @@ def _attention_on_cuda(
 ) -> tuple[Tensor, None]:
     """`fastdpo.attention.packed_attention` as a GPU of the last years runs it."""
     assert segments is not None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    q_THd, k_THd, v_THd = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    if segments.key_rows_K is not None:
-        gather = attention._GatherKeys.apply
-        k_THd, v_THd = gather(k_THd, segments), gather(v_THd, segments)
-    fits = dtype == torch.bfloat16 and (
-        q_THd.shape[-1] == v_THd.shape[-1] <= attention._FLASH_MAX_HEAD_DIM
+    q_THd, k_KHd, v_KHd = attention.seen_by(segments, query, key, value)
+    fits = q_THd.dtype == torch.bfloat16 and (
+        q_THd.shape[-1] == v_KHd.shape[-1] <= attention._FLASH_MAX_HEAD_DIM
     )
     if fits and (softcap is None or attention.has_flash_attn()):
-        return _Flash.apply(q_THd, k_THd, v_THd, len(segments.bounds_q) - 1)[None], None  # type: ignore[index]
-    out = attention.sdpa(q_THd, k_THd, v_THd, segments, scaling, sliding_window, softcap)
+        return _Flash.apply(q_THd, k_KHd, v_KHd, len(segments.bounds_q) - 1)[None], None  # type: ignore[index]
+    out = attention.sdpa(q_THd, k_KHd, v_KHd, segments, scaling, sliding_window, softcap)
     return out[None], None
 
 
@@ -610,13 +605,7 @@ class _Simulation:
         model = AutoModelForCausalLM.from_config(configuration, dtype=getattr(torch, config.dtype))
         if config.load_in_4bit:
             _quantize(model)
-        if config.use_peft:
-            model = add_lora(
-                model,
-                r=config.lora_r,
-                alpha=config.lora_alpha,
-                target_modules=config.lora_target_modules,
-            )
+        model = with_adapters(model, config)
         try:
             head.attach(model)
         except ValueError as error:
@@ -628,8 +617,7 @@ class _Simulation:
             self._offload(model)
         head.base_of(model)._fastdpo_layout = self._use_layout(model)
         if config.gradient_checkpointing:
-            new = getattr(model, "activation_checkpointing_enable", None)
-            (new or model.gradient_checkpointing_enable)()
+            policy.checkpoint_activations(model)
         return model.train()
 
     def _use_layout(self, model: Any) -> str:

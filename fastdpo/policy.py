@@ -91,6 +91,7 @@ def prepare_model(
         alone.check_head(model, impl)
         if use_liger_kernel:
             longcontext.use_liger(model)
+            alone.check_liger(model)
         if mlp_tile_tokens is not None:
             longcontext.tile_mlp(model, mlp_tile_tokens)
         if activation_offloading:
@@ -98,11 +99,7 @@ def prepare_model(
         chosen = _first_exact(model, alone, LAYOUTS if layout == "auto" else (layout,))
         head.base_of(model)._fastdpo_layout = chosen
         if gradient_checkpointing:
-            kwargs = {"use_reentrant": False}
-            if hasattr(model, "activation_checkpointing_enable"):  # renamed before transformers 6
-                model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)  # type: ignore[operator]
-            else:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+            checkpoint_activations(model)
         model.train()
         if not torch.equal(alone.in_batch(model, chosen), alone.in_batch(model, chosen)):
             raise ModelError(
@@ -110,6 +107,15 @@ def prepare_model(
                 "noise or dropout that cannot be switched off; policy and reference would differ"
             )
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute each layer's activations in the backward."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # renamed before transformers 6
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def layout_of(model: Any) -> str:
@@ -226,6 +232,16 @@ class _Alone:
                 f"the fused head does not reproduce the logits of {type(model).__name__} "
                 f"(log-probs differ by {error:.2g}): something is applied to its logits that is "
                 "not known here"
+            )
+
+    def check_liger(self, model: nn.Module) -> None:
+        """Refuse kernels that compute another function, before a layout is blamed for it."""
+        with attention.own_attention(model):
+            error = self.error(model, "padded")
+        if not error < self.tolerance:
+            raise ModelError(
+                f"use_liger_kernel: Liger's kernels give {type(model).__name__} other hidden states"
+                f" (by {error:.2g} of their size); leave them off"
             )
 
     def leak(self, model: nn.Module, layout: str) -> float:

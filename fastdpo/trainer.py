@@ -45,7 +45,7 @@ from fastdpo.batch import (
     share_step,
 )
 from fastdpo.checkpoint import load_checkpoint, save_checkpoint
-from fastdpo.data import OVERLONG, fit_to_budget
+from fastdpo.data import OVERLONG, counted, fit_to_budget
 from fastdpo.metrics import MetricsLog, read_metrics
 from fastdpo.models import ModelError, load_causal_lm, save_policy
 from fastdpo.ops import PreferenceLoss
@@ -205,17 +205,23 @@ def load_start(start: Any, config: TrainingConfig, device: torch.device) -> Any:
     return start.to(device)
 
 
+def with_adapters(model: Any, config: TrainingConfig) -> Any:
+    """The model, or with ``use_peft`` its new adapters around it."""
+    if not config.use_peft:
+        return model
+    return add_lora(
+        model,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules,
+        seed=config.seed,
+    )
+
+
 def prepare_policy(model: Any, config: TrainingConfig) -> nn.Module:
     """Everything that the options patch onto a model: adapters, layout, head, memory."""
-    if config.use_peft:
-        model = add_lora(
-            model,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            target_modules=config.lora_target_modules,
-            seed=config.seed,
-        )
-    elif config.dtype == "bfloat16":
+    model = with_adapters(model, config)
+    if config.dtype == "bfloat16" and not config.use_peft:
         _log.warning("dtype=bfloat16 without use_peft: steps under 1/500 of a weight are lost")
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(f"this {type(model).__name__} is frozen: no parameter requires_grad")
@@ -350,10 +356,10 @@ class _Round:
         fitted = fit_to_budget(
             self.pairs, config.max_tokens, layout=self.layout, overlong=config.overlong
         )
-        if self.accelerator.is_main_process and (fitted.dropped or fitted.truncated):
+        if self.accelerator.is_main_process and (fitted.dropped_at or fitted.truncated_at):
             print(
-                f"over max_tokens={config.max_tokens}: {fitted.dropped} pairs dropped, "
-                f"{fitted.truncated} truncated"
+                f"over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
+                f"{counted(fitted.truncated_at)} truncated"
             )
         self.pairs = fitted.pairs
         self.lengths = [pair.num_tokens(self.layout) for pair in self.pairs]

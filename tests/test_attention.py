@@ -287,12 +287,13 @@ def test_what_packed_attention_refuses():
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_every_route_on_a_gpu(layout, heads, window, softcap):
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_every_route_on_a_gpu(layout, heads, window, softcap, dim):
     """Against the dense mask in fp64; the bound is twice SDPA's own error in the same dtype."""
     pairs = [TokenizedPair([5] * 300, [6] * 200, [7] * 411), TokenizedPair([5], [6] * 70, [7])]
     segments = pack_pairs(pairs, layout=layout).segments.to("cuda")
     mask = visible(pairs, layout, window).cuda()
-    drawn = tensors(len(mask), *heads, dim=64, dtype=torch.bfloat16)
+    drawn = tensors(len(mask), *heads, dim=dim, dtype=torch.bfloat16)
     inputs = [x.detach().cuda().requires_grad_() for x in drawn]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     wanted = dense(*exact, mask, None, softcap)

@@ -151,7 +151,12 @@ def test_bad_configs_are_typed_errors(bad):
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(model, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--layout=padded"], ["--use-peft", "--lora-r=4", "--learning_rate=1e-2"]],
+    ids=["shared", "padded", "lora"],
+)
+def test_two_processes_train_like_one(model, tmp_path, options):
     import os
     import subprocess
     import sys
@@ -161,7 +166,9 @@ def test_two_processes_train_like_one(model, tmp_path):
 
     rows = [{**ROW, "chosen": " nice" * (i % 4 + 1), "rejected": f" no {i}"} for i in range(12)]
     dataset = write(tmp_path / "pairs.jsonl", rows)
-    more = ["--batch_size=4", "--learning_rate=1e-3", "--warmup_ratio=0"]
+    # The second run reads the references of the first.
+    cache = f"--reference-cache={tmp_path / 'references'}"
+    more = ["--batch_size=4", "--learning_rate=1e-3", "--warmup_ratio=0", cache, *options]
     assert main([*train_arguments(model, dataset, tmp_path / "one"), *more]) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
     done = subprocess.run(
@@ -170,6 +177,7 @@ def test_two_processes_train_like_one(model, tmp_path):
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "references").iterdir())) == 1
     one = load_file(tmp_path / "one/policy/model.safetensors")
     two = load_file(tmp_path / "two/policy/model.safetensors")
     start = load_file(model / "model.safetensors")

@@ -252,6 +252,7 @@ def test_dropped_and_truncated_pairs_are_counted(tokenizer):
     result = tokenize(rows, tokenizer, max_length=start + 2)
     assert len(result.pairs) == 2
     assert result.truncated == 1
+    assert result.dropped_at["responses truncated to nothing"] == ["here, row 5 (counting from 0)"]
     assert result.dropped == {
         "identical responses": 2,
         "identical responses after truncation": 1,
@@ -393,7 +394,7 @@ def test_pairs_over_the_budget_are_cut_to_one_cap(room, chosen, rejected, share_
         overlong="truncate",
     )
     cut = TokenizedPair([1, 2], chosen, rejected, {"score": 1.5})
-    assert result == Fitted([SHORT, cut], [0, 1], 0, 1)
+    assert result == Fitted([SHORT, cut], [0, 1], [], ["pairs.jsonl:17"])
     assert result.pairs[0] is SHORT and result.pairs[1].where == "pairs.jsonl:17"
     assert (LONG.chosen_ids, LONG.rejected_ids) == ([3, 4, 5, 6, 7], [8, 9])
 
@@ -414,7 +415,8 @@ def test_a_pair_that_no_cut_makes_useful_is_dropped(pair, share_prompt, max_toke
         layout="shared" if share_prompt else "packed",
         overlong="truncate",
     )
-    assert (result.kept, result.dropped, result.truncated) == ([1, 3], 2, 0)
+    places = [pair.where or f"pair {i} (counting from 0)" for i in (0, 2)]
+    assert (result.kept, result.dropped_at, result.truncated_at) == ([1, 3], places, [])
     assert result.pairs[0] is SHORT and result.pairs[1] is SHORT
     with pytest.raises(DataError, match="no pair is left"):
         fit_to_budget(
@@ -428,7 +430,7 @@ def test_pairs_over_the_budget_are_dropped_or_stop(share_prompt, size):
     result = fit_to_budget(
         pairs, size - 1, layout="shared" if share_prompt else "packed", overlong="drop"
     )
-    assert result == Fitted([SHORT], [0], 2, 0) and result.pairs[0] is SHORT
+    assert result == Fitted([SHORT], [0], ["pairs.jsonl:17"] * 2, []) and result.pairs[0] is SHORT
     with pytest.raises(DataError) as caught:
         fit_to_budget(
             pairs, size - 1, layout="shared" if share_prompt else "packed", overlong="stop"
@@ -449,7 +451,7 @@ def test_pairs_over_the_budget_are_dropped_or_stop(share_prompt, size):
         whole = fit_to_budget(
             pairs, size + 15, layout="shared" if share_prompt else "packed", overlong=overlong
         )
-        assert whole == Fitted(pairs, [0, 1, 2], 0, 0)
+        assert whole == Fitted(pairs, [0, 1, 2], [], [])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from test_trainer import CONFIG, random_pairs, read_metrics, run, weights
 from tiny import LLAMA, MAMBA, QWEN, build_tokenizer, save_tiny
 
-from fastdpo import trainer
+from fastdpo import longcontext, trainer
 from fastdpo.batch import TokenizedPair
 from fastdpo.data import DataError
 from fastdpo.models import ModelError, load_causal_lm, load_tokenizer
@@ -292,8 +292,6 @@ def test_options_of_memory_do_not_change_training(options, model_path, tmp_path)
 
 
 def test_activations_are_offloaded_around_the_body(model_path, tmp_path, monkeypatch):
-    from fastdpo import longcontext
-
     entered, real = [], longcontext.offload_activations
 
     def counted():
@@ -311,6 +309,16 @@ def test_weights_in_bfloat16_stay_so(model_path, tmp_path):
     assert losses(tmp_path)[0].float() == LOG_2
 
 
+def test_kernels_that_compute_something_else_are_named(model_path, tmp_path, monkeypatch):
+    def wrong(model):
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.ReLU()
+
+    monkeypatch.setattr(longcontext, "use_liger", wrong)
+    with pytest.raises(ModelError, match="use_liger_kernel: Liger's kernels give Qwen3ForCausalLM"):
+        run(model_path, tmp_path, use_liger_kernel=True)
+
+
 def test_pairs_over_the_budget_follow_the_config(model_path, tmp_path, capsys):
     pairs = [*random_pairs(6), TokenizedPair([3] * 9, [4] * 80, [5] * 90, where="pairs.jsonl:7")]
     with pytest.raises(DataError, match=r"pairs.jsonl:7: the pair takes 179 tokens.*overlong"):
@@ -318,7 +326,7 @@ def test_pairs_over_the_budget_follow_the_config(model_path, tmp_path, capsys):
     run(model_path, tmp_path / "drop", pairs=pairs, overlong="drop")
     run(model_path, tmp_path / "truncate", pairs=pairs)
     out = capsys.readouterr().out
-    assert "1 pairs dropped, 0 truncated" in out and "0 pairs dropped, 1 truncated" in out
+    assert "1 (pairs.jsonl:7) dropped, 0 trunc" in out and "0 dropped, 1 (pairs.jsonl:7) tr" in out
     for name, count in (("drop", 6), ("truncate", 7)):
         assert sum(row["pairs"] for row in read_metrics(tmp_path / name)) == count
 
