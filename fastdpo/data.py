@@ -491,7 +491,8 @@ def tokenize_dataset(
     The last two leave pairs aside that are dropped whatever their length (no prompt token, empty or
     identical responses): those count by that reason and don't stop anything.
 
-    Dropped and truncated pairs are named by their rows. One warning tells of prompts that lost tokens.
+    Dropped and truncated pairs are named by their rows. One warning tells of prompts that lost
+    tokens.
 
     Raises DataError when a row can't be rendered or no pair is left, and ValueError when
     `max_length` < 2 or `overlong` is none of the three.
