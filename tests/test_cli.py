@@ -46,7 +46,7 @@ def test_train_on_a_file_and_again(model, tmp_path, capsys):
     argv = train_arguments(model, dataset, tmp_path / "out")
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "2 pairs" in out and "dropped 1: identical responses" in out
+    assert "2 pairs" in out and ": identical responses" in out and "dropped 1 (" in out
     assert (tmp_path / "out/policy/model.safetensors").is_file()
     assert list((tmp_path / "out/metrics/tensorboard").glob("events*"))
     assert main(argv) == 0  # already done

@@ -514,10 +514,8 @@ def test_fitted_pairs_fit_and_lose_no_more_than_they_must(pairs, max_tokens, sha
         )
         assert all(map(fits, result.pairs))
         assert result.pairs == [best[i] for i in kept] and result.kept == kept
-        assert (result.dropped, result.truncated) == (
-            len(pairs) - len(kept),
-            len(set(kept) - set(within)),
-        )
+        counts = len(result.dropped_at), len(result.truncated_at)
+        assert counts == (len(pairs) - len(kept), len(set(kept) - set(within)))
         assert all(x is pairs[i] for x, i in zip(result.pairs, kept) if i in within)
 
 
