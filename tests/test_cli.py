@@ -153,7 +153,7 @@ def test_bad_configs_are_typed_errors(bad):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [[], ["--layout=padded"], ["--use-peft", "--lora-r=4", "--learning_rate=1e-2"]],
+    [[], ["--layout=padded"], ["--use-peft=true", "--lora-r=4", "--learning_rate=1e-2"]],
     ids=["shared", "padded", "lora"],
 )
 def test_two_processes_train_like_one(model, tmp_path, options):
