@@ -1,7 +1,8 @@
 """Training state on disk: safetensors and JSON, complete or absent.
 
 A folder is written under a temporary name, flushed to the disk and renamed, so a kill at any moment
-leaves either the old state or the new one.
+leaves either the old state or the new one. It holds the SHA-256 of its files in the format of
+`sha256sum`, which is compared before they are used.
 """
 
 import json
@@ -14,7 +15,11 @@ from typing import Any
 
 import torch
 
+from fastdpo.data import DataError
+from fastdpo.storage import file_digest
+
 _STEP = "step-{:08d}"
+_SUMS = "SHA256SUMS"
 
 
 @contextmanager
@@ -25,6 +30,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     yield scratch
+    files = sorted(file for file in scratch.rglob("*") if file.is_file())
+    sums = [f"{file_digest(file)}  {file.relative_to(scratch).as_posix()}\n" for file in files]
+    (scratch / _SUMS).write_text("".join(sums))
     for file in scratch.rglob("*"):
         sync(file)
     sync(scratch)
@@ -32,6 +40,26 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(path)
     scratch.rename(path)
     sync(path.parent)
+
+
+def check_directory(path: Path) -> None:
+    """Compare the files of a folder with their checksums; a folder without any is left alone.
+
+    Raises:
+        DataError: a file is missing or differs.
+    """
+    path = Path(path)
+    if not (path / _SUMS).is_file():
+        return
+    for line in (path / _SUMS).read_text().splitlines():
+        wanted, _, name = line.partition("  ")
+        file = path / name
+        if not file.is_file() or file_digest(file) != wanted:
+            what = "differs from what was written" if file.is_file() else "is missing"
+            raise DataError(
+                f"{file} {what}: the folder is damaged. Delete {path}, and the same command makes "
+                "it again."
+            )
 
 
 def sync(path: Path) -> None:
@@ -46,9 +74,18 @@ def sync(path: Path) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
+    folder: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    *,
+    extra: Any = None,
 ) -> None:
-    """Save weights, optimizer, schedule and random state after ``step`` steps; drop older ones."""
+    """Save weights, optimizer, schedule and random state after ``step`` steps; drop older ones.
+
+    ``extra`` is JSON that is to be had again.
+    """
     from safetensors.torch import save_file
 
     from fastdpo.adapters import trainable_state
@@ -65,7 +102,7 @@ def save_checkpoint(
         }
         tensors["rng"] = torch.get_rng_state()
         save_file(tensors, scratch / "optimizer.safetensors")
-        state = {"step": step, "scheduler": _plain(scheduler.state_dict())}
+        state = {"step": step, "scheduler": _plain(scheduler.state_dict()), "extra": extra}
         (scratch / "state.json").write_text(json.dumps(state))
     for old in folder.glob("step-*"):
         if old != target:
@@ -79,15 +116,20 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 
 def load_checkpoint(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
-) -> int:
-    """Restore the newest checkpoint in place; the number of steps done, 0 without one."""
+) -> tuple[int, Any]:
+    """Restore the newest checkpoint in place; the number of steps done, 0 without one, and extra.
+
+    Raises:
+        DataError: it is damaged.
+    """
     from safetensors.torch import load_file
 
     from fastdpo.adapters import load_trainable_state
 
     found = sorted(folder.glob("step-*"))
     if not found:
-        return 0
+        return 0, None
+    check_directory(found[-1])
     load_trainable_state(model, load_file(found[-1] / "model.safetensors"))
     tensors = load_file(found[-1] / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng"))
@@ -101,4 +143,4 @@ def load_checkpoint(
     scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
         group["lr"] = rate
-    return state["step"]
+    return state["step"], state.get("extra")

@@ -20,7 +20,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= done]
-        write_jsonl_atomic(self.path, kept)
+        write_jsonl_atomic(self.path, kept, checksum=False)
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 

@@ -3,13 +3,18 @@
 A stage writes a directory of *parts*, `part-00000.jsonl`, `part-00001.jsonl`, ..., beside a
 `plan.json` that tells what they are parts of. Every file is written under a temporary name,
 flushed to the disk and renamed. A stage that starts again skips the parts that are there.
+
+Rows lie beside their SHA-256, in the format of `sha256sum`, which is compared when they are read.
 """
 
+import hashlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +24,83 @@ _PLAN = "plan.json"
 _PART_NAME = re.compile(r"part-(\d{5,})\.jsonl")
 
 
-def write_jsonl_atomic(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_jsonl_atomic(
+    path: Path, rows: Iterable[dict[str, Any]], *, checksum: bool = True
+) -> None:
     """Write one JSON object per line, all or nothing; replaces the file and makes its directory.
+
+    Its checksum goes first, so new rows are never there without one; where rows are replaced it
+    goes last, so the old ones are never taken for damaged. A file that is to grow has none.
 
     Raises ValueError when a number is NaN or infinite, and TypeError for what isn't JSON.
     """
-    _write_atomic(path, "".join(_dump(row) + "\n" for row in rows))
+    text = "".join(_dump(row) + "\n" for row in rows)
+    if not checksum:
+        _write_atomic(path, text)
+        return
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    files = [(checksum_path(path), f"{digest}  {Path(path).name}\n"), (Path(path), text)]
+    if Path(path).exists():
+        checksum_path(path).unlink(missing_ok=True)
+        files.reverse()
+    for file, content in files:
+        _write_atomic(file, content)
+
+
+def checksum_path(path: Path) -> Path:
+    """Where the checksum of a file of rows lies."""
+    return Path(path).with_name(f".{Path(path).name}.sha256")
+
+
+def check_rows(path: Path) -> None:
+    """Compare a file with its checksum, if it has one.
+
+    Raises DataError, naming the file, when they differ.
+    """
+    path, known = Path(path), checksum_path(path)
+    if not (known.is_file() and path.is_file()):
+        return
+    if known.read_text().split()[:1] != [file_digest(path)]:
+        raise DataError(
+            f"{path}: the content is not what was written (SHA-256 differs): it was damaged or "
+            "edited. Delete it, and the same command makes it again; or if the change is meant, "
+            f"delete {known.name} beside it."
+        )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process; the system gives it up when the process ends, however it does.
+
+    Raises DataError when another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder / ".lock"), folder / ".lock.owner"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = owner.read_text().strip() if owner.is_file() else "another process"
+        raise DataError(
+            f"{folder} is in use by {who}. Wait for it, stop it, or name another output_dir."
+        ) from error
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -36,8 +112,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a `.jsonl` file.
 
     Raises DataError, naming file and line, when a line isn't a JSON object, and naming the file
-    when it is missing or empty.
+    when it is missing, empty or not what was written.
     """
+    check_rows(path)
     return read_rows(path).rows
 
 
@@ -63,8 +140,10 @@ def list_parts(directory: Path) -> list[Path]:
     """
     directory = Path(directory)
     numbers = _part_numbers(directory)
-    plan = directory / _PLAN
-    total = read_json(plan).get("parts", len(numbers)) if plan.exists() else len(numbers)
+    plan = read_plan(directory) or {}
+    total = plan.get("parts", len(numbers))
+    if type(total) is not int:
+        raise DataError(f"{directory / _PLAN}: parts is {total!r}. Run the stage again.")
     if not numbers:
         raise DataError(f"{directory}: there are no parts here. Run the stage that writes them.")
     if numbers != list(range(total)):
@@ -97,7 +176,7 @@ def begin_stage(directory: Path, plan: dict[str, Any]) -> None:
     if not _part_numbers(directory):
         write_json_atomic(path, plan)
         return
-    known = read_json(path) if path.exists() else {}
+    known = read_plan(directory) or {}
     changed = sorted(key for key in plan.keys() | known.keys() if plan.get(key) != known.get(key))
     if changed:
         raise DataError(
@@ -107,9 +186,17 @@ def begin_stage(directory: Path, plan: dict[str, Any]) -> None:
 
 
 def read_plan(directory: Path) -> dict[str, Any] | None:
-    """The plan that `begin_stage` recorded, None where there is none."""
+    """The plan that `begin_stage` recorded, None where there is none.
+
+    Raises DataError when it is damaged.
+    """
     path = Path(directory) / _PLAN
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    plan = read_json(path)
+    if not isinstance(plan, dict):
+        raise DataError(f"{path} is not the plan of a stage. Delete {directory} to start again.")
+    return plan
 
 
 def _part_numbers(directory: Path) -> list[int]:
