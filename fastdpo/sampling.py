@@ -1,76 +1,132 @@
 """Sampling responses: the first stage of a round.
 
-    sample(model, tokenizer, prompt_rows(read_rows("prompts.jsonl")), SamplingConfig(), out_dir,
-           round_index=1)
+    config = SamplingConfig(num_samples=8)
+    with open_sampler("policy", tokenizer, config) as sampler:
+        sample(sampler, tokenizer, prompt_rows(read_rows("prompts.jsonl")), config, out_dir,
+               round_index=1)
 
 Writes candidates as parts (see `fastdpo.storage`), one row per response:
 
     prompt_index, sample_index    place of the prompt in `prompts`, of the response among its own
     prompt, prompt_ids            as given, and the tokens the model saw
-    response, response_ids        text without special tokens; tokens up to and with the end token
-    finish_reason                 "stop" at an end token, "length" when cut at max_new_tokens
+    response, response_ids        text without special tokens, up to a stop string; tokens up to and
+                                  with the end token, or the one that completes the stop string
+    finish_reason                 "stop" at either, "length" when cut at max_new_tokens
     extra                         the other columns of the prompt
+
+and beside them `throughput.json`: samples and tokens per second.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastdpo.data import DataError, PromptRow, render_prompt
-from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
+from fastdpo.models import ModelError, load_causal_lm
+from fastdpo.samplers import (
+    Ending,
+    Output,
+    Sampler,
+    SamplingConfig,
+    VllmSampler,
+    context_of,
+    end_ids,
+    model_sampler,
+    policy_digest,
+)
+from fastdpo.server import open_server
+from fastdpo.storage import begin_stage, part_path, write_json_atomic, write_jsonl_atomic
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SamplingConfig", "open_sampler", "sample"]
+
+# Which backend drew the samples is in the plan by the name of the one that "auto" found.
+_UNPLANNED = {"backend", "server_url", "server_command", "server_timeout", "api_key_env"}
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How to sample. Raises ValueError, naming the field, when one is out of its range.
+@contextmanager
+def open_sampler(
+    policy: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: SamplingConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_length: int | None = None,
+    log_path: Path | None = None,
+) -> Iterator[Sampler]:
+    """A sampler of the policy by `config.backend`, closed at the end of the block.
 
-    Responses come from exactly this distribution: the top-k, repetition penalty and other settings
-    that a model brings along in its generation config are left out. `batch_prompts` is a part of
-    the plan: another value gives other random numbers.
+    `policy` is a folder or hub name in Hugging Face format. transformers' backends load it on the
+    GPU if there is one. They, vLLM and a server started here are made anew by each call, so none
+    has the weights of an earlier round; a server that runs already must have the policy among its
+    models, by name or path. `max_length` is the most tokens of a prompt with its response, by which
+    vLLM sizes its cache; default is the model's context. A server started here writes to
+    `log_path`, default a temporary file.
+
+    Raises:
+        ModelError: the model or its backend can't be used; says why.
+        ServerError: the server can't be reached, doesn't start, or serves another model.
     """
-
-    num_samples: int = 4  # responses per prompt
-    max_new_tokens: int = 256
-    temperature: float = 1.0  # 0 takes the most probable token
-    top_p: float = 1.0
-    batch_prompts: int = 8  # prompts per part; num_samples times as many sequences at once
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "batch_prompts"):
-            value = getattr(self, name)
-            _require(name, value, type(value) is int and value >= 1, "an int of at least 1")
-        _require("seed", self.seed, type(self.seed) is int, "an int")
-        finite = _is_number(self.temperature) and 0 <= self.temperature < float("inf")
-        _require("temperature", self.temperature, finite, "a finite number of at least 0")
-        in_range = _is_number(self.top_p) and 0 < self.top_p <= 1
-        _require("top_p", self.top_p, in_range, "a number above 0 and at most 1")
-        if self.temperature == 0:
-            allowed = "1 with temperature 0, where all samples are the same"
-            _require("num_samples", self.num_samples, self.num_samples == 1, allowed)
+    sampler = _open(policy, tokenizer, config, dtype, max_length, log_path)
+    try:
+        yield sampler
+    finally:
+        sampler.close()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _open(
+    policy: str,
+    tokenizer: Any,
+    config: SamplingConfig,
+    dtype: torch.dtype,
+    max_length: int | None,
+    log_path: Path | None,
+) -> Sampler:
+    server = config.backend == "server" or config.server_url is not None
+    if not server and config.backend != "vllm":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_causal_lm(policy, dtype=dtype).to(device)
+        sampler = model_sampler(model, tokenizer, config)
+        sampler.policy = policy_digest(policy)
+        return sampler
+    ending, context = _of_folder(policy, tokenizer, config)
+    longest = min((x for x in (max_length, context) if x is not None), default=None)
+    if server:
+        return open_server(
+            policy, ending, config, dtype=dtype, max_length=longest, log_path=log_path
+        )
+    return VllmSampler(policy, ending, config, dtype=dtype, max_length=longest)
 
 
-def _require(name: str, value: Any, valid: bool, allowed: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+def _of_folder(policy: str, tokenizer: Any, config: SamplingConfig) -> tuple[Ending, int | None]:
+    """End tokens and context of a model whose weights vLLM loads."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        model_config = AutoConfig.from_pretrained(policy, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model={policy!r} cannot be loaded: {reason}") from error
+    try:
+        own = GenerationConfig.from_pretrained(policy)
+    except OSError:  # a model needn't have one
+        own = GenerationConfig.from_model_config(model_config)
+    ends = end_ids(own.eos_token_id, tokenizer.eos_token_id)
+    return Ending(ends, config.stop, tokenizer), context_of(model_config)
 
 
 def sample(
-    model: "PreTrainedModel",
+    source: "PreTrainedModel | Sampler",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[PromptRow],
     config: SamplingConfig,
@@ -81,59 +137,105 @@ def sample(
 ) -> None:
     """Sample `config.num_samples` responses to every prompt and write them to `out_dir` in parts.
 
-    A string prompt becomes one user message where the tokenizer has a chat template. A response
-    ends at any end token of the model's generation config or of the tokenizer. Parts already there
-    are skipped, and every part has its own seed, so a run that was killed and started again writes
-    what an uninterrupted one writes. The global random state and the model's settings are left as
-    they were.
+    `source` is a loaded model, sampled by `config.backend`, or what `open_sampler` gives for the
+    same `config`. A string prompt becomes one user message where the tokenizer has a chat template.
+    A response ends at any end token of the model's generation config or of the tokenizer, or at a
+    stop string.
+
+    The plan beside the parts has the prompts and the seed of each, and is written before the first
+    is sampled. Parts already there are skipped, so a run that was killed and started again draws
+    what an uninterrupted one draws: bit for bit by transformers on a CPU, elsewhere as far as the
+    backend repeats itself. The global random state and the model's settings are left as they were.
 
     Raises DataError when there are no prompts; naming the row, when a prompt can't be rendered, has
     no tokens, leaves no room for `max_new_tokens` in the model's context, or has columns that can't
-    be written as JSON; and when `out_dir` holds parts of another plan.
+    be written as JSON; and when `out_dir` holds parts of another plan. ValueError when the sampler
+    was opened with other settings. ModelError and ServerError as `open_sampler`, at any time.
     """
     from tqdm import tqdm
 
     if not prompts:
         raise DataError("there are no prompts to sample from. Give at least one.")
-    prompt_ids = _render_all(model, tokenizer, prompts, config.max_new_tokens)
-    starts = range(0, len(prompts), config.batch_prompts)
-    plan = {
-        "sampling": asdict(config),
-        "round_index": round_index,
-        "prompts": _digest(prompts, prompt_ids),
-        "parts": len(starts),
-    }
-    begin_stage(out_dir, plan)
-    todo = [part for part in range(len(starts)) if not part_path(out_dir, part).exists()]
-    num_tokens, start_time = 0, time.perf_counter()
-    with (
-        _only_our_settings(model, tokenizer, config) as generation_config,
-        tqdm(desc="sampling", unit="part", total=len(starts), disable=not progress) as bar,
-    ):
-        bar.update(len(starts) - len(todo))
-        for part in todo:
+    owned = isinstance(source, torch.nn.Module)
+    sampler: Any = model_sampler(source, tokenizer, config) if owned else source
+    for name in ("max_new_tokens", "temperature", "top_p", "stop"):
+        mine, its = getattr(config, name), getattr(sampler.config, name)
+        if mine != its:
+            raise ValueError(
+                f"{name}={mine!r} is not the sampler's, {its!r}; open it with this one"
+            )
+    with closing(sampler) if owned else nullcontext():
+        prompt_ids = _render_all(sampler.context, tokenizer, prompts, config.max_new_tokens)
+        starts = range(0, len(prompts), config.batch_prompts)
+        seeds = [_part_seed(config.seed, round_index, part) for part in range(len(starts))]
+        plan = {
+            "sampling": {k: v for k, v in asdict(config).items() if k not in _UNPLANNED},
+            "backend": sampler.backend,
+            "policy": sampler.policy,
+            "round_index": round_index,
+            "prompts": _digest(prompts, prompt_ids),
+            "parts": len(starts),
+            "seeds": seeds,
+        }
+        begin_stage(out_dir, plan)
+        todo = [part for part in range(len(starts)) if not part_path(out_dir, part).exists()]
+
+        def draw(part: int) -> list[int]:
+            """Write a part; the lengths of its responses."""
             batch = range(starts[part], min(starts[part] + config.batch_prompts, len(prompts)))
-            seed = _part_seed(config.seed, round_index, part)
-            responses = _generate(
-                model, [prompt_ids[i] for i in batch], config.num_samples, generation_config, seed
+            outputs = sampler.generate(
+                [prompt_ids[i] for i in batch], config.num_samples, seeds[part]
             )
             rows = [
-                _candidate(i, j, prompts[i], prompt_ids[i], response, tokenizer, generation_config)
-                for i, of_prompt in zip(batch, responses)
-                for j, response in enumerate(of_prompt)
+                _candidate(i, j, prompts[i], prompt_ids[i], output, sampler.ending)
+                for i, of_prompt in zip(batch, outputs)
+                for j, output in enumerate(of_prompt)
             ]
             write_jsonl_atomic(part_path(out_dir, part), rows)
-            num_tokens += sum(len(row["response_ids"]) for row in rows)
-            rate = num_tokens / (time.perf_counter() - start_time)
-            bar.set_postfix_str(f"{rate:,.0f} tokens/s")
-            bar.update()
+            return [len(row["response_ids"]) for row in rows]
+
+        found, rates = {"samples": 0, "tokens": 0}, {}
+        start_time = time.perf_counter()
+        with tqdm(desc="sampling", unit="part", total=len(starts), disable=not progress) as bar:
+            bar.update(len(starts) - len(todo))
+            for lengths in _each(draw, todo, sampler.at_once):
+                found["samples"] += len(lengths)
+                found["tokens"] += sum(lengths)
+                rates = _rates(found, time.perf_counter() - start_time)
+                bar.set_postfix_str(
+                    f"{rates['tokens_per_second']:,.0f} tokens/s, "
+                    f"{rates['samples_per_second']:,.1f} samples/s"
+                )
+                bar.update()
+        if todo:
+            parts = {"parts": len(starts), "sampled_parts": len(todo)}
+            summary = {"backend": sampler.backend, **parts, **found, **rates}
+            write_json_atomic(Path(out_dir) / "throughput.json", summary)
+
+
+def _rates(found: dict[str, int], seconds: float) -> dict[str, float]:
+    per_second = {f"{name}_per_second": count / seconds for name, count in found.items()}
+    return {"seconds": seconds, **per_second}
+
+
+def _each(work: Callable[[int], list[int]], parts: list[int], at_once: int) -> Iterator[list[int]]:
+    """The work's results as they come, of several parts at a time where the sampler allows it."""
+    if at_once == 1:  # in this thread, whose settings torch keeps
+        yield from map(work, parts)
+        return
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        for done in as_completed([pool.submit(work, part) for part in parts]):
+            yield done.result()
+    finally:
+        # Closing the sampler ends what still runs.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _render_all(
-    model: Any, tokenizer: Any, prompts: Sequence[PromptRow], max_new_tokens: int
+    context: int | None, tokenizer: Any, prompts: Sequence[PromptRow], max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of all prompts, checked before the first is sampled."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     result = []
     for row in prompts:
         try:
@@ -173,97 +275,21 @@ def _part_seed(seed: int, round_index: int, part: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-@contextmanager
-def _only_our_settings(
-    model: Any, tokenizer: Any, config: SamplingConfig
-) -> Iterator["GenerationConfig"]:
-    """The model in eval mode and without a generation config of its own."""
-    from transformers import GenerationConfig
-
-    own, was_training = model.generation_config, model.training
-    end_ids = _end_ids(own.eos_token_id, tokenizer.eos_token_id)
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = end_ids[0] if end_ids else 0
-    options: dict[str, Any] = {"do_sample": False}
-    if config.temperature > 0:
-        # top_k is 50 where it isn't set.
-        options = {
-            "do_sample": True,
-            "temperature": float(config.temperature),
-            "top_p": float(config.top_p),
-            "top_k": 0,
-        }
-    generation_config = GenerationConfig(
-        max_new_tokens=config.max_new_tokens,
-        eos_token_id=end_ids or None,
-        pad_token_id=pad_id,
-        bos_token_id=own.bos_token_id,
-        use_cache=True,
-        **options,
-    )
-    # generate fills whatever a given config leaves open from the model's own.
-    model.generation_config = GenerationConfig()
-    model.eval()
-    try:
-        yield generation_config
-    finally:
-        model.generation_config = own
-        model.train(was_training)
-
-
-def _end_ids(*ids: int | list[int] | None) -> list[int]:
-    lists = [[x] if isinstance(x, int) else list(x) for x in ids if x is not None]
-    return list(dict.fromkeys(i for one in lists for i in one))
-
-
-@torch.no_grad()
-def _generate(
-    model: Any,
-    prompts: list[list[int]],
-    num_samples: int,
-    generation_config: "GenerationConfig",
-    seed: int,
-) -> list[list[list[int]]]:
-    """Response ids, `[prompt][sample]`, each up to and with its first end token."""
-    width = max(map(len, prompts))
-    pad: Any = generation_config.pad_token_id
-    # On the left, so that every response continues its prompt.
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    ids, mask = (x.repeat_interleave(num_samples, 0).to(model.device) for x in (ids, mask))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=generation_config
-        )
-    end_ids: Any = generation_config.eos_token_id or []
-    responses = [_until_end(row, end_ids) for row in output[:, width:].tolist()]
-    return [responses[i : i + num_samples] for i in range(0, len(responses), num_samples)]
-
-
-def _until_end(ids: list[int], end_ids: list[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
-    return ids[: stop + 1]
-
-
 def _candidate(
     prompt_index: int,
     sample_index: int,
     row: PromptRow,
     prompt_ids: list[int],
-    response_ids: list[int],
-    tokenizer: Any,
-    generation_config: Any,
+    output: Output,
+    ending: Ending,
 ) -> dict[str, Any]:
-    stopped = response_ids[-1] in (generation_config.eos_token_id or [])
     return {
         "prompt_index": prompt_index,
         "sample_index": sample_index,
         "prompt": row.prompt,
         "prompt_ids": prompt_ids,
-        "response": tokenizer.decode(response_ids, skip_special_tokens=True),
-        "response_ids": response_ids,
-        "finish_reason": "stop" if stopped else "length",
+        "response": ending.text(output.ids),
+        "response_ids": output.ids,
+        "finish_reason": output.finish_reason,
         "extra": row.extra,
     }

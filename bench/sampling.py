@@ -1,0 +1,251 @@
+"""How fast does each sampler draw, and does it draw from the model's distribution?
+
+    python -m bench.sampling --model MODEL --out bench/results/sampling-cpu.jsonl
+
+Correctness comes first, and a sampler that fails it gets a row that says so, and no time:
+
+- greedy responses against those of plain `generate`, a prompt at a time, without padding: how many
+  are equal token for token, and where they part, by how much the model's fp32 logits of the two
+  tokens differ. Rounding may part them at a tie (at most `TIES` by dtype), nothing else may.
+- surprise: over all sampled tokens, the sum of -log p(token) minus the entropy of what it was drawn
+  from, in standard deviations of that sum. It is a martingale, so its mean is 0 and its
+  variance 1 for samples of the model at temperature 1, however long the responses are. A hidden
+  top-k or another temperature moves it by many.
+
+Then whole stages of sampling are timed, files and all, the samplers taking turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastdpo
+from fastdpo.data import PromptRow, prompt_rows, read_rows, render_prompt
+from fastdpo.models import load_causal_lm, load_tokenizer
+from fastdpo.samplers import BACKENDS, GenerateSampler, Sampler, SamplingConfig
+from fastdpo.sampling import open_sampler, sample
+from fastdpo.storage import read_json, read_parts
+
+from .measure import where
+
+TIES = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+Z_LIMIT = 4.0
+
+
+@torch.no_grad()
+def surprise(model: Any, rows: list[dict[str, Any]]) -> float:
+    """The z of responses that claim to be samples of the model at temperature 1; see the top.
+
+    `rows` are candidates with `prompt_ids` and `response_ids`.
+    """
+    excess = variance = 0.0
+    for row in rows:
+        prompt, response = row["prompt_ids"], row["response_ids"]
+        ids = torch.tensor([prompt + response], device=model.device)
+        logits_NV = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double()
+        logp_NV = logits_NV.log_softmax(-1)
+        p_NV = logp_NV.exp()
+        entropy_N = -(p_NV * logp_NV).sum(-1)
+        surprise_N = -logp_NV.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
+        excess += (surprise_N - entropy_N).sum().item()
+        variance += ((p_NV * logp_NV.square()).sum(-1) - entropy_N.square()).sum().item()
+    return excess / variance**0.5
+
+
+@torch.no_grad()
+def parting(model: Any, prompt: list[int], plain: list[int], other: list[int]) -> float | None:
+    """By how much the logits differ where two greedy responses part; None where they don't."""
+    if plain == other:
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(plain, other)) if a != b), None)
+    if at is None:  # one is the beginning of the other, and yet it didn't end there
+        return float("inf")
+    ids = torch.tensor([prompt + plain[:at]], device=model.device)
+    logits_V = model(input_ids=ids).logits[0, -1].float()
+    return (logits_V[plain[at]] - logits_V[other[at]]).abs().item()
+
+
+class Study:
+    """One model, its prompts and what is drawn."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.tokenizer = load_tokenizer(args.model)
+        self.prompts: list[PromptRow] = prompt_rows(read_rows(args.prompts))[: args.limit]
+        self.prompt_ids = [
+            render_prompt(row.prompt, self.tokenizer, as_chat=True) for row in self.prompts
+        ]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.exact = load_causal_lm(args.model, dtype=torch.float32).to(self.device).eval()
+        self.config = SamplingConfig(
+            num_samples=args.num_samples,
+            max_new_tokens=args.max_new_tokens,
+            batch_prompts=args.batch_prompts,
+            server_url=None,
+            server_command=args.server_command,
+        )
+        self.greedy = replace(self.config, temperature=0.0, num_samples=1)
+
+    def open(self, stack: ExitStack, backend: str, config: SamplingConfig) -> Sampler:
+        url = self.args.server_url if backend == "server" else None
+        longest = max(map(len, self.prompt_ids)) + self.args.max_new_tokens
+        return stack.enter_context(
+            open_sampler(
+                self.args.model,
+                self.tokenizer,
+                replace(config, backend=backend, server_url=url),
+                dtype=getattr(torch, self.args.dtype),
+                max_length=longest,
+            )
+        )
+
+    def plain(self) -> list[list[int]]:
+        """Greedy responses of `generate`, a prompt at a time, in the tested dtype."""
+        model = load_causal_lm(self.args.model, dtype=getattr(torch, self.args.dtype))
+        sampler = GenerateSampler(model.to(self.device), self.tokenizer, self.greedy)
+        found = [sampler.generate([ids], 1, seed=0)[0][0].ids for ids in self.prompt_ids]
+        sampler.close()
+        return found
+
+    def stage(self, sampler: Sampler, config: SamplingConfig, seed: int) -> tuple[list, dict]:
+        """Rows and throughput of one whole stage in a folder of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, config = Path(folder), replace(config, seed=seed)
+            sample(
+                sampler, self.tokenizer, self.prompts, config, out, round_index=1, progress=False
+            )
+            return read_parts(out), read_json(out / "throughput.json")
+
+    def check(self, backend: str, plain: list[list[int]]) -> dict[str, Any]:
+        """Errors of a sampler, and whether they are too large to be timed."""
+        with ExitStack() as stack:
+            rows, _ = self.stage(self.open(stack, backend, self.greedy), self.greedy, 0)
+        gaps = [
+            parting(self.exact, ids, a, row["response_ids"])
+            for ids, a, row in zip(self.prompt_ids, plain, rows)
+        ]
+        parted = [gap for gap in gaps if gap is not None]
+        with ExitStack() as stack:
+            rows, _ = self.stage(self.open(stack, backend, self.config), self.config, 0)
+        z = surprise(self.exact, rows)
+        note = None
+        if parted and max(parted) > TIES[self.args.dtype]:
+            note = "greedy responses differ from those of generate"
+        elif abs(z) > Z_LIMIT:
+            note = "the samples aren't of the model's distribution"
+        return {
+            "greedy_equal": len(gaps) - len(parted),
+            "greedy_of": len(gaps),
+            "greedy_gap": max(parted, default=None),
+            "surprise_z": z,
+            "note": note,
+        }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each sampler, errors first; those that pass are timed in turns."""
+    study = Study(args)
+    plain = study.plain()
+    rows: dict[str, dict[str, Any]] = {}
+    for backend in args.backends.split(","):
+        try:
+            rows[backend] = study.check(backend, plain)
+        except (OSError, ValueError, RuntimeError) as error:
+            rows[backend] = {"note": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    timed = [backend for backend, row in rows.items() if row["note"] is None]
+    found: dict[str, list[dict]] = {backend: [] for backend in timed}
+    with ExitStack() as stack:
+        samplers = {backend: study.open(stack, backend, study.config) for backend in timed}
+        for turn in range(-1, args.rounds):
+            for backend in timed if turn % 2 else timed[::-1]:
+                _, throughput = study.stage(samplers[backend], study.config, seed=turn + 1)
+                if turn >= 0:  # the first is a warm-up
+                    found[backend].append(throughput)
+    for backend, stages in found.items():
+        for name in ("samples_per_second", "tokens_per_second", "seconds"):
+            rows[backend][name] = spread([stage[name] for stage in stages])
+        rows[backend]["tokens_per_sample"] = sum(x["tokens"] for x in stages) / sum(
+            x["samples"] for x in stages
+        )
+    common = {
+        **where(study.device, args.commit),
+        "op": "sampling",
+        "model": Path(args.model).name,
+        "dtype": args.dtype,
+        "prompts": len(study.prompts),
+        "prompt_tokens": sum(map(len, study.prompt_ids)) / len(study.prompt_ids),
+        "rounds": args.rounds,
+    }
+    drawn = ("num_samples", "max_new_tokens", "batch_prompts")
+    common |= {name: getattr(args, name) for name in drawn}
+    return [{**common, "backend": backend, **row} for backend, row in rows.items()]
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the eye; the file has everything."""
+    if row.get("samples_per_second") is None:
+        return f"{row['backend']:<12} {row['note']}"
+    gap = row["greedy_gap"]
+    return (
+        f"{row['backend']:<12} {row['samples_per_second']['median']:8.2f} samples/s "
+        f"{row['tokens_per_second']['median']:9.1f} tokens/s   greedy {row['greedy_equal']}/"
+        f"{row['greedy_of']}{'' if gap is None else f', gap {gap:.1e}'}   "
+        f"surprise {row['surprise_z']:+.1f}"
+    )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "python -m bench.sampling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    cuda = torch.cuda.is_available()
+    demo = Path(fastdpo.__file__).with_name("demo_prompts.jsonl")
+    add("--model", required=True, help="folder or hub name")
+    add("--prompts", default=str(demo), help="the demo's by default")
+    add("--limit", type=int, default=24, help="prompts")
+    add("--num_samples", type=int, default=4)
+    add("--max_new_tokens", type=int, default=64)
+    add("--batch_prompts", type=int, default=8, help="prompts a part")
+    add("--rounds", type=int, default=3, help="timed stages of each")
+    add("--backends", default="generate,continuous", help=f"of {', '.join(BACKENDS[1:])}")
+    add("--dtype", default="bfloat16" if cuda else "float32", choices=TIES)
+    add("--server_url", help="of a running server")
+    add("--server_command", default=SamplingConfig.server_command)
+    add("--threads", type=int)
+    add("--out", type=Path, help="rows are appended to this .jsonl")
+    add("--commit", help="the commit to record where there is no repository")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = run(args)
+    for row in rows:
+        print(line(row), flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
