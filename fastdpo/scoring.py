@@ -2,7 +2,8 @@
 
     score(load_scorer("my_rewards:helpful"), candidates_dir, scores_dir)
 
-Writes one part of scores per part of candidates: prompt_index, sample_index, score.
+Writes one part of scores per part of candidates: prompt_index, sample_index, score. Several scorers
+write a folder each; `fastdpo.transforms` makes one score of them.
 """
 
 import importlib
@@ -11,7 +12,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,21 +21,44 @@ from typing import Any
 import torch
 
 from fastdpo.data import DataError, Text
+from fastdpo.remote import Endpoint, Remote, check_url
+from fastdpo.rewards import (
+    JUDGE_TEMPLATE,
+    Judge,
+    PooledScores,
+    RemoteJudge,
+    RemoteScores,
+    check_template,
+    load_implicit,
+    load_local_judge,
+    load_reward_model,
+    text_of,
+)
 from fastdpo.storage import begin_stage, list_parts, read_jsonl, read_plan, write_jsonl_atomic
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A function from prompts and as many responses to as many finite numbers, higher is better.
+    """A function to as many finite numbers as there are responses, higher is better.
 
-    Prompts are strings or message lists, as they were given to sampling.
+    It takes prompts and as many responses (`on` is "text"), or candidates as sampling wrote them,
+    with all samples of a prompt (`on` is "rows"). Prompts are strings or message lists, as they
+    were given to sampling.
+
+    `compare` is there where scores are comparisons within a prompt: the probability that
+    `first[i]` is a better response to `prompts[i]` than `second[i]`. Such scores average to 0.5
+    whatever the policy, so policies are compared by it and not by them. `settings` is JSON that
+    decides scores beside the name; it is kept in the plan, so it never holds a key.
     """
 
     name: str
-    function: Callable[[list[Text], list[str]], Any]
+    function: Callable[..., Any]
+    on: str = "text"
+    compare: Callable[[list[Text], list[str], list[str]], list[float]] | None = None
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def __call__(self, prompts: list[Text], responses: list[str]) -> Any:
-        return self.function(prompts, responses)
+    def __call__(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
 
 
 def load_scorer(
@@ -42,31 +67,90 @@ def load_scorer(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch_size: int = 8,
+    policy: str | None = None,
+    previous: str | None = None,
+    remote: Remote | None = None,
+    judge_template: str = JUDGE_TEMPLATE,
 ) -> Scorer:
     """Load a scorer by name.
 
-    `spec` is `module:function`, a Python function `f(prompts, responses) -> scores`, or else the
-    folder or hub name of a sequence-classification reward model with one logit. What has a colon
-    and is no existing path is a function; modules in the working directory are found too.
+    - `module:function`: a Python function `f(prompts, responses) -> scores`.
+    - `name` or `name#tokenizer`: a reward model, the folder or hub name of a sequence classifier
+      with one logit or of a causal model with a `v_head`, and of its tokenizer if elsewhere.
+    - `judge:name`: a causal language model that compares the responses of a prompt, see `Judge`.
+    - `judge:URL#model`: the same by an OpenAI-compatible server; `URL` ends in `/v1` mostly.
+    - `http://...`, `https://...`: an endpoint of one's own, see `RemoteScores`.
+    - `http://.../pooling#model`: a reward model under vLLM, see `PooledScores`.
+    - `answer`: 1 where the response gives the prompt's `answer`, see `right_answer`.
+    - `implicit`: log-ratio of `policy` and `previous`, see `ImplicitReward`.
 
-    The rest is for reward models: `device` defaults to the GPU if there is one, `dtype` to that of
-    the checkpoint. They see prompt and response through their chat template, or without one as
-    `prompt + "\\n" + response`, `batch_size` of them at a time, one at a time if there is no
-    padding token. Weights are read from safetensors only and code from the hub is never run.
+    What else has a colon and is no existing path is a function; modules in the working directory
+    are found too. Servers are asked as `remote` says.
+
+    `device` defaults to the GPU if there is one, `dtype` to that of the checkpoint, and for the
+    implicit reward to fp32: its log-ratios are small next to the rounding of bf16. Reward models
+    see prompt and response through their chat template, or with a line break between them where
+    there is none, `batch_size` of them at a time, one at a time if there is no padding token.
+    Weights are read from safetensors only and code from the hub is never run.
 
     Raises ValueError when it can't be loaded.
     """
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+    remote = remote or Remote()
+    if spec == "answer":
+        return Scorer(spec, right_answer, on="rows")
+    if spec == "implicit":
+        if policy is None or previous is None:
+            raise ValueError(
+                "scorer 'implicit' needs policy and previous, folders or hub names of the policy "
+                "and of the one before it"
+            )
+        reward = load_implicit(str(policy), str(previous), device, dtype, batch_size)
+        return Scorer(spec, reward, on="rows", settings=reward.digests)
+    if spec.startswith("judge:"):
+        check_template(judge_template)
+        name = spec.removeprefix("judge:")
+        if _is_url(name):
+            endpoint, model = _endpoint(name, remote, "/chat/completions")
+            judge = Judge(RemoteJudge(endpoint, _required(model, spec)), judge_template)
+        else:
+            judge = Judge(load_local_judge(name, device, dtype, batch_size), judge_template)
+        settings = {"template": judge_template}
+        return Scorer(spec, judge, on="rows", compare=judge.compare, settings=settings)
+    if _is_url(spec):
+        endpoint, model = _endpoint(spec, remote)
+        if endpoint.url.endswith("/pooling"):
+            return Scorer(spec, PooledScores(endpoint, _required(model, spec)))
+        return Scorer(spec, RemoteScores(endpoint, batch_size))
     if ":" in spec and not Path(spec).exists():
         return Scorer(spec, _load_function(spec))
-    return Scorer(spec, _load_reward_model(spec, device, dtype, batch_size))
+    return Scorer(spec, load_reward_model(spec, device, dtype, batch_size))
+
+
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def _endpoint(url: str, remote: Remote, path: str = "") -> tuple[Endpoint, str]:
+    """The endpoint of a URL, and the name after its #."""
+    check_url(url)
+    remote.key()  # where there is none, it is better said now
+    url, _, model = url.partition("#")
+    return Endpoint(url.rstrip("/") + path if path else url, remote), model
+
+
+def _required(model: str, spec: str) -> str:
+    if not model:
+        raise ValueError(f"scorer {spec!r}: name the model that the server has after a #")
+    return model
 
 
 def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = True) -> None:
     """Score all candidates in `rows_dir` and write the scores to `out_dir` in parts.
 
-    The scorer is called once per part; parts already there are skipped.
+    The scorer is called once per part; parts already there are skipped. What a server can't do for
+    a moment is tried again by the scorer itself (`Remote`).
 
     Raises DataError when candidates are missing or malformed, when `out_dir` holds the scores of
     another scorer or of other candidates, and when the scorer raises or returns anything but one
@@ -76,6 +160,8 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
 
     parts = list_parts(rows_dir)
     plan = {"scorer": scorer.name, "candidates": read_plan(rows_dir), "parts": len(parts)}
+    if scorer.settings:
+        plan["settings"] = scorer.settings
     begin_stage(out_dir, plan)
     for path in tqdm(parts, desc="scoring", unit="part", disable=not progress):
         out_path = Path(out_dir) / path.name
@@ -83,14 +169,21 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
             write_jsonl_atomic(out_path, _score_rows(scorer, read_jsonl(path), path))
 
 
+_TEXT = {"prompt_index", "sample_index", "prompt", "response"}
+_NEEDED = {"text": _TEXT, "rows": _TEXT | {"prompt_ids", "response_ids", "extra"}}
+
+
 def _score_rows(scorer: Scorer, rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     for i, row in enumerate(rows):
-        missing = {"prompt_index", "sample_index", "prompt", "response"} - row.keys()
+        missing = _NEEDED[scorer.on] - row.keys()
         if missing:
             raise DataError(f"{path}:{i + 1}: {min(missing)!r} is missing. Sample it again.")
     these = f"{path} (prompt {rows[0]['prompt_index']} to prompt {rows[-1]['prompt_index']})"
     try:
-        values = scorer([row["prompt"] for row in rows], [row["response"] for row in rows])
+        if scorer.on == "rows":
+            values = scorer(rows)
+        else:
+            values = scorer([row["prompt"] for row in rows], [row["response"] for row in rows])
     except Exception as error:
         raise DataError(
             f"scorer {scorer.name} raised {type(error).__name__} for {these}: {error}"
@@ -146,116 +239,98 @@ def _load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-def _load_reward_model(
-    name: str, device: torch.device | str | None, dtype: torch.dtype | None, batch_size: int
-) -> "_RewardModel":
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+# Verifiable answers
 
+_NUMBER = re.compile(
+    r"""(?<![\w.]) -?
+    (?: \d{1,3} (?:,\d{3})+ (?!\d|,\d) | \d+ | (?=\.\d) ) (?:\.\d+)?  # 1,234.5 or .5
+    (?: [eE][-+]?\d{1,3}(?!\d) )?
+    (?: /\d+ )?""",
+    re.VERBOSE,
+)
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
+_LATEX = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}|\\[!,;: ]|[$%]|\\(?=[$%])")
+
+
+def right_answer(rows: list[dict[str, Any]]) -> list[float]:
+    """1 where a response gives the answer in its prompt's column `answer`, else 0.
+
+    `answer` is a number, a text, or a list of any that are right; of a text with `####`, as in
+    GSM8K, what follows counts. A response gives what is in its last `\\boxed{...}`; without one,
+    what follows its last `####`; without either its last number if the answer is a number, and its
+    last line that isn't blank, or that line's end after ":" or "is", if the answer is a text.
+
+    Numbers are compared exactly as rationals, so 0.5, 1/2, .50 and \\frac{1}{2} are the same; signs
+    of currency and percent and commas between thousands don't count. Texts are compared without
+    case, outer punctuation and markup.
+
+    Raises DataError when a row has no such column. Within a prompt all scores are often the same;
+    those prompts give no pair.
+    """
+    scores = []
+    for row in rows:
+        answers = row["extra"].get("answer")
+        answers = answers if isinstance(answers, list) else [answers]
+        if not answers or any(x is None for x in answers):
+            raise DataError(
+                f"prompt {row['prompt_index']} has no answer to compare with. Give the prompts a "
+                "column 'answer', or use another scorer."
+            )
+        scores.append(float(any(_gives(row["response"], str(x)) for x in answers)))
+    return scores
+
+
+def _gives(response: str, answer: str) -> bool:
+    answer = _marked(answer) or answer
+    said, number = _marked(response), _number(answer)
+    if number is not None:
+        if said is not None and _number(said) is not None:
+            return _number(said) == number
+        found = _NUMBER.findall(_plain(response if said is None else said))
+        return bool(found) and _number(found[-1]) == number
+    if said is not None:
+        return _same_text(said, answer)
+    line = next((x for x in reversed(response.splitlines()) if x.strip()), "")
+    ends = [line, line.rpartition(":")[2], line.rpartition(" is ")[2]]
+    return any(_same_text(end, answer) for end in ends)
+
+
+def _marked(text: str) -> str | None:
+    """What is in the last `\\boxed{...}`, else what follows the last `####` on its line."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        start += len("\\boxed{")
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start:end]
+    _, mark, after = text.rpartition("####")
+    return next(iter(after.strip().splitlines()), "") if mark else None
+
+
+def _plain(text: str) -> str:
+    return _LATEX.sub(r"\1", _FRACTION.sub(r"\1/\2", text.replace("\u2212", "-")))
+
+
+def _number(text: str) -> Fraction | None:
+    """The value of a text that is one number and nothing else."""
+    text = _plain(text).strip().strip("*").rstrip(".").replace(" ", "")
+    if not _NUMBER.fullmatch(text):
+        return None
+    number, _, denominator = text.replace(",", "").partition("/")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        num_labels = config.num_labels
-        model: Any = None
-        if num_labels == 1:
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                dtype=dtype or "auto",
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"scorer {name!r}: can't be loaded as a reward model ({type(error).__name__}: "
-            f"{first_line}). Name its folder or its hub name; a Python function is written "
-            "module:function."
-        ) from error
-    if model is None:
-        raise ValueError(
-            f"scorer {name!r}: the model has {num_labels} labels. "
-            "A reward model is a sequence classifier with one."
-        )
-    if loading["missing_keys"]:
-        raise ValueError(
-            f"scorer {name!r}: the checkpoint has no {', '.join(sorted(loading['missing_keys']))}. "
-            "A reward model is a sequence classifier with a trained head."
-        )
-    text_config = config.get_text_config()
-    pad_id = model.config.get_text_config().pad_token_id
-    if pad_id is None and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
-        # An end token can't pad: the model scores at the last token that isn't padding.
-        pad_id = tokenizer.pad_token_id
-        model.config.get_text_config().pad_token_id = pad_id
-    model.config.use_cache = False
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    context = min(
-        getattr(text_config, "max_position_embeddings", None) or math.inf,
-        tokenizer.model_max_length,
-    )
-    return _RewardModel(
-        model.eval().to(device), tokenizer, pad_id, batch_size if pad_id is not None else 1, context
-    )
+        return Fraction(number) / Fraction(denominator or 1)
+    except (ValueError, ZeroDivisionError):  # too many digits, or over 0
+        return None
 
 
-@dataclass(frozen=True)
-class _RewardModel:
-    model: Any
-    tokenizer: Any
-    pad_id: int | None
-    batch_size: int
-    context: float
-
-    @torch.inference_mode()
-    def __call__(self, prompts: list[Text], responses: list[str]) -> list[float]:
-        ids = [self._render(prompt, response) for prompt, response in zip(prompts, responses)]
-        longest = max(map(len, ids))
-        if longest > self.context:
-            raise ValueError(
-                f"a prompt with its response has {longest} tokens, more than the reward model's "
-                f"context of {self.context}; lower max_new_tokens of sampling"
-            )
-        scores = [0.0] * len(ids)
-        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for start in range(0, len(ids), self.batch_size):
-            batch = by_length[start : start + self.batch_size]
-            logits_B1 = self._logits([ids[i] for i in batch])
-            for i, value in zip(batch, logits_B1.flatten().tolist()):
-                scores[i] = value
-        return scores
-
-    def _render(self, prompt: Text, response: str) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            text = _text_of(prompt) + "\n" + response
-            return self.tokenizer(text=text)["input_ids"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        encoded = self.tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": response}], tokenize=True, return_dict=True
-        )
-        return encoded["input_ids"]
-
-    def _logits(self, batch: list[list[int]]) -> torch.Tensor:
-        width = max(map(len, batch))
-        pad = self.pad_id or 0
-        # On the right: absolute positions then start at 0 in every row.
-        ids = torch.tensor([x + [pad] * (width - len(x)) for x in batch])
-        mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in batch])
-        device = self.model.device
-        return self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+def _same_text(a: str, b: str) -> bool:
+    folded = [" ".join(_plain(x).casefold().split()).strip(" *_`\"'.,!?()") for x in (a, b)]
+    return folded[0] == folded[1] != ""
 
 
-def _text_of(prompt: Text, role: str | None = None) -> str:
-    """A prompt as plain text; of messages the contents, `role` selects some of them."""
-    if isinstance(prompt, str):
-        return prompt
-    texts = []
-    for message in prompt:
-        content = message.get("content") or ""
-        if role in (None, message["role"]):
-            parts = [content] if isinstance(content, str) else [x.get("text", "") for x in content]
-            texts.extend(parts)
-    return "\n".join(texts)
-
+# Plain language
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|\n+")
@@ -285,7 +360,7 @@ def plain_language(prompts: list[Text], responses: list[str]) -> list[float]:
     No factor grows with length as such. Optimized hard enough it will be gamed: short words in
     short sentences that repeat the question.
     """
-    return [_plainness(_text_of(p, role="user"), r) for p, r in zip(prompts, responses)]
+    return [_plainness(text_of(p, role="user"), r) for p, r in zip(prompts, responses)]
 
 
 def _plainness(prompt: str, response: str) -> float:

@@ -1,0 +1,308 @@
+"""Raw scores -> the scores that pairs are made from.
+
+    scores, facts = shape(rows, [helpful, harmless], Shaping(combine="log_sigmoid"))
+
+In this order: `combine` makes one score of several, `transform` reshapes it within each prompt, and
+`penalize` takes off what length earned.
+
+A transform keeps the order of one prompt's scores, so by itself it changes which prompts pass
+`min_gap`, and margins and weights made of scores, but not which response is best or worst.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import NormalDist, fmean, pstdev
+from typing import Any
+
+COMBINATIONS = ("weighted", "log_sigmoid")
+TRANSFORMS = ("none", "par", "log_sigmoid", "mean_std")
+_PERCENTILE = NormalDist().inv_cdf(0.85)
+
+References = Mapping[Any, Sequence[float]]  # scores of reference responses, by prompt
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What becomes of scores before pairing. Raises ValueError, naming the field."""
+
+    weights: list[float] | None = None  # of each scorer, negative to avoid something; None: all 1
+    combine: str = "weighted"  # or log_sigmoid, a logical and
+    transform: str = "none"  # par, log_sigmoid or mean_std
+    length_penalty: float | str = 0.0  # a token, in units of the transformed score; "auto": DICE's
+
+    def __post_init__(self) -> None:
+        for name, choices in (("combine", COMBINATIONS), ("transform", TRANSFORMS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if self.weights is not None and not (self.weights and all(map(_finite, self.weights))):
+            raise ValueError(f"weights must be a list of finite numbers, got {self.weights!r}")
+        penalty = self.length_penalty
+        if penalty != "auto" and not (_finite(penalty) and penalty >= 0):  # type: ignore[operator]
+            raise ValueError(
+                f'length_penalty must be a finite number of at least 0 or "auto", got {penalty!r}'
+            )
+
+
+def _finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def shape(
+    rows: Sequence[dict[str, Any]], raw: Sequence[Sequence[float]], shaping: Shaping
+) -> tuple[list[float], dict[str, float]]:
+    """Final scores of candidates, and facts for the summary.
+
+    `raw[k][i]` is scorer k's score of `rows[i]`. What transforms refer to are the prompt's own
+    samples. Facts are there with a length penalty only: `length_penalty`, a score per token, and
+    how many tokens longer the best response of a prompt is than the worst, on the mean over
+    prompts, `length_gap_before` and `length_gap` after it. Responses without tokens or with nothing
+    but white space, which are never paired, count in neither the search nor these.
+
+    Raises ValueError when there are no scores, not one for each row, or not one weight for each
+    scorer.
+    """
+    groups = [row["prompt_index"] for row in rows]
+    scores = combine(raw, groups, weights=shaping.weights, how=shaping.combine)
+    scores = transform(scores, groups, shaping.transform)
+    if shaping.length_penalty == 0:
+        return scores, {}
+    lengths = [len(row["response_ids"]) for row in rows]
+    used = [i for i, row in enumerate(rows) if row["response_ids"] and row["response"].strip()]
+    of_used = [lengths[i] for i in used], [groups[i] for i in used]
+    before = [scores[i] for i in used]
+    if shaping.length_penalty == "auto":
+        alpha, gap = find_alpha(before, *of_used)
+    else:
+        alpha = float(shaping.length_penalty)
+        gap = length_gap(penalize(before, of_used[0], alpha), *of_used)
+    facts = {
+        "length_penalty": alpha,
+        "length_gap_before": length_gap(before, *of_used),
+        "length_gap": gap,
+    }
+    return penalize(scores, lengths, alpha), facts
+
+
+# One score of several
+
+
+def combine(
+    scores_K: Sequence[Sequence[float]],
+    groups: Sequence[Hashable],
+    *,
+    weights: Sequence[float] | None = None,
+    how: str = "weighted",
+    references_K: Sequence[References] | None = None,
+) -> list[float]:
+    """One score for each response from those of K scorers; `groups[i]` is the prompt of response i.
+
+    "weighted" is `sum_k w_k s_k`, a direction in the space of rewards (directional preference
+    alignment, arXiv 2402.18571, where w has length 1; here it is taken as given).
+
+    "log_sigmoid" is `sum_k w_k log sigmoid(s_k - ref_k)`, each scorer's log-sigmoid-centred
+    transform (see `transform`): up to weights the log-probability that a response is good in all
+    respects at once, a logical and (arXiv 2402.00742). `references_K` are each scorer's reference
+    scores, by default the prompt's own.
+
+    One scorer is passed through by "weighted" as it is, up to its weight.
+
+    Raises ValueError as `shape` and `transform` do.
+    """
+    if not scores_K:
+        raise ValueError("there are no scores to combine; give those of at least one scorer")
+    if any(len(scores) != len(groups) for scores in scores_K):
+        counts = [len(scores) for scores in scores_K]
+        raise ValueError(f"scores must be {len(groups)} a scorer, one a response, got {counts}")
+    if weights is None:
+        weights = [1.0] * len(scores_K)
+    if len(weights) != len(scores_K):
+        raise ValueError(
+            f"weights must be one for each of the {len(scores_K)} scorers, got {len(weights)}"
+        )
+    if how == "log_sigmoid":
+        scores_K = [
+            transform(
+                scores, groups, how, references=None if references_K is None else references_K[k]
+            )
+            for k, scores in enumerate(scores_K)
+        ]
+    elif how != "weighted":
+        raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {how!r}")
+    return [sum(w * s for w, s in zip(weights, of_one)) for of_one in zip(*scores_K)]
+
+
+# Within a prompt
+
+
+def transform(
+    values: Sequence[float],
+    groups: Sequence[Hashable],
+    how: str,
+    *,
+    references: References | None = None,
+) -> list[float]:
+    """Reshape scores within each prompt; `groups[i]` is the prompt of `values[i]`.
+
+    - "none": as they are.
+    - "par", preference as reward (arXiv 2502.18770): the mean over M reference responses of
+      `sigmoid(r - r_ref)`, the probability under Bradley and Terry to be preferred to them, bounded
+      by 0 and 1.
+    - "log_sigmoid", log-sigmoid-centred (arXiv 2402.00742): `log sigmoid(r - r_ref)`; r_ref is the
+      85th percentile of a normal distribution with mean and deviation of the reference scores, as
+      in PAR's code for this method. What is below it counts, what is above flattens out.
+    - "mean_std": `(r - mean) / std` of the prompt's own scores (population's std), 0 where they are
+      all the same; as in GRPO (arXiv 2402.03300).
+
+    `references` holds the scores of reference responses by prompt, which in both papers come from
+    the model before training. Without them a prompt's own samples serve: for "par" all others of
+    the prompt, so that the value is a response's expected win rate among them (0.5 where there are
+    none), for "log_sigmoid" all of them.
+
+    Raises ValueError when `how` is unknown, or a prompt has no references among those given.
+    """
+    if how not in TRANSFORMS:
+        raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, got {how!r}")
+    result = list(map(float, values))
+    if how == "none":
+        return result
+    for group, members in _members(groups).items():
+        own = [result[i] for i in members]
+        if references is not None and not references.get(group):
+            raise ValueError(f"references has no scores for prompt {group!r}; give at least one")
+        given = None if references is None else references[group]
+        for i, value in zip(members, _TRANSFORM[how](own, given)):
+            result[i] = value
+    return result
+
+
+def _members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    members: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    return members
+
+
+def _par(own: list[float], references: Sequence[float] | None) -> list[float]:
+    values = []
+    for i, value in enumerate(own):
+        others = own[:i] + own[i + 1 :] if references is None else references
+        values.append(fmean(_sigmoid(value - x) for x in others) if others else 0.5)
+    return values
+
+
+def _log_sigmoid_centred(own: list[float], references: Sequence[float] | None) -> list[float]:
+    base = own if references is None else references
+    reference = fmean(base) + _PERCENTILE * pstdev(base)
+    return [_log_sigmoid(value - reference) for value in own]
+
+
+def _mean_std(own: list[float], _: Sequence[float] | None) -> list[float]:
+    mean, std = fmean(own), pstdev(own)
+    return [(value - mean) / std if std else 0.0 for value in own]
+
+
+_TRANSFORM: dict[str, Callable[[list[float], Sequence[float] | None], list[float]]] = {
+    "par": _par,
+    "log_sigmoid": _log_sigmoid_centred,
+    "mean_std": _mean_std,
+}
+
+
+def _log_sigmoid(x: float) -> float:
+    return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
+
+
+def _sigmoid(x: float) -> float:
+    return math.exp(_log_sigmoid(x))
+
+
+# Length
+
+
+def penalize(scores: Sequence[float], lengths: Sequence[int], alpha: float) -> list[float]:
+    """`score - alpha * length`, with lengths in tokens.
+
+    Online-RLHF's max_min_p and DICE (arXiv 2406.09760) do the same with lengths in characters.
+    """
+    return [score - alpha * length for score, length in zip(scores, lengths)]
+
+
+def length_gap(
+    scores: Sequence[float], lengths: Sequence[int], groups: Sequence[Hashable]
+) -> float:
+    """Length of the best response less that of the worst, on the mean over prompts.
+
+    Of equal scores the first counts. A prompt with one response isn't counted, one whose scores are
+    all the same counts as 0. 0 where there are no prompts.
+    """
+    gaps = []
+    for members in _members(groups).values():
+        if len(members) > 1:
+            best = max(members, key=lambda i: scores[i])
+            worst = min(members, key=lambda i: scores[i])
+            gaps.append(lengths[best] - lengths[worst])
+    return fmean(gaps) if gaps else 0.0
+
+
+def find_alpha(
+    scores: Sequence[float],
+    lengths: Sequence[int],
+    groups: Sequence[Hashable],
+    *,
+    high: float = 1.0,
+) -> tuple[float, float]:
+    """The alpha in [0, `high`] for which best and worst responses are closest in mean length.
+
+    DICE's length correction (arXiv 2406.09760): alpha minimizes the absolute `length_gap` of
+    `score - alpha * length`. DICE's code counts characters and scans a grid of steps of 0.001 from
+    0 to 1; here lengths are tokens and the search is exact. The larger alpha, the shorter the best
+    response of a prompt and the longer its worst, so the gap only falls: in steps, at the alphas
+    where two responses of a prompt change places, which are enumerated. Between two of them alpha
+    doesn't matter; it is put in the middle, or half as far again as the lower one if that is less,
+    so that nothing is tied by it. Of equally good alphas the smallest is taken; 0 where the best
+    are not longer to begin with.
+
+    Returns alpha, in scores per token, and the mean gap in tokens that it leaves. Short of zero at
+    `high`, it stays there.
+    """
+    members = [x for x in _members(groups).values() if len(x) > 1]
+    gap = length_gap(scores, lengths, groups)
+    if gap <= 0:
+        return 0.0, gap
+    falls: dict[float, int] = {}  # by alpha: how much the sum of gaps falls there
+    total = 0  # of the gaps just above 0, where ties are broken by length
+    for group in members:
+        lines = [(scores[i], lengths[i]) for i in group]
+        for path in (_best_path(lines, high), _best_path([(-s, -n) for s, n in lines], high)):
+            total += path[0][1]
+            for (_, old), (alpha, new) in pairwise(path):
+                falls[alpha] = falls.get(alpha, 0) + old - new
+    found, least = 0.0, gap
+    bounds = sorted(falls)
+    for low, top in zip([0.0, *bounds], [*bounds, high]):
+        total -= falls.pop(low, 0)  # once, also where it rounds to 0
+        if low < top and abs(total / len(members)) < abs(least):
+            found = min((low + top) / 2, 1.5 * low) if low else top / 2
+            least = total / len(members)
+    return found, least
+
+
+def _best_path(lines: list[tuple[float, int]], high: float) -> list[tuple[float, int]]:
+    """From which alpha on which length is the best by `s - alpha * n`, up to `high`.
+
+    Called with both negated it follows the worst, whose lengths it gives negated.
+    """
+    s, n = max(lines, key=lambda line: (line[0], -line[1]))
+    path = [(0.0, n)]
+    while shorter := [(s_j, n_j) for s_j, n_j in lines if n_j < n]:
+        # The next to overtake; of several at once, the shortest stays ahead.
+        alpha, n, s = min(((s - s_j) / (n - n_j), n_j, s_j) for s_j, n_j in shorter)
+        if alpha >= high:
+            break
+        path.append((alpha, n))
+    return path
