@@ -13,6 +13,7 @@ Names: B rows, T tokens of a row, N scored tokens (targets), P pairs, S = 2P seq
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
@@ -28,7 +29,10 @@ LAYOUTS = ("shared", "packed", "padded")
 class TokenizedPair:
     """One preference pair as token ids, already truncated.
 
-    Raises ValueError when the prompt or a response is empty or holds anything but ints >= 0.
+    `weight` is a factor on its loss, `smoothing` the probability that its label is flipped.
+
+    Raises ValueError when the prompt or a response is empty or holds anything but ints >= 0, when
+    `weight` is negative or infinite, or `smoothing` outside [0, 1].
     """
 
     prompt_ids: list[int]
@@ -36,6 +40,8 @@ class TokenizedPair:
     rejected_ids: list[int]
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)  # the row it came from, for messages
+    weight: float = 1.0
+    smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -44,6 +50,10 @@ class TokenizedPair:
                 raise ValueError(f"{name} is empty: every side of a pair needs at least one token")
             if set(map(type, ids)) != {int} or min(ids) < 0:
                 raise ValueError(f"{name} must be a list of ints >= 0, got {ids[:8]}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight must be finite and >= 0, got {self.weight!r}")
+        if not 0 <= self.smoothing <= 1:
+            raise ValueError(f"smoothing must be in [0, 1], got {self.smoothing!r}")
 
     def num_tokens(self, layout: str = "shared") -> int:
         """Tokens this pair takes in a batch of a layout: the length to plan batches with.
@@ -109,6 +119,8 @@ class PackedPairs:
     target_N: Tensor
     bounds_S1: Tensor  # CPU: sequence s has targets [s]:[s + 1]
     pair_index_P: Tensor  # CPU: which pairs of the dataset these are
+    weight_P: Tensor | None = None  # of each pair's loss; None: all 1
+    smoothing_P: Tensor | None = None  # label noise of each pair; None: all 0
 
     @property
     def num_pairs(self) -> int:
@@ -163,7 +175,15 @@ def pack_pairs(
         target_N=torch.tensor([token for ids in responses for token in ids]),
         bounds_S1=torch.tensor([0, *accumulate(map(len, responses))]),
         pair_index_P=torch.tensor(list(index)),
+        weight_P=_values([pair.weight for pair in pairs], 1.0),
+        smoothing_P=_values([pair.smoothing for pair in pairs], 0.0),
     )
+
+
+def _values(values: list[float], usual: float) -> Tensor | None:
+    if all(value == usual for value in values):
+        return None
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _shared(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:

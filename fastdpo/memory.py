@@ -764,7 +764,7 @@ class _Simulation:
         S = len(edges) - 1
         lengths_S, numbers_P = torch.empty(S), torch.empty(S // 2)
         pairs = _SizedPairs(
-            lr_dpo(config.beta, config.alpha), edges, lengths_S,
+            lr_dpo(config.beta), edges, lengths_S,
             torch.empty(S, dtype=torch.float64), numbers_P, numbers_P, numbers_P, 1.0,
         )  # fmt: skip
         return ops._LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)[0]  # type: ignore[index]

@@ -1,175 +1,387 @@
 """Pairing scored responses: the third stage of a round.
 
-    pair(candidates_dir, scores_dir, Path("pairs.jsonl"))
+    pair(candidates_dir, scores_dir, Path("pairs.jsonl"), pairing=Pairing(rule="curriculum"))
     pairs = load_pairs(Path("pairs.jsonl"))
 
-For every prompt the response with the highest score is chosen and the one with the lowest is
-rejected.
+How responses are paired is in `fastdpo.rules`, what drops and weighs pairs in `fastdpo.filters`,
+and where offline pairs come from in `fastdpo.offline`.
 """
 
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from numbers import Real
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastdpo import filters
 from fastdpo.batch import TokenizedPair
 from fastdpo.data import DataError, read_rows
-from fastdpo.storage import read_parts, write_json_atomic, write_jsonl_atomic
-
-_COLUMNS = (
-    "prompt_index",
-    "sample_index",
-    "prompt",
-    "prompt_ids",
-    "response",
-    "response_ids",
-    "finish_reason",
-    "score",
+from fastdpo.filters import Measured, Row
+from fastdpo.rules import (
+    Pairs,
+    all_ranked,
+    best_random,
+    best_worst,
+    check_row,
+    curriculum,
+    family,
+    is_finite,
+    nearest_margin,
+    prompt_of,
+    tree_siblings,
 )
-_PAIR_EXTRA = (
-    "prompt_index",
-    "score_chosen",
-    "score_rejected",
-    "chosen_finish",
-    "rejected_finish",
+from fastdpo.storage import check_rows, read_parts, write_json_atomic, write_jsonl_atomic
+
+if TYPE_CHECKING:
+    from fastdpo.transforms import Shaping
+
+RULES = (
+    "best_worst",
+    "best_random",
+    "all_ranked",
+    "curriculum",
+    "nearest_margin",
+    "tree_siblings",
 )
+_EXTRA = ("prompt_index", "score_chosen", "score_rejected", "chosen_finish", "rejected_finish")
+_OPTIONAL: dict[str, Callable[[Any], bool]] = {
+    "weight": lambda x: is_finite(x) and x >= 0,
+    "smoothing": lambda x: is_finite(x) and 0 <= x <= 1,
+    "stage": lambda x: type(x) is int and x >= 0,
+    "source": lambda x: x in ("sampled", "offline"),
+}
 
 
-def best_worst(
-    rows: Sequence[dict[str, Any]], *, min_gap: float = 0.0
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Pair the best and the worst response of every prompt; returns the pairs and what was dropped.
+@dataclass(frozen=True)
+class Pairing:
+    """How candidates become pairs; every option but `rule` is off by default.
 
-    `rows` are candidates, each with its "score". Of equal scores the smallest sample_index counts.
-    Pairs come in order of prompt_index, with the columns prompt_index, prompt, prompt_ids, chosen,
-    rejected, chosen_ids, rejected_ids, score_chosen, score_rejected, chosen_finish and
-    rejected_finish.
+    Raises ValueError, naming the field, when one is out of its range, and when two of the options
+    that set label smoothing are on: tree_siblings, consistency, and flip_share or soft_label.
 
-    `dropped` counts prompts by reason: "fewer than two responses", "tie" (all scores equal),
-    "gap at most min_gap" and "identical responses" (the same tokens). One more entry counts
-    responses: "empty response", without tokens or with nothing but white space, never paired.
-
-    Raises ValueError when `min_gap` is negative, and DataError when a row lacks a column or its
-    score isn't a finite number.
+    Attributes:
+        rule: one of `RULES`, the functions of `fastdpo.rules`.
+        min_gap: the scores of a pair must differ by more than this.
+        target_margin: nearest_margin takes the pair whose gap in score is nearest to this.
+        max_pairs: pairs of a prompt at most, of all_ranked and curriculum, where it is the number
+            of stages; None takes all.
+        equal_prompts: weigh each pair by 1 / (pairs of its prompt); see `filters.equal_prompts`.
+        drop_truncated, drop_duplicates: leave out responses; see `filters`.
+        consistency: "none", or label smoothing by the ranking's agreement with the round before,
+            of each prompt ("prompt") or on average ("mean"); see `filters.smooth`.
+        flip_share: turn round this share of pairs, the weakest by the scorers' mean; see
+            `filters.flip_weakest`.
+        soft_label: label smoothing of what is below 0 in that mean; see `filters.soften`.
+        ches_keep: keep this share of the sampled pairs, those of lowest length-normalized
+            `filters.ches`.
+        max_difficulty: drop sampled pairs above this `filters.difficulty`, nats.
+        replay_share: share of offline pairs among all; see `filters.replay`.
+        fresh_threshold: drop offline pairs by `filters.beats_fresh` at this threshold, 0 in the
+            paper.
+        seed: of what is drawn.
     """
-    if not 0 <= min_gap < math.inf:
-        raise ValueError(f"min_gap must be a finite number of at least 0, got {min_gap!r}")
-    groups: dict[int, list[dict[str, Any]]] = {}
-    dropped: Counter[str] = Counter()
+
+    rule: str = "best_worst"
+    min_gap: float = 0.0
+    target_margin: float = 1.0
+    max_pairs: int | None = None
+    equal_prompts: bool = False
+    drop_truncated: bool = False
+    drop_duplicates: bool = False
+    consistency: str = "none"
+    flip_share: float = 0.0
+    soft_label: float = 0.0
+    ches_keep: float = 1.0
+    max_difficulty: float | None = None
+    replay_share: float = 0.0
+    fresh_threshold: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, wanted in (
+            ("rule", self.rule in RULES, f"one of {', '.join(RULES)}"),
+            ("min_gap", 0 <= self.min_gap < math.inf, "finite and >= 0"),
+            ("target_margin", 0 < self.target_margin < math.inf, "finite and > 0"),
+            ("max_pairs", (1 if self.max_pairs is None else self.max_pairs) >= 1, ">= 1"),
+            ("consistency", self.consistency in ("none", "mean", "prompt"), "none, mean or prompt"),
+            ("flip_share", 0 <= self.flip_share <= 1, "in [0, 1]"),
+            ("soft_label", 0 <= self.soft_label <= 1, "in [0, 1]"),
+            ("ches_keep", 0 < self.ches_keep <= 1, "in (0, 1]"),
+            ("max_difficulty", math.isfinite(self.max_difficulty or 0), "finite"),
+            ("replay_share", 0 <= self.replay_share < 1, "in [0, 1)"),
+            ("fresh_threshold", math.isfinite(self.fresh_threshold or 0), "finite"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        smoothing = {
+            "rule=tree_siblings": self.rule == "tree_siblings",
+            "consistency": self.consistency != "none",
+            "flip_share or soft_label": self.needs_several_scorers,
+        }
+        chosen = [name for name, on in smoothing.items() if on]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} each say how far a label holds; choose one")
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether `pair` measures pairs under a model."""
+        return self.ches_keep < 1 or self.max_difficulty is not None
+
+    @property
+    def needs_several_scorers(self) -> bool:
+        """Whether the scorers vote on the labels."""
+        return self.flip_share > 0 or self.soft_label > 0
+
+
+def select(rows: Sequence[Row], pairing: Pairing) -> Pairs:
+    """Drop responses and apply the rule, as `pairing` says: all of `pair` that needs only scores.
+
+    Beside the rule's reasons to drop, "truncated response" and "duplicate response" count
+    responses; a prompt that loses all of them counts as "fewer than two responses".
+
+    Raises as the rules do.
+    """
     for row in rows:
-        _check(row)
-        group = groups.setdefault(row["prompt_index"], [])
-        if row["response_ids"] and row["response"].strip():
-            group.append(row)
-        else:
-            dropped["empty response"] += 1
-    pairs = []
-    for _, group in sorted(groups.items()):
-        pair = _pair_of(group, min_gap)
-        if isinstance(pair, str):
-            dropped[pair] += 1
-        else:
-            pairs.append(pair)
-    return pairs, dict(dropped)
-
-
-def _pair_of(group: list[dict[str, Any]], min_gap: float) -> dict[str, Any] | str:
-    """The pair of one prompt, or the reason why there is none."""
-    if len(group) < 2:
-        return "fewer than two responses"
-    best = min(group, key=lambda row: (-row["score"], row["sample_index"]))
-    worst = min(group, key=lambda row: (row["score"], row["sample_index"]))
-    gap = best["score"] - worst["score"]
-    if gap == 0:
-        return "tie"
-    if gap <= min_gap:
-        return "gap at most min_gap"
-    if best["response_ids"] == worst["response_ids"]:
-        return "identical responses"
-    return {
-        "prompt_index": best["prompt_index"],
-        "prompt": best["prompt"],
-        "prompt_ids": best["prompt_ids"],
-        "chosen": best["response"],
-        "rejected": worst["response"],
-        "chosen_ids": best["response_ids"],
-        "rejected_ids": worst["response_ids"],
-        "score_chosen": best["score"],
-        "score_rejected": worst["score"],
-        "chosen_finish": best["finish_reason"],
-        "rejected_finish": worst["finish_reason"],
-    }
-
-
-def _check(row: dict[str, Any]) -> None:
-    where = f"candidate (prompt {row.get('prompt_index')}, sample {row.get('sample_index')})"
-    missing = [column for column in _COLUMNS if column not in row]
-    if missing:
-        raise DataError(f"{where}: {missing[0]!r} is missing; it has {sorted(row)}. Add it.")
-    value = row["score"]
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise DataError(f"{where}: the score is {value!r}, not a finite number. Score it again.")
+        check_row(row)
+    unit = family if pairing.rule == "tree_siblings" else prompt_of
+    kept = list(rows)
+    dropped: dict[str, int] = {}
+    for wanted, drop in (
+        (pairing.drop_truncated, filters.drop_truncated),
+        (pairing.drop_duplicates, filters.drop_duplicates),
+    ):
+        if wanted:
+            kept, counts = drop(kept)
+            dropped |= counts
+    lost = len(set(map(unit, rows))) - len(set(map(unit, kept)))
+    gap, most = pairing.min_gap, pairing.max_pairs
+    rule: Callable[[], Pairs] = {
+        "best_worst": lambda: best_worst(kept, min_gap=gap),
+        "best_random": lambda: best_random(kept, min_gap=gap, seed=pairing.seed),
+        "all_ranked": lambda: all_ranked(kept, min_gap=gap, max_pairs=most),
+        "curriculum": lambda: curriculum(kept, min_gap=gap, max_pairs=most),
+        "nearest_margin": lambda: nearest_margin(kept, target=pairing.target_margin, min_gap=gap),
+        "tree_siblings": lambda: tree_siblings(kept, min_gap=gap),
+    }[pairing.rule]
+    pairs, counts = rule()
+    dropped |= counts
+    if lost:
+        reason = "fewer than two responses"
+        dropped[reason] = dropped.get(reason, 0) + lost
+    return pairs, dropped
 
 
 def pair(
-    candidates_dir: Path, scores_dir: Path, out_path: Path, *, min_gap: float = 0.0
+    candidates_dir: Path,
+    scores_dirs: Path | Sequence[Path],
+    out_path: Path,
+    *,
+    pairing: Pairing | None = None,
+    shaping: "Shaping | None" = None,
+    previous_scores: Path | Sequence[Path] | None = None,
+    replay: Sequence[Row] = (),
+    fresh: Sequence[Mapping[str, float]] = (),
+    measure: Callable[[list[TokenizedPair]], Measured] | None = None,
 ) -> dict[str, Any]:
-    """Join candidates with their scores, pair them by `best_worst` and write the pairs.
+    """Join candidates with their scores, pair them and write the pairs.
 
-    `out_path` is a `.jsonl` file. The summary is written beside it as `.summary.json` and returned:
-    pairs, dropped by reason, mean scores and lengths (tokens) of both sides, and the correlation of
-    score and length over all candidates, None where one of them is constant.
+    Args:
+        candidates_dir: parts of candidates, as sampling writes them.
+        scores_dirs: parts of scores of all these candidates, a folder for each scorer.
+        out_path: a `.jsonl` file for the pairs.
+        pairing: what to do; by default `best_worst`.
+        shaping: how scores become one score (`fastdpo.transforms`). Needed for several scorers; one
+            scorer's scores are used as they are without it.
+        previous_scores: for `Pairing.consistency`, scores of the same candidates as the round
+            before would give them, as many folders as `scores_dirs`; shaped alike.
+        replay: for `Pairing.replay_share`, offline pairs (`fastdpo.offline`).
+        fresh: for `Pairing.fresh_threshold`, `fastdpo.offline.fresh_scores` of each round so far.
+        measure: for `Pairing.ches_keep` and `max_difficulty`, `filters.measure` with its model.
+
+    Pairs are selected, then weighed by the scorers, then measured, then offline pairs are added: so
+    the share of these holds in what is written. Beside the columns of the rules a pair has
+    smoothing, weight, stage, source ("sampled" or "offline") and flipped where an option gives
+    them.
+
+    The summary is written beside `out_path` as `.summary.json` and returned: pairs, dropped by
+    reason, mean scores and lengths (tokens) of both sides, and the correlation of score and length
+    over all candidates, None where one of them is constant; and what the options did: shaping, the
+    mean consistency, flipped and softened pairs, mean CHES and difficulty of the pairs measured,
+    replayed pairs and their share, pairs by stage.
 
     Raises DataError when a candidate has no score or a score no candidate, or when no pair is left;
-    then nothing is written. ValueError as `best_worst`.
+    then nothing is written. ValueError when an option lacks what it needs.
     """
     out_path = Path(out_path)
     if out_path.suffix != ".jsonl":
         raise ValueError(f"out_path must end in .jsonl, got {str(out_path)!r}")
-    rows = _join(candidates_dir, scores_dir)
-    pairs, dropped = best_worst(rows, min_gap=min_gap)
+    pairing = pairing or Pairing()
+    folders, before = _folders(scores_dirs), _folders(previous_scores)
+    _require_inputs(pairing, len(folders), len(before), replay, fresh, measure)
+    rows, facts = scored_candidates(candidates_dir, folders, shaping)
+    pairs, dropped = select(rows, pairing)
+    if pairing.consistency != "none" and pairs:
+        if shaping is not None and shaping.length_penalty == "auto":  # one penalty for both
+            shaping = replace(shaping, length_penalty=facts["shaping"]["length_penalty"])
+        previous, _ = scored_candidates(candidates_dir, before, shaping)
+        agreement = filters.consistency(rows, {_key(row): row["score"] for row in previous})
+        pairs = filters.smooth(pairs, agreement, pairing.consistency)
+        facts["consistency"] = statistics.fmean(agreement.values())
+    if pairing.flip_share:
+        pairs, facts["flipped"] = filters.flip_weakest(pairs, pairing.flip_share)
+    if pairing.soft_label:
+        pairs, facts["softened"] = filters.soften(pairs, pairing.soft_label)
+    if pairing.needs_model and pairs:
+        assert measure is not None
+        pairs = _measured(pairs, pairing, measure, dropped, facts)
     if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
         raise DataError(
             f"{candidates_dir}: no pair is left ({reasons}). Sample more responses per prompt or "
             "at a higher temperature, lower min_gap, or use a scorer that tells them apart."
         )
-    summary = {
-        "pairs": len(pairs),
-        "dropped": dropped,
-        "mean_score_chosen": statistics.fmean(x["score_chosen"] for x in pairs),
-        "mean_score_rejected": statistics.fmean(x["score_rejected"] for x in pairs),
-        "mean_length_chosen": statistics.fmean(len(x["chosen_ids"]) for x in pairs),
-        "mean_length_rejected": statistics.fmean(len(x["rejected_ids"]) for x in pairs),
-        "score_length_correlation": _correlation(
-            [row["score"] for row in rows], [len(row["response_ids"]) for row in rows]
-        ),
-    }
+    if pairing.replay_share:
+        pairs = _replayed(pairs, pairing, replay, fresh, dropped, facts)
+    if pairing.equal_prompts:
+        pairs = filters.equal_prompts(pairs)
+    if pairing.rule == "curriculum":
+        stages = Counter(row["stage"] for row in pairs)
+        facts["stages"] = [stages[stage] for stage in range(max(stages) + 1)]
+    summary = {**_summary(rows, pairs, dropped), **facts}
     # The pairs come last: where they are, the stage is complete.
     write_json_atomic(out_path.with_suffix(".summary.json"), summary)
     write_jsonl_atomic(out_path, pairs)
     return summary
 
 
+def _folders(scores_dirs: Path | Sequence[Path] | None) -> list[Path]:
+    if scores_dirs is None:
+        return []
+    return [Path(scores_dirs)] if isinstance(scores_dirs, str | Path) else list(scores_dirs)
+
+
+def _require_inputs(
+    pairing: Pairing, scorers: int, previous: int, replay: Any, fresh: Any, measure: Any
+) -> None:
+    """Refuse an option that would do nothing for want of its input."""
+    if scorers < 1:
+        raise ValueError("scores_dirs must name at least one folder of scores")
+    for name, on, has, wanted in (
+        (
+            "consistency",
+            pairing.consistency != "none",
+            previous == scorers,
+            f"previous_scores of {scorers} scorers, got {previous}; leave it out in the first "
+            "round, which has none before it",
+        ),
+        (
+            "flip_share or soft_label",
+            pairing.needs_several_scorers,
+            scorers > 1,
+            "the scores of at least two scorers",
+        ),
+        ("ches_keep or max_difficulty", pairing.needs_model, measure is not None, "measure"),
+        ("replay_share", pairing.replay_share > 0, len(replay) > 0, "offline pairs in replay"),
+        (
+            "fresh_threshold",
+            pairing.fresh_threshold is not None,
+            pairing.replay_share > 0 and len(fresh) > 0,
+            "replay_share > 0 and scores of fresh samples in fresh",
+        ),
+    ):
+        if on and not has:
+            raise ValueError(f"{name} needs {wanted}")
+
+
+def _measured(
+    pairs: list[Row],
+    pairing: Pairing,
+    measure: Callable[[list[TokenizedPair]], Measured],
+    dropped: dict[str, int],
+    facts: dict[str, Any],
+) -> list[Row]:
+    """The pairs that CHES and difficulty leave; drops are counted in `dropped`."""
+    ids = ("prompt_ids", "chosen_ids", "rejected_ids")
+    found = measure([TokenizedPair(*(row[name] for name in ids)) for row in pairs])
+    facts["mean_ches"] = statistics.fmean(found.ches)
+    facts["mean_difficulty"] = statistics.fmean(found.difficulty)
+    most = math.inf if pairing.max_difficulty is None else pairing.max_difficulty
+    easy = [i for i in range(len(pairs)) if found.difficulty[i] <= most]
+    kept = [easy[j] for j in filters.keep_lowest([found.ches[i] for i in easy], pairing.ches_keep)]
+    for reason, count in (
+        ("difficulty above max_difficulty", len(pairs) - len(easy)),
+        ("CHES above the share kept", len(easy) - len(kept)),
+    ):
+        if count:
+            dropped[reason] = count
+    return [pairs[i] for i in kept]
+
+
+def _replayed(
+    pairs: list[Row],
+    pairing: Pairing,
+    offline: Sequence[Row],
+    fresh: Sequence[Mapping[str, float]],
+    dropped: dict[str, int],
+    facts: dict[str, Any],
+) -> list[Row]:
+    """The sampled pairs and the offline ones drawn beside them, dealt evenly to the stages."""
+    if pairing.fresh_threshold is not None:
+        offline, worse = filters.beats_fresh(offline, fresh, pairing.fresh_threshold)
+        dropped.update(worse)
+    drawn, taken = filters.replay(pairs, offline, pairing.replay_share, pairing.seed)
+    dropped.update(taken)
+    drawn = [{k: v for k, v in row.items() if k != "extra"} for row in drawn]
+    if pairing.rule == "curriculum":
+        stages = 1 + max(row["stage"] for row in pairs)
+        drawn = [{**row, "stage": i % stages} for i, row in enumerate(drawn)]
+    facts["replayed"] = len(drawn)
+    facts["replay_share"] = len(drawn) / (len(pairs) + len(drawn))
+    return [{**row, "source": "sampled"} for row in pairs] + drawn
+
+
+def _summary(rows: list[Row], pairs: list[Row], dropped: dict[str, int]) -> dict[str, Any]:
+    scored = [x for x in pairs if x["score_chosen"] is not None]  # offline pairs may have none
+    return {
+        "pairs": len(pairs),
+        "dropped": dropped,
+        "mean_score_chosen": statistics.fmean(x["score_chosen"] for x in scored),
+        "mean_score_rejected": statistics.fmean(x["score_rejected"] for x in scored),
+        "mean_length_chosen": statistics.fmean(len(x["chosen_ids"]) for x in pairs),
+        "mean_length_rejected": statistics.fmean(len(x["rejected_ids"]) for x in pairs),
+        "score_length_correlation": _correlation(
+            [row["score"] for row in rows], [len(row["response_ids"]) for row in rows]
+        ),
+    }
+
+
 def load_pairs(path: Path) -> list[TokenizedPair]:
-    """Read pairs that `pair` wrote; scores and finish reasons are in `extra`.
+    """Read pairs that `pair` wrote, with weight and smoothing where they have them.
+
+    Scores and finish reasons are in `extra`, and stage and source where a pair has them.
 
     Raises DataError, naming file and line, when a row isn't such a pair.
     """
+    check_rows(path)
     rows = read_rows(path)
     pairs = []
     for i, row in enumerate(rows.rows):
+        optional = {key: row[key] for key in _OPTIONAL if key in row}
+        for key, value in optional.items():
+            if not _OPTIONAL[key](value):
+                raise DataError(f"{rows.where(i)}: {key} is {value!r}. Pair again.")
+        counts = {key: optional.pop(key) for key in ("weight", "smoothing") if key in optional}
         try:
             pairs.append(
                 TokenizedPair(
                     row["prompt_ids"],
                     row["chosen_ids"],
                     row["rejected_ids"],
-                    {key: row[key] for key in _PAIR_EXTRA},
+                    {key: row[key] for key in _EXTRA} | optional,
                     rows.where(i),
+                    **counts,
                 )
             )
         except KeyError as error:
@@ -179,27 +391,73 @@ def load_pairs(path: Path) -> list[TokenizedPair]:
     return pairs
 
 
-def _join(candidates_dir: Path, scores_dir: Path) -> list[dict[str, Any]]:
+def split_stages(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+    """The pairs of each stage of a curriculum in turn, stages without pairs left out.
+
+    Pairs without a stage belong to the first, so pairs of other rules are one stage.
+    """
+    stages: dict[int, list[TokenizedPair]] = {}
+    for pair in pairs:
+        stages.setdefault(pair.extra.get("stage", 0), []).append(pair)
+    return [stages[stage] for stage in sorted(stages)]
+
+
+def scored_candidates(
+    candidates_dir: Path, scores_dirs: Sequence[Path], shaping: "Shaping | None" = None
+) -> tuple[list[Row], dict[str, Any]]:
+    """Candidates in order, each with its final "score", and with "scores" where several gave one.
+
+    Also returns what `shaping` found, under "shaping"; empty without it.
+
+    Raises DataError when a candidate has no score or a score no candidate, or one isn't a finite
+    number; ValueError when several scorers come without `shaping`.
+    """
     candidates = _by_key(candidates_dir)
-    scores = _by_key(scores_dir)
+    raw = [_scores(folder, candidates.keys()) for folder in scores_dirs]
+    rows = [{**candidates[key], "score": raw[0][key]} for key in sorted(candidates)]
+    for row in rows:
+        check_row(row)
+    if len(raw) > 1:
+        if shaping is None:
+            raise ValueError(f"{len(raw)} scorers need shaping, which makes one score of theirs")
+        rows = [{**x, "scores": [scores[_key(x)] for scores in raw]} for x in rows]
+    if shaping is None:
+        return rows, {}
+    from fastdpo.transforms import shape
+
+    final, facts = shape(rows, [[scores[_key(x)] for x in rows] for scores in raw], shaping)
+    return [{**row, "score": value} for row, value in zip(rows, final)], {"shaping": facts}
+
+
+def _scores(directory: Path, candidates: Any) -> dict[tuple[int, int], float]:
+    scores = _by_key(directory)
     for keys, message in (
-        (candidates.keys() - scores.keys(), "has no score"),
-        (scores.keys() - candidates.keys(), "has a score but is no candidate"),
+        (candidates - scores.keys(), "has no score"),
+        (scores.keys() - candidates, "has a score but is no candidate"),
     ):
         if keys:
             prompt_index, sample_index = min(keys)
             raise DataError(
-                f"{scores_dir}: prompt {prompt_index}, sample {sample_index} {message} "
+                f"{directory}: prompt {prompt_index}, sample {sample_index} {message} "
                 f"({len(keys)} in all). Score these candidates again into a new directory."
             )
-    for key, row in scores.items():
+    for (prompt_index, sample_index), row in scores.items():
+        where = f"{directory}: prompt {prompt_index}, sample {sample_index}"
         if "score" not in row:
-            raise DataError(f"{scores_dir}: prompt {key[0]}, sample {key[1]} has no score.")
-    return [{**row, "score": scores[key]["score"]} for key, row in candidates.items()]
+            raise DataError(f"{where} has no score.")
+        if not is_finite(row["score"]):
+            raise DataError(
+                f"{where}: the score is {row['score']!r}, not a finite number. Score it again."
+            )
+    return {key: row["score"] for key, row in scores.items()}
 
 
-def _by_key(directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    result: dict[tuple[int, int], dict[str, Any]] = {}
+def _key(row: Row) -> tuple[int, int]:
+    return row["prompt_index"], row["sample_index"]
+
+
+def _by_key(directory: Path) -> dict[tuple[int, int], Row]:
+    result: dict[tuple[int, int], Row] = {}
     for row in read_parts(directory):
         key = (row.get("prompt_index"), row.get("sample_index"))
         if not all(type(index) is int for index in key):

@@ -28,10 +28,13 @@ _log = logging.getLogger(__name__)
 
 
 def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
-    """Digest of every token of every pair, in order."""
+    """Digest of every token of every pair, in order, and of what a pair counts if not 1."""
     digest = hashlib.sha256()
     for pair in pairs:
-        digest.update(json.dumps([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode())
+        parts: list[Any] = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
+        if (pair.weight, pair.smoothing) != (1.0, 0.0):
+            parts.append([pair.weight, pair.smoothing])
+        digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
 

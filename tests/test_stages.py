@@ -128,8 +128,9 @@ def responses(rows):
 
 
 def file_bytes(directory: Path) -> dict[str, bytes]:
-    """Everything but what a killed process left."""
-    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith(".")}
+    """Everything but what a killed process left, and the times of what was sampled."""
+    names = [p for p in directory.iterdir() if p.name != "throughput.json"]
+    return {p.name: p.read_bytes() for p in names if not p.name.startswith(".")}
 
 
 # Files
@@ -148,7 +149,8 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
     assert storage.read_jsonl(path) == rows
     storage.write_json_atomic(tmp_path / "x.json", {"a": [1]})
     assert storage.read_json(tmp_path / "x.json") == {"a": [1]}
-    assert sorted(p.name for p in path.parent.iterdir()) == [path.name]
+    names = [storage.checksum_path(path).name, path.name]
+    assert sorted(p.name for p in path.parent.iterdir()) == names
 
 
 def test_a_failed_rename_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -161,8 +163,14 @@ def test_a_failed_rename_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk gone"):
         storage.write_jsonl_atomic(path, [{"a": 2}])
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # and no checksum of the new rows
     assert storage.read_jsonl(path) == [{"a": 1}]
+    monkeypatch.undo()
+    storage.write_jsonl_atomic(path, [{"a": 3}])
+    assert storage.read_jsonl(path) == [{"a": 3}]
+    path.write_text('{"a": 4}\n')
+    with pytest.raises(DataError, match=r"part-00000\.jsonl: .*SHA-256 differs"):
+        storage.read_jsonl(path)
 
 
 def test_reading_errors_name_the_place(tmp_path):

@@ -1,0 +1,187 @@
+"""Offline preference pairs beside sampled ones: read, scored, and compared with fresh samples.
+
+    offline, dropped = offline_pairs(preference_rows(read_rows(path)), tokenizer, max_length=1024)
+    write_candidates(offline, folder / "candidates")  # then scored as samples are
+    offline = with_scores(offline, folder / "candidates", [folder / "scores"])
+    fresh = fresh_scores(samples / "candidates", [samples / "scores"])
+    pair(..., pairing=Pairing(replay_share=0.5, fresh_threshold=0.0), replay=offline, fresh=[fresh])
+
+Only the first step and the last are needed to replay pairs; scores are for `fresh_threshold`.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdpo.data import DataError, PreferenceRow, tokenize_dataset
+from fastdpo.filters import Row, prompt_key
+from fastdpo.pairing import scored_candidates
+from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def offline_pairs(
+    rows: Sequence[PreferenceRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int | None,
+    progress: bool = True,
+) -> tuple[list[Row], dict[str, int]]:
+    """Preference data as rows of pairs, tokenized as samples are; and what was dropped by reason.
+
+    String prompts become one user message where the tokenizer has a chat template, as in sampling.
+    A pair with a side, prompt + response, over `max_length` tokens is dropped; the other reasons
+    are those of `tokenize_dataset`. prompt_index is the place in `rows`, both finish reasons are
+    "stop", scores are None, source is "offline", and extra has the data's other columns.
+
+    Raises DataError when a row can't be rendered or no pair is left.
+    """
+    placed = [replace(_as_chat(row, tokenizer), extra={"place": i}) for i, row in enumerate(rows)]
+    result = tokenize_dataset(
+        placed, tokenizer, max_length=max_length, overlong="drop", progress=progress
+    )
+    pairs = []
+    for pair in result.pairs:
+        place = pair.extra["place"]
+        chosen, rejected = (
+            tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        )
+        pairs.append(
+            {
+                "prompt_index": place,
+                "prompt": rows[place].prompt,
+                "prompt_ids": pair.prompt_ids,
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_ids": pair.chosen_ids,
+                "rejected_ids": pair.rejected_ids,
+                "score_chosen": None,
+                "score_rejected": None,
+                "chosen_finish": "stop",
+                "rejected_finish": "stop",
+                "source": "offline",
+                "extra": rows[place].extra,
+            }
+        )
+    return pairs, result.dropped
+
+
+def write_candidates(pairs: Sequence[Row], directory: Path, *, part_pairs: int = 64) -> None:
+    """Write offline pairs as candidates, for `fastdpo.scoring.score`: sample 0 is chosen, 1 not.
+
+    Parts of `part_pairs` pairs, both sides of a pair in one; those already there are skipped.
+
+    Raises DataError when `directory` holds parts of other pairs.
+    """
+    ids = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in pairs]
+    starts = range(0, len(pairs), part_pairs)
+    plan = {
+        "offline": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        "part_pairs": part_pairs,
+        "parts": len(starts),
+    }
+    begin_stage(directory, plan)
+    for part, start in enumerate(starts):
+        path = part_path(directory, part)
+        if not path.exists():
+            these = pairs[start : start + part_pairs]
+            write_jsonl_atomic(path, [x for row in these for x in _two_candidates(row)])
+
+
+def with_scores(
+    pairs: Sequence[Row],
+    candidates_dir: Path,
+    scores_dirs: Sequence[Path],
+    weights: Sequence[float] | None = None,
+) -> list[Row]:
+    """Offline pairs with the scores of what `write_candidates` wrote of them.
+
+    Several scorers are added with `weights`, by default 1; their transforms are left out, since two
+    responses are no group of samples to compare within.
+
+    Raises DataError when the candidates are of other pairs, or scores are missing; ValueError when
+    there isn't a weight for each scorer.
+    """
+    found = {
+        (x["prompt_index"], x["sample_index"]): x
+        for x in _added(candidates_dir, scores_dirs, weights)
+    }
+    result = []
+    for row in pairs:
+        sides = {
+            side: found.get((row["prompt_index"], index), {"response_ids": None})
+            for index, side in enumerate(("chosen", "rejected"))
+        }
+        if any(x["response_ids"] != row[f"{side}_ids"] for side, x in sides.items()):
+            raise DataError(
+                f"{candidates_dir}: holds other responses for offline pair {row['prompt_index']}. "
+                "Write the candidates of these pairs to a new directory and score them."
+            )
+        result.append({**row, **{f"score_{side}": x["score"] for side, x in sides.items()}})
+    return result
+
+
+def fresh_scores(
+    candidates_dir: Path, scores_dirs: Sequence[Path], weights: Sequence[float] | None = None
+) -> dict[str, float]:
+    """The score of each prompt's first sample, by `filters.prompt_key`, for `filters.beats_fresh`.
+
+    Several scorers are added as in `with_scores`. Raises as that does.
+    """
+    scores: dict[str, float] = {}
+    for row in _added(candidates_dir, scores_dirs, weights):
+        scores.setdefault(prompt_key(row["prompt"]), row["score"])
+    return scores
+
+
+def _added(
+    candidates_dir: Path, scores_dirs: Sequence[Path], weights: Sequence[float] | None
+) -> list[Row]:
+    """Candidates in order, each with the weighted sum of its scores."""
+    weights = [1.0] * len(scores_dirs) if weights is None else weights
+    if not scores_dirs or len(weights) != len(scores_dirs):
+        raise ValueError(
+            f"needs a weight for each of at least one scorer, got {len(weights)} weights for "
+            f"{len(scores_dirs)} scorers"
+        )
+    scored = [scored_candidates(candidates_dir, [folder])[0] for folder in scores_dirs]
+    return [
+        {**same[0], "score": sum(w * row["score"] for w, row in zip(weights, same))}
+        for same in zip(*scored)
+    ]
+
+
+def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:
+    if tokenizer.chat_template is None or not isinstance(row.prompt, str):
+        return row
+    prompt, chosen, rejected = (
+        [{"role": role, "content": text}]
+        for role, text in (
+            ("user", row.prompt),
+            ("assistant", row.chosen),
+            ("assistant", row.rejected),
+        )
+    )
+    return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _two_candidates(row: Row) -> list[Row]:
+    return [
+        {
+            "prompt_index": row["prompt_index"],
+            "sample_index": index,
+            "prompt": row["prompt"],
+            "prompt_ids": row["prompt_ids"],
+            "response": row[side],
+            "response_ids": row[f"{side}_ids"],
+            "finish_reason": row[f"{side}_finish"],
+            "extra": row["extra"],
+        }
+        for index, side in enumerate(("chosen", "rejected"))
+    ]
