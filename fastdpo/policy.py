@@ -44,6 +44,8 @@ def packed_loss(
             ref_logp_S=ref_logp_S,
             objective=lr_dpo(beta, alpha),
             rows_N=batch.rows_N,
+            weight_P=batch.weight_P,
+            smoothing_P=batch.smoothing_P,
             num_pairs=num_pairs,
             workspace_mib=workspace_mib,
             impl=impl,

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from fastdpo.batch import (
     share_step,
 )
 from fastdpo.checkpoint import load_checkpoint, save_checkpoint
+from fastdpo.control import LengthController
 from fastdpo.data import OVERLONG, counted, fit_to_budget
 from fastdpo.metrics import MetricsLog, read_metrics
 from fastdpo.models import ModelError, load_causal_lm, save_policy
@@ -65,6 +66,8 @@ _CHOICES = {
     "impl": ("auto", "triton", "torch"),
     "dtype": ("float32", "bfloat16"),
 }
+CONTROL = "control.json"  # the state of alpha=auto at the end
+_COVARIANCE = "covariance"  # of margins and lengths, for alpha=auto
 # What does not change the weights that come out.
 _FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
 
@@ -75,7 +78,8 @@ class TrainingConfig:
 
     Attributes:
         beta: strength of the KL penalty.
-        alpha: length penalty per token, not multiplied by beta; 0 is plain DPO.
+        alpha: length penalty per token, not multiplied by beta; 0 is plain DPO. "auto" holds the
+            mean response length of the start, see `fastdpo.control`.
         learning_rate: peak of the cosine schedule.
         warmup_ratio: share of the steps that warm up linearly.
         weight_decay: AdamW's.
@@ -109,7 +113,7 @@ class TrainingConfig:
     """
 
     beta: float = 0.1
-    alpha: float = 0.01
+    alpha: float | str = 0.01
     learning_rate: float = 1e-6
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -145,7 +149,8 @@ class TrainingConfig:
             require(self, name, getattr(self, name) >= 1, ">= 1")
         for name in ("weight_decay", "seed"):
             require(self, name, getattr(self, name) >= 0, ">= 0")
-        require(self, "alpha", math.isfinite(self.alpha), "finite")
+        known = self.alpha == "auto" or isinstance(self.alpha, int | float)
+        require(self, "alpha", known, "a finite number or auto")
         require(self, "warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         require(self, "max_length", self.max_length >= 2, ">= 2 (a prompt and a response token)")
         require(self, "max_tokens", self.max_tokens >= 3, ">= 3 (a prompt and two responses)")
@@ -244,6 +249,9 @@ def train(
     config: TrainingConfig,
     out: Path,
     *,
+    reference: str | Path | None = None,
+    control: LengthController | None = None,
+    lengths: Sequence[Sequence[int]] | None = None,
     progress: bool = True,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, float]:
@@ -258,6 +266,10 @@ def train(
             ``config.max_tokens``.
         out: gets ``ref_logps/``, ``checkpoint/``, ``metrics/`` and ``policy/``; with adapters also
             ``adapter/``.
+        reference: folder or hub name of another reference than the start.
+        control, lengths: of ``alpha="auto"``: the state that the round before left in
+            ``control.json`` (default: none before), and tokens of each response sampled from the
+            start, a list a prompt (default: no samples, the length is held where it is).
         on_step: called after each optimizer step with its metrics.
 
     Returns:
@@ -268,7 +280,9 @@ def train(
         DataError: a pair does not fit, and ``config.overlong`` is "stop".
         ConfigError: ``out`` holds another run.
     """
-    return _Round(model, tokenizer, pairs, config, Path(out), progress, on_step).run()
+    return _Round(
+        model, tokenizer, pairs, config, Path(out), reference, control, lengths, progress, on_step
+    ).run()
 
 
 class _Round:
@@ -281,16 +295,21 @@ class _Round:
         pairs: Sequence[TokenizedPair],
         config: TrainingConfig,
         out: Path,
+        reference: str | Path | None,
+        control: LengthController | None,
+        lengths: Sequence[Sequence[int]] | None,
         progress: bool,
-        on_step: Callable[[dict[str, float]], None] | None = None,
+        on_step: Callable[[dict[str, float]], None] | None,
     ) -> None:
         from accelerate import Accelerator
 
         # Its precision belongs to the process, so autocast is entered here instead (see _loss).
         self.accelerator = _check_accelerator(Accelerator())
         self.start, self.tokenizer, self.config, self.out = model, tokenizer, config, out
-        self.pairs, self.on_step = pairs, on_step
+        self.pairs, self.other_reference, self.on_step = pairs, reference, on_step
         self.progress = progress and self.accelerator.is_main_process
+        self.control, self.response_lengths = control or LengthController(), lengths
+        self.alpha = 0.0 if config.alpha == "auto" else float(config.alpha)
 
     def run(self) -> dict[str, float]:
         with _repeatable(self.accelerator.device):
@@ -303,9 +322,13 @@ class _Round:
                 raise ConfigError(f"{self.out} holds a finished run; load its policy instead")
             return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
         config, accelerator = self.config, self.accelerator
+        reference, ref_logp_P2 = self._load_reference(), None
+        if reference is not None and config.precompute_ref_log_probs:
+            ref_logp_P2, reference = self._reference(reference), None
         model = load_start(self.start, config, accelerator.device)
-        # Of the start itself, before there are adapters.
-        self.weights = weights_digest(model) if accelerator.is_main_process else ""
+        if self.other_reference is None:
+            # Of the start itself, before there are adapters.
+            self.weights = weights_digest(model) if accelerator.is_main_process else ""
         model = prepare_policy(model, config)
         self._fit_pairs(model)
         steps = list(chain.from_iterable(map(self._plan, range(config.num_train_epochs))))
@@ -315,18 +338,21 @@ class _Round:
             trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         scheduler = _cosine(optimizer, config, len(steps))
-        reference = None
-        if not config.precompute_ref_log_probs and not config.use_peft:
+        start_is_reference = self.other_reference is None
+        if start_is_reference and not config.precompute_ref_log_probs and not config.use_peft:
             reference = copy.deepcopy(model).requires_grad_(False).eval()
         model, optimizer = accelerator.prepare(model, optimizer)
-        ref_logp_P2 = self._reference(model) if config.precompute_ref_log_probs else None
+        if start_is_reference and config.precompute_ref_log_probs:
+            ref_logp_P2 = self._reference(model)
         checkpoints = self.out / "checkpoint"
         plain = accelerator.unwrap_model(model)
-        done = load_checkpoint(checkpoints, plain, optimizer.optimizer, scheduler)
+        done, state = load_checkpoint(checkpoints, plain, optimizer.optimizer, scheduler)
+        self._begin_control(state)
         log = MetricsLog(self.out / "metrics", done) if accelerator.is_main_process else None
         bar = tqdm(total=len(steps), initial=done, desc="train", disable=not self.progress)
         for index in range(done, len(steps)):
             row = self._step(model, optimizer, steps[index], ref_logp_P2, reference)
+            row |= self._after_step(row, (index + 1) / len(steps))
             row["learning_rate"] = scheduler.get_last_lr()[0]
             scheduler.step()
             if log is not None:
@@ -335,12 +361,21 @@ class _Round:
             bar.update()
             due = (index + 1) % config.save_steps == 0 or index + 1 == len(steps)
             if due and accelerator.is_main_process:
-                save_checkpoint(checkpoints, index + 1, plain, optimizer.optimizer, scheduler)
+                save_checkpoint(
+                    checkpoints,
+                    index + 1,
+                    plain,
+                    optimizer.optimizer,
+                    scheduler,
+                    extra=self.control.to_dict() if config.alpha == "auto" else None,
+                )
             if self.on_step is not None:
                 self.on_step(row)
         bar.close()
         if log is not None:
             log.close()
+            if config.alpha == "auto":
+                write_json_atomic(self.out / CONTROL, self.control.to_dict())
             self._save(plain)
         accelerator.wait_for_everyone()
         if not isinstance(self.start, str | Path) and not config.use_peft:
@@ -348,6 +383,42 @@ class _Round:
         del model, plain, optimizer, scheduler, reference  # the patched forwards are a cycle
         gc.collect()
         return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
+
+    def _begin_control(self, state: dict[str, Any] | None) -> None:
+        """Where alpha is found on the way: the controller of this round, or as it was left."""
+        config = self.config
+        if config.alpha != "auto":
+            return
+        if state is not None:
+            self.control = LengthController.from_dict(state)
+        else:
+            differences = [len(x.chosen_ids) - len(x.rejected_ids) for x in self.pairs]
+            self.control = self.control.begin_round(
+                differences, beta=config.beta, lengths=self.response_lengths
+            )
+        self.alpha = self.control.alpha
+
+    def _after_step(self, row: dict[str, float], progress: float) -> dict[str, float]:
+        """Let a step's pairs correct alpha; returns what the step was done with."""
+        covariance = row.pop(_COVARIANCE)
+        if self.config.alpha != "auto":
+            return {}
+        facts = self.control.step_facts()
+        self.control = self.control.after_step(covariance, progress)
+        self.alpha = self.control.alpha
+        return facts
+
+    def _load_reference(self) -> nn.Module | None:
+        """The reference where it is another model than the start, ready for the same pairs."""
+        if self.other_reference is None:
+            return None
+        config = replace(self.config, use_peft=False, load_in_4bit=False)
+        device = self.accelerator.device
+        model = load_start(self.other_reference, config, device)
+        self.weights = weights_digest(model) if self.accelerator.is_main_process else ""
+        model = prepare_policy(model, config).requires_grad_(False).eval()
+        self._fit_pairs(model)
+        return model
 
     def _fit_pairs(self, model: nn.Module) -> None:
         """Bring every pair within the budget, by the rule of the config."""
@@ -401,6 +472,7 @@ class _Round:
         named = isinstance(self.start, str | Path)
         run["model"] = str(self.start) if named else weights_digest(self.start)
         run["pairs"] = pairs_digest(self.pairs)
+        run["reference"] = None if self.other_reference is None else str(self.other_reference)
         path = self.out / "run.json"
         if self.accelerator.is_main_process and not path.exists():
             write_json_atomic(path, run)
@@ -459,7 +531,7 @@ class _Round:
                 batch,
                 ref_logp_S,
                 beta=config.beta,
-                alpha=config.alpha,
+                alpha=self.alpha,
                 num_pairs=num_pairs,
                 workspace_mib=config.workspace_mib,
                 impl=config.impl,
@@ -471,7 +543,8 @@ class _Round:
             2 * batch.num_pairs, dtype=torch.float64, device=batch.target_N.device
         )
         plain = self.accelerator.unwrap_model(model)
-        with torch.no_grad(), reference_mode(plain) if self.config.use_peft else nullcontext():
+        adapters_off = self.config.use_peft and self.other_reference is None
+        with torch.no_grad(), reference_mode(plain) if adapters_off else nullcontext():
             return self._loss(plain, batch, zeros_S).logp_S
 
     def _reference(self, model: nn.Module) -> Tensor:
@@ -576,7 +649,8 @@ class _Round:
                 result = self._loss(model, batch, ref_logp_S, num_pairs=share)
                 accelerator.backward(result.loss)
             sums["loss"] = sums.get("loss", 0.0) + result.loss.detach()
-            for name, value in result.metrics.items():
+            metrics = {**result.metrics, _COVARIANCE: _covariance(result, ref_logp_S)}
+            for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value * (len(index) / own_pairs)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         row = {name: float(value) for name, value in sums.items()}
@@ -613,6 +687,13 @@ class _Round:
         values = torch.tensor([value * weights.get(name, share) for name, value in row.items()])
         values = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
         return dict(zip(row, values.tolist()))  # type: ignore[union-attr]
+
+
+def _covariance(result: PreferenceLoss, ref_logp_S: Tensor) -> Tensor:
+    """Mean over a batch's pairs of the log-ratio margin times the length difference."""
+    ratio_P2 = (result.logp_S.detach().double() - ref_logp_S).view(-1, 2)
+    lengths_P2 = result.lengths_S.double().view(-1, 2)
+    return ((ratio_P2[:, 0] - ratio_P2[:, 1]) * (lengths_P2[:, 0] - lengths_P2[:, 1])).mean()
 
 
 @contextmanager
