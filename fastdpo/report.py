@@ -1,11 +1,15 @@
-"""What a run shows: a row for each round, a table and a plot."""
+"""What a run shows: a row for each round, a table, a plot and a page."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdpo.data import DataError
+from fastdpo.page import render
+from fastdpo.runfiles import read_run, round_folders
 from fastdpo.storage import read_json, read_parts
 
 _COLUMNS = {
@@ -80,3 +84,26 @@ def plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def html(out: Path) -> Path:
+    """Write the report of a run as one page that loads nothing, OUT/report.html; returns its path.
+
+    Everything on it comes from files of the run, whatever stage that is in: the same files give the
+    same bytes. A section whose files are missing or damaged is left out, and the page says so.
+
+    Raises DataError when `out` holds no run at all, and OSError when it can't be written to.
+    """
+    out = Path(out)
+    if not (out / "state.json").is_file() and not round_folders(out):
+        raise DataError(
+            f"{out}: there is no run here, neither state.json nor a round. Name the output_dir of "
+            "fastdpo iterate."
+        )
+    path, temporary = out / "report.html", out / f".report.html.{os.getpid()}.tmp"
+    try:
+        temporary.write_bytes(render(read_run(out)).encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
