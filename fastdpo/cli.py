@@ -1,4 +1,5 @@
-"""The command line: ``fastdpo demo | train | iterate | plan | doctor``; in a checkout, ``bench``.
+"""The command line: ``fastdpo demo | iterate | sample | score | pair | train | report | plan |
+doctor``; in a checkout, ``bench``.
 
 Every option can stand in a YAML file (``--config``) and be overridden on the command line.  Errors
 a user can mend are one line and exit status 2; an interruption exits with 130 and loses at most the
@@ -11,6 +12,7 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from fastdpo import __version__
 from fastdpo.data import DataError
 from fastdpo.models import ModelError
 from fastdpo.rounds import IterateConfig
+from fastdpo.stages import PairConfig, SampleConfig, ScoreConfig, run_pair, run_sample, run_score
 from fastdpo.trainer import ConfigError, TrainingConfig
 
 
@@ -29,7 +32,8 @@ class TrainConfig(TrainingConfig):
     Attributes:
         model: start and reference, a folder or hub name in Hugging Face format.
         dataset: file (.jsonl, .json, .parquet, .csv), folder or hub name, in TRL's preference
-            formats.
+            formats; or what ``fastdpo pair`` wrote, whose tokens are taken as they are.
+        reference: folder or hub name of another reference than the start.
         split: split of a hub dataset.
         output_dir: folder of the run; resumed if it exists.
     """
@@ -37,6 +41,7 @@ class TrainConfig(TrainingConfig):
     model: str
     dataset: str
     split: str = "train"
+    reference: str | None = None
     output_dir: str = "runs/train"
 
 
@@ -69,6 +74,17 @@ class PlanConfig(TrainingConfig):
 
 
 @dataclass(kw_only=True)
+class ReportConfig:
+    """Write the report of a run as one HTML page.
+
+    Attributes:
+        output_dir: folder of the run.
+    """
+
+    output_dir: str = "runs/iterate"
+
+
+@dataclass(kw_only=True)
 class DoctorConfig:
     """Say what this machine will use and what is missing."""
 
@@ -83,19 +99,35 @@ def _quiet_loading() -> None:
 def run_train(config: TrainConfig) -> None:
     from fastdpo.data import preference_rows, read_rows, tokenize_dataset
     from fastdpo.models import load_tokenizer
+    from fastdpo.pairing import load_pairs, split_stages
+    from fastdpo.storage import locked
     from fastdpo.trainer import train
 
     _quiet_loading()
     tokenizer = load_tokenizer(config.model)
-    rows = preference_rows(read_rows(config.dataset, config.split))
-    found = tokenize_dataset(
-        rows, tokenizer, max_length=config.max_length, overlong=config.overlong
-    )
-    print(found)
+    rows = read_rows(config.dataset, config.split)
+    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys():
+        pairs = load_pairs(Path(config.dataset))
+        if len(stages := split_stages(pairs)) > 1:
+            raise ConfigError(
+                f"dataset={config.dataset} is a curriculum of {len(stages)} stages, each of which "
+                "starts where the one before ended; use fastdpo iterate"
+            )
+    else:
+        found = tokenize_dataset(
+            preference_rows(rows),
+            tokenizer,
+            max_length=config.max_length,
+            overlong=config.overlong,
+        )
+        print(found)
+        pairs = found.pairs
     out = Path(config.output_dir)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir={out} is a file; name a folder")
-    metrics = train(config.model, tokenizer, found.pairs, config, out)
+    first = int(os.environ.get("RANK", "0")) == 0
+    with locked(out) if first else nullcontext():
+        metrics = train(config.model, tokenizer, pairs, config, out, reference=config.reference)
     if int(os.environ.get("RANK", "0")):
         return
     _save_config(config, out)
@@ -117,6 +149,7 @@ def run_iterate(config: IterateConfig) -> None:
     rows = iterate(config)
     _save_config(config, out)
     print(report.table(rows))
+    print(f"report: {out / 'report.html'}")
     print(f"plot: {out / 'rounds.png'}")
     print(f"policy: {out / f'round-{config.rounds:02d}' / 'policy'}")
     more = f"fastdpo iterate --config {out / 'config.yaml'} --rounds {config.rounds + 1}"
@@ -159,6 +192,12 @@ def run_demo(config: DemoConfig) -> None:
         f"alpha={settings.alpha}, scored by {settings.scorer}"
     )
     run_iterate(settings)
+
+
+def run_report(config: ReportConfig) -> None:
+    from fastdpo.report import html
+
+    print(f"report: {html(Path(config.output_dir))}")
 
 
 def run_plan(config: PlanConfig) -> None:
@@ -241,8 +280,12 @@ def run_bench(argv: Sequence[str]) -> None:
 _OPTION = re.compile(r"^--[a-z][a-z0-9-]*")
 COMMANDS = {
     "demo": (DemoConfig, run_demo),
-    "train": (TrainConfig, run_train),
     "iterate": (IterateConfig, run_iterate),
+    "sample": (SampleConfig, run_sample),
+    "score": (ScoreConfig, run_score),
+    "pair": (PairConfig, run_pair),
+    "train": (TrainConfig, run_train),
+    "report": (ReportConfig, run_report),
     "plan": (PlanConfig, run_plan),
     "doctor": (DoctorConfig, run_doctor),
 }

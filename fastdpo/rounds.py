@@ -1,12 +1,17 @@
-"""The outer loop: sample, score, pair, train, make the policy the next reference, repeat.
+"""The outer loop: sample, score, pair, train, make the policy the next start, repeat.
 
     OUT/state.json                 the config and the stages done
+    OUT/offline/                   offline pairs to replay, and their scores
     OUT/round-00/eval/             the start, on held-out prompts
     OUT/round-01/candidates/       responses, in parts
-    OUT/round-01/scores/           a score for each
-    OUT/round-01/pairs.jsonl       best and worst of each prompt, and pairs.summary.json
+    OUT/round-01/scores/           a score for each; scores-1, scores-2, ... of several scorers
+    OUT/round-01/offline/          a response to each offline prompt, for fresh_threshold
+    OUT/round-01/pairs.jsonl       what training takes, and pairs.summary.json
     OUT/round-01/{ref_logps,checkpoint,metrics,policy}/
-    OUT/round-01/eval/             the new policy, on held-out prompts
+    OUT/round-01/stage-1/          the same for each stage of a curriculum
+    OUT/round-01/reference/        a moving average of the policies, where that is the reference
+    OUT/round-01/extrapolated/     the next start, where the policy is not
+    OUT/round-01/eval/             the next start, on held-out prompts
     OUT/round-01/summary.json      the row of the report
 
 Every stage reads the files of the one before and writes its own under a temporary name first.
@@ -18,90 +23,139 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdpo import report
-from fastdpo.data import DataError, PromptRow, prompt_rows, read_rows, render_prompt
-from fastdpo.models import load_causal_lm, load_tokenizer
-from fastdpo.pairing import load_pairs, pair
-from fastdpo.sampling import SamplingConfig, sample
-from fastdpo.scoring import Scorer, load_scorer, score
-from fastdpo.storage import read_json, read_parts, write_json_atomic
-from fastdpo.trainer import ConfigError, TrainingConfig, check_model, require, train
+from fastdpo import filters, offline, report
+from fastdpo.checkpoint import check_directory
+from fastdpo.control import LengthController
+from fastdpo.data import (
+    DataError,
+    PromptRow,
+    preference_rows,
+    prompt_rows,
+    read_rows,
+    render_prompt,
+)
+from fastdpo.heldout import against_start, heldout_row
+from fastdpo.models import combine, load_causal_lm, load_tokenizer
+from fastdpo.options import PairingOptions, SamplingOptions, ScoringOptions, dtype_of
+from fastdpo.pairing import load_pairs, pair, split_stages
+from fastdpo.samplers import SamplingConfig
+from fastdpo.sampling import open_sampler, sample
+from fastdpo.scoring import Scorer, score
+from fastdpo.storage import locked, read_json, read_parts, write_json_atomic
+from fastdpo.trainer import CONTROL, ConfigError, TrainingConfig, check_model, require, train
+
+# What does not change what a run makes of its prompts.
+_FREE = {"rounds", "output_dir", "server_url", "server_command", "server_timeout",
+         "server_api_key_env", "scorer_timeout", "scorer_retries", "scorer_concurrency",
+         "scorer_api_key_env", "scorer_batch_size"}  # fmt: skip
+_OWN_POLICIES = ("round", "average")
 
 
 @dataclass(kw_only=True)
-class IterateConfig(TrainingConfig):
-    """Options of an iterative run; those of training are explained in `TrainingConfig`.
+class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOptions):
+    """Options of an iterative run; those of training are explained in `TrainingConfig`, those of
+    the stages before it in `fastdpo.options`.
 
     Attributes:
         model: start of the first round, a folder or hub name in Hugging Face format.
         prompts: file or hub name of rows with a ``prompt`` (text or messages).
-        scorer: ``module:function`` or a sequence-classification reward model.
         output_dir: folder of the run; resumed if it exists.
         rounds: rounds in all; raise it to go on from a finished run.
         heldout: prompts kept out of training, on which every policy is evaluated.
         max_prompts: use only this many prompts for training.
-        num_samples: responses sampled for a prompt.
-        max_new_tokens: tokens of a response.
-        temperature, top_p: of sampling.
-        batch_prompts: prompts sampled at a time, each with ``num_samples`` responses.
         eval_samples: responses for a held-out prompt, at the same temperature.
-        min_gap: best and worst must differ by more than this in score.
-        sample_dtype: dtype of the model that samples.
+        eval_scorer: scorer of held-out responses; by default the first of ``scorer``.
+        reference: of a round: "round", the policy at its start; "average", a moving average of
+            these; or a folder or hub name, the same in all rounds.
+        reference_decay: what the moving average keeps of itself a round.
+        extrapolation: the next start is the policy and this much more of the round's change
+            (accelerated preference optimization, arXiv 2410.06293).
+        round_learning_rates, round_betas: of each round, the last one for those that follow;
+            instead of ``learning_rate`` and ``beta``.
     """
 
     model: str
     prompts: str
-    scorer: str = "fastdpo.scoring:plain_language"
     output_dir: str = "runs/iterate"
     rounds: int = 3
     heldout: int = 32
     max_prompts: int | None = None
-    num_samples: int = 4
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    batch_prompts: int = 8
     eval_samples: int = 2
-    min_gap: float = 0.0
-    sample_dtype: str = "bfloat16"
+    eval_scorer: str | None = None
+    reference: str = "round"
+    reference_decay: float = 0.5
+    extrapolation: float = 0.0
+    round_learning_rates: list[float] | None = None
+    round_betas: list[float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rounds", "eval_samples"):
             require(self, name, getattr(self, name) >= 1, ">= 1")
-        require(self, "heldout", self.heldout >= 0, ">= 0")
-        require(self, "min_gap", self.min_gap >= 0, ">= 0")
+        for name in ("heldout", "extrapolation"):
+            require(self, name, getattr(self, name) >= 0, ">= 0")
         require(self, "num_samples", self.num_samples >= 2, ">= 2, to have a best and a worst")
         require(self, "temperature", self.temperature > 0, "> 0, or all samples are the same")
         require(self, "max_prompts", (self.max_prompts or 1) >= 1, ">= 1")
+        require(self, "reference_decay", 0 <= self.reference_decay <= 1, "in [0, 1]")
+        for name in ("round_learning_rates", "round_betas"):
+            values = getattr(self, name)
+            positive = values is None or (values and all(0 < x < math.inf for x in values))
+            require(self, name, positive, "a list of finite numbers > 0")
         require(
             self,
             "max_new_tokens",
             1 <= self.max_new_tokens < self.max_length,
             f">= 1 and < max_length = {self.max_length}, so that sampled responses are whole",
         )
-        dtypes = ("float32", "bfloat16", "float16")
-        require(self, "sample_dtype", self.sample_dtype in dtypes, f"one of {', '.join(dtypes)}")
-        try:
-            self.sampling()
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        require(self, "scorer", bool(self.scorers) and all(self.scorers), "a scorer, or several")
+        self.sampling(self.seed)
+        self.remote()
+        self.rules(self.seed)
+        self.shaping(len(self.scorers))
+        self._check_scorers()
 
-    def sampling(self) -> SamplingConfig:
-        return SamplingConfig(
-            num_samples=self.num_samples,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            batch_prompts=self.batch_prompts,
-            seed=self.seed,
-        )
+    def _check_scorers(self) -> None:
+        implicit = "implicit" in self.scorers
+        if implicit and self.previous_model is None:
+            raise ConfigError(
+                "scorer=implicit needs previous_model, the model before the start: in the first "
+                "round the reward is log pi(start) - log pi(previous_model)"
+            )
+        if self.heldout and self.evaluated_by == "implicit":
+            raise ConfigError(
+                "eval_scorer=implicit would be another function every round; name another "
+                "eval_scorer, or set heldout=0"
+            )
+        if self.consistency != "none" and not implicit:
+            raise ConfigError(
+                f"consistency={self.consistency} compares the rankings of two policies, so it "
+                "needs scorer=implicit; the scorers given do not change between rounds"
+            )
+        several = self.rules(self.seed).needs_several_scorers
+        if several and len(self.scorers) < 2:
+            raise ConfigError("flip_share and soft_label need a list of at least two scorers")
+
+    @property
+    def evaluated_by(self) -> str:
+        return self.eval_scorer or self.scorers[0]
+
+    def training(self, index: int) -> TrainingConfig:
+        """Options of training in round ``index``, from 1."""
+
+        def of_round(values: list[float] | None, usual: float) -> float:
+            return values[min(index, len(values)) - 1] if values else usual
+
+        values = {field.name: getattr(self, field.name) for field in fields(TrainingConfig)}
+        values["learning_rate"] = of_round(self.round_learning_rates, self.learning_rate)
+        values["beta"] = of_round(self.round_betas, self.beta)
+        return TrainingConfig(**values)
 
 
 def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, Any]]:
@@ -109,66 +163,76 @@ def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, A
 
     Raises:
         ConfigError: the folder belongs to a run with other options.
-        DataError: prompts, samples or scores are unusable; says which row and why.
+        DataError: prompts, samples or scores are unusable, files are damaged, or another process
+            has the folder; says which and why.
         ModelError: a model cannot be loaded or trained.
     """
-    return _Run(config, progress).run()
+    out = Path(config.output_dir)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"output_dir={out} is a file; name a folder")
+    if not (out / "state.json").exists():
+        _check_inputs(config)
+    with locked(out):
+        return _Run(config, progress).run()
+
+
+def _check_inputs(config: IterateConfig) -> None:
+    """Refuse what would fail later, before a folder is made."""
+    tokenizer = load_tokenizer(config.model)
+    split_prompts(config, tokenizer)
+    for spec in dict.fromkeys([*config.scorers, config.evaluated_by]):
+        config.load(spec, config.model, config.previous_model)
+    if config.replay is not None:
+        preference_rows(read_rows(config.replay))
+    if config.reference not in _OWN_POLICIES:
+        check_model(config.reference, tokenizer, config)
+    check_model(config.model, tokenizer, config)
+
+
+def split_prompts(config: IterateConfig, tokenizer: Any) -> tuple[list[PromptRow], list[PromptRow]]:
+    """Training and held-out prompts, split by the seed."""
+    rows = prompt_rows(read_rows(config.prompts))
+    if len(rows) <= config.heldout:
+        raise ConfigError(
+            f"heldout={config.heldout} must be < the {len(rows)} prompts of {config.prompts}"
+        )
+    room = config.max_length - config.max_new_tokens
+    for row in rows:
+        ids = render_prompt(
+            row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
+        )
+        if len(ids) > room:
+            raise DataError(
+                f"{row.where}: the prompt has {len(ids)} tokens, but max_length - "
+                f"max_new_tokens leaves {room}; raise max_length or drop the row"
+            )
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    held = [rows[i] for i in sorted(order[: config.heldout])]
+    kept = [rows[i] for i in sorted(order[config.heldout :])]
+    return kept[: config.max_prompts], held
 
 
 class _Run:
     def __init__(self, config: IterateConfig, progress: bool) -> None:
         self.config, self.progress = config, progress
         self.out = Path(config.output_dir)
-        if self.out.exists() and not self.out.is_dir():
-            raise ConfigError(f"output_dir={self.out} is a file; name a folder")
-        self._scorer()
         self.tokenizer = load_tokenizer(config.model)
-        self.train_prompts, self.heldout = self._prompts()
-        if not (self.out / "state.json").exists():
-            check_model(config.model, self.tokenizer, config)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.train_prompts, self.heldout = split_prompts(config, self.tokenizer)
         self.state_path = self.out / "state.json"
         self.done: list[str] = self._open_state()
 
     def run(self) -> list[dict[str, Any]]:
-        policy = self.config.model
-        self._evaluate(0, policy)
+        if self.config.replay_share:
+            self._stage("offline", self._read_offline)
+        start = self.config.model
+        self._evaluate(0, start)
         for index in range(1, self.config.rounds + 1):
-            policy = self._round(index, policy)
-            self._evaluate(index, policy)
+            start = self._round(index, start)
+            self._evaluate(index, start)
         return report.summarize(self.out)
 
-    def _prompts(self) -> tuple[list[PromptRow], list[PromptRow]]:
-        """Training and held-out prompts, split by the seed."""
-        config = self.config
-        rows = prompt_rows(read_rows(config.prompts))
-        if len(rows) <= config.heldout:
-            raise ConfigError(
-                f"heldout={config.heldout} must be < the {len(rows)} prompts of {config.prompts}"
-            )
-        room = config.max_length - config.max_new_tokens
-        for row in rows:
-            ids = render_prompt(
-                row.prompt, self.tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
-            )
-            if len(ids) > room:
-                raise DataError(
-                    f"{row.where}: the prompt has {len(ids)} tokens, but max_length - "
-                    f"max_new_tokens leaves {room}; raise max_length or drop the row"
-                )
-        generator = torch.Generator().manual_seed(config.seed)
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        held = [rows[i] for i in sorted(order[: config.heldout])]
-        kept = [rows[i] for i in sorted(order[config.heldout :])]
-        return kept[: config.max_prompts], held
-
-    def _scorer(self) -> Scorer:
-        """The scorer, loaded for each stage that uses it, so that none lies beside a policy."""
-        try:
-            return load_scorer(self.config.scorer)
-        except ValueError as error:
-            raise ConfigError(f"scorer={self.config.scorer}: {error}") from error
-
+    # --- state -----------------------------------------------------------------------------------
     def _state(self) -> dict[str, Any]:
         """What decides a run, and what is done of it."""
         digest = hashlib.sha256()
@@ -188,7 +252,7 @@ class _Run:
             raise DataError(f"{self.state_path} is not the state of a run; remove {self.out}")
         for name, value in now["config"].items():
             before = state["config"].get(name)
-            if name not in {"rounds", "output_dir"} and before != value:
+            if name not in _FREE and before != value:
                 raise ConfigError(
                     f"{self.out} holds a run with {name}={before}, not {value}; give the same "
                     "options to go on, or another output_dir to start anew"
@@ -203,34 +267,49 @@ class _Run:
         self.done.append(name)
         write_json_atomic(self.state_path, self._state())
 
-    def _round(self, index: int, policy: str) -> str:
-        config, folder = self.config, self.out / f"round-{index:02d}"
-        candidates, scores = folder / "candidates", folder / "scores"
-        pairs = folder / "pairs.jsonl"
-        sampling, prompts = config.sampling(), self.train_prompts
+    def _folder(self, index: int) -> Path:
+        return self.out / f"round-{index:02d}"
 
-        def do_train() -> None:
-            metrics = train(
-                policy, self.tokenizer, load_pairs(pairs), config, folder, progress=self.progress
+    def _start_of(self, index: int) -> str:
+        """The policy that round ``index`` starts from; round 0 from what was before the model."""
+        if index < 1:
+            return str(self.config.previous_model)
+        if index == 1:
+            return self.config.model
+        name = "extrapolated" if self.config.extrapolation else "policy"
+        return str(self._folder(index - 1) / name)
+
+    # --- a round ---------------------------------------------------------------------------------
+    def _round(self, index: int, start: str) -> str:
+        config, folder, name = self.config, self._folder(index), f"round-{index:02d}"
+        candidates, previous = folder / "candidates", self._start_of(index - 1)
+        self._stage(
+            f"{name}/sample",
+            lambda: self._sample(
+                start, self.train_prompts, config.sampling(config.seed), candidates, index
+            ),
+        )
+        self._stage(
+            f"{name}/score", lambda: self._score(candidates, self._scores(folder), start, previous)
+        )
+        if self._compares_rounds(index):
+            before = self._start_of(index - 2)
+            self._stage(
+                f"{name}/score-before",
+                lambda: self._score(
+                    candidates, self._scores(folder, "scores-before"), previous, before
+                ),
             )
-            write_json_atomic(folder / "train.json", metrics)
+        if config.fresh_threshold is not None:
+            self._answer_offline(index, start, previous)
+        self._stage(f"{name}/pair", lambda: self._pair(index))
+        self._stage(f"{name}/train", lambda: self._train(index, start))
+        if config.extrapolation:
+            self._stage(f"{name}/extrapolate", lambda: self._extrapolate(index, start))
+        return self._start_of(index + 1)
 
-        def do_pair() -> None:
-            summary = pair(candidates, scores, pairs, min_gap=config.min_gap)
-            dropped = "".join(f", {n} dropped: {why}" for why, n in summary["dropped"].items())
-            print(f"round {index}: {summary['pairs']} pairs{dropped}")
-
-        self._stage(
-            f"round-{index:02d}/sample",
-            lambda: self._sample(policy, prompts, sampling, candidates, index),
-        )
-        self._stage(
-            f"round-{index:02d}/score",
-            lambda: score(self._scorer(), candidates, scores, progress=self.progress),
-        )
-        self._stage(f"round-{index:02d}/pair", do_pair)
-        self._stage(f"round-{index:02d}/train", do_train)
-        return str(folder / "policy")
+    def _compares_rounds(self, index: int) -> bool:
+        return self.config.consistency != "none" and index > 1
 
     def _sample(
         self,
@@ -240,44 +319,222 @@ class _Run:
         folder: Path,
         index: int,
     ) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_causal_lm(policy, dtype=getattr(torch, self.config.sample_dtype)).to(device)
-        sample(
-            model.eval(),
+        check_directory(Path(policy))
+        with open_sampler(
+            policy,
             self.tokenizer,
-            prompts,
             sampling,
-            folder,
-            round_index=index,
-            progress=self.progress,
-        )
-        del model
+            dtype=dtype_of(self.config),
+            max_length=self.config.max_length,
+            log_path=self.out / "sampler.log",
+        ) as sampler:
+            sample(
+                sampler,
+                self.tokenizer,
+                prompts,
+                sampling,
+                folder,
+                round_index=index,
+                progress=self.progress,
+            )
+        del sampler
         gc.collect()
 
+    def _scores(self, folder: Path, name: str = "scores") -> list[Path]:
+        """A folder for each scorer."""
+        count = len(self.config.scorers)
+        return [folder / (f"{name}-{i + 1}" if count > 1 else name) for i in range(count)]
+
+    def _score(self, candidates: Path, folders: list[Path], policy: str, previous: str) -> None:
+        """Score with each scorer in turn, loaded for it alone."""
+        for spec, folder in zip(self.config.scorers, folders):
+            scorer = self.config.load(spec, policy, previous)
+            score(scorer, candidates, folder, progress=self.progress)
+            del scorer
+            gc.collect()
+
+    def _pair(self, index: int) -> None:
+        config, folder = self.config, self._folder(index)
+        rules = config.rules(config.seed + index)
+        if config.consistency != "none" and not self._compares_rounds(index):
+            rules = replace(rules, consistency="none")  # the first round has none before it
+        offline_rows, fresh = self._offline(index) if config.replay_share else ([], [])
+        summary = pair(
+            folder / "candidates",
+            self._scores(folder),
+            folder / "pairs.jsonl",
+            pairing=rules,
+            shaping=config.shaping(len(config.scorers)),
+            previous_scores=(
+                self._scores(folder, "scores-before") if self._compares_rounds(index) else None
+            ),
+            replay=offline_rows,
+            fresh=fresh,
+            measure=(lambda pairs: self._measure(index, pairs)) if rules.needs_model else None,
+        )
+        dropped = "".join(f", {n} dropped: {why}" for why, n in summary["dropped"].items())
+        print(f"round {index}: {summary['pairs']} pairs{dropped}")
+
+    def _measure(self, index: int, pairs: list[Any]) -> Any:
+        """CHES and difficulty of pairs under the round's reference."""
+        config, policy = self.config, self._reference(index) or self._start_of(index)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_causal_lm(policy, dtype=getattr(torch, config.dtype)).to(device)
+        return filters.measure(
+            model,
+            pairs,
+            max_tokens=config.max_tokens,
+            bf16=config.bf16,
+            impl=config.impl,
+            progress=self.progress,
+        )
+
+    def _train(self, index: int, start: str) -> None:
+        """Train on the round's pairs, a stage of a curriculum after the other."""
+        folder = self._folder(index)
+        stages = split_stages(load_pairs(folder / "pairs.jsonl"))
+        check_directory(Path(start))
+        options: dict[str, Any] = {"reference": self._reference(index)}
+        if self.config.alpha == "auto":
+            before = self._folder(index - 1) / CONTROL
+            if before.exists():
+                options["control"] = LengthController.from_dict(read_json(before))
+            options["lengths"] = _lengths(folder / "candidates")
+        if len(stages) == 1:
+            found = [self._train_on(stages[0], index, start, folder, options)]
+        else:
+            found = self._train_stages(stages, index, start, options)
+        total = sum(len(stage) for stage in stages)
+        metrics = {
+            name: sum(row[name] * len(stage) for row, stage in zip(found, stages)) / total
+            for name in found[0]
+        }
+        write_json_atomic(folder / "train.json", metrics)
+
+    def _train_stages(
+        self, stages: list[list[Any]], index: int, start: str, options: dict[str, Any]
+    ) -> list[dict[str, float]]:
+        """Each stage starts from the one before, which is its reference too (Curry-DPO,
+        arXiv 2403.07230), unless the run names another.
+        """
+        folder, found = self._folder(index), []
+        for i, stage in enumerate(stages):
+            place = folder / f"stage-{i + 1}"
+            found.append(self._train_on(stage, index, start, place, options))
+            start = str(place / "policy")
+            if self.config.alpha == "auto":
+                options["control"] = LengthController.from_dict(read_json(place / CONTROL))
+                options["lengths"] = None
+        last = folder / f"stage-{len(stages)}"
+        if not (folder / "policy").exists():
+            combine([str(last / "policy")], [1.0], self.tokenizer, folder / "policy")
+        if self.config.alpha == "auto":
+            write_json_atomic(folder / CONTROL, read_json(last / CONTROL))
+        return found
+
+    def _train_on(
+        self, pairs: list[Any], index: int, start: str, folder: Path, options: dict[str, Any]
+    ) -> dict[str, float]:
+        config = self.config.training(index)
+        return train(
+            start, self.tokenizer, pairs, config, folder, progress=self.progress, **options
+        )
+
+    def _reference(self, index: int) -> str | None:
+        """The reference of a round, None where it is the start of what is trained."""
+        config = self.config
+        if config.reference == "round" or (config.reference == "average" and index == 1):
+            return None
+        if config.reference != "average":
+            return config.reference
+        path = self._folder(index) / "reference"
+        if not path.is_dir():
+            before = self._folder(index - 1) / "reference" if index > 2 else Path(config.model)
+            names = [str(before), self._start_of(index)]
+            decay = config.reference_decay
+            combine(names, [decay, 1 - decay], self.tokenizer, path)
+        return str(path)
+
+    def _extrapolate(self, index: int, start: str) -> None:
+        folder, more = self._folder(index), self.config.extrapolation
+        names = [str(folder / "policy"), start]
+        combine(names, [1 + more, -more], self.tokenizer, folder / "extrapolated")
+
+    # --- offline pairs ---------------------------------------------------------------------------
+    def _offline_rows(self) -> tuple[list[Any], dict[str, int]]:
+        rows = preference_rows(read_rows(str(self.config.replay)))
+        return offline.offline_pairs(
+            rows, self.tokenizer, max_length=self.config.max_length, progress=self.progress
+        )
+
+    def _read_offline(self) -> None:
+        """Tokenize the pairs to replay, and score them where fresh samples are to compare with."""
+        rows, dropped = self._offline_rows()
+        folder = self.out / "offline"
+        offline.write_candidates(rows, folder / "candidates")
+        if self.config.fresh_threshold is not None:
+            previous = str(self.config.previous_model)
+            scores = self._scores(folder)
+            self._score(folder / "candidates", scores, self.config.model, previous)
+        write_json_atomic(folder / "summary.json", {"pairs": len(rows), "dropped": dropped})
+
+    def _answer_offline(self, index: int, start: str, previous: str) -> None:
+        """One fresh response to each offline prompt, and its score."""
+        name, folder = f"round-{index:02d}", self._folder(index) / "offline"
+        rows, _ = self._offline_rows()
+        prompts = [PromptRow(str(self.config.replay), row["prompt"]) for row in rows]
+        settings = replace(self.config.sampling(self.config.seed + 2), num_samples=1)
+        candidates = folder / "candidates"
+        self._stage(
+            f"{name}/offline-sample",
+            lambda: self._sample(start, prompts, settings, candidates, index),
+        )
+        self._stage(
+            f"{name}/offline-score",
+            lambda: self._score(candidates, self._scores(folder), start, previous),
+        )
+
+    def _offline(self, index: int) -> tuple[list[Any], list[dict[str, float]]]:
+        """Offline pairs, and the scores of each round's fresh responses to their prompts."""
+        config, folder = self.config, self.out / "offline"
+        rows, _ = self._offline_rows()
+        if config.fresh_threshold is None:
+            return rows, []
+        weights = config.scorer_weights
+        rows = offline.with_scores(rows, folder / "candidates", self._scores(folder), weights)
+        rounds = [self._folder(i) / "offline" for i in range(1, index + 1)]
+        return rows, [
+            offline.fresh_scores(path / "candidates", self._scores(path), weights)
+            for path in rounds
+        ]
+
+    # --- evaluation ------------------------------------------------------------------------------
     def _evaluate(self, index: int, policy: str) -> None:
         """Score the policy on held-out prompts and write the round's row of the report."""
-        folder = self.out / f"round-{index:02d}"
+        folder, config = self._folder(index), self.config
         if self.heldout:
-            settings = replace(
-                self.config.sampling(),
-                num_samples=self.config.eval_samples,
-                seed=self.config.seed + 1,
-            )
-            candidates, scores = folder / "eval" / "candidates", folder / "eval" / "scores"
+            settings = replace(config.sampling(config.seed + 1), num_samples=config.eval_samples)
+            candidates = folder / "eval" / "candidates"
             self._stage(
                 f"round-{index:02d}/eval-sample",
                 lambda: self._sample(policy, self.heldout, settings, candidates, index),
             )
-            self._stage(
-                f"round-{index:02d}/eval-score",
-                lambda: score(self._scorer(), candidates, scores, progress=self.progress),
-            )
+            self._stage(f"round-{index:02d}/eval-score", lambda: self._score_heldout(folder))
         self._stage(f"round-{index:02d}/report", lambda: self._summarize(index, folder))
+
+    def _score_heldout(self, folder: Path) -> None:
+        scorer: Scorer = self.config.load(self.config.evaluated_by)
+        if scorer.compare is not None:
+            scorer = against_start(scorer, self._folder(0) / "eval" / "candidates")
+        score(
+            scorer, folder / "eval" / "candidates", folder / "eval" / "scores",
+            progress=self.progress,
+        )  # fmt: skip
 
     def _summarize(self, index: int, folder: Path) -> None:
         row: dict[str, Any] = {"round": index}
         if self.heldout:
-            row |= _heldout_row(folder / "eval")
+            row |= heldout_row(folder / "eval", self._folder(0) / "eval")
         if index:
             row |= read_json(folder / "train.json")
             summary = read_json(folder / "pairs.summary.json")
@@ -285,20 +542,15 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(folder / "summary.json", row)
         rows = report.summarize(self.out)
-        title = f"{self.config.scorer}, beta={self.config.beta:g}, alpha={self.config.alpha:g}"
+        config = self.config
+        title = f"{config.evaluated_by}, beta={config.beta:g}, alpha={config.alpha}"
         report.plot(rows, self.out / "rounds.png", title=title)
+        report.html(self.out)
 
 
-def _heldout_row(folder: Path) -> dict[str, float]:
-    """Mean score and length of held-out responses; standard errors are over prompts."""
-    means = report.prompt_means(folder)
-    spread = means.std(0, correction=1) / math.sqrt(len(means)) if len(means) > 1 else means[0] * 0
-    candidates = read_parts(folder / "candidates")
-    truncated = sum(row["finish_reason"] == "length" for row in candidates) / len(candidates)
-    return {
-        "score": means[:, 0].mean().item(),
-        "score_se": spread[0].item(),
-        "length": means[:, 1].mean().item(),
-        "length_se": spread[1].item(),
-        "truncated": truncated,
-    }
+def _lengths(candidates: Path) -> list[list[int]]:
+    """Tokens of each response, a list for each prompt."""
+    found: dict[int, list[int]] = {}
+    for row in read_parts(candidates):
+        found.setdefault(row["prompt_index"], []).append(len(row["response_ids"]))
+    return [found[i] for i in sorted(found)]

@@ -109,6 +109,7 @@ _SMALL = st.floats(max_value=0.0, allow_nan=False)
 _INTS = st.integers(max_value=0)
 _NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
 _WORDS = st.text("abcxyz ", min_size=1, max_size=6)
+_OUTSIDE = st.floats(min_value=1.001) | st.floats(max_value=-0.001) | _NOT_FINITE
 _BAD = st.one_of(
     st.tuples(st.sampled_from(["beta", "learning_rate", "max_grad_norm"]), _SMALL | _NOT_FINITE),
     st.tuples(st.sampled_from(["beta", "alpha", "weight_decay"]), _NOT_FINITE | _WORDS),
@@ -128,7 +129,20 @@ _BAD = st.one_of(
     st.tuples(st.just("top_p"), _SMALL | st.floats(min_value=1.001)),
     st.tuples(st.just("sample_dtype"), _WORDS),
     st.tuples(st.just("max_new_tokens"), _INTS | st.integers(min_value=1024)),
-    st.tuples(st.just("length_penalty"), st.floats()),
+    st.tuples(st.just("length_penalty"), _NOT_FINITE | _WORDS),
+    st.tuples(st.sampled_from(["pairing", "combine", "transform", "consistency"]), _WORDS),
+    st.tuples(st.sampled_from(["sampler", "scorer_dtype"]), _WORDS),
+    st.tuples(st.sampled_from(["flip_share", "soft_label", "replay_share"]), _OUTSIDE),
+    st.tuples(st.just("reference_decay"), _OUTSIDE),
+    st.tuples(st.just("ches_keep"), _SMALL | _OUTSIDE),
+    st.tuples(st.sampled_from(["extrapolation", "max_difficulty"]), _NOT_FINITE | _WORDS),
+    st.tuples(st.sampled_from(["target_margin", "fresh_threshold"]), _NOT_FINITE | _WORDS),
+    st.tuples(st.just("extrapolation"), st.floats(max_value=-1e-9)),
+    st.tuples(st.sampled_from(["max_prompts", "max_pairs", "scorer_batch_size"]), _INTS),
+    st.tuples(st.just("scorer_concurrency"), _INTS),
+    st.tuples(st.sampled_from(["scorer_timeout", "server_timeout"]), _SMALL | _NOT_FINITE),
+    st.tuples(st.sampled_from(["round_betas", "round_learning_rates"]), st.just("[0.1, 0]")),
+    st.tuples(st.just("unknown_option"), st.floats()),
 )
 
 

@@ -242,6 +242,27 @@ def test_killed_at_every_stage_it_ends_in_the_same_weights(finished, inputs, tmp
         assert (tmp_path / "killed" / pairs).read_bytes() == (finished / pairs).read_bytes()
 
 
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_in_the_same_weights(finished, inputs, tmp_path):
+    """Two dozen kills; nothing that was sampled or scored is so again."""
+    options = [x for x in arguments(inputs, "") if not x.startswith("--output_dir")]
+    command = [sys.executable, str(TESTS / "random_kills.py"), "0", "24", str(tmp_path), *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(found["places"], indent=1))
+    assert len(found["places"]) == 24 and not found["again"]
+    assert set(found["codes"]) == {0} and found["runs"] >= 1
+    assert len(set(found["places"])) >= 6, "the moments do not cover the stages"
+    runs = [tmp_path / "whole", *(tmp_path / f"run-{i}" for i in range(found["runs"]))]
+    for run in runs:
+        for index in (1, 2):
+            assert same(weights(run, index), weights(finished, index)), run
+            pairs = f"round-{index:02d}/pairs.jsonl"
+            assert (run / pairs).read_bytes() == (finished / pairs).read_bytes()
+
+
 def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_path):
     argv = arguments(inputs, tmp_path / "killed")
     done = drive("fastdpo.trainer:packed_loss", 7, argv)

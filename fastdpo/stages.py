@@ -1,0 +1,167 @@
+"""The stages of a round as commands of their own, so that each can run where its hardware is.
+
+    fastdpo sample --model POLICY --prompts prompts.jsonl --output_dir r1/candidates
+    fastdpo score  --candidates r1/candidates --scorer REWARD_MODEL --output_dir r1/scores
+    fastdpo pair   --candidates r1/candidates --scores '[r1/scores]' --output r1/pairs.jsonl
+    accelerate launch -m fastdpo.cli train --model POLICY --dataset r1/pairs.jsonl --output_dir r1
+
+They take and leave the files of `fastdpo iterate`, and go on where they were stopped like it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdpo import filters
+from fastdpo.data import preference_rows, prompt_rows, read_rows
+from fastdpo.models import load_causal_lm, load_tokenizer
+from fastdpo.offline import offline_pairs
+from fastdpo.options import PairingOptions, SamplingOptions, ScoringOptions, dtype_of
+from fastdpo.pairing import pair
+from fastdpo.sampling import open_sampler, sample
+from fastdpo.scoring import score
+from fastdpo.storage import locked
+from fastdpo.trainer import ConfigError
+
+
+@dataclass(kw_only=True)
+class SampleConfig(SamplingOptions):
+    """Sample responses to prompts; see `fastdpo.options.SamplingOptions`.
+
+    Attributes:
+        model: the policy, a folder or hub name in Hugging Face format.
+        prompts: file or hub name of rows with a ``prompt`` (text or messages).
+        output_dir: gets the candidates, in parts; resumed if it exists.
+        max_prompts: take only this many, from the first on.
+        round_index: another round draws other random numbers.
+        seed: of all random numbers.
+    """
+
+    model: str
+    prompts: str
+    output_dir: str = "candidates"
+    max_prompts: int | None = None
+    round_index: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.sampling(self.seed)
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ConfigError(f"max_prompts={self.max_prompts} must be >= 1")
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(ScoringOptions):
+    """Score candidates by one scorer; see `fastdpo.options.ScoringOptions`.
+
+    Attributes:
+        candidates: folder that ``fastdpo sample`` wrote.
+        output_dir: gets the scores, a part for each part of candidates; resumed if it exists.
+        policy: for scorer "implicit", the policy that sampled; ``previous_model`` is the one before
+            it.
+    """
+
+    candidates: str
+    output_dir: str = "scores"
+    policy: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.scorers) != 1:
+            raise ConfigError(
+                f"scorer={self.scorer} must be one scorer; run the command for each, with an "
+                "output_dir of its own, and give all of them to fastdpo pair"
+            )
+        self.remote()
+
+
+@dataclass(kw_only=True)
+class PairConfig(PairingOptions):
+    """Make pairs of scored candidates; see `fastdpo.options.PairingOptions`.
+
+    Attributes:
+        candidates: folder that ``fastdpo sample`` wrote.
+        scores: folders that ``fastdpo score`` wrote, one for each scorer.
+        output: a .jsonl file for the pairs; its summary lies beside it.
+        previous_scores: for ``consistency``, scores of the same candidates by the round before.
+        model: for ``ches_keep``, ``max_difficulty`` and ``replay``, the policy that is trained.
+        max_length: offline pairs with a longer side are left out.
+        max_tokens: tokens that are measured at a time.
+        bf16: measure in bf16 under autocast.
+        seed: of what is drawn.
+    """
+
+    candidates: str
+    scores: list[str]
+    output: str = "pairs.jsonl"
+    previous_scores: list[str] = field(default_factory=list)
+    model: str | None = None
+    max_length: int = 1024
+    max_tokens: int = 4096
+    bf16: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = self.rules(self.seed)
+        self.shaping(len(self.scores))
+        if not self.scores:
+            raise ConfigError("scores=[] must name at least one folder")
+        if self.fresh_threshold is not None:
+            raise ConfigError("fresh_threshold needs scored rounds; use fastdpo iterate")
+        if (rules.needs_model or self.replay) and self.model is None:
+            raise ConfigError("ches_keep, max_difficulty and replay need model, the policy")
+
+
+def run_sample(config: SampleConfig) -> None:
+    rows = prompt_rows(read_rows(config.prompts))[: config.max_prompts]
+    tokenizer, sampling = load_tokenizer(config.model), config.sampling(config.seed)
+    out = Path(config.output_dir)
+    with (
+        locked(out),
+        open_sampler(
+            config.model,
+            tokenizer,
+            sampling,
+            dtype=dtype_of(config),
+            log_path=out / "sampler.log",
+        ) as sampler,
+    ):
+        sample(sampler, tokenizer, rows, sampling, out, round_index=config.round_index)
+    print(f"candidates: {out}")
+
+
+def run_score(config: ScoreConfig) -> None:
+    out = Path(config.output_dir)
+    scorer = config.load(config.scorers[0], config.policy, config.previous_model)
+    with locked(out):
+        score(scorer, Path(config.candidates), out)
+    print(f"scores: {out}")
+
+
+def run_pair(config: PairConfig) -> None:
+    rules = config.rules(config.seed)
+    replay: list[Any] = []
+    if config.replay_share:
+        rows = preference_rows(read_rows(str(config.replay)))
+        tokenizer = load_tokenizer(str(config.model))
+        replay, _ = offline_pairs(rows, tokenizer, max_length=config.max_length)
+
+    def measure(pairs: list[Any]) -> Any:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_causal_lm(str(config.model)).to(device)
+        return filters.measure(model, pairs, max_tokens=config.max_tokens, bf16=config.bf16)
+
+    summary = pair(
+        Path(config.candidates),
+        [Path(folder) for folder in config.scores],
+        Path(config.output),
+        pairing=rules,
+        shaping=config.shaping(len(config.scores)),
+        previous_scores=[Path(folder) for folder in config.previous_scores] or None,
+        replay=replay,
+        measure=measure if rules.needs_model else None,
+    )
+    for reason, count in summary["dropped"].items():
+        print(f"dropped {count}: {reason}")
+    print(f"{summary['pairs']} pairs: {config.output}")
