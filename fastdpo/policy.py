@@ -229,7 +229,9 @@ class _Alone:
         with attention.own_attention(model):
             found = head.packed_forward(model, batch, fused)
         error = (found.double() - wanted).abs().max()
-        if not error < (0.2 if self.tolerance > 0.01 else 1e-2):
+        # Half precision rounds a logit by a share of its size, which grows as a model is trained.
+        largest = max(float(x.abs().max()) for x in self.logits)
+        if not error < (max(0.2, largest / 64) if self.tolerance > 0.01 else 1e-2):
             raise ModelError(
                 f"the fused head does not reproduce the logits of {type(model).__name__} "
                 f"(log-probs differ by {error:.2g}): something is applied to its logits that is "
