@@ -36,7 +36,10 @@ from fastdpo.sampling import open_sampler, sample
 from fastdpo.storage import read_json, read_parts
 
 from .measure import where
+from .report import grouped, markdown_table
 
+BEGIN, END = "<!-- sampling:begin -->", "<!-- sampling:end -->"
+OP = "sampling"
 TIES = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 Z_LIMIT = 4.0
 
@@ -182,7 +185,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         )
     common = {
         **where(study.device, args.commit),
-        "op": "sampling",
+        "op": OP,
         "model": Path(args.model).name,
         "dtype": args.dtype,
         "prompts": len(study.prompts),
@@ -205,6 +208,52 @@ def line(row: dict[str, Any]) -> str:
         f"{row['greedy_of']}{'' if gap is None else f', gap {gap:.1e}'}   "
         f"surprise {row['surprise_z']:+.1f}"
     )
+
+
+def markdown(rows: list[dict[str, Any]], plots: list[str]) -> str:
+    """A table for each machine, model and dtype, the fastest sampler first."""
+    parts = []
+    for found in grouped(rows, ("device", "threads", "model", "dtype", "git")).values():
+        row = found[0]
+        threads = "" if row["device_type"] == "cuda" else f", {row['threads']} threads"
+        versions = ", ".join(
+            f"{name} {row['versions'][name]}" for name in ("torch", "transformers")
+        )
+        parts.append(
+            f"**{row['model']}, {row['dtype']}: {row['prompts']} prompts of "
+            f"{row['prompt_tokens']:.0f} tokens on average, {row['num_samples']} responses each of "
+            f"at most {row['max_new_tokens']} tokens, {row['batch_prompts']} prompts a part** on "
+            f"{row['device']}{threads}, median of {row['rounds']} interleaved stages ({versions}; "
+            f"{(row['git'] or 'no commit')[:12]}; {row['utc'][:10]})"
+        )
+        titles = [
+            "sampler",
+            "samples/s (least to most)",
+            "tokens/s",
+            "greedy, equal",
+            "surprise, z",
+        ]
+        parts.append(
+            markdown_table(titles, ["---", *["---:"] * 4], [cells(x) for x in by_speed(found)])
+        )
+    return "\n\n".join(parts)
+
+
+def by_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -(row.get("samples_per_second") or {"median": 0})["median"])
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    speed, tokens = row.get("samples_per_second"), row.get("tokens_per_second")
+    if speed is None or tokens is None:
+        return [row["backend"], f"not measured: {row['note']}", "", "", ""]
+    return [
+        row["backend"],
+        f"{speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})",
+        f"{tokens['median']:.0f}",
+        f"{row['greedy_equal']} of {row['greedy_of']}",
+        f"{row['surprise_z']:+.1f}",
+    ]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

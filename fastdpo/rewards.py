@@ -7,6 +7,8 @@ endpoints, and the implicit reward of a policy against the one before it.
 import json
 import logging
 import math
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -24,7 +26,7 @@ from fastdpo.ops import linear_logp
 from fastdpo.policy import check_range, layout_of, prepare_model
 from fastdpo.ref_logps import weights_digest
 from fastdpo.reference import sequence_sums
-from fastdpo.remote import Endpoint
+from fastdpo.remote import Endpoint, RemoteError
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +142,10 @@ def _as_classifier(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """Scores of a sequence classifier with one label, read at the last token."""
+    """Scores of a sequence classifier with one label, read at the last token.
+
+    Of what is longer than its context it reads the end; a warning counts these.
+    """
 
     model: Any
     tokenizer: Any
@@ -153,12 +158,14 @@ class RewardModel:
     @torch.inference_mode()
     def __call__(self, prompts: list[Text], responses: list[str]) -> list[float]:
         ids = [self._render(prompt, response) for prompt, response in zip(prompts, responses)]
-        longest = max(map(len, ids))
-        if longest > self.context:
-            raise ValueError(
-                f"a prompt with its response has {longest} tokens, more than the reward model's "
-                f"context of {self.context}; lower max_new_tokens of sampling"
-            )
+        long = sum(len(x) > self.context for x in ids)
+        if long:
+            _log.warning(
+                "%d of %d prompts with their responses are longer than the reward model's context "
+                "of %d tokens; it reads their ends",
+                long, len(ids), self.context,
+            )  # fmt: skip
+            ids = [x[-int(self.context) :] if len(x) > self.context else x for x in ids]
         scores = [0.0] * len(ids)
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(ids), self.batch_size):
@@ -268,18 +275,29 @@ class ImplicitReward:
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[float]:
         """Rows are candidates, with prompt_ids and response_ids."""
-        pairs, places = _in_pairs(rows)
-        scores = [0.0] * len(rows)
-        if not pairs:
-            return scores
-        new_P2, old_P2 = (
-            pair_logps(model, pairs, batch_size=self.batch_size)
+        new_R, old_R = (
+            response_logps(model, rows, batch_size=self.batch_size)
             for model in (self.policy, self.previous)
         )
-        for pair, values in zip(places, (new_P2 - old_P2).tolist()):
-            for place, value in zip(pair, values):
-                scores[place] = value
-        return scores
+        return (new_R - old_R).tolist()
+
+
+def response_logps(model: Any, rows: list[dict[str, Any]], *, batch_size: int = 8) -> Tensor:
+    """Log-probability of each candidate given its prompt, in nats; 0 of one without tokens.
+
+    `model` is of `load_packed`; rows have prompt_ids and response_ids.
+
+    Returns (rows,) fp64 on the CPU.
+
+    Raises ModelError when a token or a length is beyond the model's.
+    """
+    pairs, places = _in_pairs(rows)
+    logp_R = torch.zeros(len(rows), dtype=torch.float64)
+    if pairs:
+        logp_P2 = pair_logps(model, pairs, batch_size=batch_size)
+        for place, values_2 in zip(places, logp_P2):
+            logp_R[list(place)] = values_2[: len(place)]
+    return logp_R
 
 
 def _in_pairs(
@@ -468,18 +486,17 @@ class RemoteScores:
     def __call__(self, prompts: list[Text], responses: list[str]) -> list[float]:
         starts = range(0, len(prompts), self.batch_size)
         cuts = [slice(start, start + self.batch_size) for start in starts]
-        answers = self.endpoint.post_all(
-            [{"prompts": prompts[cut], "responses": responses[cut]} for cut in cuts]
-        )
-        scores: list[float] = []
-        for cut, answer in zip(cuts, answers):
-            found = answer.get("scores") if isinstance(answer, dict) else None
-            count = len(prompts[cut])
-            if not isinstance(found, list) or len(found) != count:
-                wanted = f'{{"scores": [...]}} with {count} numbers'
-                raise self.endpoint.malformed(answer, wanted)
-            scores += found
-        return scores
+        bodies = [{"prompts": prompts[cut], "responses": responses[cut]} for cut in cuts]
+        found = self.endpoint.ask_all(bodies, self._scores, lambda x: all(map(_is_finite, x)))
+        return [score for of_request in found for score in of_request]
+
+    def _scores(self, answer: Any, body: Any) -> list[float]:
+        found = answer.get("scores") if isinstance(answer, dict) else None
+        count = len(body["prompts"])
+        if not isinstance(found, list) or len(found) != count:
+            wanted = f'{{"scores": [...]}} with {count} numbers'
+            raise self.endpoint.malformed(answer, wanted)
+        return found
 
 
 @dataclass(frozen=True)
@@ -501,9 +518,9 @@ class PooledScores:
             messages = [*messages, {"role": "assistant", "content": response}]
             body = {"model": self.model, "messages": messages, "use_activation": False}
             bodies.append({**body, "add_generation_prompt": False})
-        return [self._last(answer) for answer in self.endpoint.post_all(bodies)]
+        return self.endpoint.ask_all(bodies, self._last, _is_finite)
 
-    def _last(self, answer: Any) -> float:
+    def _last(self, answer: Any, body: Any) -> float:
         try:
             value = answer["data"][0]["data"]
             while isinstance(value, list):
@@ -515,12 +532,28 @@ class PooledScores:
         return value
 
 
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+# A letter in quotes or markup, such as **A**; what is markup alone comes before it.
+_LETTER = re.compile(r"[\W_]*([AaBb])[\W_]*")
+_MARKUP = re.compile(r"[\W_]*")
+# The letter that an answer begins with. "a" may be a word, unless it is alone.
+_FIRST = re.compile(r"[\W_]*(?:([AB])(?![A-Za-z])|([ab])[\W_]*$)")
+_LEAST = 0.01  # below, the letters are noise in the answer that the model is about to give
+
+
 @dataclass(frozen=True)
 class RemoteJudge:
     """Probability of A against B under an OpenAI-compatible chat endpoint.
 
-    By the log-probabilities of the first token where the server gives them, else by its letter.
-    Where neither letter turns up the answer is a tie, and a warning counts these.
+    By the log-probabilities of the first token that isn't markup, where the server gives them, else
+    by the letter at the beginning. Where neither letter turns up, or both with less than 1%, the
+    answer is a tie, and a warning counts these.
+
+    Raises RemoteError when more than half of the answers of a call are such: of a model that thinks
+    first, all are.
     """
 
     endpoint: Endpoint
@@ -531,35 +564,44 @@ class RemoteJudge:
             {
                 "model": self.model,
                 "messages": [{"role": "user", "content": text}],
-                "max_tokens": 1,
+                "max_tokens": 4,  # of which markup may take some
                 "temperature": 0,
                 "logprobs": True,
                 "top_logprobs": 20,
             }
             for text in texts
         ]
-        answers = [self._weights(answer) for answer in self.endpoint.post_all(bodies)]
-        undecided = sum(not any(weights) for weights in answers)
-        if undecided:
+        answers = self.endpoint.ask_all(bodies, self._read, lambda value: value[0] is not None)
+        said = [text for win, text in answers if win is None]
+        if 2 * len(said) > len(answers):
+            raise RemoteError(
+                f"{self.endpoint.url}: {len(said)} of {len(answers)} answers of {self.model} were "
+                f"neither A nor B, such as {said[0]!r}. A model that thinks first can't judge: "
+                "serve it with thinking off, or name another."
+            )
+        if said:
             _log.warning(
                 "%s: %d of %d answers were neither A nor B and count as ties",
-                self.endpoint.url, undecided, len(texts),
+                self.endpoint.url, len(said), len(answers),
             )  # fmt: skip
-        return [a / (a + b) if a or b else 0.5 for a, b in answers]
+        return [0.5 if win is None else win for win, _ in answers]
 
-    def _weights(self, answer: Any) -> tuple[float, float]:
-        """Probabilities of A and of B, which needn't add up to 1."""
+    def _read(self, answer: Any, body: Any) -> tuple[float | None, str]:
+        """Probability of A against B, None where neither is there, and the text."""
         try:
             choice = answer["choices"][0]
+            text = choice["message"]["content"] or ""
             content = (choice.get("logprobs") or {}).get("content")
             if content:
-                top = content[0]["top_logprobs"]
-                seen = [(x["token"].strip(), math.exp(x["logprob"])) for x in top]
+                first = next((x for x in content if not _MARKUP.fullmatch(x["token"])), content[0])
+                seen = [(x["token"], math.exp(x["logprob"])) for x in first["top_logprobs"]]
+                letters = [(m[1].upper(), p) for x, p in seen if (m := _LETTER.fullmatch(x))]
             else:
-                seen = [((choice["message"]["content"] or "").strip()[:1], 1.0)]
-            a, b = (sum(p for token, p in seen if token == letter) for letter in "AB")
+                match = _FIRST.match(text)
+                letters = [((match[1] or match[2]).upper(), 1.0)] if match else []
+            a, b = (sum(p for letter, p in letters if letter == x) for x in "AB")
         except (LookupError, TypeError, AttributeError, OverflowError):
             raise self.endpoint.malformed(answer, "a chat completion") from None
         if not math.isfinite(a + b):
             raise self.endpoint.malformed(answer, "finite log-probabilities")
-        return a, b
+        return a / (a + b) if a + b >= _LEAST else None, self.endpoint.excerpt(str(text))

@@ -12,7 +12,6 @@ import gc
 import hashlib
 import logging
 import math
-import re
 import shlex
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 import torch
 
 from fastdpo.models import ModelError
+from fastdpo.remote import check_url, check_variable
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -62,7 +61,7 @@ class SamplingConfig:
         server_command: starts a server; {model} becomes the policy, and the arguments of
             `vllm serve` for host, port, name, dtype, defaults and length are appended.
         server_timeout: seconds for the responses to one prompt.
-        api_key_env: name of the environment variable with the server's key.
+        api_key_env: name of the environment variable with the server's key, in capital letters.
     """
 
     num_samples: int = 4
@@ -98,7 +97,7 @@ class SamplingConfig:
 
     def _check_server(self) -> None:
         if self.server_url is not None:
-            split_url(self.server_url)
+            _check_server_url(self.server_url)
             server = self.backend in ("auto", "server")
             _require("backend", self.backend, server, "'server' or 'auto' with a server_url")
         try:
@@ -108,10 +107,7 @@ class SamplingConfig:
         _require("server_command", self.server_command, named, "a command line with {model} in it")
         positive = _is_number(self.server_timeout) and 0 < self.server_timeout < float("inf")
         _require("server_timeout", self.server_timeout, positive, "a finite number above 0")
-        key = self.api_key_env
-        if key is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            # The value isn't shown: it may be the key itself.
-            raise ValueError("api_key_env must be the name of an environment variable, not a key")
+        check_variable(self.api_key_env)
 
 
 def _is_number(value: Any) -> bool:
@@ -123,26 +119,14 @@ def _require(name: str, value: Any, valid: bool, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def split_url(url: Any) -> tuple[bool, str, int, str]:
-    """Whether a server's URL is https, its host, port and path; a final /v1 is left out.
-
-    Raises ValueError, without the URL in case it has a password, when it isn't one.
-    """
-    wrong = ValueError(
-        "server_url must be http://host:port or https://host:port, without user, password and query"
-    )
-    if not isinstance(url, str):
-        raise wrong
+def _check_server_url(url: Any) -> None:
+    _require("server_url", url, isinstance(url, str), "a text, http://host:port")
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise wrong from None
-    extra = parts.username or parts.password or parts.query or parts.fragment
-    if parts.scheme not in ("http", "https") or not host or extra:
-        raise wrong
-    secure = parts.scheme == "https"
-    return secure, host, port or (443 if secure else 80), parts.path.rstrip("/").removesuffix("/v1")
+        check_url(url)
+    except ValueError as error:
+        raise ValueError(f"server_url: {error}") from None
+    if "#" in url:
+        raise ValueError("server_url must have no #, its model is the policy; leave it out")
 
 
 @dataclass(frozen=True)
@@ -191,14 +175,16 @@ class Ending:
 class Sampler(Protocol):
     """A model that is ready to sample.
 
-    `config` is what it was made with, `backend` its name; `policy` tells its weights from others
-    (None: unknown), `context` is the most tokens of a prompt with its response (None: no limit),
-    `at_once` how many calls of `generate` may run at the same time, in threads.
+    `config` is what it was made with, `backend` its name; `policy` tells its weights from others,
+    `dtype` is theirs, like "bfloat16" (None: unknown); `context` is the most tokens of a prompt
+    with its response (None: no limit), `at_once` how many calls of `generate` may run at the same
+    time, in threads.
     """
 
     config: SamplingConfig
     backend: str
     policy: str | None
+    dtype: str | None
     context: int | None
     at_once: int
     ending: Ending
@@ -223,11 +209,17 @@ def context_of(model_config: Any) -> int | None:
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
+# What weights are kept in, in the order in which transformers looks for them.
+_WEIGHTS = (("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"))
+
+
 def policy_digest(policy: str) -> str:
     """What tells a policy's weights from those of another, wherever its folder lies.
 
     From the checksums in the folder where it has some, else from the names, sizes and last MiB of
     its weight files; a hub name stands for itself.
+
+    Raises ModelError when a folder has neither.
     """
     folder = Path(policy)
     if not folder.is_dir():
@@ -235,7 +227,16 @@ def policy_digest(policy: str) -> str:
     digest, sums = hashlib.sha256(), folder / "SHA256SUMS"
     if sums.is_file():
         digest.update(sums.read_bytes())
-    for path in [] if sums.is_file() else sorted(folder.glob("*.safetensors")):
+        return digest.hexdigest()[:16]
+    found = ([x for one in names for x in folder.glob(one) if x.is_file()] for names in _WEIGHTS)
+    paths = next(filter(None, found), None)
+    if paths is None:
+        known = ", ".join(one for names in _WEIGHTS for one in names)
+        raise ModelError(
+            f"{policy} has no file of weights ({known}), so they can't be told from others; name "
+            "the folder that has them"
+        )
+    for path in sorted(paths):
         size = path.stat().st_size
         with open(path, "rb") as file:
             file.seek(max(0, size - 2**20))
@@ -299,6 +300,7 @@ class GenerateSampler:
     def __init__(self, model: Any, tokenizer: Any, config: SamplingConfig) -> None:
         self.model: Any = model
         self.config, self.context = config, context_of(model.config)
+        self.dtype: str | None = dtype_name(model.dtype)
         ends = end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
         self.ending = Ending(ends, config.stop, tokenizer)
         self._pad_id = tokenizer.pad_token_id
@@ -306,10 +308,18 @@ class GenerateSampler:
             self._pad_id = ends[0] if ends else 0
 
     def generate(self, prompts: list[list[int]], num_samples: int, seed: int) -> list[list[Output]]:
-        """As `Sampler.generate`. Model settings and random state are left as they were."""
+        """As `Sampler.generate`. Model settings and random state are left as they were.
+
+        Raises ModelError when memory runs out, or the model can't run.
+        """
         settings = _settings(self.config, self.ending.end_ids)
         settings.pad_token_id = self._pad_id
-        with torch.no_grad(), _only_these(self.model, settings), _random_state_kept():
+        with (
+            _told("generate"),
+            torch.no_grad(),
+            _only_these(self.model, settings),
+            _random_state_kept(),
+        ):
             torch.manual_seed(seed)
             rows = self._draw(prompts, num_samples, settings)
         outputs = [self.ending.cut(row) for row in rows]
@@ -375,6 +385,7 @@ class ContinuousSampler:
             )
         self.model: Any = model
         self.config, self.context = config, context_of(model.config)
+        self.dtype: str | None = dtype_name(model.dtype)
         ends = end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
         self.ending = Ending(ends, config.stop, tokenizer)
         self._forks = self._blocks = 0
@@ -391,6 +402,7 @@ class ContinuousSampler:
         settings.num_return_sequences = forks
         try:
             with (
+                _told("continuous batching", "set backend to 'generate'"),
                 torch.no_grad(),
                 _only_these(self.model, settings),
                 _paged_attention(self.model),
@@ -399,14 +411,9 @@ class ContinuousSampler:
                 manager = self._manager(requests, forks, settings)
                 torch.manual_seed(seed)  # a new manager has seeds of its own
                 found = _run(manager, requests, forks, self.config.max_new_tokens)
-        except BaseException as error:
+        except BaseException:
             self.forget()
-            if not isinstance(error, Exception):
-                raise
-            raise ModelError(
-                f"continuous batching failed ({type(error).__name__}: {error}); lower "
-                "batch_prompts if memory is short, or set backend to 'generate'"
-            ) from error
+            raise
         outputs = [self.ending.cut(ids) for ids in found]
         return [outputs[i : i + num_samples] for i in range(0, len(outputs), num_samples)]
 
@@ -552,6 +559,17 @@ def _only_these(model: Any, settings: "GenerationConfig") -> Iterator[None]:
 
 
 @contextmanager
+def _told(what: str, otherwise: str = "") -> Iterator[None]:
+    """What a backend raises, as a ModelError that says what may help."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        advice = "lower batch_prompts if memory is short" + (otherwise and f", or {otherwise}")
+        raise ModelError(f"{what} failed ({type(error).__name__}: {reason}); {advice}") from error
+
+
+@contextmanager
 def _random_state_kept() -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield
@@ -594,6 +612,7 @@ class VllmSampler:
             ) from error
         self.config, self.ending, self.context = config, ending, max_length
         self.policy: str | None = policy_digest(policy)
+        self.dtype: str | None = dtype_name(dtype)
         try:
             self._llm: Any = LLM(
                 model=policy,
@@ -605,7 +624,10 @@ class VllmSampler:
             raise ModelError(f"vLLM can't load model={policy!r}: {error}") from error
 
     def generate(self, prompts: list[list[int]], num_samples: int, seed: int) -> list[list[Output]]:
-        """As `Sampler.generate`."""
+        """As `Sampler.generate`.
+
+        Raises ModelError when the engine has died, or gave a response up.
+        """
         from vllm import SamplingParams  # type: ignore[import-not-found]
 
         config = self.config
@@ -619,22 +641,26 @@ class VllmSampler:
             skip_special_tokens=False,
             detokenize=bool(config.stop),
         )
-        found = self._llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            [SamplingParams(seed=prompt_seed(seed, i), **common) for i in range(len(prompts))],
-            use_tqdm=False,
-        )
-        by_sample = (sorted(request.outputs, key=lambda x: x.index) for request in found)
-        return [
-            [finished(self.ending, list(x.token_ids), x.finish_reason) for x in outputs]
-            for outputs in by_sample
-        ]
+        with _told("vLLM", "start again: parts that are written stay"):
+            found = self._llm.generate(
+                [{"prompt_token_ids": prompt} for prompt in prompts],
+                [SamplingParams(seed=prompt_seed(seed, i), **common) for i in range(len(prompts))],
+                use_tqdm=False,
+            )
+            by_sample = (sorted(request.outputs, key=lambda x: x.index) for request in found)
+            return [
+                [finished(self.ending, list(x.token_ids), x.finish_reason) for x in outputs]
+                for outputs in by_sample
+            ]
 
     def close(self) -> None:
         """End the engine, whose worker is a process that may outlive the object."""
         if self._llm is not None:
             shutdown = getattr(self._llm, "shutdown", None)
-            (shutdown or self._llm.llm_engine.engine_core.shutdown)()
+            try:
+                (shutdown or self._llm.llm_engine.engine_core.shutdown)()
+            except Exception as error:  # of a dead one; it mustn't hide why it died
+                _log.warning("vLLM's engine didn't end in order: %s", error)
         self._llm = None
         _free()
 

@@ -75,7 +75,7 @@ def open_sampler(
 
     Raises:
         ModelError: the model or its backend can't be used; says why.
-        ServerError: the server can't be reached, doesn't start, or serves another model.
+        RemoteError: the server can't be reached, doesn't start, or serves another model.
     """
     sampler = _open(policy, tokenizer, config, dtype, max_length, log_path)
     try:
@@ -150,7 +150,7 @@ def sample(
     Raises DataError when there are no prompts; naming the row, when a prompt can't be rendered, has
     no tokens, leaves no room for `max_new_tokens` in the model's context, or has columns that can't
     be written as JSON; and when `out_dir` holds parts of another plan. ValueError when the sampler
-    was opened with other settings. ModelError and ServerError as `open_sampler`, at any time.
+    was opened with other settings. ModelError and RemoteError as `open_sampler`, at any time.
     """
     from tqdm import tqdm
 
@@ -172,6 +172,7 @@ def sample(
             "sampling": {k: v for k, v in asdict(config).items() if k not in _UNPLANNED},
             "backend": sampler.backend,
             "policy": sampler.policy,
+            "dtype": sampler.dtype,
             "round_index": round_index,
             "prompts": _digest(prompts, prompt_ids),
             "parts": len(starts),

@@ -2,8 +2,9 @@
 
     score(load_scorer("my_rewards:helpful"), candidates_dir, scores_dir)
 
-Writes one part of scores per part of candidates: prompt_index, sample_index, score. Several scorers
-write a folder each; `fastdpo.transforms` makes one score of them.
+Writes one part of scores per part of candidates: prompt_index, sample_index, score, and candidates,
+the beginning of the SHA-256 of the part that was scored. Several scorers write a folder each;
+`fastdpo.transforms` makes one score of them.
 """
 
 import importlib
@@ -12,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Real
@@ -34,7 +36,16 @@ from fastdpo.rewards import (
     load_reward_model,
     text_of,
 )
-from fastdpo.storage import begin_stage, list_parts, read_jsonl, read_plan, write_jsonl_atomic
+from fastdpo.samplers import dtype_name, policy_digest
+from fastdpo.storage import (
+    begin_stage,
+    checksum_path,
+    file_digest,
+    list_parts,
+    read_jsonl,
+    read_plan,
+    write_jsonl_atomic,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,8 @@ class Scorer:
     `compare` is there where scores are comparisons within a prompt: the probability that
     `first[i]` is a better response to `prompts[i]` than `second[i]`. Such scores average to 0.5
     whatever the policy, so policies are compared by it and not by them. `settings` is JSON that
-    decides scores beside the name; it is kept in the plan, so it never holds a key.
+    decides scores beside the name; it is kept in the plan, so it never holds a key. `endpoint` is
+    the server that is asked, if there is one: its answers are kept until a part is complete.
     """
 
     name: str
@@ -56,6 +68,7 @@ class Scorer:
     on: str = "text"
     compare: Callable[[list[Text], list[str], list[str]], list[float]] | None = None
     settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    endpoint: Endpoint | None = field(default=None, compare=False)
 
     def __call__(self, *inputs: Any) -> Any:
         return self.function(*inputs)
@@ -111,21 +124,31 @@ def load_scorer(
     if spec.startswith("judge:"):
         check_template(judge_template)
         name = spec.removeprefix("judge:")
+        settings, endpoint = {"template": judge_template}, None
         if _is_url(name):
             endpoint, model = _endpoint(name, remote, "/chat/completions")
             judge = Judge(RemoteJudge(endpoint, _required(model, spec)), judge_template)
         else:
-            judge = Judge(load_local_judge(name, device, dtype, batch_size), judge_template)
-        settings = {"template": judge_template}
-        return Scorer(spec, judge, on="rows", compare=judge.compare, settings=settings)
+            local = load_local_judge(name, device, dtype, batch_size)
+            judge = Judge(local, judge_template)
+            settings |= _weights(name, local.model)
+        return Scorer(spec, judge, "rows", judge.compare, settings, endpoint)
     if _is_url(spec):
         endpoint, model = _endpoint(spec, remote)
         if endpoint.url.endswith("/pooling"):
-            return Scorer(spec, PooledScores(endpoint, _required(model, spec)))
-        return Scorer(spec, RemoteScores(endpoint, batch_size))
+            pooled = PooledScores(endpoint, _required(model, spec))
+            return Scorer(spec, pooled, endpoint=endpoint)
+        return Scorer(spec, RemoteScores(endpoint, batch_size), endpoint=endpoint)
     if ":" in spec and not Path(spec).exists():
         return Scorer(spec, _load_function(spec))
-    return Scorer(spec, load_reward_model(spec, device, dtype, batch_size))
+    reward_model = load_reward_model(spec, device, dtype, batch_size)
+    folder = spec if Path(spec).exists() else spec.partition("#")[0]
+    return Scorer(spec, reward_model, settings=_weights(folder, reward_model.model))
+
+
+def _weights(name: str, model: Any) -> dict[str, str]:
+    """What decides the scores of a model beside its name."""
+    return {"weights": policy_digest(name), "dtype": dtype_name(model.dtype)}
 
 
 def _is_url(name: str) -> bool:
@@ -136,8 +159,8 @@ def _endpoint(url: str, remote: Remote, path: str = "") -> tuple[Endpoint, str]:
     """The endpoint of a URL, and the name after its #."""
     check_url(url)
     remote.key()  # where there is none, it is better said now
-    url, _, model = url.partition("#")
-    return Endpoint(url.rstrip("/") + path if path else url, remote), model
+    address, _, model = url.partition("#")
+    return Endpoint(address.rstrip("/") + path if path else address, remote), model
 
 
 def _required(model: str, spec: str) -> str:
@@ -149,12 +172,15 @@ def _required(model: str, spec: str) -> str:
 def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = True) -> None:
     """Score all candidates in `rows_dir` and write the scores to `out_dir` in parts.
 
-    The scorer is called once per part; parts already there are skipped. What a server can't do for
-    a moment is tried again by the scorer itself (`Remote`).
+    The scorer is called once per part; parts already there are skipped, unless they are of other
+    candidates by their content: those are scored anew. What a server can't do for a moment is tried
+    again by the scorer itself (`Remote`). What it has answered for a part that isn't complete is
+    kept as `.part-00000.jsonl.partial`, and not asked again.
 
     Raises DataError when candidates are missing or malformed, when `out_dir` holds the scores of
-    another scorer or of other candidates, and when the scorer raises or returns anything but one
-    finite number per response: then nothing of that part is written, earlier parts stay.
+    another scorer or of other candidates by their plan, and when the scorer raises or returns
+    anything but one finite number per response: then nothing of that part is written, earlier parts
+    stay.
     """
     from tqdm import tqdm
 
@@ -165,8 +191,45 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
     begin_stage(out_dir, plan)
     for path in tqdm(parts, desc="scoring", unit="part", disable=not progress):
         out_path = Path(out_dir) / path.name
-        if not out_path.exists():
-            write_jsonl_atomic(out_path, _score_rows(scorer, read_jsonl(path), path))
+        if not (out_path.exists() and _scored(out_path) == {_digest(path)}):
+            _score_part(scorer, path, out_path)
+
+
+def _score_part(scorer: Scorer, path: Path, out_path: Path) -> None:
+    partial = out_path.with_name(f".{path.name}.partial")
+    rows = read_jsonl(path)
+    with scorer.endpoint.keeping(partial) if scorer.endpoint else nullcontext():
+        scored = _score_rows(scorer, rows, path)
+    write_jsonl_atomic(out_path, [{**row, "candidates": _digest(path)} for row in scored])
+    partial.unlink(missing_ok=True)
+
+
+def check_scored(candidates_dir: Path, scores_dir: Path) -> None:
+    """Make sure that scores are of these candidates, by the content of the parts and not by place.
+
+    Parts that `score` didn't write don't say what they are of, and pass.
+
+    Raises DataError, naming both folders, when a part is of others; and as `read_jsonl` does.
+    """
+    for path in list_parts(candidates_dir):
+        scores = Path(scores_dir) / path.name
+        known = _scored(scores) - {None} if scores.is_file() else set()
+        if known and known != {_digest(path)}:
+            raise DataError(
+                f"{scores}: these are scores of other candidates than {candidates_dir} has now. "
+                f"Run fastdpo score with this scorer, --candidates {candidates_dir} and "
+                f"--output_dir {scores_dir}: it scores the parts that differ anew."
+            )
+
+
+def _scored(path: Path) -> set[str | None]:
+    """The parts of candidates that the scores in a file are of, by their digests."""
+    return {row.get("candidates") for row in read_jsonl(path)}
+
+
+def _digest(path: Path) -> str:
+    known = checksum_path(path)
+    return (known.read_text().split()[0] if known.is_file() else file_digest(path))[:16]
 
 
 _TEXT = {"prompt_index", "sample_index", "prompt", "response"}
@@ -243,13 +306,20 @@ def _load_function(spec: str) -> Callable[..., Any]:
 
 _NUMBER = re.compile(
     r"""(?<![\w.]) -?
+    (?: \d+ [ ]+ \d+/\d+ (?![\d/]) |  # 2 1/2
     (?: \d{1,3} (?:,\d{3})+ (?!\d|,\d) | \d+ | (?=\.\d) ) (?:\.\d+)?  # 1,234.5 or .5
     (?: [eE][-+]?\d{1,3}(?!\d) )?
-    (?: /\d+ )?""",
+    (?: /\d+ )? )""",
     re.VERBOSE,
 )
-_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
+_ARGUMENT = r"\s*(?:\{([^{}]+)\}|(\d))"  # \frac12 is \frac{1}{2}
+_FRACTION = re.compile(rf"\\[dtc]?frac{_ARGUMENT}{_ARGUMENT}")
 _LATEX = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}|\\[!,;: ]|[$%]|\\(?=[$%])")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!:; ]|\{,\}|,\\!|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_SPACE = re.compile(r"\\[,;: ]|~")
+# 5\text{ cm}^2 and 5\,\mathrm{m}/\mathrm{s}
+_WORDS = r"[\s/]*\\(?:text|mathrm|mathbf|operatorname)\{[^{}\d]*\}(?:\^(?:\d|\{-?\d+\}))?"
+_UNIT = re.compile(rf"(?<=[\d}}])(?:{_WORDS})+|(?<=[\d}}])\s*\^(?:\\circ|\{{\\circ\}})")
 
 
 def right_answer(rows: list[dict[str, Any]]) -> list[float]:
@@ -260,9 +330,9 @@ def right_answer(rows: list[dict[str, Any]]) -> list[float]:
     what follows its last `####`; without either its last number if the answer is a number, and its
     last line that isn't blank, or that line's end after ":" or "is", if the answer is a text.
 
-    Numbers are compared exactly as rationals, so 0.5, 1/2, .50 and \\frac{1}{2} are the same; signs
-    of currency and percent and commas between thousands don't count. Texts are compared without
-    case, outer punctuation and markup.
+    Numbers are compared exactly as rationals, so 0.5, 1/2, .50 and \\frac12 are the same, and so
+    are 5/2, 2 1/2 and 2\\frac{1}{2}; signs of currency and percent, units in \\text{...} and commas
+    between thousands don't count. Texts are compared without case, outer punctuation and markup.
 
     Raises DataError when a row has no such column. Within a prompt all scores are often the same;
     those prompts give no pair.
@@ -286,8 +356,8 @@ def _gives(response: str, answer: str) -> bool:
     if number is not None:
         if said is not None and _number(said) is not None:
             return _number(said) == number
-        found = _NUMBER.findall(_plain(response if said is None else said))
-        return bool(found) and _number(found[-1]) == number
+        found = _NUMBER.findall(_spaced(response if said is None else said))
+        return bool(found) and _value(found[-1]) == number
     if said is not None:
         return _same_text(said, answer)
     line = next((x for x in reversed(response.splitlines()) if x.strip()), "")
@@ -310,18 +380,38 @@ def _marked(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    return _LATEX.sub(r"\1", _FRACTION.sub(r"\1/\2", text.replace("\u2212", "-")))
+    return _LATEX.sub(r"\1", _FRACTION.sub(_slashed, text.replace("\u2212", "-")))
+
+
+def _slashed(fraction: re.Match[str]) -> str:
+    above, below = (fraction[1] or fraction[2]), (fraction[3] or fraction[4])
+    return f"{above.strip()}/{below.strip()}"
+
+
+def _spaced(text: str) -> str:
+    """`_plain` of a text with numbers: what stands between two keeps them apart."""
+    text = _UNIT.sub(" ", _SPACE.sub(" ", _THOUSANDS.sub("", text)))
+    return _plain(re.sub(r"(?<=\d)\s*(?=\\[dtc]?frac)", " ", text))
 
 
 def _number(text: str) -> Fraction | None:
     """The value of a text that is one number and nothing else."""
-    text = _plain(text).strip().strip("*").rstrip(".").replace(" ", "")
-    if not _NUMBER.fullmatch(text):
-        return None
-    number, _, denominator = text.replace(",", "").partition("/")
+    text = _spaced(text).strip().strip("*").rstrip(".").strip()
+    text = re.sub(r"^-\s+|(?<=\d)\s*/\s*(?=\d)", lambda mark: mark[0].strip(), text)
+    return _value(text) if _NUMBER.fullmatch(text) else None
+
+
+def _value(number: str) -> Fraction | None:
+    """The value of what `_NUMBER` found; None of more digits than are read, and over 0."""
+    sign = -1 if number.startswith("-") else 1
+    whole, _, fraction = number.lstrip("-").replace(",", "").rpartition(" ")
+    above, _, below = fraction.partition("/")
     try:
-        return Fraction(number) / Fraction(denominator or 1)
-    except (ValueError, ZeroDivisionError):  # too many digits, or over 0
+        part = Fraction(above) / Fraction(below or 1)
+        if whole and part >= 1:  # two numbers, not a mixed one
+            return None
+        return sign * (Fraction(whole or 0) + part)
+    except (ValueError, ZeroDivisionError):
         return None
 
 

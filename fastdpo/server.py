@@ -1,18 +1,13 @@
 """Sampling by vLLM's OpenAI-compatible server: one that runs already, or one started here."""
 
-import contextlib
-import http.client
 import json
-import logging
 import os
-import random
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fastdpo.remote import Endpoint, PassingError, Remote, RemoteError, Stop, hidden
 from fastdpo.samplers import (
     Ending,
     Output,
@@ -29,20 +25,13 @@ from fastdpo.samplers import (
     finished,
     policy_digest,
     prompt_seed,
-    split_url,
 )
 
-_log = logging.getLogger(__name__)
-
 _START_S = 1800.0  # a large model loads and compiles for minutes
-_ATTEMPTS = 8
-_LONGEST_WAIT_S = 30.0
-_RETRIED = (408, 425, 429, 500, 502, 503, 504)
+# A server that is started again is away for minutes: with pauses of half a minute to a minute these
+# are five and a half to eleven.
+_RETRIES = 16
 _SEQUENCES = 256  # in flight, so that parts of a few prompts don't leave the server idle
-
-
-class ServerError(OSError):
-    """A sampling server that can't be reached, refuses a request or answers wrongly."""
 
 
 def open_server(
@@ -56,17 +45,15 @@ def open_server(
 ) -> "ServerSampler":
     """The server at `config.server_url`, or one started by `config.server_command`, as a sampler.
 
-    Raises ServerError when it can't be reached, doesn't start or doesn't serve the policy.
+    Raises RemoteError when it can't be reached, doesn't start or doesn't serve the policy.
     """
-    key = _key(config.api_key_env)
-    local = None
-    if config.server_url is None:
+    key, url, local = _key(Remote(api_key_env=config.api_key_env)), config.server_url, None
+    if url is None:
         local = LocalServer(
             policy, config.server_command, dtype, max_length, key=key, log_path=log_path
         )
-    sampler = ServerSampler(
-        local.url if local else config.server_url, ending, config, key=key, local=local
-    )
+        url = local.url
+    sampler = ServerSampler(url, ending, config, dtype=dtype_name(dtype), local=local)
     try:
         if local is not None:
             local.wait_until(sampler.is_healthy)
@@ -80,16 +67,26 @@ def open_server(
     return sampler
 
 
-def _key(variable: str | None) -> str | None:
-    """The key in the environment variable. Raises ServerError, without its value, if unusable."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ServerError(f"api_key_env={variable}: this environment variable isn't set")
-    if not (key.isascii() and key.isprintable()):
-        raise ServerError(f"api_key_env={variable}: its value can't be a key, it isn't plain text")
-    return key
+def _key(remote: Remote) -> str | None:
+    try:
+        return remote.key()
+    except ValueError as error:  # it doesn't hold the key
+        raise RemoteError(str(error)) from None
+
+
+class _Running(Stop):
+    """Ends requests when sampling does, and when the server that was started here has ended."""
+
+    def __init__(self, local: "LocalServer | None") -> None:
+        super().__init__()
+        self._local = local
+
+    def check(self, wait_s: float = 0.0) -> None:
+        """Raises RemoteError; `wait_s` as in `LocalServer.gone`."""
+        super().check()
+        gone = self._local.gone(wait_s) if self._local else None
+        if gone:
+            raise RemoteError(gone)
 
 
 class ServerSampler:
@@ -97,8 +94,10 @@ class ServerSampler:
 
     Prompts go to /v1/completions as token ids, each in a request of its own with its own seed, from
     which the server counts up for the `n` samples; every setting that a server could bring along is
-    sent. A request that fails is sent again after a growing, jittered wait: no connection, one that
-    broke, status 429 and 5xx, a reply that can't be read. It has its seed, so nothing changes.
+    sent. A request that fails is sent again as `fastdpo.remote.Remote` has it, for five minutes and
+    more, and so is one whose reply can't be read. It has its seed, so nothing changes.
+
+    `dtype` is what it was asked for; of a server that runs already it can't be seen.
 
     Written after docs.vllm.ai, "OpenAI-Compatible Server", and tested against a server that follows
     it; not verified against vLLM on a device. vLLM repeats itself bit for bit only with
@@ -109,38 +108,37 @@ class ServerSampler:
 
     def __init__(
         self,
-        url: str | None,
+        url: str,
         ending: Ending,
         config: SamplingConfig,
         *,
-        key: str | None = None,
+        dtype: str | None = None,
         local: "LocalServer | None" = None,
-        wait_s: float = 0.5,
     ) -> None:
-        self._secure, self._host, self._port, self._prefix = split_url(url)
-        scheme = "https" if self._secure else "http"
-        self.url = f"{scheme}://{self._host}:{self._port}{self._prefix}"
-        self.config, self.ending = config, ending
+        remote = Remote(
+            timeout=config.server_timeout, retries=_RETRIES, api_key_env=config.api_key_env
+        )
+        self._endpoint = Endpoint(url.rstrip("/").removesuffix("/v1"), remote)
+        self.url = self._endpoint.url
+        self.config, self.ending, self.dtype = config, ending, dtype
         self.policy: str | None = None
         self.context: int | None = None
         self.at_once = max(1, _SEQUENCES // (config.num_samples * config.batch_prompts))
-        self._key, self._local, self._wait_s = key, local, wait_s
+        self._local, self._stop = local, _Running(local)
         self._model = ""
-        self._jitter, self._warned = random.Random(), False
-        self._closed = threading.Event()
-        self._open: set[http.client.HTTPConnection] = set()
 
     def is_healthy(self) -> bool:
         """Whether the server answers, asked once."""
         try:
-            return self._exchange("/health", None)[0] == 200
-        except (OSError, http.client.HTTPException):
+            self._endpoint.once(None, "/health", self._stop)
+        except (PassingError, RemoteError):
             return False
+        return True
 
     def expect(self, policy: str) -> None:
         """Make sure that the server has this model, by its name or path; contents can't be seen.
 
-        Raises ServerError when it hasn't.
+        Raises RemoteError when it hasn't.
         """
         cards = self._call("/v1/models", None, _model_cards)
         names = {policy, str(Path(policy).resolve())} if Path(policy).exists() else {policy}
@@ -149,7 +147,7 @@ class ServerSampler:
                 self._model, self.context = card["id"], card.get("max_model_len")
                 return
         found = ", ".join(repr(card["id"]) for card in cards) or "nothing"
-        raise ServerError(
+        raise RemoteError(
             f"{self.url} serves {found}, not the policy {policy!r}. Start it again with this "
             "model, and then this command: it goes on where it stopped."
         )
@@ -157,7 +155,7 @@ class ServerSampler:
     def generate(self, prompts: list[list[int]], num_samples: int, seed: int) -> list[list[Output]]:
         """As `Sampler.generate`; may be called from several threads.
 
-        Raises ServerError when the server refuses a request or fails again and again.
+        Raises RemoteError when the server refuses a request or fails again and again.
         """
         pool = ThreadPoolExecutor(min(len(prompts), _SEQUENCES))
         try:
@@ -195,17 +193,20 @@ class ServerSampler:
     def _outputs(self, reply: Any, body: dict[str, Any]) -> list[Output]:
         """The samples in a reply; ValueError and the like when it isn't one that was asked for."""
         if reply.get("model", self._model) != self._model:
-            raise ServerError(f"{self.url} answered with another model, {reply['model']!r}")
+            raise self._endpoint.malformed(reply["model"], f"by the model {self._model!r}")
         choices = sorted(reply["choices"], key=lambda choice: choice["index"])
         if [choice["index"] for choice in choices] != list(range(body["n"])):
             raise ValueError(f"it has {len(choices)} samples of {body['n']}")
         for choice in choices:
             if not _are_ids(choice.get("token_ids")):
-                raise ServerError(
+                raise RemoteError(
                     f"{self.url} returns no token ids; vLLM does from version 0.10.2 on"
                 )
             if choice.get("prompt_token_ids") not in (None, body["prompt"]):
-                raise ServerError(f"{self.url} changed the tokens of a prompt")
+                raise RemoteError(
+                    f"{self.url} changed the tokens of a prompt; its tokenizer or a limit of its "
+                    "own is in the way, start it as server_command does"
+                )
         return [finished(self.ending, x["token_ids"], x["finish_reason"]) for x in choices]
 
     def _call(self, path: str, body: Any, read: Callable[[Any], Any]) -> Any:
@@ -213,75 +214,23 @@ class ServerSampler:
 
         `read` raises ValueError, TypeError, KeyError or AttributeError for a reply that is broken.
         """
-        problem = ""
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                wait = min(self._wait_s * 2 ** (attempt - 1), _LONGEST_WAIT_S)
-                self._closed.wait(wait * self._jitter.uniform(0.5, 1.5))
-            self._check_open()
+
+        def parse(data: bytes) -> Any:
             try:
-                status, data = self._exchange(path, body)
-                if status == 200:
-                    found = read(json.loads(data))
-                    self._warned = False
-                    return found
-                problem = f"status {status}: {_message(data)}"
-                if status not in _RETRIED:
-                    break
-            except ServerError as error:
-                raise ServerError(self._hidden(str(error))) from None
-            except (OSError, http.client.HTTPException) as error:
-                problem = f"{type(error).__name__}: {error}"
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                return read(json.loads(data))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 problem = f"the reply can't be used, {type(error).__name__}: {error}"
-            self._warn(path, problem)
-        self._check_open(wait_s=2.0)
-        raise ServerError(
-            self._hidden(
-                f"{self.url}{path} failed ({problem}). Parts that are written stay; once the "
-                "server is well, the same command goes on."
-            )
-        )
+                raise PassingError(problem) from None
 
-    def _check_open(self, wait_s: float = 0.0) -> None:
-        if self._closed.is_set():
-            raise ServerError(f"{self.url}: sampling was given up")
-        gone = self._local.gone(wait_s) if self._local else None
-        if gone:
-            raise ServerError(gone)
-
-    def _warn(self, path: str, problem: str) -> None:
-        """Once for an outage, not for each of the requests that it hits."""
-        if not self._warned:
-            self._warned = True
-            _log.warning("%s%s: %s; trying again", self.url, path, self._hidden(problem))
-
-    def _exchange(self, path: str, body: Any) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self.config.server_timeout)
-        self._open.add(connection)
         try:
-            method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-            connection.request(method, self._prefix + path, data, headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            self._open.discard(connection)
-            connection.close()
-
-    def _hidden(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+            return self._endpoint.ask(body, path, parse=parse, stop=self._stop)
+        except RemoteError:
+            self._stop.check(wait_s=2.0)  # why the server that was started here has ended
+            raise
 
     def close(self) -> None:
         """End requests that wait, in whatever thread, and the server if it was started here."""
-        self._closed.set()
-        for connection in list(self._open):
-            if connection.sock is not None:
-                with contextlib.suppress(OSError):  # it may be closing already
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+        self._stop.cut()
         if self._local is not None:
             self._local.stop()
 
@@ -295,16 +244,6 @@ def _model_cards(reply: Any) -> list[dict[str, Any]]:
     if not all(isinstance(card["id"], str) for card in cards):
         raise ValueError("a model has no name")
     return cards
-
-
-def _message(data: bytes) -> str:
-    """What an error reply says, in a line."""
-    text = data.decode("utf-8", "replace")
-    with contextlib.suppress(ValueError, AttributeError):
-        reply = json.loads(text)
-        error = reply.get("error", reply)
-        text = str(error.get("message", error))
-    return " ".join(text.split())[:300] or "no reason given"
 
 
 # Runs the server in a group of processes of its own, and ends the group when the pipe from its
@@ -351,7 +290,7 @@ class LocalServer:
         log_path: Path | None = None,
     ) -> None:
         if os.name != "posix":
-            raise ServerError("a server is started on Linux and macOS only; give a server_url")
+            raise RemoteError("a server is started on Linux and macOS only; give a server_url")
         if log_path is None:
             descriptor, name = tempfile.mkstemp(prefix="fastdpo-server-", suffix=".log")
             os.close(descriptor)
@@ -379,14 +318,14 @@ class LocalServer:
             )
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Raises ServerError when the server ends, or isn't ready after half an hour."""
+        """Raises RemoteError when the server ends, or isn't ready after half an hour."""
         deadline = time.monotonic() + _START_S
         while not ready():
             gone = self.gone()
             if gone:
-                raise ServerError(gone)
+                raise RemoteError(gone)
             if time.monotonic() > deadline:
-                raise ServerError(f"the server wasn't ready after {_START_S:.0f} s; {self._tail()}")
+                raise RemoteError(f"the server wasn't ready after {_START_S:.0f} s; {self._tail()}")
             time.sleep(0.2)
 
     def gone(self, wait_s: float = 0.0) -> str | None:
@@ -399,9 +338,8 @@ class LocalServer:
 
     def _tail(self) -> str:
         text = self.log_path.read_text(errors="replace")
-        if self._key:
-            text = text.replace(self._key, "***")
-        return "\n  ".join([f"the end of {self.log_path}:", *text.splitlines()[-8:]])
+        lines = hidden(text, self._key).splitlines()
+        return "\n  ".join([f"the end of {self.log_path}:", *lines[-8:]])
 
     def stop(self) -> None:
         """End the server and all of its processes, by force after half a minute."""

@@ -47,6 +47,7 @@ class CompletionsServer(ThreadingHTTPServer):
         self.root, self.name, self.key, self.max_len = str(folder), name, key, max_len
         self.lock = threading.Lock()
         self.faults: list[Any] = []
+        self.fault_headers: dict[str, str] = {}  # of those that are a status
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.die_after: int | None = None
@@ -165,6 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, status: int, data: bytes, length: int | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        for name, value in self.server.fault_headers.items() if status != 200 else ():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(data) if length is None else length))
         self.end_headers()
         self.wfile.write(data)

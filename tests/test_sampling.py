@@ -26,11 +26,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import GEMMA3, LLAMA, build_tokenizer, save_tiny
 
+from bench import report as bench_report
+from bench import sampling as bench_sampling
 from bench.sampling import main as bench_main
 from bench.sampling import parting, surprise
 from fastdpo import storage
 from fastdpo.data import DataError, Rows, prompt_rows
 from fastdpo.models import ModelError, load_causal_lm
+from fastdpo.remote import RemoteError, Stop
 from fastdpo.samplers import (
     ContinuousSampler,
     Ending,
@@ -42,7 +45,7 @@ from fastdpo.samplers import (
     prompt_seed,
 )
 from fastdpo.sampling import open_sampler, sample
-from fastdpo.server import ServerError, ServerSampler
+from fastdpo.server import ServerSampler
 
 HERE = Path(__file__).parent
 PROMPTS = ["tell me about walks", "be nice", "no idea at all about the weather and the beach", "hi"]
@@ -285,13 +288,13 @@ def test_continuous_batching_keeps_settings_random_state_and_threads(model, toke
     own, attention = model.generation_config, model.config._attn_implementation
     model.train()
     torch.manual_seed(5)
-    state, threads = torch.get_rng_state(), threading.active_count()
+    state, threads = torch.get_rng_state(), set(threading.enumerate())
     config = config_of(backend="continuous", top_p=0.9, temperature=0.7)
     run(model, tokenizer, tmp_path, config)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and model.generation_config is own and own.top_k == 3
     assert model.config._attn_implementation == attention
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert not hasattr(model, "_cached_continuous_batching_manager")
 
 
@@ -305,7 +308,7 @@ def test_a_cold_or_narrow_continuous_sample_is_greedy(model, tokenizer, tmp_path
 
 
 def test_a_cache_that_doesnt_fit_is_an_error_and_leaves_no_thread(model, tokenizer):
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     sampler = ContinuousSampler(model, tokenizer, config_of(max_new_tokens=10**12))
     with pytest.raises(ModelError, match="lower batch_prompts"):
         sampler.generate(prompt_ids(tokenizer), 1, seed=0)
@@ -314,7 +317,7 @@ def test_a_cache_that_doesnt_fit_is_an_error_and_leaves_no_thread(model, tokeniz
     with pytest.raises(ModelError, match="division by zero"):
         sampler.generate(prompt_ids(tokenizer), 1, seed=0)
     broken.remove()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert sampler.generate(prompt_ids(tokenizer), 1, seed=0)
     sampler.close()
 
@@ -325,14 +328,35 @@ def test_an_interruption_of_continuous_batching_leaves_no_thread(model, tokenize
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     sampler = ContinuousSampler(model, tokenizer, config_of(max_new_tokens=500))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(ContinuousBatchingManager, "get_result", interrupt)
         sampler.generate(prompt_ids(tokenizer), 1, seed=0)
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert len(sampler.generate([[5, 6]], 1, seed=0)[0][0].ids) > 1
     sampler.close()
+
+
+def test_a_model_that_cant_generate_is_told(model, tokenizer, tmp_path):
+    """As when memory runs out, which names what takes it; and it is left as it was."""
+    own = model.generation_config
+    for error, said in (
+        (torch.OutOfMemoryError("Tried to allocate\n9 GiB"), "OutOfMemoryError: .* 9 GiB"),
+        (RuntimeError("device-side assert"), "device-side assert"),
+    ):
+
+        def fail(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        broken = model.register_forward_hook(fail)
+        with pytest.raises(ModelError, match=rf"generate failed \({said}|{said}") as caught:
+            run(model, tokenizer, tmp_path, config_of())
+        assert "lower batch_prompts if memory is short" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        broken.remove()
+        assert model.generation_config is own
+    assert len(run(model, tokenizer, tmp_path, config_of())) == 12
 
 
 # Which one
@@ -383,14 +407,19 @@ def test_a_gpu_that_gets_padded_batches_is_told_why(model, tokenizer, caplog, mo
         ({"backend": "fast"}, "backend must be one of .*'fast'"),
         ({"stop": "x"}, "stop must be a list"),
         ({"stop": ["x", ""]}, "stop must be a list"),
-        ({"server_url": "host:8000"}, "server_url must be"),
-        ({"server_url": "http://me:secret@host"}, "server_url must be"),
-        ({"server_url": "http://host:port"}, "server_url must be"),
+        ({"server_url": "host:8000"}, "server_url: 'host:8000' is not a URL"),
+        ({"server_url": "http://me:secret@host"}, "server_url: the URL has a name or key"),
+        ({"server_url": "http://me:secret@host:port"}, "server_url: the URL has a name or key"),
+        ({"server_url": "http://host?key=secret"}, "server_url: the URL has a query.*api_key_env"),
+        ({"server_url": "http://host#model"}, "server_url must have no #"),
+        ({"server_url": "http://host:port"}, "server_url: .*is not a URL"),
+        ({"server_url": 8000}, "server_url must be a text"),
         ({"server_url": "http://h", "backend": "generate"}, "backend must be 'server' or 'auto'"),
         ({"server_command": "vllm serve"}, "server_command must be"),
         ({"server_command": "vllm '{model}"}, "server_command must be"),
         ({"server_timeout": 0}, "server_timeout must be"),
         ({"api_key_env": "sk-secret"}, "api_key_env must be the name"),
+        ({"api_key_env": "gsk_secret"}, "api_key_env must be the name"),
     ],
 )
 def test_options_of_samplers_are_checked(options, message):
@@ -423,11 +452,27 @@ def test_the_plan_has_seeds_backend_and_policy_before_a_sample_is_drawn(
     run_open(folder, tokenizer, tmp_path / "b", config_of())
     plan = storage.read_plan(tmp_path / "b")
     assert plan is not None and plan["backend"] == "generate"
-    assert plan["policy"] == policy_digest(str(folder))
+    assert plan["policy"] == policy_digest(str(folder)) and plan["dtype"] == "float32"
     with pytest.raises(DataError, match="another policy"):
         run(model, tokenizer, tmp_path / "b", config_of())
     with pytest.raises(DataError, match="another backend"):
         run_open(folder, tokenizer, tmp_path / "b", config_of(backend="continuous"))
+
+
+@pytest.mark.parametrize("backend", ["generate", "continuous", "server", "vllm"])
+def test_samples_of_another_dtype_are_refused(folder, tokenizer, tmp_path, vllm, backend):
+    """A run that was killed and goes on would have some of either."""
+    with serve(folder) as server:
+        url = server.url if backend == "server" else None
+        config = config_of(backend=backend, server_url=url, max_new_tokens=2)
+        for dtype in (torch.bfloat16, torch.float32):
+            with open_sampler(str(folder), tokenizer, config, dtype=dtype) as sampler:
+                if dtype == torch.bfloat16:
+                    run(sampler, tokenizer, tmp_path, config)
+                    storage.part_path(tmp_path, 1).unlink()
+                    continue
+                with pytest.raises(DataError, match="another dtype"):
+                    run(sampler, tokenizer, tmp_path, config)
 
 
 def test_a_sampler_of_other_settings_is_refused(folder, tokenizer, tmp_path):
@@ -458,6 +503,24 @@ def test_policies_differ_by_their_weights_not_by_their_place(folder, tmp_path):
     assert policy_digest("org/name") == "org/name"
 
 
+def test_weights_of_other_formats_are_told_apart(tmp_path):
+    names = ["a", "b", "c"]
+    for name, content in zip(names, (b"one", b"two", b"one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_model.bin").write_bytes(content)
+        (tmp_path / name / "config.json").write_text("{}")
+    a, b, c = (policy_digest(str(tmp_path / name)) for name in names)
+    assert a == c != b
+    # What transformers prefers decides.
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"three")
+    mixed = policy_digest(str(tmp_path / "a"))
+    (tmp_path / "a" / "pytorch_model.bin").unlink()
+    assert policy_digest(str(tmp_path / "a")) == mixed != a
+    (tmp_path / "b" / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"b has no file of weights \(\*.safetensors, .*; name"):
+        policy_digest(str(tmp_path / "b"))
+
+
 def test_throughput_is_written_for_what_was_sampled(model, tokenizer, tmp_path):
     rows = run(model, tokenizer, tmp_path, config_of())
     found = storage.read_json(tmp_path / "throughput.json")
@@ -486,9 +549,9 @@ def test_throughput_is_shown(model, tokenizer, tmp_path, capsys):
 @pytest.fixture
 def quick(monkeypatch):
     """Retries without the wait."""
-    from fastdpo import server
+    from fastdpo import remote
 
-    monkeypatch.setattr(server, "_LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(remote, "_MAX_PAUSE", 0.02)
 
 
 def server_rows(server: Any, tokenizer: Any, out: Path, **options: Any):
@@ -546,7 +609,37 @@ def test_a_run_with_a_server_goes_on_in_the_same_bytes(folder, tokenizer, tmp_pa
         assert storage.part_path(out, 1).read_bytes() == before
 
 
-@pytest.mark.parametrize("fault", [500, 503, 429, "drop", "half", "garbage", "short", "abort"])
+class Waits(Stop):
+    """Notes how long it is waited for, without waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def check(self, wait_s: float = 0.0) -> None:
+        pass
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(timeout or 0.0)
+        return False
+
+
+def test_a_server_may_be_away_for_minutes(folder, tokenizer):
+    """While it is started again, or as long as it asks to be left alone."""
+    for status, headers in ((503, {}), (529, {}), (429, {"Retry-After": "17"})):
+        with serve(folder) as server:
+            sampler = ServerSampler(server.url, Ending([], [], tokenizer), config_of())
+            sampler.expect(str(folder))
+            sampler._stop = waits = Waits()  # type: ignore[assignment]
+            server.faults, server.fault_headers = [status] * 99, headers
+            with pytest.raises(RemoteError, match=f"in 17 tries, the last one: status {status}"):
+                sampler.generate([[5, 6]], 1, seed=0)
+            assert len(server.bodies) == 17 and len(waits.seconds) == 16
+            assert sum(waits.seconds) == 16 * 17 if headers else sum(waits.seconds) > 300
+            assert max(waits.seconds) <= 60
+
+
+@pytest.mark.parametrize("fault", [500, 503, 529, 429, "drop", "half", "garbage", "short", "abort"])
 def test_a_passing_fault_changes_nothing(folder, tokenizer, tmp_path, quick, fault):
     with serve(folder) as server:
         expected = server_rows(server, tokenizer, tmp_path / "a")
@@ -558,9 +651,9 @@ def test_a_passing_fault_changes_nothing(folder, tokenizer, tmp_path, quick, fau
 @pytest.mark.parametrize(
     ("fault", "message", "times"),
     [
-        (500, "status 500: .* broke", 8),
-        ("garbage", "the reply can't be used", 8),
-        (400, "status 400", 1),
+        (500, r"status 500 \(.* broke.*the same command goes on", 17),
+        ("garbage", "the reply can't be used", 17),
+        (400, "status 400 .*it is not tried again", 1),
         ("no ids", "returns no token ids", 1),
         ("other prompt", "changed the tokens", 1),
     ],
@@ -571,7 +664,7 @@ def test_a_lasting_fault_ends_in_an_error_and_parts_stay(
     with serve(folder) as server:
         server.faults = [None, None] + [fault] * 99
         one = {"batch_prompts": 1, "num_samples": 256, "max_new_tokens": 1}  # a part at a time
-        with pytest.raises(ServerError, match=message):
+        with pytest.raises(RemoteError, match=message):
             server_rows(server, tokenizer, tmp_path / "a", **one)
         assert len(server.bodies) == 2 + times
         parts = sorted(path.name for path in (tmp_path / "a").glob("part-*"))
@@ -584,7 +677,7 @@ def test_a_lasting_fault_ends_in_an_error_and_parts_stay(
 def test_a_server_that_is_not_there(folder, tokenizer, tmp_path, quick, caplog):
     with serve(folder) as server:
         url = server.url
-    with pytest.raises(ServerError, match=r"ConnectionRefused.* the same command goes on"):
+    with pytest.raises(RemoteError, match=r"ConnectionRefused.* the same command goes on"):
         run_open(folder, tokenizer, tmp_path, config_of(server_url=url))
     assert caplog.text.count("trying again") == 1
     assert not list(tmp_path.iterdir())
@@ -607,7 +700,7 @@ def test_a_server_that_dies_midway_keeps_what_is_written(folder, tokenizer, tmp_
 
         killer = threading.Thread(target=die)
         killer.start()
-        with pytest.raises(ServerError, match="Parts that are written stay"):
+        with pytest.raises(RemoteError, match="goes on where this one stopped"):
             run_open(folder, tokenizer, tmp_path / "a", url)
         killer.join()
     written = sorted(path.name for path in (tmp_path / "a").glob("part-*"))
@@ -621,14 +714,14 @@ def test_a_server_that_dies_midway_keeps_what_is_written(folder, tokenizer, tmp_
 def test_a_server_with_another_model_is_refused(folder, tokenizer, tmp_path):
     with serve(folder, name="other") as server:
         server.root = "/elsewhere"
-        with pytest.raises(ServerError, match=rf"serves 'other', not the policy '{folder}'"):
+        with pytest.raises(RemoteError, match=rf"serves 'other', not the policy '{folder}'"):
             server_rows_of(server, folder, tokenizer, tmp_path)
         server.root = str(folder)  # its path will do, whatever its name
         assert len(server_rows_of(server, folder, tokenizer, tmp_path)) == 12
         assert {body["model"] for body in server.bodies} == {"other"}
         with open_sampler(str(folder), tokenizer, config_of(server_url=server.url)) as sampler:
             server.name = "changed"
-            with pytest.raises(ServerError, match="status 404: The model `other` does not exist"):
+            with pytest.raises(RemoteError, match=r"404 \(The model `other` does not exist"):
                 sampler.generate([[5, 6]], 1, seed=0)
 
 
@@ -658,12 +751,12 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(
         for key, faults in ((None, []), ("wr0ng", []), ("s3cret", [503] * 99)):
             monkeypatch.setenv("THE_KEY", key or "")
             server.faults = faults
-            with pytest.raises(ServerError) as caught:
+            with pytest.raises(RemoteError) as caught:
                 server_rows(server, tokenizer, tmp_path / str(key), api_key_env="THE_KEY")
             messages.append("".join(map(str, (caught.value, caught.value.__cause__))))
-    assert "THE_KEY" in messages[0] and "isn't set" in messages[0]
-    assert "status 401: Unauthorized: Bearer ***" in messages[1]
-    assert "status 503: Bearer *** broke" in messages[2]
+    assert "THE_KEY is not set" in messages[0]
+    assert "status 401 (Unauthorized: Bearer ***)" in messages[1]
+    assert "status 503 (Bearer *** broke)" in messages[2]
     shown = " ".join(messages) + caplog.text + "".join(capsys.readouterr())
     assert "s3cret" not in shown and "wr0ng" not in shown
 
@@ -673,7 +766,7 @@ def test_a_key_that_cant_be_sent_is_refused_without_its_value(folder, tokenizer,
     monkeypatch.setenv("THE_KEY", key)
     config = config_of(server_url="http://127.0.0.1:1", api_key_env="THE_KEY")
     with (
-        pytest.raises(ServerError, match="api_key_env=THE_KEY") as caught,
+        pytest.raises(RemoteError, match=r"api_key_env: .* THE_KEY ") as caught,
         open_sampler(str(folder), tokenizer, config),
     ):
         pass
@@ -689,7 +782,7 @@ def test_a_response_that_hangs_is_given_up_when_the_sampler_closes(folder, token
             def wait() -> None:
                 try:
                     sampler.generate([[5, 6]], 1, seed=0)
-                except ServerError as error:
+                except RemoteError as error:
                     failed.append(error)
 
             with server.lock:  # no request is answered
@@ -760,7 +853,7 @@ def test_a_server_that_cant_start_shows_its_log(folder, tokenizer, tmp_path, mon
     ):
         config = config_of(backend="server", server_command=command_line, api_key_env="THE_KEY")
         with (
-            pytest.raises(ServerError, match=r"ended with status [12]; the end of") as caught,
+            pytest.raises(RemoteError, match=r"ended with status [12]; the end of") as caught,
             open_sampler(str(folder), tokenizer, config, log_path=tmp_path / "log"),
         ):
             pass
@@ -775,7 +868,7 @@ def test_a_started_server_that_dies_midway_is_told_with_its_log(
     config = config_of(
         backend="server", server_command=command("--die-after", "2"), api_key_env="THE_KEY", **one
     )
-    with pytest.raises(ServerError, match=r"ended with status 3[\s\S]*worker died") as caught:
+    with pytest.raises(RemoteError, match=r"ended with status 3[\s\S]*worker died") as caught:
         run_open(folder, tokenizer, tmp_path / "a", config)
     assert "s3cret" not in str(caught.value)  # which its log has
     assert len(list((tmp_path / "a").glob("part-*"))) == 2
@@ -916,6 +1009,26 @@ def test_a_vllm_that_is_missing_or_fails_is_told(folder, tokenizer, tmp_path, mo
         run_open("/nowhere", tokenizer, tmp_path, config)
 
 
+@pytest.mark.parametrize("fault", ["dies", "aborts"])
+def test_an_engine_that_dies_is_told(folder, tokenizer, tmp_path, vllm, monkeypatch, fault):
+    """Midway; its end, which fails too, doesn't hide why."""
+
+    def dead(*_: Any, **__: Any) -> None:
+        raise RuntimeError("EngineCore is dead")
+
+    def aborted(self: Any, *args: Any, **options: Any) -> Any:
+        found = generate(self, *args, **options)
+        found[0].outputs[0].finish_reason = "abort"
+        return found
+
+    generate = LLMRecorder.generate
+    monkeypatch.setattr(LLMRecorder, "generate", dead if fault == "dies" else aborted)
+    monkeypatch.setattr(LLMRecorder, "_end", dead)
+    reason = "RuntimeError: EngineCore" if fault == "dies" else "finish_reason 'abort'"
+    with pytest.raises(ModelError, match=rf"vLLM failed \(.*{reason}.*batch_prompts"):
+        run_open(folder, tokenizer, tmp_path, config_of(backend="vllm"))
+
+
 # The benchmark
 
 
@@ -946,3 +1059,10 @@ def test_the_benchmark_checks_and_times_every_sampler(folder, tmp_path, monkeypa
         assert row["samples_per_second"]["median"] > 0 and abs(row["surprise_z"]) < 4
         assert row["tokens_per_sample"] <= 12
     assert "fastdpo[vllm]" in rows[3]["note"] and "samples_per_second" not in rows[3]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{bench_sampling.BEGIN}\n{bench_sampling.END}\n")
+    assert bench_report.main([str(tmp_path / "out.jsonl"), f"--readme={readme}"]) == 0
+    lines = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
+    assert len(lines) == 6 and "not measured" in lines[-1] and "4 of 4" in lines[2]
+    speeds = [float(line.split(" | ")[1].split(" ")[0]) for line in lines[2:5]]
+    assert speeds == sorted(speeds, reverse=True)

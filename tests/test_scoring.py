@@ -6,9 +6,11 @@ Servers are real ones in threads of this process; models are tiny real ones.
 import json
 import logging
 import math
+import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,9 +23,10 @@ from tiny import GEMMA, GEMMA3, LLAMA, MAMBA, build_tokenizer, save_tiny
 from fastdpo import storage
 from fastdpo.data import DataError
 from fastdpo.models import ModelError, load_causal_lm
-from fastdpo.remote import Endpoint, Remote, RemoteError
+from fastdpo.remote import Endpoint, Remote, RemoteError, Stop
 from fastdpo.rewards import JUDGE_TEMPLATE, Judge
-from fastdpo.scoring import Scorer, load_scorer, right_answer, score
+from fastdpo.samplers import policy_digest
+from fastdpo.scoring import Scorer, check_scored, load_scorer, right_answer, score
 
 torch.set_num_threads(1)
 
@@ -46,7 +49,8 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                length = int(self.headers["Content-Length"] or 0)
+                body = json.loads(self.rfile.read(length)) if length else None
                 with lock:
                     number = len(outer.requests)
                     outer.requests.append((self.path, dict(self.headers), body))
@@ -136,6 +140,52 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 
 TEXTS = [["a", "bb", "ccc"], ["dddd", "", "ee"], ["é", "g" * 9, "hh"]]
 COUNTS = [1, 2, 3, 4, 0, 2, 1, 9, 2]
+
+
+# The content of candidates
+
+
+def test_scores_are_of_the_content_of_their_candidates(tmp_path):
+    folder, calls = tmp_path / "candidates", []
+
+    def lengths(prompts: Any, responses: list[str]) -> list[int]:
+        calls.append(responses)
+        return [len(text) for text in responses]
+
+    write_candidates(folder, TEXTS)
+    assert run_score(Scorer("tests:f", lengths), tmp_path) == COUNTS
+    check_scored(folder, tmp_path / "scores")
+    before = file_bytes(tmp_path / "scores")
+    # Sampled again, to another text of the same place: by the plan nothing has changed.
+    path = storage.part_path(folder, 1)
+    known = storage.read_jsonl(path)
+    storage.write_jsonl_atomic(path, [{**row, "response": "long" * 5} for row in known])
+    with pytest.raises(DataError, match="part-00001") as error:
+        check_scored(folder, tmp_path / "scores")
+    assert f"{folder} has now" in str(error.value) and "--output_dir" in str(error.value)
+    calls.clear()
+    values = run_score(Scorer("tests:f", lengths), tmp_path)
+    assert values == [*COUNTS[:3], 20, 20, 20, *COUNTS[6:]] and calls == [["long" * 5] * 3]
+    check_scored(folder, tmp_path / "scores")
+    # The same text again, with or without its checksum, is the same.
+    storage.write_jsonl_atomic(path, known)
+    storage.checksum_path(path).unlink()
+    run_score(Scorer("tests:f", lengths), tmp_path)
+    assert file_bytes(tmp_path / "scores") == before and len(calls) == 2
+    # Scores that others wrote don't say.
+    rows = [{"prompt_index": 0, "sample_index": j, "score": 1.0} for j in range(3)]
+    storage.write_jsonl_atomic(storage.part_path(tmp_path / "own", 0), rows)
+    check_scored(folder, tmp_path / "own")
+
+
+def test_a_score_that_was_damaged_is_not_passed_over(tmp_path):
+    write_candidates(tmp_path / "candidates", TEXTS)
+    scorer = Scorer("tests:f", lambda _, responses: [1.0] * len(responses))
+    run_score(scorer, tmp_path)
+    part = storage.part_path(tmp_path / "scores", 1)
+    part.write_text(part.read_text().replace("1.0", "9.0"))
+    with pytest.raises(DataError, match="damaged"):
+        run_score(scorer, tmp_path)
 
 
 # Endpoints
@@ -263,6 +313,165 @@ def test_a_server_that_dies_on_the_way_costs_nothing_that_was_scored(tmp_path):
     assert file_bytes(tmp_path / "scores") == whole
 
 
+def partials(folder: Path) -> list[Path]:
+    return list(folder.glob(".part-*.partial"))
+
+
+def test_what_a_server_answered_of_a_part_is_not_asked_again(tmp_path):
+    """It dies amid the questions of one part, which are paid for one by one."""
+    rows = [candidate(i, j, "ab"[i] * (j + 1)) for i in range(2) for j in range(4)]
+    path = storage.part_path(tmp_path / "candidates", 0)
+    storage.write_jsonl_atomic(path, rows)
+
+    def judge(_: int, body: Any) -> Any:
+        (win,) = length_judge([body["messages"][0]["content"]])
+        return top(A=win + 1e-3, B=1 - win + 1e-3)
+
+    def asked(server: Server) -> list[str]:
+        return [body["messages"][0]["content"] for _, _, body in server.requests]
+
+    def load(server: Server) -> Scorer:
+        remote = Remote(timeout=5.0, retries=1, backoff=0.001, concurrency=4)
+        return load_scorer(f"judge:{server.url}/v1#m", remote=remote)
+
+    with Server(judge) as server:
+        run_score(load(server), tmp_path, "whole")
+        questions, port = set(asked(server)), server.port
+    assert len(questions) == len(server.requests) == 2 * 4 * 3
+    whole = file_bytes(tmp_path / "whole")
+
+    def dies(number: int, body: Any) -> Any:
+        return judge(number, body) if number < 9 else (503, "", {})
+
+    with Server(dies, port) as server:
+        with pytest.raises(DataError, match="in 2 tries"):
+            run_score(load(server), tmp_path)
+        answered = set(asked(server)[:9])
+    (partial,) = partials(tmp_path / "scores")
+    assert len(partial.read_text().splitlines()) == len(answered) == 9
+    with open(partial, "a") as file:
+        file.write('{"request": "cut o')  # killed while it wrote
+
+    def breaks(number: int, body: Any) -> Any:
+        return judge(number, body) if number < 3 else "reset"
+
+    with Server(breaks, port) as server:
+        with pytest.raises(DataError, match="in 2 tries"):
+            run_score(load(server), tmp_path)
+        answered |= set(asked(server)[:3])
+    assert len(answered) == 12
+    with Server(judge, port) as server:
+        run_score(load(server), tmp_path)
+        assert sorted(asked(server)) == sorted(questions - answered)
+    assert file_bytes(tmp_path / "scores") == whole and not partials(tmp_path / "scores")
+
+
+def test_an_answer_on_its_way_is_kept_when_another_request_fails(tmp_path):
+    refused = threading.Event()
+
+    def answer(_: int, body: Any) -> Any:
+        if body["responses"] == ["bad"]:
+            refused.set()
+            return 400, "bad", {}
+        refused.wait(10)
+        time.sleep(0.2)
+        return counted(0, body)
+
+    write_candidates(tmp_path / "candidates", [["good", "bad"]])
+    with Server(answer) as server:
+        scorer = load_scorer(server.url, batch_size=1, remote=Remote(concurrency=2))
+        with pytest.raises(DataError, match="status 400"):
+            run_score(scorer, tmp_path)
+    (partial,) = partials(tmp_path / "scores")
+    assert json.loads(partial.read_text())["value"] == [4]
+
+
+def test_answers_of_other_candidates_are_left_aside(tmp_path):
+    def first(number: int, body: Any) -> Any:
+        return counted(number, body) if number < 2 else (400, "no", {})
+
+    write_candidates(tmp_path / "candidates", [["a", "bb", "ccc"]])
+    one = {"batch_size": 1, "remote": QUICK}
+    with Server(first) as server:
+        with pytest.raises(DataError, match="status 400"):
+            run_score(load_scorer(server.url, **one), tmp_path)
+        assert len(partials(tmp_path / "scores")) == 1
+    write_candidates(tmp_path / "candidates", [["a", "dddd", "ccc"]])
+    with Server(counted, server.port) as server:
+        assert run_score(load_scorer(server.url, **one), tmp_path) == [1, 4, 3]
+        # What stayed the same is the same question.
+        assert [body["responses"] for _, _, body in server.requests] == [["dddd"], ["ccc"]]
+    assert not partials(tmp_path / "scores")
+
+
+@pytest.mark.parametrize("bad", ["NaN", "null", '"2"', "true", "1" + "0" * 400])
+def test_an_answer_that_is_no_score_is_asked_for_again(tmp_path, bad):
+    write_candidates(tmp_path / "candidates", [["a", "bb"]])
+    answers = [(200, f'{{"scores": [{x}]}}', {}) for x in ("1", bad, "2")]
+    with Server(lambda number, _: answers[number]) as server:
+        scorer = load_scorer(server.url, batch_size=1, remote=QUICK)
+        with pytest.raises(DataError, match="must be a finite number"):
+            run_score(scorer, tmp_path)
+        assert run_score(scorer, tmp_path) == [1, 2] and len(server.requests) == 3
+
+
+def test_an_outage_is_told_once(caplog):
+    def answer(number: int, body: Any) -> Any:
+        return (503, "loading", {}) if number in (0, 1, 3, 4, 5) else counted(number, body)
+
+    with Server(answer) as server:
+        scorer = load_scorer(server.url, batch_size=1, remote=QUICK)
+        assert scorer(["p", "p"], ["a", "bb"]) == [1, 2]
+    told = [x.getMessage() for x in caplog.records if x.levelno == logging.WARNING]
+    assert told == [f"{server.url}: status 503 (loading); trying again"] * 2
+
+
+def test_a_request_without_a_body_is_a_get(monkeypatch):
+    """And a proxy has no part in it on this machine."""
+    methods = []
+
+    class Get(Server):
+        def reply(self, handler: BaseHTTPRequestHandler, answer: Any) -> None:
+            methods.append(handler.command)
+            super().reply(handler, answer)
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with Get(lambda *_: {"data": []}) as server:
+        assert Endpoint(server.url, QUICK).ask(path="/v1/models") == {"data": []}
+        assert [path for path, _, _ in server.requests] == ["/v1/models"] and methods == ["GET"]
+
+
+@pytest.mark.parametrize("answer", ["hang", "part"])
+def test_a_request_that_waits_can_be_cut(answer):
+    """Before the first byte of an answer, and after it."""
+
+    class Half(Server):
+        def reply(self, handler: BaseHTTPRequestHandler, answer: Any) -> None:
+            if answer == "part":
+                handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\n[")
+            self.closing.wait(20)
+
+    with Half(lambda *_: answer) as server:
+        stop, failed = Stop(), []
+
+        def wait() -> None:
+            with pytest.raises(RemoteError, match="given up") as error:
+                Endpoint(server.url, Remote(timeout=60.0)).ask({}, stop=stop)
+            failed.append(error.value)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while not server.requests:
+            time.sleep(0.001)
+        time.sleep(0.05)  # the first byte is on its way
+        stop.cut()
+        waiting.join(timeout=10)
+        assert failed and not waiting.is_alive()
+    with pytest.raises(RemoteError, match="given up"):
+        Endpoint(server.url, QUICK).ask({}, stop=stop)
+
+
 def test_the_first_failure_stops_the_other_requests():
     def answer(number: int, body: Any) -> Any:
         return (503, "", {}) if body["responses"] != ["bad"] else (400, "bad", {})
@@ -276,7 +485,7 @@ def test_the_first_failure_stops_the_other_requests():
         assert len(server.requests) < 12
 
 
-class Waits(threading.Event):
+class Waits(Stop):
     """Notes how long it is waited for, without waiting."""
 
     def __init__(self) -> None:
@@ -294,7 +503,7 @@ def test_pauses_double_with_jitter_up_to_a_minute():
         for _ in range(20):
             waits = Waits()
             with pytest.raises(RemoteError):
-                Endpoint(server.url, Remote(retries=8)).post({}, waits)
+                Endpoint(server.url, Remote(retries=8)).ask({}, stop=waits)
             drawn.append(waits.seconds)
     wholes = [1, 2, 4, 8, 16, 32, 60, 60]
     for seconds in drawn:
@@ -309,7 +518,7 @@ def test_a_server_says_how_long_to_pause(asked, paused):
     with Server(lambda *_: (429, "", {"Retry-After": asked})) as server:
         waits = Waits()
         with pytest.raises(RemoteError):
-            Endpoint(server.url, Remote(retries=2)).post({}, waits)
+            Endpoint(server.url, Remote(retries=2)).ask({}, stop=waits)
     assert waits.seconds == [paused, paused]
 
 
@@ -318,7 +527,7 @@ def test_nonsense_in_retry_after_is_left_aside(asked):
     with Server(lambda *_: (429, "", {"Retry-After": asked})) as server:
         waits = Waits()
         with pytest.raises(RemoteError):
-            Endpoint(server.url, Remote(retries=1)).post({}, waits)
+            Endpoint(server.url, Remote(retries=1)).ask({}, stop=waits)
     assert 0.5 <= waits.seconds[0] <= 1.0
 
 
@@ -423,12 +632,62 @@ def test_a_key_in_place_of_its_variable_is_not_shown(name):
     assert not name or name not in everything_said(error.value)
 
 
-@pytest.mark.parametrize("url", [f"http://{KEY}@host/", f"https://me:{KEY}@host/v1#m"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://{KEY}@host/",
+        f"https://me:{KEY}@host/v1#m",
+        f"http://me:{KEY}@host:port/",
+        f"http://host/score?api_key={KEY}",
+        f"http://host/v1?{KEY}#m",
+        f"http://[host/?{KEY}",
+        f"http://host/v1#m?key={KEY}",
+        f"http://host/v1#api_key={KEY}",
+    ],
+)
 def test_a_key_in_a_url_is_refused_and_not_shown(url):
     for spec in (url, f"judge:{url}"):
         with pytest.raises(ValueError, match="api_key_env") as error:
             load_scorer(spec)
         assert KEY not in everything_said(error.value)
+
+
+def test_a_model_is_named_after_the_hash():
+    for model in ("org/some-model_7b.v1", "llama:free", "a#b"):
+        scorer = load_scorer(f"judge:http://127.0.0.1:1/v1#{model}")
+        assert scorer.function.ask.model == model
+
+
+@pytest.mark.parametrize("key", [KEY, 'first"second\\third/fourth', "two  blanks"])
+@pytest.mark.parametrize("before", [0, 195, 1990])
+def test_a_key_is_masked_before_its_text_is_cut(monkeypatch, key, before):
+    """Also where JSON escapes it, and where blanks bring it forward."""
+    monkeypatch.setenv("MY_KEY", key)
+    remote = Remote(retries=0, api_key_env="MY_KEY")
+    for blank in ("x", " "):
+        said = blank * before + key + " wrong"
+        php = json.dumps(said).replace("/", "\\/")
+        for text in (said, {"error": {"message": said}}, {"error": said}, [said], php):
+            for status in (401, 503, 200):
+                with (
+                    Server(lambda *_, answer=(status, text, {}): answer) as server,
+                    pytest.raises(RemoteError) as error,
+                ):
+                    load_scorer(server.url, remote=remote)(["p"], ["r"])
+                shown = everything_said(error.value)
+                assert not any(part in shown for part in re.findall(r"[a-z]{4,}", key))
+                assert len(str(error.value)) < 500
+
+
+def test_the_message_of_an_error_is_shown():
+    answers = [(400, {"error": {"message": "no  such\nmodel", "code": 400}}, {}), (400, [1], {})]
+    for answer, shown in zip(answers, ("status 400 (no such model)", "status 400 ([1])")):
+        with (
+            Server(lambda *_, answer=answer: answer) as server,
+            pytest.raises(RemoteError) as error,
+        ):
+            load_scorer(server.url, remote=QUICK)(["p"], ["r"])
+        assert shown in str(error.value)
 
 
 # vLLM's pooling endpoint
@@ -524,7 +783,8 @@ def test_a_local_judge_reads_the_letters(causal, tmp_path, template):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     scorer = load_scorer(f"judge:{folder}", dtype=torch.float64, batch_size=3)
-    assert scorer.on == "rows" and scorer.settings == {"template": JUDGE_TEMPLATE}
+    weights = {"weights": policy_digest(str(folder)), "dtype": "float64"}
+    assert scorer.on == "rows" and scorer.settings == {"template": JUDGE_TEMPLATE, **weights}
     texts = ["no idea", "be nice to the beach, and the weather", "a"]
     values = scorer([candidate(0, j, text) for j, text in enumerate(texts)])
 
@@ -627,13 +887,68 @@ def test_what_a_remote_judge_says(answers, win):
 
 
 def test_undecided_answers_are_ties_and_counted(caplog):
-    answers = [top(Maybe=0.9, C=0.1), said(""), said(None), top(A=0.75, B=0.25)]
+    answers = [top(Maybe=0.9, C=0.1), said(""), top(A=0.75, B=0.25), top(A=0.75, B=0.25)]
     with Server(lambda number, _: answers[number]) as server:
         scorer = load_scorer(f"judge:{server.url}/v1#m", remote=QUICK)
         assert scorer.compare is not None
         wins = scorer.compare(["p", "p"], ["x", "x"], ["y", "z"])
-    assert wins == pytest.approx([0.5, (0.5 + 0.25) / 2])
-    assert "3 of 4 answers were neither A nor B" in caplog.text
+    assert wins == pytest.approx([0.5, 0.5])
+    assert "2 of 4 answers were neither A nor B" in caplog.text
+
+
+THINKS = "<think>\nOkay, the"
+
+
+@pytest.mark.parametrize("answer", [said(THINKS), top(**{"<think>": 0.99, "A": 1e-5}), said(None)])
+def test_a_judge_that_thinks_first_is_refused(tmp_path, answer):
+    """Nothing is written, nor kept: with thinking off the same questions have other answers."""
+    write_candidates(tmp_path / "candidates", [["a", "bb", "ccc"]])
+    thinks = [answer] * 4 + [said("A")] * 2
+    with Server(lambda number, _: thinks[number] if number < 6 else said("A")) as server:
+        scorer = load_scorer(f"judge:{server.url}/v1#qwen", remote=QUICK)
+        with pytest.raises(DataError, match=r"4 of 6 answers of qwen were neither") as error:
+            run_score(scorer, tmp_path)
+        assert "thinking off" in str(error.value)
+        assert ("<think>" in str(error.value)) == (answer != said(None))
+        assert set(file_bytes(tmp_path / "scores")) <= {"plan.json", ".part-00000.jsonl.partial"}
+        assert run_score(scorer, tmp_path) == [0.5] * 3
+        assert len(server.requests) == 6 + 4
+
+
+def tokens(*of: dict[str, float]) -> Any:
+    """A chat completion with the log-probabilities of several tokens."""
+    parts = [top(**x)["choices"][0]["logprobs"]["content"][0] for x in of]
+    return said("".join(x["token"] for x in parts), {"content": parts})
+
+
+@pytest.mark.parametrize(
+    ("answer", "win"),
+    [
+        (said("**A**"), 1.0),
+        (said('"b"'), 0.0),
+        (said("a"), 1.0),
+        (said(" b.\n"), 0.0),
+        (said("(B)"), 0.0),
+        (said("A is"), 1.0),
+        (said("a better"), None),
+        (said("Answer"), None),
+        (said("Both"), None),
+        (top(a=0.3, **{'"A': 0.3, "**B": 0.2}), 0.75),
+        (top(Answer=0.5, An=0.3, Both=0.1), None),
+        (tokens({"**": 0.9, "A": 0.1}, {"B": 0.8, "a": 0.2}), 0.2),
+        (tokens({'"': 1.0}, {"(": 1.0}, {"a": 0.6, "B": 0.4}), 0.6),
+        (tokens({"**": 1.0}), None),
+        (top(The=0.999, A=0.0009), None),
+    ],
+)
+def test_letters_in_lower_case_and_markup(answer, win):
+    with Server(lambda *_: answer) as server:
+        judge = load_scorer(f"judge:{server.url}/v1#m", remote=QUICK).function
+        if win is None:
+            with pytest.raises(RemoteError, match="1 of 1"):
+                judge.ask(["?"])
+        else:
+            assert judge.ask(["?"]) == pytest.approx([win])
 
 
 @pytest.mark.parametrize(
@@ -702,6 +1017,63 @@ def test_models_with_a_v_head_are_reward_models(tmp_path, body, shards):
         assert value_of_row == pytest.approx((value[0] @ hidden).item(), abs=1e-5)
     with pytest.raises(ValueError, match="can't be loaded"):
         load_scorer(str(folder))  # no tokenizer beside it
+
+
+def save_classifier(folder: Path, seed: int, context: int = 512) -> Any:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    options: dict[str, Any] = {"num_labels": 1, "pad_token_id": 0, "initializer_range": 0.5}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=context, **options,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_reward_model_reads_the_end_of_what_is_too_long(tmp_path, caplog):
+    model = save_classifier(tmp_path / "reward", 0, context=64)
+    scorer = load_scorer(str(tmp_path / "reward"), batch_size=2)
+    texts = ["be nice", "no idea about the weather " * 9, "hi", "long walks on the beach " * 19]
+    values = scorer(["hi"] * 4, texts)
+    lengths = []
+    for text, value in zip(texts, values):
+        ids = scorer.function._render("hi", text)
+        lengths.append(len(ids))
+        with torch.no_grad():
+            logit = model(input_ids=torch.tensor([ids[-64:]])).logits.item()
+        assert value == pytest.approx(logit, abs=1e-5)
+    assert sum(n > 64 for n in lengths) == 2 and min(lengths) <= 64
+    assert caplog.text.count("2 of 4 prompts with their responses are longer") == 1
+    assert "context of 64 tokens" in caplog.text
+    caplog.clear()
+    scorer(["hi"], ["hi"])
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("kind", ["", "judge:"])
+def test_scores_of_a_model_belong_to_its_weights_and_dtype(tmp_path, kind):
+    def save(seed: int) -> None:
+        if kind:
+            save_tiny(LLAMA, tmp_path / "model", seed)
+        else:
+            save_classifier(tmp_path / "model", seed)
+
+    save(0)
+    write_candidates(tmp_path / "candidates", TEXTS)
+    spec = f"{kind}{tmp_path / 'model'}"
+    first = run_score(load_scorer(spec), tmp_path)
+    assert run_score(load_scorer(spec), tmp_path) == first
+    assert storage.read_json(tmp_path / "scores" / "plan.json")["settings"]["dtype"] == "float32"
+    with pytest.raises(DataError, match="another settings"):
+        run_score(load_scorer(spec, dtype=torch.bfloat16), tmp_path)
+    save(1)  # trained again, in the same place
+    with pytest.raises(DataError, match="another settings"):
+        run_score(load_scorer(spec), tmp_path)
 
 
 # The implicit reward
@@ -835,6 +1207,39 @@ def test_scorers_on_rows_need_whole_candidates(tmp_path):
         (9, "9" * 5000, False),
         (9, "1e" + "9" * 50 + " 9", True),
         ("yes", "\\boxed{yes", False),
+        ("5/2", "\\boxed{2\\frac{1}{2}}", True),
+        ("21/2", "\\boxed{2\\frac{1}{2}}", False),
+        ("\\boxed{2\\dfrac12}", "2.5", True),
+        ("5/2", "\\boxed{2 1/2}", True),
+        ("5/2", "so it takes 2 1/2 hours", True),
+        ("5/2", "so it takes $2\\,\\tfrac{1}{2}$ hours", True),
+        ("-5/2", "\\boxed{-2 \\frac 1 2}", True),
+        ("-1/2", "\\boxed{-\\frac{1}{2}}", True),
+        ("-1/2", "\\boxed{- \\frac{1}{2}}", True),
+        ("1/2", "\\boxed{\\frac12}", True),
+        ("3/4", "\\boxed{\\frac{3}4}", True),
+        ("2/3", "\\boxed{2 / 3}", True),
+        ("\\frac{\\pi}{2}", "\\boxed{\\frac{\\pi}2}", True),
+        (27, "\\boxed{2 7}", False),
+        (34, "\\boxed{3 4}", False),
+        (34, "\\boxed{3\\ 4}", False),
+        (34, "\\boxed{3\\,4}", False),
+        ("27/2", "\\boxed{2 7/2}", False),
+        ("11/2", "\\boxed{2 7/2}", False),
+        (1234, "\\boxed{1\\,234}", True),
+        (1234, "\\boxed{1{,}234}", True),
+        (1234567, "\\boxed{1,\\!234,\\!567}", True),
+        (1234567, "1\u202f234\u202f567", True),
+        (5, "\\boxed{5\\text{ cm}^2}", True),
+        (5, "\\boxed{5~\\mathrm{m}/\\mathrm{s}^{2}}", True),
+        (2, "\\boxed{5\\text{ cm}^2}", False),
+        (5, "an area of $5\\,\\text{cm}^2$.", True),
+        ("5\\text{ cm}", "\\boxed{5}", True),
+        (0.5, "\\boxed{\\frac{1}{2}\\text{ m}}", True),
+        (90, "\\boxed{90^\\circ}", True),
+        (6, "\\boxed{5\\text{ or }6}", True),  # the last number, as ever
+        (56, "\\boxed{5\\text{ or }6}", False),
+        (5, "\\boxed{\\text{5}}", True),
     ],
 )
 def test_right_answers(answer, response, right):
