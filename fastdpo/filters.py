@@ -131,34 +131,51 @@ def smooth(pairs: Sequence[Row], agreement: Mapping[int, float], how: str) -> li
 
 
 # ------------------------------------------------------- preference strength (Secrets of RLHF II)
-def strengths(pairs: Sequence[Row]) -> list[float]:
-    """Mean gap of each pair over several scorers: ``mean_k(r_k(chosen) - r_k(rejected))``.
+def strengths(pairs: Sequence[Row], weights: Sequence[float] | None = None) -> list[float]:
+    """Mean gap of each pair over K scorers: ``mean_k w_k (r_k(chosen) - r_k(rejected))``.
 
     The preference strength of "Secrets of RLHF in Large Language Models Part II" (arXiv 2401.06080,
-    equation 4), where ten reward models trained on the same data vote; about a quarter of the human
-    labels of HH-RLHF come out negative. Scorers on different scales don't weigh the same in it.
+    equation 4), where ten reward models trained on the same data vote on labels that others gave;
+    about a quarter of the human labels of HH-RLHF come out negative. The weights are ours, by
+    default 1: a negative one is of a scorer whose low scores are wanted. Scorers on different
+    scales don't weigh the same in it.
 
-    Raises DataError when a pair lacks ``scores_chosen`` or ``scores_rejected``, a score by scorer.
+    Of pairs whose label is the order of ``sum_k w_k r_k`` no strength is below 0. It can be where
+    the label has another source: data, another combination of scores, or a length penalty.
+
+    Raises DataError when a pair lacks ``scores_chosen`` or ``scores_rejected``, a score by scorer,
+    or has not one for each weight.
     """
     result = []
     for row in pairs:
         try:
-            gaps = [w - r for w, r in zip(row["scores_chosen"], row["scores_rejected"])]
+            sides = row["scores_chosen"], row["scores_rejected"]
         except KeyError as error:
             raise DataError(
                 f"pair of prompt {row.get('prompt_index')}: {error} is missing. Preference "
                 "strength needs the scores of several scorers."
             ) from error
-        result.append(fmean(gaps))
+        of_all = [1.0] * len(sides[0]) if weights is None else weights
+        if any(len(side) != len(of_all) for side in sides):
+            raise DataError(
+                f"pair of prompt {row.get('prompt_index')}: chosen and rejected have "
+                f"{len(sides[0])} and {len(sides[1])} scores, of {len(of_all)} scorers. Score both "
+                "by all of them."
+            )
+        # Sums first, like the score that a label comes from: rounding then can't part the two.
+        chosen, rejected = (sum(w * x for w, x in zip(of_all, side)) for side in sides)
+        result.append((chosen - rejected) / len(of_all))
     return result
 
 
-def flip_weakest(pairs: Sequence[Row], share: float) -> tuple[list[Row], int]:
+def flip_weakest(
+    pairs: Sequence[Row], share: float, weights: Sequence[float] | None = None
+) -> tuple[list[Row], int]:
     """The pairs, those with the lowest strength turned round, and how many were.
 
-    ``floor(share * pairs)`` at most, and only where the strength is below 0: the scorers' mean
-    says the opposite of the label. Equal strengths go by their order. A flipped pair has chosen
-    and rejected exchanged in every column, and ``flipped: true``.
+    ``floor(share * pairs)`` at most, and only where the strength (`strengths`, with `weights`) is
+    below 0: the scorers' mean says the opposite of the label. Equal strengths go by their order. A
+    flipped pair has chosen and rejected exchanged in every column, and ``flipped: true``.
 
     Label flipping of arXiv 2401.06080, section 2.4.1, which flips the lowest 20%; all of those are
     below 0 there, so the second condition is ours. The paper does it to train reward models.
@@ -167,14 +184,18 @@ def flip_weakest(pairs: Sequence[Row], share: float) -> tuple[list[Row], int]:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share!r}")
-    values = strengths(pairs)
+    values = strengths(pairs, weights)
     weakest = sorted(range(len(pairs)), key=lambda i: (values[i], i))[: _floor(share * len(pairs))]
     flip = {i for i in weakest if values[i] < 0}
     return [_flipped(row) if i in flip else row for i, row in enumerate(pairs)], len(flip)
 
 
-def soften(pairs: Sequence[Row], smoothing: float) -> tuple[list[Row], int]:
+def soften(
+    pairs: Sequence[Row], smoothing: float, weights: Sequence[float] | None = None
+) -> tuple[list[Row], int]:
     """The pairs, those of a strength below 0 with this label smoothing, and how many they are.
+
+    The strength is that of `strengths` with `weights`.
 
     Soft labels of arXiv 2401.06080: label smoothing (equation 5) "to data with the preference
     strength less than 0" (section 2.5). How much smoothing it takes is UNVERIFIED: no value was
@@ -184,7 +205,7 @@ def soften(pairs: Sequence[Row], smoothing: float) -> tuple[list[Row], int]:
     """
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing must be in [0, 1], got {smoothing!r}")
-    weak = [value < 0 for value in strengths(pairs)]
+    weak = [value < 0 for value in strengths(pairs, weights)]
     return [{**x, "smoothing": smoothing} if w else x for x, w in zip(pairs, weak)], sum(weak)
 
 

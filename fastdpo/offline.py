@@ -6,17 +6,19 @@
     fresh = fresh_scores(samples / "candidates", [samples / "scores"])
     pair(..., pairing=Pairing(replay_share=0.5, fresh_threshold=0.0), replay=offline, fresh=[fresh])
 
-Only the first step and the last are needed to replay pairs; scores are for `fresh_threshold`.
+Only the first step and the last are needed to replay pairs; scores are for `fresh_threshold`, and
+those of several scorers for `flip_share` and `soft_label`. Fresh samples are of `prompt_rows`.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastdpo.data import DataError, PreferenceRow, tokenize_dataset
+from fastdpo.data import DataError, PreferenceRow, PromptRow, render_prompt, tokenize_dataset
 from fastdpo.filters import Row, prompt_key
 from fastdpo.pairing import scored_candidates
 from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
@@ -30,18 +32,34 @@ def offline_pairs(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int | None,
+    exclude: Sequence[PromptRow] = (),
+    max_new_tokens: int | None = None,
     progress: bool = True,
 ) -> tuple[list[Row], dict[str, int]]:
     """Preference data as rows of pairs, tokenized as samples are; and what was dropped by reason.
 
     String prompts become one user message where the tokenizer has a chat template, as in sampling.
-    A pair with a side, prompt + response, over `max_length` tokens is dropped; the other reasons
-    are those of `tokenize_dataset`. prompt_index is the place in `rows`, both finish reasons are
-    "stop", scores are None, source is "offline", and extra has the data's other columns.
+    A pair with a side, prompt + response, over `max_length` tokens is dropped. So is one whose
+    prompt is among `exclude`, by its messages or by its tokens, as those held out to evaluate on;
+    and with `max_new_tokens`, one whose prompt leaves no room in `max_length` for a fresh sample of
+    so many tokens. The other reasons are those of `tokenize_dataset`.
+
+    prompt_index is the place in `rows`, both finish reasons are "stop", scores are None, source is
+    "offline", extra has the data's other columns, and prompt_row is what `prompt_rows` takes.
 
     Raises DataError when a row can't be rendered or no pair is left.
     """
-    placed = [replace(_as_chat(row, tokenizer), extra={"place": i}) for i, row in enumerate(rows)]
+    room = None
+    if max_length is not None and max_new_tokens is not None:
+        room = max_length - max_new_tokens
+    places, dropped = _usable(rows, tokenizer, exclude, room)
+    if rows and not places:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise DataError(
+            f"{rows[0].where} to {rows[-1].where}: no pair is left to replay ({reasons}). Give "
+            "pairs of other prompts."
+        )
+    placed = [replace(_as_chat(rows[i], tokenizer), extra={"place": i}) for i in places]
     result = tokenize_dataset(
         placed, tokenizer, max_length=max_length, overlong="drop", progress=progress
     )
@@ -67,9 +85,16 @@ def offline_pairs(
                 "rejected_finish": "stop",
                 "source": "offline",
                 "extra": rows[place].extra,
+                "prompt_row": _prompt_row(rows[place]),
             }
         )
-    return pairs, result.dropped
+    return pairs, dropped | result.dropped
+
+
+def prompt_rows(pairs: Sequence[Row]) -> list[PromptRow]:
+    """The prompts of offline pairs, in order, with all that sampling and scoring them takes: tools,
+    chat_template_kwargs and the data's other columns, as `answer`."""
+    return [row["prompt_row"] for row in pairs]
 
 
 def write_candidates(pairs: Sequence[Row], directory: Path, *, part_pairs: int = 64) -> None:
@@ -103,7 +128,8 @@ def with_scores(
     """Offline pairs with the scores of what `write_candidates` wrote of them.
 
     Several scorers are added with `weights`, by default 1; their transforms are left out, since two
-    responses are no group of samples to compare within.
+    responses are no group of samples to compare within. Each one's own score is kept in
+    scores_chosen and scores_rejected, as the rules of pairing keep those of samples.
 
     Raises DataError when the candidates are of other pairs, or scores are missing; ValueError when
     there isn't a weight for each scorer.
@@ -112,6 +138,7 @@ def with_scores(
         (x["prompt_index"], x["sample_index"]): x
         for x in _added(candidates_dir, scores_dirs, weights)
     }
+    columns = ("score", "scores") if len(scores_dirs) > 1 else ("score",)
     result = []
     for row in pairs:
         sides = {
@@ -123,7 +150,8 @@ def with_scores(
                 f"{candidates_dir}: holds other responses for offline pair {row['prompt_index']}. "
                 "Write the candidates of these pairs to a new directory and score them."
             )
-        result.append({**row, **{f"score_{side}": x["score"] for side, x in sides.items()}})
+        found_of = {f"{name}_{side}": x[name] for name in columns for side, x in sides.items()}
+        result.append({**row, **found_of})
     return result
 
 
@@ -143,7 +171,7 @@ def fresh_scores(
 def _added(
     candidates_dir: Path, scores_dirs: Sequence[Path], weights: Sequence[float] | None
 ) -> list[Row]:
-    """Candidates in order, each with the weighted sum of its scores."""
+    """Candidates in order, each with its scores and their weighted sum."""
     weights = [1.0] * len(scores_dirs) if weights is None else weights
     if not scores_dirs or len(weights) != len(scores_dirs):
         raise ValueError(
@@ -151,10 +179,45 @@ def _added(
             f"{len(scores_dirs)} scorers"
         )
     scored = [scored_candidates(candidates_dir, [folder])[0] for folder in scores_dirs]
-    return [
-        {**same[0], "score": sum(w * row["score"] for w, row in zip(weights, same))}
-        for same in zip(*scored)
-    ]
+    result = []
+    for same in zip(*scored):
+        scores = [row["score"] for row in same]
+        total = sum(w * x for w, x in zip(weights, scores))
+        result.append({**same[0], "score": total, "scores": scores})
+    return result
+
+
+def _usable(
+    rows: Sequence[PreferenceRow], tokenizer: Any, exclude: Sequence[PromptRow], room: int | None
+) -> tuple[list[int], dict[str, int]]:
+    """Places of the rows whose prompt is not excluded and has at most `room` tokens."""
+    # Messages alone miss a template's defaults written out, tokens alone other tools.
+    keys = {prompt_key(row.prompt) for row in exclude}
+    tokens = {tuple(_rendered(row, tokenizer)) for row in exclude}
+    places, dropped = [], Counter[str]()
+    for i, row in enumerate(rows):
+        ids = _rendered(row, tokenizer)
+        if prompt_key(row.prompt) in keys or tuple(ids) in tokens:
+            dropped["offline: prompt is held out"] += 1
+        elif room is not None and len(ids) > room:
+            dropped["offline: prompt leaves no room for max_new_tokens"] += 1
+        else:
+            places.append(i)
+    return places, dict(dropped)
+
+
+def _rendered(row: PromptRow | PreferenceRow, tokenizer: Any) -> list[int]:
+    """The tokens that a sample after the row's prompt follows."""
+    try:
+        return render_prompt(
+            row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
+        )
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+
+
+def _prompt_row(row: PreferenceRow) -> PromptRow:
+    return PromptRow(row.where, row.prompt, row.tools, row.chat_template_kwargs, row.extra)
 
 
 def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastdpo import filters
 from fastdpo.batch import TokenizedPair
@@ -32,10 +32,9 @@ from fastdpo.rules import (
     prompt_of,
     tree_siblings,
 )
+from fastdpo.scoring import check_scored
 from fastdpo.storage import check_rows, read_parts, write_json_atomic, write_jsonl_atomic
-
-if TYPE_CHECKING:
-    from fastdpo.transforms import Shaping
+from fastdpo.transforms import References, Shaping, check_scorers, shape
 
 RULES = (
     "best_worst",
@@ -71,9 +70,10 @@ class Pairing:
         drop_truncated, drop_duplicates: leave out responses; see `filters`.
         consistency: "none", or label smoothing by the ranking's agreement with the round before,
             of each prompt ("prompt") or on average ("mean"); see `filters.smooth`.
-        flip_share: turn round this share of pairs, the weakest by the scorers' mean; see
-            `filters.flip_weakest`.
-        soft_label: label smoothing of what is below 0 in that mean; see `filters.soften`.
+        flip_share: turn round this share of pairs, the weakest by the scorers' weighted mean, of
+            the sampled ones and of the offline ones; see `filters.flip_weakest`.
+        soft_label: label smoothing of what is below 0 in that mean; see `filters.soften`. Neither
+            does anything to a pair labelled by that very sum: see `check_votes`.
         ches_keep: keep this share of the sampled pairs, those of lowest length-normalized
             `filters.ches`.
         max_difficulty: drop sampled pairs above this `filters.difficulty`, nats.
@@ -135,6 +135,39 @@ class Pairing:
         return self.flip_share > 0 or self.soft_label > 0
 
 
+def check_votes(pairing: Pairing, shaping: Shaping | None, offline: bool) -> None:
+    """Raise ValueError where `flip_share` and `soft_label` can change no label.
+
+    Every rule takes the higher score as chosen, so with combine "weighted" and no length penalty no
+    sampled pair is against the sum it was labelled by, whatever the rule and the transform. With
+    another `combine` or a length penalty one can be, and so can an offline pair, whose label comes
+    with the data; `offline` says whether there are any with the scores of all scorers.
+    """
+    reorders = shaping is not None and shaping.reorders
+    if pairing.needs_several_scorers and not reorders and not offline:
+        names = [name for name in ("flip_share", "soft_label") if getattr(pairing, name)]
+        raise ValueError(
+            f"{' and '.join(f'{name}={getattr(pairing, name):g}' for name in names)} can change no "
+            "label: combine=weighted without length_penalty labels sampled pairs by the same sum "
+            "of scores; give combine=log_sigmoid, a length_penalty or offline pairs (replay) "
+            "scored by all scorers, or leave out what does nothing"
+        )
+
+
+def check_references(pairing: Pairing, shaping: Shaping | None) -> None:
+    """Raise ValueError where scores of reference responses have no use, or no meaning."""
+    if shaping is None or not shaping.refers:
+        raise ValueError(
+            "reference_scores need transform=par or log_sigmoid, or combine=log_sigmoid, which "
+            "compare with them; leave them out"
+        )
+    if pairing.consistency != "none":  # the reference's scores are of one of the two
+        raise ValueError(
+            f"consistency={pairing.consistency} ranks by the scorers of two rounds, which can't "
+            "share reference_scores; leave out one of the two"
+        )
+
+
 def select(rows: Sequence[Row], pairing: Pairing) -> Pairs:
     """Drop responses and apply the rule, as `pairing` says: all of `pair` that needs only scores.
 
@@ -146,15 +179,7 @@ def select(rows: Sequence[Row], pairing: Pairing) -> Pairs:
     for row in rows:
         check_row(row)
     unit = family if pairing.rule == "tree_siblings" else prompt_of
-    kept = list(rows)
-    dropped: dict[str, int] = {}
-    for wanted, drop in (
-        (pairing.drop_truncated, filters.drop_truncated),
-        (pairing.drop_duplicates, filters.drop_duplicates),
-    ):
-        if wanted:
-            kept, counts = drop(kept)
-            dropped |= counts
+    kept, dropped = _responses(rows, pairing)
     lost = len(set(map(unit, rows))) - len(set(map(unit, kept)))
     gap, most = pairing.min_gap, pairing.max_pairs
     rule: Callable[[], Pairs] = {
@@ -173,14 +198,28 @@ def select(rows: Sequence[Row], pairing: Pairing) -> Pairs:
     return pairs, dropped
 
 
+def _responses(rows: Sequence[Row], pairing: Pairing) -> tuple[list[Row], dict[str, int]]:
+    """The responses that may be in a pair, and how many are not, by reason."""
+    kept, dropped = list(rows), {}
+    for wanted, drop in (
+        (pairing.drop_truncated, filters.drop_truncated),
+        (pairing.drop_duplicates, filters.drop_duplicates),
+    ):
+        if wanted:
+            kept, counts = drop(kept)
+            dropped |= counts
+    return kept, dropped
+
+
 def pair(
     candidates_dir: Path,
     scores_dirs: Path | Sequence[Path],
     out_path: Path,
     *,
     pairing: Pairing | None = None,
-    shaping: "Shaping | None" = None,
+    shaping: Shaping | None = None,
     previous_scores: Path | Sequence[Path] | None = None,
+    reference_scores: tuple[Path, Sequence[Path]] | None = None,
     replay: Sequence[Row] = (),
     fresh: Sequence[Mapping[str, float]] = (),
     measure: Callable[[list[TokenizedPair]], Measured] | None = None,
@@ -196,23 +235,28 @@ def pair(
             scorer's scores are used as they are without it.
         previous_scores: for `Pairing.consistency`, scores of the same candidates as the round
             before would give them, as many folders as `scores_dirs`; shaped alike.
-        replay: for `Pairing.replay_share`, offline pairs (`fastdpo.offline`).
+        reference_scores: for what `shaping` compares with reference responses, candidates to the
+            same prompts (by prompt_index) and their scores, as many folders as `scores_dirs`; the
+            model before training in the papers. By default a prompt's own samples.
+        replay: for `Pairing.replay_share`, offline pairs (`fastdpo.offline`); with the scores of
+            all scorers for flip_share and soft_label to change them.
         fresh: for `Pairing.fresh_threshold`, `fastdpo.offline.fresh_scores` of each round so far.
         measure: for `Pairing.ches_keep` and `max_difficulty`, `filters.measure` with its model.
 
-    Pairs are selected, then weighed by the scorers, then measured, then offline pairs are added: so
-    the share of these holds in what is written. Beside the columns of the rules a pair has
-    smoothing, weight, stage, source ("sampled" or "offline") and flipped where an option gives
-    them.
+    Pairs are selected, then voted on by the scorers, then measured the way round they now are, then
+    offline pairs are added, themselves voted on: so their share holds in what is written. Beside
+    the columns of the rules a pair has smoothing, weight, stage, source ("sampled" or "offline")
+    and flipped where an option gives them.
 
     The summary is written beside `out_path` as `.summary.json` and returned: pairs, dropped by
-    reason, mean scores and lengths (tokens) of both sides, and the correlation of score and length
-    over all candidates, None where one of them is constant; and what the options did: shaping, the
-    mean consistency, flipped and softened pairs, mean CHES and difficulty of the pairs measured,
-    replayed pairs and their share, pairs by stage.
+    reason, mean scores (of sampled pairs) and lengths (tokens) of both sides, and the correlation
+    of score and length over all candidates, None where one of them is constant; and what the
+    options did: shaping, the mean consistency, flipped and softened pairs, mean CHES and difficulty
+    of the pairs measured, replayed pairs and their share, pairs by stage.
 
-    Raises DataError when a candidate has no score or a score no candidate, or when no pair is left;
-    then nothing is written. ValueError when an option lacks what it needs.
+    Raises DataError when a candidate has no score or a score no candidate, a prompt no reference
+    response, or when no pair is left; then nothing is written. ValueError when an option lacks what
+    it needs or can do nothing.
     """
     out_path = Path(out_path)
     if out_path.suffix != ".jsonl":
@@ -220,7 +264,10 @@ def pair(
     pairing = pairing or Pairing()
     folders, before = _folders(scores_dirs), _folders(previous_scores)
     _require_inputs(pairing, len(folders), len(before), replay, fresh, measure)
-    rows, facts = scored_candidates(candidates_dir, folders, shaping)
+    weights = check_scorers(shaping, len(folders))
+    voted = pairing.replay_share > 0 and any(_has_votes(row, len(weights)) for row in replay)
+    check_votes(pairing, shaping, offline=voted)
+    rows, facts = scored_candidates(candidates_dir, folders, shaping, pairing, reference_scores)
     pairs, dropped = select(rows, pairing)
     if pairing.consistency != "none" and pairs:
         if shaping is not None and shaping.length_penalty == "auto":  # one penalty for both
@@ -229,10 +276,7 @@ def pair(
         agreement = filters.consistency(rows, {_key(row): row["score"] for row in previous})
         pairs = filters.smooth(pairs, agreement, pairing.consistency)
         facts["consistency"] = statistics.fmean(agreement.values())
-    if pairing.flip_share:
-        pairs, facts["flipped"] = filters.flip_weakest(pairs, pairing.flip_share)
-    if pairing.soft_label:
-        pairs, facts["softened"] = filters.soften(pairs, pairing.soft_label)
+    pairs = _voted(pairs, pairing, weights, facts)
     if pairing.needs_model and pairs:
         assert measure is not None
         pairs = _measured(pairs, pairing, measure, dropped, facts)
@@ -243,7 +287,9 @@ def pair(
             "at a higher temperature, lower min_gap, or use a scorer that tells them apart."
         )
     if pairing.replay_share:
-        pairs = _replayed(pairs, pairing, replay, fresh, dropped, facts)
+        drawn = _drawn(pairs, pairing, replay, fresh, dropped, facts)
+        drawn = _voted(drawn, pairing, weights, facts)
+        pairs = [{**row, "source": "sampled"} for row in pairs] + drawn
     if pairing.equal_prompts:
         pairs = filters.equal_prompts(pairs)
     if pairing.rule == "curriculum":
@@ -295,6 +341,28 @@ def _require_inputs(
             raise ValueError(f"{name} needs {wanted}")
 
 
+def _has_votes(row: Row, scorers: int) -> bool:
+    return len(row.get("scores_chosen", ())) == scorers
+
+
+def _voted(
+    pairs: list[Row], pairing: Pairing, weights: Sequence[float], facts: dict[str, Any]
+) -> list[Row]:
+    """The pairs, flipped and softened by their scorers, those without the scores of all as they
+    are; how many is added up in `facts`."""
+    places = [i for i, row in enumerate(pairs) if _has_votes(row, len(weights))]
+    voted = [pairs[i] for i in places]
+    for name, strength, change in (
+        ("flipped", pairing.flip_share, filters.flip_weakest),
+        ("softened", pairing.soft_label, filters.soften),
+    ):
+        if strength:
+            voted, count = change(voted, strength, weights)
+            facts[name] = facts.get(name, 0) + count
+    changed = dict(zip(places, voted))
+    return [changed.get(i, row) for i, row in enumerate(pairs)]
+
+
 def _measured(
     pairs: list[Row],
     pairing: Pairing,
@@ -319,7 +387,7 @@ def _measured(
     return [pairs[i] for i in kept]
 
 
-def _replayed(
+def _drawn(
     pairs: list[Row],
     pairing: Pairing,
     offline: Sequence[Row],
@@ -327,23 +395,25 @@ def _replayed(
     dropped: dict[str, int],
     facts: dict[str, Any],
 ) -> list[Row]:
-    """The sampled pairs and the offline ones drawn beside them, dealt evenly to the stages."""
+    """The offline pairs drawn beside the sampled ones, dealt evenly to the stages."""
     if pairing.fresh_threshold is not None:
         offline, worse = filters.beats_fresh(offline, fresh, pairing.fresh_threshold)
         dropped.update(worse)
     drawn, taken = filters.replay(pairs, offline, pairing.replay_share, pairing.seed)
     dropped.update(taken)
-    drawn = [{k: v for k, v in row.items() if k != "extra"} for row in drawn]
+    unwritten = ("extra", "prompt_row")
+    drawn = [{k: v for k, v in row.items() if k not in unwritten} for row in drawn]
     if pairing.rule == "curriculum":
         stages = 1 + max(row["stage"] for row in pairs)
         drawn = [{**row, "stage": i % stages} for i, row in enumerate(drawn)]
     facts["replayed"] = len(drawn)
     facts["replay_share"] = len(drawn) / (len(pairs) + len(drawn))
-    return [{**row, "source": "sampled"} for row in pairs] + drawn
+    return drawn
 
 
 def _summary(rows: list[Row], pairs: list[Row], dropped: dict[str, int]) -> dict[str, Any]:
-    scored = [x for x in pairs if x["score_chosen"] is not None]  # offline pairs may have none
+    # Offline pairs have no score, or one that was not shaped.
+    scored = [x for x in pairs if x.get("source") != "offline"]
     return {
         "pairs": len(pairs),
         "dropped": dropped,
@@ -403,30 +473,78 @@ def split_stages(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
 
 
 def scored_candidates(
-    candidates_dir: Path, scores_dirs: Sequence[Path], shaping: "Shaping | None" = None
+    candidates_dir: Path,
+    scores_dirs: Sequence[Path],
+    shaping: Shaping | None = None,
+    pairing: Pairing | None = None,
+    reference_scores: tuple[Path, Sequence[Path]] | None = None,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Candidates in order, each with its final "score", and with "scores" where several gave one.
 
-    Also returns what `shaping` found, under "shaping"; empty without it.
+    Also returns what `shaping` found, under "shaping"; empty without it. A length penalty is found
+    on the responses that `pairing` does not drop. `reference_scores` are as for `pair`.
 
     Raises DataError when a candidate has no score or a score no candidate, or one isn't a finite
-    number; ValueError when several scorers come without `shaping`.
+    number, or a prompt has no reference response; ValueError when `shaping` is not for so many
+    scorers, and as `check_references`.
     """
+    check_scorers(shaping, len(scores_dirs))
+    pairing = pairing or Pairing()
+    if reference_scores is not None:
+        check_references(pairing, shaping)
     candidates = _by_key(candidates_dir)
-    raw = [_scores(folder, candidates.keys()) for folder in scores_dirs]
+    raw = _all_scores(candidates_dir, candidates.keys(), scores_dirs)
     rows = [{**candidates[key], "score": raw[0][key]} for key in sorted(candidates)]
     for row in rows:
         check_row(row)
     if len(raw) > 1:
-        if shaping is None:
-            raise ValueError(f"{len(raw)} scorers need shaping, which makes one score of theirs")
         rows = [{**x, "scores": [scores[_key(x)] for scores in raw]} for x in rows]
+    references_K = None
+    if reference_scores is not None:
+        references_K = _references(rows, *reference_scores, scorers=len(raw))
     if shaping is None:
         return rows, {}
-    from fastdpo.transforms import shape
-
-    final, facts = shape(rows, [[scores[_key(x)] for x in rows] for scores in raw], shaping)
+    kept = {_key(row) for row in _responses(rows, pairing)[0]}
+    scores_K = [[scores[_key(x)] for x in rows] for scores in raw]
+    final, facts = shape(
+        rows, scores_K, shaping, paired=lambda row: _key(row) in kept, references_K=references_K
+    )
     return [{**row, "score": value} for row, value in zip(rows, final)], {"shaping": facts}
+
+
+def _all_scores(
+    candidates_dir: Path, keys: Any, scores_dirs: Sequence[Path]
+) -> list[dict[tuple[int, int], float]]:
+    """Each scorer's scores of the candidates, which must be of what the candidates now say."""
+    for folder in scores_dirs:
+        check_scored(candidates_dir, folder)
+    return [_scores(folder, keys) for folder in scores_dirs]
+
+
+def _references(
+    rows: Sequence[Row], candidates_dir: Path, scores_dirs: Sequence[Path], scorers: int
+) -> list[References]:
+    """Each scorer's scores of the reference responses to the prompts of `rows`."""
+    if len(scores_dirs) != scorers:
+        raise ValueError(
+            f"reference_scores must have a folder for each of the {scorers} scorers, got "
+            f"{len(scores_dirs)}; score the reference responses by the same scorers"
+        )
+    candidates = _by_key(candidates_dir)
+    raw = _all_scores(candidates_dir, candidates.keys(), scores_dirs)
+    keys: dict[int, list[tuple[int, int]]] = {}
+    for key in sorted(candidates):
+        keys.setdefault(key[0], []).append(key)
+    prompts = {row["prompt_index"]: row["prompt"] for row in rows}
+    for index, prompt in prompts.items():
+        found = keys.get(index)
+        if not found or candidates[found[0]].get("prompt") != prompt:
+            raise DataError(
+                f"{candidates_dir}: prompt {index} has {'another text' if found else 'no response'}"
+                ", so there is none to compare with. Sample the reference responses to the same "
+                "prompts."
+            )
+    return [{index: [scores[key] for key in keys[index]] for index in prompts} for scores in raw]
 
 
 def _scores(directory: Path, candidates: Any) -> dict[tuple[int, int], float]:

@@ -46,6 +46,33 @@ class Shaping:
                 f'length_penalty must be a finite number of at least 0 or "auto", got {penalty!r}'
             )
 
+    @property
+    def refers(self) -> bool:
+        """Whether scores are compared with those of reference responses."""
+        return self.combine == "log_sigmoid" or self.transform in ("par", "log_sigmoid")
+
+    @property
+    def reorders(self) -> bool:
+        """Whether a prompt's final scores can be in another order than `sum_k w_k s_k`.
+
+        Not by a transform, which keeps the order.
+        """
+        return self.combine != "weighted" or self.length_penalty != 0
+
+
+def check_scorers(shaping: Shaping | None, count: int) -> list[float]:
+    """The weights of `count` scorers. Raises ValueError when `shaping` doesn't fit so many."""
+    if shaping is None and count > 1:
+        raise ValueError(f"{count} scorers need shaping, which makes one score of theirs")
+    if shaping is None or shaping.weights is None:
+        return [1.0] * count
+    if len(shaping.weights) != count:
+        raise ValueError(
+            f"scorer_weights (Shaping.weights) must be one for each of the {count} scorers, got "
+            f"{len(shaping.weights)}: {shaping.weights}; give {count}"
+        )
+    return list(shaping.weights)
+
 
 def _finite(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -53,26 +80,41 @@ def _finite(value: Any) -> bool:
 
 
 def shape(
-    rows: Sequence[dict[str, Any]], raw: Sequence[Sequence[float]], shaping: Shaping
+    rows: Sequence[dict[str, Any]],
+    raw: Sequence[Sequence[float]],
+    shaping: Shaping,
+    paired: Callable[[dict[str, Any]], bool] = lambda row: True,
+    references_K: Sequence[References] | None = None,
 ) -> tuple[list[float], dict[str, float]]:
     """Final scores of candidates, and facts for the summary.
 
     `raw[k][i]` is scorer k's score of `rows[i]`. What transforms refer to are the prompt's own
-    samples. Facts are there with a length penalty only: `length_penalty`, a score per token, and
-    how many tokens longer the best response of a prompt is than the worst, on the mean over
-    prompts, `length_gap_before` and `length_gap` after it. Responses without tokens or with nothing
-    but white space, which are never paired, count in neither the search nor these.
+    samples, or reference responses: `references_K[k]` has scorer k's scores of them by
+    prompt_index, of the same responses in the same order for each scorer. They are combined as the
+    samples are before the transform compares with them.
+
+    Facts are there with a length penalty only: `length_penalty`, a score per token, and how many
+    tokens longer the best response of a prompt is than the worst, on the mean over prompts,
+    `length_gap_before` and `length_gap` after it. Responses that are not `paired`, and those
+    without tokens or with nothing but white space, count in neither the search nor these.
 
     Raises ValueError when there are no scores, not one for each row, or not one weight for each
-    scorer.
+    scorer; and as `transform`.
     """
     groups = [row["prompt_index"] for row in rows]
-    scores = combine(raw, groups, weights=shaping.weights, how=shaping.combine)
-    scores = transform(scores, groups, shaping.transform)
+    weights = check_scorers(shaping, len(raw))
+    options: Any = {"weights": weights, "how": shaping.combine, "references_K": references_K}
+    scores = combine(raw, groups, **options)
+    references = None if references_K is None else _combined(references_K, options)
+    scores = transform(scores, groups, shaping.transform, references=references)
     if shaping.length_penalty == 0:
         return scores, {}
     lengths = [len(row["response_ids"]) for row in rows]
-    used = [i for i, row in enumerate(rows) if row["response_ids"] and row["response"].strip()]
+    used = [
+        i
+        for i, row in enumerate(rows)
+        if row["response_ids"] and row["response"].strip() and paired(row)
+    ]
     of_used = [lengths[i] for i in used], [groups[i] for i in used]
     before = [scores[i] for i in used]
     if shaping.length_penalty == "auto":
@@ -86,6 +128,14 @@ def shape(
         "length_gap": gap,
     }
     return penalize(scores, lengths, alpha), facts
+
+
+def _combined(references_K: Sequence[References], options: dict[str, Any]) -> References:
+    """One score for each reference response, by prompt."""
+    places = [prompt for prompt, scores in references_K[0].items() for _ in scores]
+    raw = [[x for prompt in references_K[0] for x in by[prompt]] for by in references_K]
+    scores = combine(raw, places, **options)
+    return {prompt: [scores[i] for i in at] for prompt, at in _members(places).items()}
 
 
 # One score of several

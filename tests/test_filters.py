@@ -18,8 +18,16 @@ from test_pairing import candidate, group, samples, write_stage
 
 from fastdpo import storage
 from fastdpo.batch import TokenizedPair, pack_pairs
-from fastdpo.data import DataError, PreferenceRow, preference_rows, read_rows, render_prompt
+from fastdpo.data import (
+    DataError,
+    PreferenceRow,
+    PromptRow,
+    preference_rows,
+    read_rows,
+    render_prompt,
+)
 from fastdpo.filters import (
+    Measured,
     beats_fresh,
     ches,
     consistency,
@@ -38,12 +46,18 @@ from fastdpo.filters import (
     strengths,
 )
 from fastdpo.models import ModelError
-from fastdpo.offline import fresh_scores, offline_pairs, with_scores, write_candidates
+from fastdpo.offline import (
+    fresh_scores,
+    offline_pairs,
+    prompt_rows,
+    with_scores,
+    write_candidates,
+)
 from fastdpo.pairing import Pairing, load_pairs, pair
 from fastdpo.policy import packed_loss, prepare_model
 from fastdpo.rules import all_ranked, best_worst
 from fastdpo.scoring import Scorer, score
-from fastdpo.transforms import Shaping
+from fastdpo.transforms import Shaping, combine
 
 torch.set_num_threads(1)
 
@@ -185,6 +199,30 @@ def test_strength_is_the_mean_gap():
         strengths(best_worst(group([1.0, 2.0]))[0])
 
 
+def test_strength_goes_by_the_weights_of_scores():
+    pairs = voted((3.0, 1.0), (-1.0, -4.0), (1.0, 2.0))
+    assert strengths(pairs, [1.0, -1.0]) == [1.0, 1.5, -0.5]
+    assert strengths(pairs, [2.0, 0.0]) == [3.0, -1.0, 1.0]
+    flipped, count = flip_weakest(pairs, 1.0, [1.0, -1.0])
+    assert count == 1 and [x.get("flipped") for x in flipped] == [None, None, True]
+    softened, count = soften(pairs, 0.2, [1.0, -1.0])
+    assert count == 1 and [x.get("smoothing") for x in softened] == [None, None, 0.2]
+    with pytest.raises(DataError, match=r"prompt 0: .* have 2 and 2 scores, of 3 scorers"):
+        strengths(pairs, [1.0, 1.0, 1.0])
+
+
+SEVERAL = st.lists(st.tuples(*[st.floats(-9, 9)] * 3), min_size=2, max_size=6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(scores=SEVERAL, weights=st.tuples(*[st.floats(-2, 2)] * 3))
+def test_no_pair_is_against_the_sum_it_was_labelled_by(scores, weights):
+    """However the sums are rounded."""
+    rows = group(combine([list(x) for x in zip(*scores)], [0] * len(scores), weights=weights))
+    pairs, _ = all_ranked([{**x, "scores": list(s)} for x, s in zip(rows, scores)])
+    assert all(value > 0 for value in strengths(pairs, weights))
+
+
 def test_the_weakest_pairs_are_flipped():
     pairs = voted((1.0, 2.0), (-3.0, 1.0), (-4.0, 0.0), (0.5, 0.5), (-1.0, 0.0))
     flipped, count = flip_weakest(pairs, 0.4)
@@ -233,14 +271,15 @@ def test_flips_of_anything(gaps, share):
 
 
 def test_scorers_vote_on_the_labels_of_a_round(tmp_path):
-    rows = [row for i in range(4) for row in group([1.0, 2.0], i)]
+    rows = [candidate(i, j, 1.0 + j, [7, i, j] + [3] * 10 * j) for i in range(4) for j in range(2)]
     candidates, labels = write_stage(tmp_path / "a", rows)
-    # The second scorer disagrees on prompts 1 and 2, on 2 more strongly.
-    votes = {0: 3.0, 1: -3.0, 2: -5.0, 3: 0.0}
+    # With this they say 8, 3, 4 and -1 for the second response. It is 10 tokens longer, for which
+    # it is labelled 5 lower: against them at prompts 1 and 2, at 2 the more.
+    votes = {0: 7.0, 1: 2.0, 2: 3.0, 3: -2.0}
     others = [{**x, "score": votes[x["prompt_index"]] * x["sample_index"]} for x in rows]
     _, second = write_stage(tmp_path / "b", others)
     folders, out = [labels, second], tmp_path / "pairs.jsonl"
-    shaping = Shaping(weights=[1.0, 0.0])  # the first one labels
+    shaping = Shaping(length_penalty=0.5)
     summary = pair(
         candidates,
         folders,
@@ -250,8 +289,61 @@ def test_scorers_vote_on_the_labels_of_a_round(tmp_path):
     )
     assert summary["flipped"] == 1 and summary["softened"] == 1 and summary["pairs"] == 4
     pairs = storage.read_jsonl(out)
-    assert samples(pairs) == [(1, 0), (1, 0), (0, 1), (1, 0)]
+    longer = [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in pairs]
+    assert longer == [10, -10, 10, -10]
     assert [row.get("smoothing") for row in pairs] == [None, 0.1, None, None]
+    # With the second scorer's sign turned they say -6, -1, -2 and 3, and 5 less is the label.
+    shaping = Shaping(length_penalty=0.5, weights=[1.0, -1.0])
+    pair(candidates, folders, out, pairing=Pairing(soft_label=0.1), shaping=shaping)
+    assert [row.get("smoothing") for row in storage.read_jsonl(out)] == [None, None, None, 0.1]
+
+
+def test_scorers_vote_on_the_labels_of_offline_pairs(tmp_path):
+    rows = [row for i in range(4) for row in group([1.0, 2.0], i)]
+    candidates, first = write_stage(tmp_path / "a", rows)
+    _, second = write_stage(tmp_path / "b", rows)
+    pool = offline(20, 10)
+    # By the scorers' sum prompts 10 to 14 are labelled the wrong way, 11 and 13 the most.
+    for row, against in zip(pool, [1.0, 5.0, 1.0, 4.0, 1.0] + [-1.0] * 15):
+        row |= {"scores_chosen": [0.0, 0.0], "scores_rejected": [against + 2, -2.0]}
+    pool[5] = offline(1, 15)[0]  # has no votes
+    out = tmp_path / "pairs.jsonl"
+    summary = pair(
+        candidates,
+        [first, second],
+        out,
+        pairing=Pairing(flip_share=0.11, soft_label=0.2, replay_share=5 / 6),
+        shaping=Shaping(),
+        replay=pool,
+    )
+    assert summary["replayed"] == 20 and (summary["flipped"], summary["softened"]) == (2, 3)
+    pairs = storage.read_jsonl(out)
+    flipped = [row["prompt_index"] for row in pairs if row.get("flipped")]
+    assert flipped == [11, 13]
+    assert [row["prompt_index"] for row in pairs if "smoothing" in row] == [10, 12, 14]
+    assert samples(pairs)[5] == (0, 1) and pairs[5]["scores_chosen"] == [7.0, -2.0]
+    assert all("flipped" not in row for row in pairs[:4])
+    assert summary["mean_score_chosen"] == 4.0  # of what was sampled, by both scorers
+
+
+def test_sampled_pairs_are_measured_as_they_were_voted(tmp_path):
+    rows = [candidate(0, 0, 1.0, [7]), candidate(0, 1, 2.0, [7, 3, 3, 3])]
+    candidates, scores = write_stage(tmp_path, rows)
+    seen: list[Any] = []
+
+    def measured(pairs: Any) -> Any:
+        seen.extend(pairs)
+        return Measured([0.0] * len(pairs), [0.0] * len(pairs))
+
+    pair(
+        candidates,
+        [scores, scores],
+        tmp_path / "pairs.jsonl",
+        pairing=Pairing(flip_share=1.0, max_difficulty=1.0),
+        shaping=Shaping(length_penalty=1.0),
+        measure=measured,
+    )
+    assert len(seen[0].chosen_ids) == 4 and len(seen[0].rejected_ids) == 1
 
 
 # Weights and shares
@@ -426,6 +518,53 @@ def test_offline_pairs_are_tokenized_as_samples_are(preferences, tokenizer):
     assert row["chosen"] == "no idea" and row["chosen_ids"][-1] == tokenizer.eos_token_id
 
 
+def test_prompts_that_are_held_out_or_too_long_are_left_out(preferences, tokenizer):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{{ tools }}" + tiny.CHAT_TEMPLATE
+    first = [{"role": "user", "content": "tell me about the weather"}]
+    last = [{**message, "name": None} for message in PREFERENCES[3]["prompt"]]  # type: ignore[union-attr]
+    options: Any = {"max_length": 400, "progress": False}
+    rows, dropped = offline_pairs(preferences, tokenizer, **options)
+    assert [row["prompt_index"] for row in rows] == [0, 1, 2, 3] and dropped == {}
+    # One by its messages, though its tools render otherwise, the other by its tokens.
+    held = [PromptRow("h:1", first, [{"name": "f"}]), PromptRow("h:2", last)]
+    rows, dropped = offline_pairs(preferences, tokenizer, exclude=held, **options)
+    assert [row["prompt_index"] for row in rows] == [1, 2]
+    assert dropped == {"offline: prompt is held out": 2}
+    sizes = [len(row["prompt_ids"]) for row in rows]
+    assert sizes[0] > sizes[1]
+    rows, dropped = offline_pairs(
+        preferences, tokenizer, exclude=held, max_new_tokens=400 - sizes[1], **options
+    )
+    assert [row["prompt_index"] for row in rows] == [2]
+    assert dropped == {
+        "offline: prompt is held out": 2,
+        "offline: prompt leaves no room for max_new_tokens": 1,
+    }
+    with pytest.raises(DataError, match=r"no pair is left to replay \(offline: prompt is held out"):
+        offline_pairs(preferences[:1], tokenizer, exclude=held, **options)
+
+
+def test_fresh_samples_are_of_all_that_a_row_has(tokenizer, tmp_path):
+    template = "{% for t in tools or [] %}{{ t.name }}{% endfor %}{{ mood }}" + tiny.CHAT_TEMPLATE
+    with_tools = copy.copy(tokenizer)
+    with_tools.chat_template = template
+    more = {"tools": [{"name": "walks"}], "chat_template_kwargs": {"mood": "nice"}, "answer": "4"}
+    storage.write_jsonl_atomic(tmp_path / "preferences.jsonl", [{**PREFERENCES[0], **more}])
+    preferences = preference_rows(read_rows(tmp_path / "preferences.jsonl"))
+    rows, _ = offline_pairs(preferences, with_tools, max_length=200, progress=False)
+    (row,) = prompt_rows(rows)
+    assert row.extra == {"answer": "4", "id": 7} and row.where == preferences[0].where
+    ids = render_prompt(row.prompt, with_tools, row.tools, row.chat_template_kwargs, as_chat=True)
+    assert ids == rows[0]["prompt_ids"] and "walksnice" in with_tools.decode(ids)
+    # What is written is what was before.
+    folders = write_stage(tmp_path / "round", group([1.0, 2.0]))
+    out = tmp_path / "pairs.jsonl"
+    pair(*folders, out, pairing=Pairing(replay_share=0.5), replay=rows)
+    sampled, replayed = storage.read_jsonl(out)
+    assert sampled.keys() == replayed.keys()
+
+
 def test_offline_pairs_are_scored_compared_and_replayed(preferences, tokenizer, tmp_path):
     scorer = Scorer("tests:length", lambda prompts, responses: [len(x.strip()) for x in responses])
     pairs, _ = offline_pairs(preferences, tokenizer, max_length=100, progress=False)
@@ -442,6 +581,9 @@ def test_offline_pairs_are_scored_compared_and_replayed(preferences, tokenizer, 
     assert [(x["score_chosen"], x["score_rejected"]) for x in scored] == [(7, 7), (14, 2), (9, 7)]
     twice = with_scores(pairs, candidates, [scores, scores], [1.0, -0.5])
     assert [row["score_chosen"] for row in twice] == [3.5, 7.0, 4.5]
+    assert [x["scores_chosen"] for x in twice] == [[7, 7], [14, 14], [9, 9]]
+    assert [x["scores_rejected"] for x in twice] == [[7, 7], [2, 2], [7, 7]]
+    assert "scores_chosen" not in scored[0]
     with pytest.raises(ValueError, match="1 weights for 2 scorers"):
         with_scores(pairs, candidates, [scores, scores], [1.0])
     with pytest.raises(DataError, match="other responses for offline pair 2"):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastdpo.data import DataError
 from fastdpo.pairing import (
     RULES,
     Pairing,
+    check_votes,
     load_pairs,
     pair,
     scored_candidates,
@@ -30,6 +32,7 @@ from fastdpo.rules import (
     nearest_margin,
     tree_siblings,
 )
+from fastdpo.scoring import Scorer, score
 from fastdpo.transforms import Shaping
 
 
@@ -421,11 +424,131 @@ def test_several_scorers_become_one_score(tmp_path):
     assert samples(storage.read_jsonl(out)) == [(2, 0)]
     with pytest.raises(ValueError, match="2 scorers need shaping"):
         pair(candidates, [first, second], out)
+    with pytest.raises(
+        ValueError, match=r"scorer_weights .* each of the 2 scorers, got 1: \[2.0\]"
+    ):
+        pair(candidates, [first, second], out, shaping=Shaping(weights=[2.0]))
     part = storage.part_path(second, 0)
     broken = storage.read_jsonl(part)
     storage.write_jsonl_atomic(part, [*broken[:2], {**broken[2], "score": None}])
     with pytest.raises(DataError, match=r"scores-2: prompt 0, sample 2: the score is None"):
         pair(candidates, [first, second], out, shaping=shaping)
+
+
+def test_the_length_penalty_is_found_on_what_can_be_paired(tmp_path):
+    """Longer responses score higher; those that were cut are the longest, and are disliked."""
+    draw = random.Random(0)
+    rows = []
+    for i in range(300):
+        for j in range(4):
+            cut = draw.random() < 0.3
+            tokens = 60 if cut else draw.randrange(5, 40)
+            score = -5.0 if cut else 0.1 * tokens
+            why = "length" if cut else "stop"
+            ids = [1000 + i, j] + [3] * (tokens - 2)
+            rows.append(candidate(i, j, score + draw.gauss(0, 1), ids, finish_reason=why))
+        # A copy that a noisy scorer thinks the worst of.
+        rows.append({**rows[-1], "sample_index": 4, "score": -9.0})
+    folders, out = write_stage(tmp_path, rows, 500), tmp_path / "pairs.jsonl"
+    shaping = Shaping(length_penalty="auto")
+    pairing = Pairing(drop_truncated=True, drop_duplicates=True)
+    summary = pair(*folders, out, pairing=pairing, shaping=shaping)
+    assert summary["dropped"]["truncated response"] > 300
+    pairs = storage.read_jsonl(out)
+    gap = sum(len(x["chosen_ids"]) - len(x["rejected_ids"]) for x in pairs) / len(pairs)
+    facts = summary["shaping"]
+    assert len(pairs) > 250 and abs(gap) < 0.2
+    # A prompt with one response left proposes no pair and is not in the mean of the facts.
+    assert gap == pytest.approx(facts["length_gap"])
+    assert facts["length_gap_before"] > 5 and facts["length_penalty"] > 0.05
+
+
+def on_disk(folder: Path, rows: list[Any], *scorers: list[float]) -> tuple[Path, list[Path]]:
+    """Candidates, and a folder for what each scorer gives them."""
+    for k, scores in enumerate(scorers):
+        write_stage(folder / str(k), [{**x, "score": s} for x, s in zip(rows, scores)])
+    return folder / "0" / "candidates", [folder / str(k) / "scores" for k in range(len(scorers))]
+
+
+def test_scores_are_compared_with_the_responses_of_a_reference(tmp_path):
+    """By the first scorer the second is far beyond the start's responses, which hardly counts."""
+    rows = group([0.0] * 3, 0)
+    candidates, scores = on_disk(tmp_path / "now", rows, [0.0, 30.0, 9.0], [0.0, -3.0, 8.0])
+    start = on_disk(tmp_path / "start", group([0.0] * 2, 0) + group([0.0], 1), [1.0, 3.0, 7.0],
+                    [2.0, 0.0, 7.0])  # fmt: skip
+    shaping = Shaping(combine="log_sigmoid", transform="par")
+    found, _ = scored_candidates(candidates, scores, shaping, None, start)
+
+    def log_sigmoid(x: float) -> float:
+        return -math.log1p(math.exp(-x))
+
+    centre = 1.0364333894937898  # the 85th percentile of a standard normal; both have std 1
+
+    def both(a: float, b: float) -> float:
+        return log_sigmoid(a - 2 - centre) + log_sigmoid(b - 1 - centre)
+
+    references = [both(1.0, 2.0), both(3.0, 0.0)]
+    for row, (a, b) in zip(found, [(0.0, 0.0), (30.0, -3.0), (9.0, 8.0)]):
+        wins = [1 / (1 + math.exp(x - both(a, b))) for x in references]
+        assert row["score"] == pytest.approx(sum(wins) / 2)
+    # Which of the two is better depends on whom they are compared with.
+    out = tmp_path / "pairs.jsonl"
+    shaping = Shaping(combine="log_sigmoid")
+    for reference, best in ((start, 2), (None, 1)):
+        pair(candidates, scores, out, shaping=shaping, reference_scores=reference)
+        assert samples(storage.read_jsonl(out))[0][0] == best
+
+
+def test_references_of_other_prompts_are_refused(tmp_path):
+    candidates, scores = on_disk(tmp_path / "now", group([0.0] * 2, 4), [1.0, 2.0])
+    start = group([0.0] * 2, 3)
+    others = [candidate(4, 0, 0.0, prompt="what?")]
+    out = tmp_path / "pairs.jsonl"
+    par = Shaping(transform="par")
+    for i, (rows, message) in enumerate(
+        ((start, "prompt 4 has no response"), (others, "prompt 4 has another text"))
+    ):
+        folders = on_disk(tmp_path / str(i), rows, [1.0] * len(rows))
+        with pytest.raises(DataError, match=message):
+            pair(candidates, scores, out, shaping=par, reference_scores=folders)
+    own = (candidates, scores)
+    for options, message in (
+        ({"shaping": par, "reference_scores": (candidates, scores * 2)}, "1 scorers, got 2"),
+        ({"shaping": None, "reference_scores": own}, "reference_scores need transform=par"),
+        ({"shaping": Shaping(transform="mean_std"), "reference_scores": own}, "need transform=par"),
+        (
+            {
+                "shaping": par,
+                "reference_scores": own,
+                "previous_scores": scores,
+                "pairing": Pairing(consistency="mean"),
+            },
+            "consistency=mean ranks .* reference_scores",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pair(candidates, scores, out, **options)
+    assert not out.exists()
+
+
+def test_votes_that_can_change_no_label_are_refused(tmp_path):
+    rows = group([0.0] * 3)
+    candidates, scores = on_disk(tmp_path, rows, [1.0, 2.0, 0.0], [5.0, 0.0, 1.0])
+    out = tmp_path / "pairs.jsonl"
+    pairing = Pairing(rule="all_ranked", flip_share=0.25, soft_label=0.1)
+    unscored = [{**best_worst(group([1.0, 2.0], 9))[0][0], "score_chosen": None}]
+    replayed = Pairing(flip_share=0.25, replay_share=0.5)
+    for shaping in (Shaping(), Shaping(weights=[1.0, -1.0], transform="par")):
+        with pytest.raises(ValueError, match=r"flip_share=0.25 and soft_label=0.1 can change no"):
+            pair(candidates, scores, out, pairing=pairing, shaping=shaping)
+        with pytest.raises(ValueError, match=r"^flip_share=0.25 can change no label"):
+            pair(candidates, scores, out, pairing=replayed, shaping=shaping, replay=unscored)
+    assert not out.exists()
+    for shaping in (Shaping(combine="log_sigmoid"), Shaping(length_penalty=0.1)):
+        assert "flipped" in pair(candidates, scores, out, pairing=pairing, shaping=shaping)
+    check_votes(pairing, Shaping(), offline=True)
+    check_votes(Pairing(), Shaping(), offline=False)
+    check_votes(Pairing(), None, offline=False)
 
 
 def test_an_option_without_its_input_is_refused(tmp_path):
@@ -455,3 +578,20 @@ def test_the_order_of_rows_on_disk_does_not_matter(tmp_path):
     for suffix in (".jsonl", ".summary.json"):
         a, b = ((tmp_path / name).with_suffix(suffix).read_bytes() for name in ("a", "b"))
         assert a == b
+
+
+def test_scores_of_other_candidates_are_refused(tmp_path):
+    """By the content of the candidates that were scored, not by their places."""
+    rows = group([1.0, 2.0])
+    candidates, scores = write_stage(tmp_path, rows)
+    shutil.rmtree(scores)
+    score(Scorer("length", lambda _, texts: list(map(len, texts))), candidates, scores)
+    rows[1] |= {"response": "something else", "response_ids": [7, 0, 9]}
+    out = tmp_path / "pairs.jsonl"
+    with pytest.raises(DataError, match="no pair is left"):  # both are as long
+        pair(candidates, scores, out)
+    storage.write_jsonl_atomic(storage.part_path(candidates, 0), rows)
+    with pytest.raises(DataError, match="scores of other candidates"):
+        pair(candidates, scores, out)
+    score(Scorer("length", lambda _, texts: list(map(len, texts))), candidates, scores)
+    assert pair(candidates, scores, out)["pairs"] == 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fastdpo.transforms import (
     TRANSFORMS,
     Shaping,
+    check_scorers,
     combine,
     find_alpha,
     length_gap,
@@ -257,6 +258,46 @@ def test_responses_that_are_never_paired_do_not_count_in_the_search():
         [*rows, *blank], [[*raw, 99.0, 99.0, -99.0]], Shaping(length_penalty="auto")
     )
     assert facts == expected and len(scores) == 7
+
+
+def test_shape_compares_with_references():
+    rows, raw = [row(3, 10), row(3, 10)], [[1.0, 4.0], [0.0, 2.0]]
+    references = [{3: [0.0, 5.0], 4: []}, {3: [1.0, 0.0], 4: []}]
+    shaping = Shaping(transform="par", weights=[1.0, -2.0])
+    scores, _ = shape(rows, raw, shaping, references_K=references)
+    # 1 - 0 and 4 - 4, against 0 - 2 and 5 - 0.
+    by_hand = [(sigmoid(x + 2) + sigmoid(x - 5)) / 2 for x in (1.0, 0.0)]
+    assert scores == pytest.approx(by_hand)
+    own, _ = shape(rows, raw, shaping)
+    assert own == pytest.approx([sigmoid(1.0), sigmoid(-1.0)])
+    # A shared reference lets the scale of one prompt's scores stand beside another's.
+    shaping = Shaping(combine="log_sigmoid")
+    scores, _ = shape(rows, raw, shaping, references_K=references)
+    assert (
+        scores
+        == pytest.approx(combine(raw, [3, 3], how="log_sigmoid", references_K=references))
+        != pytest.approx(combine(raw, [3, 3], how="log_sigmoid"))
+    )
+    with pytest.raises(ValueError, match="no scores for prompt 3"):
+        shape(rows, raw, shaping, references_K=[{4: [0.0]}, {4: [0.0]}])
+
+
+def test_what_a_shaping_does():
+    plain = [Shaping(), Shaping(transform="mean_std", weights=[-1.0])]
+    assert not any(x.refers or x.reorders for x in plain)
+    assert Shaping(transform="par").refers and not Shaping(transform="par").reorders
+    both = Shaping(combine="log_sigmoid")
+    assert both.refers and both.reorders
+    assert Shaping(length_penalty="auto").reorders and Shaping(length_penalty=0.1).reorders
+
+
+def test_weights_must_be_as_many_as_scorers():
+    assert check_scorers(Shaping(), 3) == [1.0] * 3 and check_scorers(None, 1) == [1.0]
+    assert check_scorers(Shaping(weights=[0.5, -1.0]), 2) == [0.5, -1.0]
+    with pytest.raises(ValueError, match=r"scorer_weights .* the 3 scorers, got 2: \[0.5, -1.0\]"):
+        check_scorers(Shaping(weights=[0.5, -1.0]), 3)
+    with pytest.raises(ValueError, match="2 scorers need shaping"):
+        check_scorers(None, 2)
 
 
 @pytest.mark.parametrize(
