@@ -15,17 +15,10 @@ from pathlib import Path
 
 import torch
 
+from fastdpo.evaluation import quantile
 from fastdpo.report import prompt_means
 from fastdpo.rounds import IterateConfig, iterate
 from fastdpo.storage import write_json_atomic
-
-# Two-sided 95% quantiles of Student's t for 1 to 10 degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def quantile(degrees: int) -> float:
-    """The quantile, for more degrees than are listed that of the fewest in its range."""
-    return _T95[degrees - 1] if degrees <= 10 else 2.228 if degrees < 30 else 2.042
 
 
 def interval(values: torch.Tensor) -> dict[str, float | None]:

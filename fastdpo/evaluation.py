@@ -4,17 +4,21 @@
     win_rate(start, now)
 
 Responses to one prompt are not independent, so every mean is first taken over a prompt's responses
-and then over prompts, and so is its interval: 1.96 standard errors over prompts.
+and then over prompts, and so is its interval: Student's, with a prompt as the independent unit.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdpo.data import DataError, Text
+from fastdpo.scoring import check_scored
 from fastdpo.storage import read_parts
+
+NORMAL = 1.959964  # quantile of many degrees of freedom
 
 
 class Estimate(NamedTuple):
@@ -49,6 +53,7 @@ def heldout(folder: Path) -> list[Response]:
 
     Raises DataError when parts are missing, a row is malformed, or the two don't belong together.
     """
+    check_scored(folder / "candidates", folder / "scores")
     scores = {_key(row, folder): row.get("score") for row in read_parts(folder / "scores")}
     found: dict[tuple[int, int], Response] = {}
     for row in read_parts(folder / "candidates"):
@@ -89,13 +94,58 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
-def interval(values: Sequence[float]) -> Estimate:
-    """Mean of independent values and 1.96 standard errors; none where all values are the same."""
+@lru_cache
+def quantile(degrees: int) -> float:
+    """Student's t that 95% of values lie within on both sides, for 1 degree of freedom and more.
+
+    For whole degrees the probability within t is a finite sum in the angle whose tangent is
+    t / sqrt(degrees) (Abramowitz and Stegun, 26.7.3 and 26.7.4); it is inverted by bisection.
+    Above 1000 the first term of the series in 1 / degrees does (26.7.5), to five digits.
+    """
+    if degrees > 1000:
+        return NORMAL + (NORMAL**3 + NORMAL) / (4 * degrees)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, degrees) < 0.95 else (low, middle)
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+def _within(angle: float, degrees: int) -> float:
+    """Probability of a value within the t of this angle."""
+    odd, square = degrees % 2, math.cos(angle) ** 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for i in range(odd + 1, degrees, 2):
+        total += term
+        term *= square * i / (i + 1)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+def half_width(error: float, count: int | None) -> float | None:
+    """Half of the 95% interval of a mean of so many values, from its standard error.
+
+    A count that is not known is taken to be large. None where the error says nothing: of a single
+    value, or of values that are all the same, it is 0.
+    """
+    if error <= 0 or count == 1:
+        return None
+    return error * (quantile(count - 1) if count else NORMAL)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; 0 for a single one, and where all are the same."""
     n = len(values)
     mean = math.fsum(values) / n
     error = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n) if n > 1 else 0.0
     # What rounding leaves of equal values is no spread.
-    return Estimate(mean, 1.96 * error if error > 1e-12 * max(map(abs, values)) else None)
+    return error if error > 1e-12 * max(map(abs, values)) else 0.0
+
+
+def interval(values: Sequence[float]) -> Estimate:
+    """Mean of independent values, with Student's interval; none where all values are the same."""
+    n = len(values)
+    return Estimate(math.fsum(values) / n, half_width(standard_error(values), n))
 
 
 def by_prompt(held: Sequence[Response]) -> dict[int, list[Response]]:
@@ -107,7 +157,12 @@ def by_prompt(held: Sequence[Response]) -> dict[int, list[Response]]:
 
 def over_prompts(held: Sequence[Response], what: Callable[[Response], float]) -> Estimate:
     """Mean of `what` over responses of a prompt, then over prompts."""
-    return interval([_mean(group, what) for group in by_prompt(held).values()])
+    return interval(means_by_prompt(held, what))
+
+
+def means_by_prompt(held: Sequence[Response], what: Callable[[Response], float]) -> list[float]:
+    """Mean of `what` over the responses of each prompt."""
+    return [_mean(group, what) for group in by_prompt(held).values()]
 
 
 def change(
@@ -126,11 +181,14 @@ def win_rate(start: Sequence[Response], now: Sequence[Response]) -> Estimate | N
 
     Over all pairs of a prompt, then over prompts; None where they share no prompt.
     """
+    rates = win_rates(start, now)
+    return interval(rates) if rates else None
+
+
+def win_rates(start: Sequence[Response], now: Sequence[Response]) -> list[float]:
+    """The win rate of each prompt that both have."""
     before, after = by_prompt(start), by_prompt(now)
-    shared = [index for index in after if index in before]
-    if not shared:
-        return None
-    return interval([_wins(after[i], before[i]) for i in shared])
+    return [_wins(after[i], before[i]) for i in after if i in before]
 
 
 def _wins(group: Sequence[Response], others: Sequence[Response]) -> float:
@@ -141,7 +199,7 @@ def _wins(group: Sequence[Response], others: Sequence[Response]) -> float:
 def correlation(held: Sequence[Response]) -> Estimate | None:
     """Pearson's, of score and length over all responses; None where one of them is constant.
 
-    Its interval is 1.96 standard errors of the jackknife that leaves out a prompt at a time.
+    Its interval is Student's, of the jackknife that leaves out a prompt at a time.
     """
     groups = list(by_prompt(held).values())
     # About the means, so that the sums below don't cancel.
@@ -155,7 +213,8 @@ def correlation(held: Sequence[Response]) -> Estimate | None:
         return None if whole is None else Estimate(whole)
     middle = math.fsum(known) / len(known)
     spread = math.fsum((r - middle) ** 2 for r in known)
-    return Estimate(whole, 1.96 * math.sqrt(spread * (len(known) - 1) / len(known)))
+    error = math.sqrt(spread * (len(known) - 1) / len(known))
+    return Estimate(whole, quantile(len(known) - 1) * error)
 
 
 def _sums(group: Sequence[Response], score: float, length: float) -> list[float]:

@@ -3,8 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastdpo.data import DataError
-from fastdpo.evaluation import by_length, by_score, heldout, over_prompts, win_rate
+from fastdpo.evaluation import (
+    by_length,
+    by_score,
+    heldout,
+    means_by_prompt,
+    standard_error,
+    win_rates,
+)
+from fastdpo.rewards import load_packed, response_logps
 from fastdpo.scoring import Scorer
 from fastdpo.storage import read_parts
 
@@ -45,8 +55,39 @@ def against_start(scorer: Scorer, start: Path) -> Scorer:
         return scores
 
     return Scorer(
-        scorer.name, function, on="rows", settings={**scorer.settings, "against": "start"}
+        scorer.name,
+        function,
+        on="rows",
+        settings={**scorer.settings, "against": "start"},
+        endpoint=scorer.endpoint,
     )
+
+
+def kl_to_start(
+    policy: str, start: str, candidates: Path, *, dtype: torch.dtype, batch_size: int
+) -> dict[str, float]:
+    """The policy's KL divergence from the start, from the responses that the policy gave.
+
+    The mean of log pi(y|x) - log pi_start(y|x), first over the responses of a prompt and then over
+    prompts, in nats a response, with its standard error: an unbiased estimate of KL(pi || pi_start)
+    for responses at temperature 1 and top_p 1, and only a measure of distance for others.
+
+    Args:
+        policy, start: folders or hub names, loaded one after the other.
+        candidates: the policy's responses.
+        dtype: of both models.
+        batch_size: sequences at a time.
+    """
+    rows = read_parts(candidates)
+    logp_2R = [
+        response_logps(load_packed(name, dtype=dtype), rows, batch_size=batch_size)
+        for name in (policy, start)
+    ]
+    ratios: dict[int, list[float]] = {}
+    for row, ratio in zip(rows, (logp_2R[0] - logp_2R[1]).tolist()):
+        ratios.setdefault(row["prompt_index"], []).append(ratio)
+    means = [sum(group) / len(group) for group in ratios.values()]
+    return {"kl": sum(means) / len(means), "kl_se": standard_error(means)}
 
 
 def heldout_row(folder: Path, start: Path) -> dict[str, float]:
@@ -60,12 +101,12 @@ def heldout_row(folder: Path, start: Path) -> dict[str, float]:
     """
     now = heldout(folder)
     row = {"truncated": sum(x.cut for x in now) / len(now)}
-    for name, found in (
-        ("score", over_prompts(now, by_score)),
-        ("length", over_prompts(now, by_length)),
-        ("win_rate", win_rate(heldout(start), now)),
+    for name, values in (
+        ("score", means_by_prompt(now, by_score)),
+        ("length", means_by_prompt(now, by_length)),
+        ("win_rate", win_rates(heldout(start), now)),
     ):
-        if found is not None:
-            row[name] = found.value
-            row[f"{name}_se"] = (found.half or 0.0) / 1.96
+        if values:
+            row[name] = sum(values) / len(values)
+            row[f"{name}_se"] = standard_error(values)
     return row

@@ -15,6 +15,9 @@ from fastdpo.evaluation import Estimate
 SHOWN_CHARS, SHOWN_LINES = 700, 16  # of a text, before it has to be opened
 KEPT_CHARS = 6000  # of a text in all
 KEPT_MESSAGES = 12  # of a prompt
+# The end of a secret's name: not of tokens in general, as in --max-tokens or --tokenizer.
+_SECRET = r"(?:keys?|token|secrets?|passwords?|passwd)(?![a-z])[\w.-]{0,60}"
+_QUOTED = r"\\?\"[^\"]*\"|'[^']*'"  # in JSON with a backslash
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # categories that show nothing of their own
 
 
@@ -55,7 +58,8 @@ def clipped(text: str) -> str:
         )
     return (
         f'<p class="text" dir="auto">{visible(text[:shown])}…</p><details><summary>{told}</summary>'
-        f'<p class="text long" dir="auto" tabindex="0">…{rest}</p></details>'
+        f'<p class="text long" dir="auto" role="group" aria-label="The rest of the text" '
+        f'tabindex="0">…{rest}</p></details>'
     )
 
 
@@ -83,8 +87,18 @@ def as_text(value: Any) -> str:
 
 
 def masked(text: str) -> str:
-    """The text, without the user and password that a URL in it may hold."""
-    return re.sub(r"://[^/\s@]*@", "://•••@", text)
+    """The text, without the secrets that a URL or a command in it may hold.
+
+    User and password of a URL, up to the last @ before its path, and the values of what is named a
+    key, token, secret or password: NAME=VALUE, in a query or before a command too, and --NAME VALUE
+    with all values up to the next option.
+    """
+    text = re.sub(r"://[^/\s]*@", "://•••@", text)
+    text = re.sub(rf"({_SECRET}=)(?:{_QUOTED}|[^\s&#;\"']+)", r"\1•••", text, flags=re.IGNORECASE)
+    value = rf"(?:{_QUOTED}|[^\s\"'-][^\s\"']*)"
+    option = rf"(--?[\w.-]{{0,60}}{_SECRET}(?:\s+|[\"'],\s*[\"'])){value}(?:\s+{value})*"
+    text = re.sub(option, r"\1•••", text, flags=re.IGNORECASE)
+    return re.sub(r"(\bbearer\s+)[^\s\"']+", r"\1•••", text, flags=re.IGNORECASE)
 
 
 def digits_of(estimates: Sequence[Estimate]) -> int:

@@ -35,8 +35,8 @@ from fastdpo.markup import (
     told,
     visible,
 )
-from fastdpo.runfiles import Run, beta_of, kl_estimate, measured
-from fastdpo.style import NOTES, READING, STYLE
+from fastdpo.runfiles import Run, measured
+from fastdpo.style import CONTROL, KL, LOG_RATIO, NOTES, READING, STYLE
 
 SAMPLE_PROMPTS, SAMPLE_ROUNDS = 8, 6
 MAX_POINTS = 1500  # of a policy in the scatter plot
@@ -59,11 +59,11 @@ HELD = (
     Quantity("score", "Score"),
     Quantity("length", "Length, tokens"),
     Quantity("win_rate", "Win rate", percent=True, line=50.0),
+    Quantity("kl", "KL from the start, nats"),
 )
 TRAINED = (
     Quantity("rewards/margins", "Margin"),
     Quantity("rewards/accuracies", "Accuracy", percent=True, line=50.0),
-    Quantity("kl", "KL, nats"),
 )
 COLUMNS = (
     *HELD,
@@ -71,6 +71,8 @@ COLUMNS = (
     *TRAINED,
     Quantity("loss", "Loss"),
     Quantity("alpha", "α"),
+    Quantity("alpha/bound", "|α| at most"),
+    Quantity("length/target", "Target, tokens"),
     Quantity("pairs", "Pairs"),
 )
 STEPS = (
@@ -87,8 +89,15 @@ PAIRING = {
     "mean_length_chosen": "Length of chosen, tokens",
     "mean_length_rejected": "Length of rejected, tokens",
     "score_length_correlation": "Correlation of score and length",
+    "length_penalty": "Length penalty, score/token",
+    "length_gap_before": "Best − worst before the penalty, tokens",
+    "length_gap": "Best − worst after it, tokens",
     "mean_ches": "CHES",
     "mean_difficulty": "Difficulty, nats",
+}
+LOST = {
+    "pairs_dropped": "Dropped in training: too long",
+    "pairs_truncated": "Kept, but truncated in training",
 }
 SPEED = {
     "tokens_per_second": "tokens/s",
@@ -143,8 +152,9 @@ def _head(run: Run, title: str) -> str:
     facts = []
     for key, label in (("model", "model"), ("scorer", "scorer"), ("prompts", "prompts")):
         if isinstance(config.get(key), str):
-            text = config[key] if key == "scorer" else PurePath(config[key]).name
-            facts.append(f"{label} <b>{visible(masked(text)[:120])}</b>")
+            text = masked(config[key])
+            text = text if key == "scorer" else PurePath(text).name
+            facts.append(f"{label} <b>{visible(text[:120])}</b>")
     for key, label in (("beta", "β"), ("alpha", "α")):
         if config.get(key) is not None:
             facts.append(f"{label} = <b>{visible(as_text(config[key])[:40])}</b>")
@@ -170,7 +180,7 @@ def _status(run: Run) -> str:
 
 def _tiles(rows: dict[int, Row]) -> str:
     """What changed from the start to the last evaluated round."""
-    score, length, rate = (_by_round(quantity, rows) for quantity in HELD)
+    score, length, rate, _ = (_by_round(quantity, rows) for quantity in HELD)
     tiles = []
     for name, unit, values in (("score", "", score), ("length", " tokens", length)):
         if 0 in values and len(values) > 1:
@@ -209,13 +219,35 @@ def _name(index: int) -> str:
 
 
 def _rounds(run: Run, rows: dict[int, Row]) -> str:
-    columns = [q for q in COLUMNS if any(q.key in row for row in rows.values())]
+    columns = [_named(run, q) for q in COLUMNS if any(q.key in row for row in rows.values())]
     missing = _gone(run, "numbers")
     if not columns:
         return missing or '<p class="gone">Left out: no round has numbers yet.</p>'
     head = ["Policy", *(quantity.name for quantity in columns)]
     cells = zip(map(_name, rows), *(_column(quantity, rows) for quantity in columns))
-    return table("Held-out evaluation and training by round", head, cells) + NOTES + missing
+    found = table("Held-out evaluation and training by round", head, cells)
+    return found + _notes(run, rows) + missing
+
+
+def _notes(run: Run, rows: dict[int, Row]) -> str:
+    other = _other_sampling(run)
+    return NOTES.format(
+        distance=LOG_RATIO.format(sampling=other) if other else KL,
+        control=CONTROL if any("length/target" in row for row in rows.values()) else "",
+    )
+
+
+def _named(run: Run, quantity: Quantity) -> Quantity:
+    """The quantity by the name that it has in this run."""
+    if quantity.key == "kl" and _other_sampling(run):
+        return quantity._replace(name="Log-ratio to the start, nats")
+    return quantity
+
+
+def _other_sampling(run: Run) -> str:
+    """How responses were sampled, where not from the policy's own distribution."""
+    known = {name: number(run.config.get(name)) for name in ("temperature", "top_p")}
+    return " and ".join(f"{name} {x:g}" for name, x in known.items() if x not in (None, 1.0))
 
 
 def _column(quantity: Quantity, rows: dict[int, Row]) -> list[str]:
@@ -251,15 +283,19 @@ def _plots(run: Run, rows: dict[int, Row]) -> str:
         if not known:
             continue
         marks = [charts.Mark(i, *estimate) for i, estimate in known.items()]
-        drawing = charts.by_round(quantity.name, marks, list(rows), line=quantity.line)
+        name, line = _named(run, quantity).name, quantity.line
         where = "held-out" if quantity in HELD else "training"
+        targets = [row["length/target"].value for row in rows.values() if "length/target" in row]
+        if quantity.key == "length" and targets:
+            line, where = targets[-1], f"{where}; dashed: the target, {charts.short(targets[-1])}"
+        drawing = charts.by_round(name, marks, list(rows), line=line)
         unit = ", %" if quantity.percent else ""
-        panels.append(_figure(f"{quantity.name}{unit}", where, drawing))
+        panels.append(_figure(f"{name}{unit}", where, drawing))
     if not panels:
         return '<p class="gone">Left out: no round has numbers yet.</p>'
     return (
         f'<div class="panels">{"".join(panels)}</div><p class="note">Bars are 95% intervals over '
-        "held-out prompts, in training over optimizer steps.</p>"
+        "held-out prompts.</p>"
     )
 
 
@@ -347,9 +383,9 @@ def _training(run: Run) -> str:
     for quantity in STEPS:
         lines, before = [], 0
         for one in run.rounds:
-            values, beta = [], beta_of(run.config, one.index)
+            values = []
             for i, step in enumerate(one.steps):
-                value = _step_value(quantity.key, step, beta)
+                value = _step_value(quantity.key, step)
                 if value is not None:
                     values.append((before + i + 1, (100 if quantity.percent else 1) * value))
             before += len(one.steps)
@@ -373,9 +409,7 @@ def _training(run: Run) -> str:
     )
 
 
-def _step_value(key: str, step: dict[str, float], beta: float | None) -> float | None:
-    if key == "kl":
-        return kl_estimate(step, beta)
+def _step_value(key: str, step: dict[str, float]) -> float | None:
     if key == "length gap" and {"lengths/chosen", "lengths/rejected"} <= step.keys():
         return step["lengths/chosen"] - step["lengths/rejected"]
     return step.get(key)
@@ -383,9 +417,10 @@ def _step_value(key: str, step: dict[str, float], beta: float | None) -> float |
 
 def _pairs(run: Run) -> str:
     trained = [one for one in run.rounds if one.pairing or one.dropped]
-    missing = _gone(run, "pairing")
+    missing, offline = _gone(run, "pairing"), _offline(run)
     if not trained:
-        return missing or '<p class="gone">Left out: no round was paired yet.</p>'
+        none = missing or '<p class="gone">Left out: no round was paired yet.</p>'
+        return f'<div class="pair">{offline}</div>{none}' if offline else none
     head = ["Round", *(_name(one.index) for one in trained)]
     body = [["Pairs kept", *(_entry(one.pairing, "pairs", 0) for one in trained)]]
     reasons = sorted({why for one in trained for why in one.dropped})
@@ -394,19 +429,35 @@ def _pairs(run: Run) -> str:
         body.append([f"Dropped: {visible(why[:200])}", *counts])
     if not reasons:
         body.append(["Dropped", *("0" for _ in trained)])
+    for key, name in LOST.items():
+        if any(one.numbers.get(key) for one in trained):
+            body.append([name, *(_entry(one.numbers, key, 0) for one in trained)])
     counts = table("Pairs kept and dropped, by reason", head, body)
     found = dict.fromkeys(key for one in trained for key in one.pairing if key != "pairs")
     facts = []
     for key in sorted(found, key=lambda key: key not in PAIRING):
-        digits = min(digits_of([Estimate(r.pairing[key]) for r in trained if key in r.pairing]), 3)
+        known = [Estimate(one.pairing[key]) for one in trained if key in one.pairing]
+        small = max(abs(x.value) for x in known) < 0.01  # a penalty for a token
+        digits = digits_of(known) if small else min(digits_of(known), 3)
         name = visible(PAIRING.get(key, key.replace("_", " "))[:60])
         facts.append([name, *(_entry(one.pairing, key, digits) for one in trained)])
     means = table("The pairs kept", head, facts) if facts else ""
     return (
-        f'<div class="pair">{counts}{means}</div><p class="note">Drops are counted as the stage '
-        "counted them: prompts, or responses (“empty response”), or pairs. Scores and lengths are "
-        f"means; the correlation is over all sampled responses.</p>{missing}"
+        f'<div class="pair">{counts}{means}{offline}</div><p class="note">Drops are counted as the '
+        "stage counted them: prompts, or responses (“empty response”), or pairs. Scores and "
+        "lengths are means; the correlation is over all sampled responses, best − worst the mean "
+        f"over prompts.</p>{missing}"
     )
+
+
+def _offline(run: Run) -> str:
+    """The pairs given to be replayed, read once for all rounds."""
+    if not run.offline:
+        return ""
+    body = [["Kept", _entry(run.offline, "pairs", 0)]]
+    for why, lost in sorted(run.offline["dropped"].items()):
+        body.append([f"Dropped: {visible(why[:200])}", count(lost)])
+    return table("Offline pairs to replay", ["Offline", "Pairs"], body)
 
 
 def _entry(numbers: dict[str, float], key: str, digits: int) -> str:
@@ -446,7 +497,7 @@ def _plain(value: Any) -> str:
     x = number(value)
     if x is not None:
         return count(x) if x == round(x) or abs(x) >= 1000 else f"{x:.3g}".replace("-", "−")
-    return visible(value[:60]) if isinstance(value, str) else "–"
+    return visible(masked(value)[:60]) if isinstance(value, str) else "–"
 
 
 def _config(run: Run) -> str:

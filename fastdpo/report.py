@@ -18,6 +18,8 @@ _COLUMNS = {
     "score_se": "{:.4f}",
     "length": "{:.1f}",
     "truncated": "{:.0%}",
+    "win_rate": "{:.2f}",
+    "kl": "{:.2f}",
     "pairs": "{:d}",
     "rewards/margins": "{:.4f}",
     "rewards/accuracies": "{:.2f}",

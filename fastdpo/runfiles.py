@@ -1,6 +1,5 @@
 """What the files of an iterative run say, as far as they can be read."""
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from fastdpo.evaluation import (
     Estimate,
     Response,
     by_length,
+    by_prompt,
     by_score,
     change,
+    half_width,
     heldout,
-    interval,
     number,
     over_prompts,
     win_rate,
@@ -44,6 +44,7 @@ class Round:
 class Run:
     """What the files of a run say.
 
+    `offline` is offline/summary.json, of the pairs to replay, with entries as in a round.
     `gone` has, for "config", "numbers", "pairing", "steps", "held" and "speed", a line for each
     file that is missing or damaged; paths in it are relative to the run.
     """
@@ -51,6 +52,7 @@ class Run:
     config: dict[str, Any]
     done: list[str]
     rounds: list[Round]
+    offline: dict[str, Any]
     gone: dict[str, list[str]]
 
 
@@ -67,7 +69,10 @@ def read_run(out: Path) -> Run:
     files = _Files(out)
     state = files.read("config", out / "state.json", _state) or {"config": {}, "done": []}
     rounds = [_round(files, index, path) for index, path in round_folders(out).items()]
-    return Run(state["config"], state["done"], rounds, files.gone)
+    offline: dict[str, Any] = {}
+    if (out / "offline").is_dir():
+        offline = files.read("pairing", out / "offline" / "summary.json", _pairing) or {}
+    return Run(state["config"], state["done"], rounds, offline, files.gone)
 
 
 class _Files:
@@ -127,8 +132,12 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _numbers(path: Path) -> dict[str, float]:
+    return _finite(_object(path))
+
+
+def _finite(values: dict[str, Any]) -> dict[str, float]:
     """The entries that are finite numbers."""
-    found = {name: number(value) for name, value in _object(path).items()}
+    found = {name: number(value) for name, value in values.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -140,10 +149,15 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _pairing(path: Path) -> dict[str, Any]:
-    dropped = _object(path).get("dropped", {})
+    """Its numbers, those that shaping found among them, and the drops by reason."""
+    summary = _object(path)
+    dropped, shaping = summary.get("dropped", {}), summary.get("shaping", {})
     if not isinstance(dropped, dict) or any(number(x) is None for x in dropped.values()):
         raise DataError(f"{path}: dropped is not a count for each reason. Pair again.")
-    return {**_numbers(path), "dropped": {why: int(x) for why, x in dropped.items()}}
+    if not isinstance(shaping, dict):
+        raise DataError(f"{path}: shaping is not an object. Pair again.")
+    found = _finite(summary) | _finite(shaping)
+    return {**found, "dropped": {why: int(x) for why, x in dropped.items()}}
 
 
 def _steps(path: Path) -> list[dict[str, float]]:
@@ -159,16 +173,22 @@ def _steps(path: Path) -> list[dict[str, float]]:
     return [{name: x for name, x in row.items() if x is not None} for row in found]
 
 
+def _heldout_prompts(run: Run) -> int | None:
+    """Prompts of an evaluation as the config has them, None where it doesn't."""
+    prompts = number(run.config.get("heldout"))
+    return None if prompts is None or prompts < 1 else int(prompts)
+
+
 def measured(run: Run, one: Round) -> dict[str, Estimate]:
     """What is known of a round, by name: the numbers of its files, NAME with NAME_se as interval.
 
-    Where its files have none: score and length of held-out responses, their "score change",
-    "length change" and "win_rate" against the start (shares, 0 to 1), and "kl" by `kl_estimate`.
-    Intervals of what was measured in training are over the round's optimizer steps.
+    Where its files have none: score and length of held-out responses, and their "score change",
+    "length change" and "win_rate" against the start (shares, 0 to 1). What was measured in training
+    has no interval: it changes from step to step. "pairs" are those that training took.
     """
-    errors = {name: one.numbers.get(f"{name}_se") for name in one.numbers}
-    # An error of zero is that of a single prompt, or of prompts that are all alike.
-    row = {name: Estimate(x, 1.96 * (errors[name] or 0) or None) for name, x in one.numbers.items()}
+    prompts = len(by_prompt(one.held)) or _heldout_prompts(run)
+    errors = {name: one.numbers.get(f"{name}_se", 0.0) for name in one.numbers}
+    row = {name: Estimate(x, half_width(errors[name], prompts)) for name, x in one.numbers.items()}
     found: dict[str, Estimate | None] = {}
     if one.held:
         found = {
@@ -178,43 +198,14 @@ def measured(run: Run, one: Round) -> dict[str, Estimate]:
     if one.index == 0:
         row.pop("win_rate", None)  # of the start against itself
     else:
-        beta = beta_of(run.config, one.index)
-        row |= {
-            name: Estimate(row[name].value, interval(values).half)
-            for name in ("loss", "rewards/margins", "rewards/accuracies")
-            if name in row and (values := [x[name] for x in one.steps if name in x])
-        }
         start = next((first.held for first in run.rounds if first.index == 0), [])
-        kl = kl_estimate(one.numbers, beta)
-        kls = [x for x in (kl_estimate(step, beta) for step in one.steps) if x is not None]
         found |= {
             "score change": change(start, one.held, by_score),
             "length change": change(start, one.held, by_length),
             "win_rate": win_rate(start, one.held),
             "pairs": Estimate(one.pairing["pairs"]) if "pairs" in one.pairing else None,
-            "kl": None if kl is None else Estimate(kl, interval(kls).half if kls else None),
         }
-    return {name: x for name, x in found.items() if x is not None} | row
-
-
-def beta_of(config: dict[str, Any], index: int) -> float | None:
-    """beta of a round, from 1, as the config has it."""
-    schedule = config.get("round_betas")
-    if isinstance(schedule, list) and schedule:
-        return number(schedule[min(index, len(schedule)) - 1])
-    return number(config.get("beta"))
-
-
-def kl_estimate(numbers: dict[str, float], beta: float | None) -> float | None:
-    """KL(reference || policy) of a response in nats: "kl" of the file, or else from its rewards.
-
-    A reward is beta * log(policy / reference), and the mean of log(reference / policy) over what
-    the reference sampled is that KL; so -(chosen + rejected) / 2 beta estimates it where the
-    reference sampled the pairs. It is biased as far as the pairs are a selection. Ours.
-    """
-    if "kl" in numbers:
-        return numbers["kl"]
-    sides = {"rewards/chosen", "rewards/rejected"}
-    if beta is None or beta < 1e-12 or not sides <= numbers.keys():
-        return None
-    return -math.fsum(numbers[side] for side in sides) / (2 * beta)
+    whole = {name: x for name, x in found.items() if x is not None} | row
+    if "pairs" in whole and "pairs_dropped" in one.numbers:
+        whole["pairs"] = Estimate(whole["pairs"].value - one.numbers["pairs_dropped"])
+    return whole

@@ -1,4 +1,4 @@
-"""The style sheet of the report page, and the two texts on it that never change."""
+"""The style sheet of the report page, and the texts on it that are the same for all runs."""
 
 STYLE = """
 :root {
@@ -149,15 +149,26 @@ summary { color: var(--now); font-size: .85rem; cursor: pointer; }
 NOTES = (
     '<p class="note">Under score and length: the change to the start on the same prompts. '
     "<b>Win rate</b>: how often a response scores higher than one of the start to the same prompt, "
-    "a tie counting half. <b>Cut off</b>: responses that reached max_new_tokens. <b>Margin</b>, "
-    "<b>accuracy</b>, <b>KL</b> and <b>loss</b> are means over the round’s training steps, which "
-    "begin at zero margin where the reference is the round’s start; their ± is over steps. "
-    "<b>KL</b>, unless the files have one, is estimated as the mean of log(reference/policy) over "
-    "the pairs’ responses; that estimates KL(reference‖policy) per response where the reference "
-    "sampled them, and pairs are a selection of what it sampled.</p>"
+    "a tie counting half. {distance} <b>Cut off</b>: responses that reached max_new_tokens. "
+    "<b>Margin</b>, <b>accuracy</b> and <b>loss</b> are means over the round’s training steps, "
+    "which begin at zero margin where the reference is the round’s start. <b>Pairs</b>: those "
+    "that training took.{control}</p>"
+)
+KL = (
+    "<b>KL from the start</b>: mean of log(policy/start) over the policy’s own responses, whole "
+    "responses in nats."
+)
+LOG_RATIO = (
+    "<b>Log-ratio to the start</b>: mean of log(policy/start) over the policy’s own responses, "
+    "whole responses in nats. It is no KL divergence: responses were not sampled from the policy "
+    "itself but at {sampling}, while both probabilities are those of the model."
+)
+CONTROL = (
+    " <b>α</b> is the length controller’s, which keeps it within its bound and holds the mean "
+    "length of sampled responses at the <b>target</b>."
 )
 READING = (
-    "<p>Each ± is 1.96 standard errors, a 95% interval: of the evaluation over held-out prompts, "
-    "after averaging the responses to a prompt; of training over optimizer steps. None says what "
-    "another seed of training would give. All numbers come from the files of the run.</p>"
+    "<p>Each ± is half a 95% interval, by Student’s t over held-out prompts after averaging the "
+    "responses to a prompt. None says what another seed of training would give. All numbers come "
+    "from the files of the run.</p>"
 )

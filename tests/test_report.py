@@ -106,6 +106,7 @@ def write_run(
             write_rows(folder / "metrics" / "metrics.jsonl", steps)
             write_json(folder / "candidates/throughput.json", speed)
             summary |= trained | {"pairs": 60 + index, "dropped": dropped}
+            summary |= {"kl": 2.5 * index, "kl_se": 0.5}
         write_json(folder / "summary.json", summary)
     return out
 
@@ -199,7 +200,7 @@ def test_means_are_over_prompts(rows):
         assert found.half is None
     else:
         error = means.std(ddof=1) / np.sqrt(len(means))
-        assert found.half == pytest.approx(1.96 * error, abs=1e-9)
+        assert found.half == pytest.approx(evaluation.quantile(len(means) - 1) * error, abs=1e-9)
 
 
 @given(many, many)
@@ -227,9 +228,9 @@ def test_change_and_win_rate_are_by_prompt(before, after):
     if np.std(differences) < 1e-9:
         assert change.half is None
     else:
-        assert change.half == pytest.approx(
-            1.96 * np.std(differences, ddof=1) / np.sqrt(len(shared)), abs=1e-9
-        )
+        error = np.std(differences, ddof=1) / np.sqrt(len(shared))
+        half = evaluation.quantile(len(shared) - 1) * error
+        assert change.half == pytest.approx(half, abs=1e-9)
 
 
 @given(many)
@@ -248,7 +249,27 @@ def test_correlation_is_pearsons_and_its_interval_the_jackknife(rows):
         return
     left = np.array([np.corrcoef(x[:, 1], x[:, 2])[0, 1] for x in kept])
     error = np.sqrt((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum())
-    assert found.half == pytest.approx(1.96 * error, abs=1e-6)
+    assert found.half == pytest.approx(evaluation.quantile(len(left) - 1) * error, abs=1e-5)
+
+
+def test_quantiles_are_students():
+    """Printed tables, and the normal distribution in the limit; 1000 is where the series begins."""
+    known = {1: 12.7062, 2: 4.30265, 3: 3.18245, 10: 2.22814, 31: 2.03951, 120: 1.97993}
+    for degrees, value in known.items():
+        assert evaluation.quantile(degrees) == pytest.approx(value, abs=1e-5 * value)
+    assert evaluation.quantile(10**15) == pytest.approx(1.959964, abs=1e-6)
+    middle = evaluation.quantile(999) + evaluation.quantile(1001)
+    assert evaluation.quantile(1000) == pytest.approx(middle / 2, abs=3e-6)
+
+
+def test_a_standard_error_is_no_half_width():
+    values = [1.0, 2.0, 6.0]
+    error = evaluation.standard_error(values)
+    assert error == pytest.approx(np.std(values, ddof=1) / 3**0.5)
+    assert evaluation.interval(values) == (3.0, pytest.approx(4.302653 * error))
+    assert evaluation.standard_error([0.1] * 7) == evaluation.standard_error([2.0]) == 0.0
+    assert evaluation.half_width(1.0, None) == pytest.approx(1.959964)
+    assert evaluation.half_width(0.0, 5) is evaluation.half_width(1.0, 1) is None
 
 
 def test_heldout_reads_in_order_of_prompts_and_joins_by_key(tmp_path):
@@ -280,21 +301,106 @@ def test_numbers_of_the_files_come_before_those_computed(tmp_path):
     run = runfiles.read_run(tmp_path)
     rows = [runfiles.measured(run, one) for one in run.rounds]
     assert "win_rate" not in rows[0]
-    assert rows[1]["win_rate"] == (0.75, pytest.approx(0.098))
+    assert rows[1]["win_rate"] == (0.75, pytest.approx(2.776445 * 0.05))  # of 5 prompts
     assert rows[2]["win_rate"] == (1.0, None)
 
 
-def test_the_kl_estimate_is_the_mean_log_ratio_of_the_pairs():
-    numbers = {"rewards/chosen": -0.1, "rewards/rejected": -0.3}
-    assert runfiles.kl_estimate(numbers, 0.1) == pytest.approx(2.0)
-    assert runfiles.kl_estimate({**numbers, "kl": 7.0}, None) == 7.0
-    for beta in (None, 0.0):
-        assert runfiles.kl_estimate(numbers, beta) is None
-    assert runfiles.beta_of({"beta": 0.1}, 3) == 0.1
-    schedule = {"beta": 0.1, "round_betas": [0.2, 0.4]}
-    assert [runfiles.beta_of(schedule, i) for i in (1, 2, 3)] == [0.2, 0.4, 0.4]
-    for config in ({"beta": "auto"}, {"round_betas": ["x"]}, {}):
-        assert runfiles.beta_of(config, 1) is None
+def test_the_divergence_is_that_of_the_evaluation(tmp_path):
+    """Of held-out responses; that of a round has its own interval, the start has none."""
+    run = runfiles.read_run(write_run(tmp_path))
+    rows = [runfiles.measured(run, one) for one in run.rounds]
+    assert "kl" not in rows[0]
+    assert rows[1]["kl"] == (2.5, pytest.approx(2.776445 * 0.5)) and rows[2]["kl"].value == 5.0
+    page = report.html(tmp_path).read_text(encoding="utf-8")
+    assert "KL from the start, nats" in Reader(page).all_text()
+
+
+@pytest.mark.parametrize("config", [{"temperature": 0.7}, {"top_p": 0.9, "temperature": 1.0}])
+def test_it_is_no_divergence_of_responses_that_were_sampled_otherwise(config, tmp_path):
+    page = page_of(write_run(tmp_path, **config))
+    told = Reader(page).all_text()
+    assert "KL from the start" not in told and told.count("Log-ratio to the start, nats") == 2
+    (name, value), *_ = config.items()
+    assert (
+        f"no KL divergence: responses were not sampled from the policy itself but at {name} "
+        in told
+    )
+    assert f"{name} {value:g}, while" in told
+    assert 'aria-label="Log-ratio to the start, nats by round.' in page
+
+
+@pytest.mark.parametrize(("prompts", "quantile"), [(5, 2.776445), (None, 1.959964), (-1, 1.959964)])
+def test_errors_without_their_responses_take_the_configs_number_of_prompts(
+    prompts, quantile, tmp_path
+):
+    write_run(tmp_path, heldout=prompts)
+    shutil.rmtree(tmp_path / "round-01/eval")
+    run = runfiles.read_run(tmp_path)
+    assert runfiles.measured(run, run.rounds[1])["kl"] == (2.5, pytest.approx(0.5 * quantile))
+
+
+def test_the_length_controller_is_shown(tmp_path):
+    write_run(tmp_path, rounds=2)
+    before = page_of(tmp_path)
+    assert "at most" not in before and "dashed" not in before and "length controller" not in before
+    for index in (1, 2):
+        path = tmp_path / f"round-0{index}/summary.json"
+        facts = {
+            "alpha": 0.0125 * index, "alpha/neutral": 0.01, "alpha/bound": 0.25 / index,
+            "length/sampled": 17.0 + index, "length/target": 18.0, "length/error_sum": 1.0,
+            "length_tilt/wanted": -0.002,
+        }  # fmt: skip
+        write_json(path, json.loads(path.read_text()) | facts)
+    page = page_of(tmp_path)
+    rounds = text_of("<section" + section(page, "rounds") + "</section>")
+    assert "α |α| at most Target, tokens Pairs" in rounds
+    assert "0.01250 0.2500 18.00 61" in rounds and "0.02500 0.1250 18.00 62" in rounds
+    assert "the length controller’s" in rounds
+    length = next(x for x in section(page, "plots").split("<figure>") if "<b>Length" in x)
+    assert "dashed: the target, 18" in length and 'class="level"' in length
+    assert section(page, "plots").count('class="level"') == section(before, "plots").count(
+        'class="level"'
+    ) + 1  # fmt: skip
+
+
+def test_what_shaping_found_is_shown(tmp_path):
+    write_run(tmp_path)
+    for index in (1, 2):
+        path = tmp_path / f"round-0{index}/pairs.summary.json"
+        facts = {"length_penalty": 0.00032, "length_gap_before": 11.5, "length_gap": 0.25 * index}
+        write_json(path, json.loads(path.read_text()) | {"shaping": facts})
+    pairs = text_of("<section" + section(page_of(tmp_path), "pairs") + "</section>")
+    assert "Length penalty, score/token 0.000320 0.000320" in pairs
+    assert "Best − worst before the penalty, tokens 11.50 11.50" in pairs
+    assert "Best − worst after it, tokens 0.250 0.500" in pairs
+    write_json(path, json.loads(path.read_text()) | {"shaping": [1]})
+    assert "shaping is not an object" in section(page_of(tmp_path), "pairs")
+
+
+def test_what_training_and_replay_left_out_is_among_the_drops(tmp_path):
+    write_run(tmp_path)
+    path = tmp_path / "round-02/summary.json"
+    lost = {"pairs_dropped": 7, "pairs_truncated": 3}
+    write_json(path, json.loads(path.read_text()) | lost)
+    summary = {"pairs": 30, "dropped": {"over <max_length>": 4}}
+    write_json(tmp_path / "offline/summary.json", summary)
+    page = page_of(tmp_path)
+    pairs = text_of("<section" + section(page, "pairs") + "</section>")
+    assert "Pairs kept 61 62" in pairs
+    assert "Dropped in training: too long – 7" in pairs
+    assert "Kept, but truncated in training – 3" in pairs
+    assert "Offline pairs to replay Offline Pairs Kept 30 Dropped: over <max_length> 4" in pairs
+    assert "116 in 2 rounds" in Reader(page).all_text()  # 61 and 62 - 7
+    assert re.search(r"0\.6600 55 ", text_of("<section" + section(page, "rounds") + "</section>"))
+    (tmp_path / "offline/summary.json").write_text("{")
+    assert "offline/summary.json" in section(page_of(tmp_path), "pairs")
+
+
+def test_offline_pairs_are_shown_before_any_round_was_paired(tmp_path):
+    write_json(tmp_path / "state.json", {"config": {"rounds": 3}, "done": []})
+    write_json(tmp_path / "offline/summary.json", {"pairs": 30, "dropped": {}})
+    pairs = section(page_of(tmp_path), "pairs")
+    assert "Kept 30" in text_of(f"<section{pairs}</section>") and "no round was paired" in pairs
 
 
 # The page
@@ -302,9 +408,9 @@ def test_the_kl_estimate_is_the_mean_log_ratio_of_the_pairs():
 
 def test_the_page_has_the_numbers_of_the_files(page):
     rounds = text_of("<section" + section(page, "rounds") + "</section>")
-    assert "Start 0.23 ± 0.14 16.5 ± 4.2 – 50.0% –" in rounds
-    change = "0.71 ± 0.14 +0.480 ± 0.055 21.3 ± 4.2 +4.80 ± 0.96"
-    assert f"Round 2 {change} 100.0% 50.0% 0.2000 62.5% 2.000 0.660 ± 0.013 62" in rounds
+    assert "Start 0.23 ± 0.20 16.5 ± 5.9 – – 50.0% –" in rounds
+    change = "0.71 ± 0.20 +0.480 ± 0.079 21.3 ± 5.9 +4.8 ± 1.4"
+    assert f"Round 2 {change} 100.0% 5.0 ± 1.4 50.0% 0.2000 62.5% 0.6600 62" in rounds
     pairs = text_of("<section" + section(page, "pairs") + "</section>")
     assert "Pairs kept 61 62" in pairs
     assert "Dropped: identical responses 1 2" in pairs and "Dropped: tie 3 3" in pairs
@@ -314,7 +420,7 @@ def test_the_page_has_the_numbers_of_the_files(page):
     assert "max_new_tokens 40" in config and "beta 0.1" in config
     whole = Reader(page).all_text()
     assert "model tiny · scorer words:plain" in whole and "Finished: 2 of 2 rounds." in whole
-    assert "0.23 → 0.71 +0.480 ± 0.055" in whole and "123 in 2 rounds" in whole
+    assert "0.23 → 0.71 +0.480 ± 0.079" in whole and "123 in 2 rounds" in whole
 
 
 def test_responses_stand_side_by_side(page):
@@ -341,7 +447,7 @@ def test_every_section_is_there_and_reachable(page):
     assert all(b <= a + 1 for a, b in pairwise(levels))
     assert len(reader.find("caption")) == len(reader.find("table")) == 5
     drawings = reader.find("svg")
-    assert len(drawings) == 6 + 1 + 6
+    assert len(drawings) == 6 + 1 + 5
     assert all(a["role"] == "img" and len(a["aria-label"]) > 30 for a in drawings)
     regions = [a for _, a in reader.elements if a.get("role") == "region"]
     assert regions and all(a["aria-label"] and a["tabindex"] == "0" for a in regions)
@@ -424,6 +530,9 @@ def test_code_points_are_named_and_runs_counted():
 def test_long_texts_are_clipped_and_their_length_told(tmp_path):
     texts = {(0, 0, 0): "x" * 100_000, (1, 0, 0): "line\n" * 3000, (2, 0, 0): "<" * 1200}
     page = page_of(write_run(tmp_path, texts=texts))
+    focused = [a for _, a in Reader(page).elements if "tabindex" in a]
+    assert sum(a["role"] == "group" for a in focused) == 3
+    assert all(a.get("role") and a.get("aria-label") for a in focused)
     found = section(page, "responses")
     assert "99,300 more of 100,000 characters" in found
     assert "clipped here, after 6,000 of 100,000 characters" in found
@@ -558,7 +667,7 @@ def test_a_round_that_was_trained_and_not_evaluated(tmp_path):
     (tmp_path / "round-02/summary.json").unlink()
     page = page_of(tmp_path)
     rounds = text_of("<section" + section(page, "rounds") + "</section>")
-    assert re.search(r"Round 2 – – – – 0\.2000", rounds)
+    assert re.search(r"Round 2 – – – – – 0\.2000", rounds)
     assert "round-02/eval is not there" in section(page, "responses")
     assert section(page, "responses").count('class="answer"') == 2 * 5
 
@@ -753,6 +862,40 @@ def test_a_password_in_a_url_is_not_shown(tmp_path):
     assert "secret" not in page and page.count("://•••@rewards.example/score") == 4
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://u:p@ss@h/score", "http://•••@h/score"),
+        ('["https://u:a@b@h", "see x@y"]', '["https://•••@h", "see x@y"]'),
+        ("https://h/score?api_key=sk-1&n=2", "https://h/score?api_key=•••&n=2"),
+        ("https://h/?n=2;Access-Token=a.b#top", "https://h/?n=2;Access-Token=•••#top"),
+        ("vllm serve {model} --api-key sk-123", "vllm serve {model} --api-key •••"),
+        ("serve --api-key a b --port 1", "serve --api-key ••• --port 1"),
+        ("serve --hf-token=ab 'x y'", "serve --hf-token=••• 'x y'"),
+        ("serve --password 'a b' -v", "serve --password ••• -v"),
+        ('["s", "--secret", "ab c", "-v"]', '["s", "--secret", "•••", "-v"]'),
+        ('["s --key \\"a b\\" -v"]', '["s --key ••• -v"]'),
+        ("VLLM_API_KEY=ab vllm serve", "VLLM_API_KEY=••• vllm serve"),
+        ("-H 'Authorization: Bearer ab'", "-H 'Authorization: Bearer •••'"),
+        (
+            "s --max-tokens 5 --tokenizer x --keyed-by y",
+            "s --max-tokens 5 --tokenizer x --keyed-by y",
+        ),
+        ("keys: a, b; 2 * token and the key x", "keys: a, b; 2 * token and the key x"),
+    ],
+)
+def test_secrets_in_urls_and_commands_are_not_shown(text, shown):
+    assert markup.masked(text) == shown
+
+
+def test_secrets_are_not_shown_on_the_page_and_long_texts_take_no_time(tmp_path):
+    page = page_of(write_run(
+        tmp_path, scorer="https://h/score?api_key=sk-1", server_command="s {model} --api-key sk-2",
+        model="https://u:p@ss@h", other="key" * 50_000 + "--" * 50_000,
+    ))  # fmt: skip
+    assert not re.search(r"sk-\d|ss@", page) and "api_key=•••" in page
+
+
 def test_numbers_are_told_to_the_digits_of_their_interval():
     assert markup.digits_of([Estimate(0.5, 0.034), Estimate(0.6, 0.029)]) == 3
     assert markup.digits_of([Estimate(0.5, 0.034), Estimate(0.6, 0.12)]) == 2
@@ -781,13 +924,14 @@ def test_the_report_of_a_real_run(tmp_path):
     reader = Reader(page)
     for name in ("rounds", "plots", "lengths", "responses", "training", "pairs", "config"):
         assert "Left out" not in section(page, name)
-    score = Estimate(summary["score"], 1.96 * summary["score_se"])
+    found = evaluation.heldout(tmp_path / "run/round-01/eval")
+    mean = evaluation.over_prompts(found, evaluation.by_score)
+    prompts = len(evaluation.by_prompt(found))
+    score = Estimate(summary["score"], evaluation.half_width(summary["score_se"], prompts))
     digits = [markup.digits_of([score]) + i for i in (-1, 0, 1)]  # the start may have fewer
     told = [" ".join(text_of(f"<p>{markup.told(score, d)}</p>").split()) for d in digits]
     assert any(f"Round 1 {text}" in reader.all_text() for text in told)
     assert f"Pairs kept {summary['pairs']}" in reader.all_text()
     assert "tell me about number" in reader.all_text() and "&lt;b&gt;now&lt;/b&gt;" in page
-    found = evaluation.heldout(tmp_path / "run/round-01/eval")
-    mean = evaluation.over_prompts(found, evaluation.by_score)
     assert mean.value == pytest.approx(summary["score"])
-    assert mean.half == pytest.approx(1.96 * summary["score_se"])
+    assert mean.half == pytest.approx(score.half)

@@ -18,8 +18,8 @@ def test_interval_is_students():
     """Three values: mean 2, standard error 1 / sqrt(3), quantile 4.303 of 2 degrees."""
     found = interval(torch.tensor([1.0, 2.0, 3.0]))
     assert found["mean"] == 2.0 and found["n"] == 3
-    assert found["high"] == pytest.approx(2 + 4.303 / 3**0.5)
-    assert found["low"] == pytest.approx(2 - 4.303 / 3**0.5)
+    assert found["high"] == pytest.approx(2 + 4.302653 / 3**0.5)
+    assert found["low"] == pytest.approx(2 - 4.302653 / 3**0.5)
     assert interval(torch.tensor([1.0]))["low"] is None
 
 
