@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastdpo.data import DataError
-from fastdpo.storage import file_digest
+from fastdpo.storage import file_digest, told_when_full
 
 _STEP = "step-{:08d}"
 _SUMS = "SHA256SUMS"
@@ -29,7 +29,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    yield scratch
+    with told_when_full(path):
+        yield scratch
     files = sorted(file for file in scratch.rglob("*") if file.is_file())
     sums = [f"{file_digest(file)}  {file.relative_to(scratch).as_posix()}\n" for file in files]
     (scratch / _SUMS).write_text("".join(sums))

@@ -22,7 +22,7 @@ from fastdpo.data import DataError
 from fastdpo.models import ModelError
 from fastdpo.rounds import IterateConfig
 from fastdpo.stages import PairConfig, SampleConfig, ScoreConfig, run_pair, run_sample, run_score
-from fastdpo.trainer import ConfigError, TrainingConfig
+from fastdpo.trainer import ConfigError, TrainingConfig, check_control, require
 
 
 @dataclass(kw_only=True)
@@ -36,6 +36,9 @@ class TrainConfig(TrainingConfig):
         reference: folder or hub name of another reference than the start.
         split: split of a hub dataset.
         output_dir: folder of the run; resumed if it exists.
+        candidates: for alpha=auto, the samples that the pairs are from, a folder of
+            ``fastdpo sample``; without it the length is held where it is.
+        control: for alpha=auto, ``control.json`` of the round before, to hold the same target.
     """
 
     model: str
@@ -43,6 +46,15 @@ class TrainConfig(TrainingConfig):
     split: str = "train"
     reference: str | None = None
     output_dir: str = "runs/train"
+    candidates: str | None = None
+    control: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_control(self, self.reference)
+        for name in ("candidates", "control"):
+            known = getattr(self, name) is None or self.alpha == "auto"
+            require(self, name, known, "left out, or alpha be auto")
 
 
 @dataclass(kw_only=True)
@@ -97,10 +109,12 @@ def _quiet_loading() -> None:
 
 
 def run_train(config: TrainConfig) -> None:
+    from fastdpo.control import LengthController
     from fastdpo.data import preference_rows, read_rows, tokenize_dataset
     from fastdpo.models import load_tokenizer
     from fastdpo.pairing import load_pairs, split_stages
-    from fastdpo.storage import locked
+    from fastdpo.rounds import response_lengths
+    from fastdpo.storage import locked, read_json
     from fastdpo.trainer import train
 
     _quiet_loading()
@@ -127,7 +141,20 @@ def run_train(config: TrainConfig) -> None:
         raise ConfigError(f"output_dir={out} is a file; name a folder")
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(out) if first else nullcontext():
-        metrics = train(config.model, tokenizer, pairs, config, out, reference=config.reference)
+        metrics = train(
+            config.model,
+            tokenizer,
+            pairs,
+            config,
+            out,
+            reference=config.reference,
+            control=(
+                LengthController.from_dict(read_json(Path(config.control)))
+                if config.control
+                else None
+            ),
+            lengths=response_lengths(Path(config.candidates)) if config.candidates else None,
+        )
     if int(os.environ.get("RANK", "0")):
         return
     _save_config(config, out)
@@ -151,7 +178,8 @@ def run_iterate(config: IterateConfig) -> None:
     print(report.table(rows))
     print(f"report: {out / 'report.html'}")
     print(f"plot: {out / 'rounds.png'}")
-    print(f"policy: {out / f'round-{config.rounds:02d}' / 'policy'}")
+    name = "extrapolated" if config.extrapolation else "policy"
+    print(f"policy: {out / f'round-{config.rounds:02d}' / name}")
     more = f"fastdpo iterate --config {out / 'config.yaml'} --rounds {config.rounds + 1}"
     print(f"to go on: {more}")
 

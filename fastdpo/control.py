@@ -196,25 +196,22 @@ class LengthController:
         tilt = self.tilt + SMOOTHING * (now - self.tilt)
         return replace(self, tilt=tilt, progress=float(progress))
 
-    def round_facts(self) -> dict[str, float | None]:
-        """What to log once a round, after `begin_round`; lengths in tokens, the rest per token."""
-        return {
+    def step_facts(self) -> dict[str, float]:
+        """What to log with a step, before `after_step`: the alpha it used, and why.
+
+        Lengths are in tokens, the rest is per token. What was not given is left out.
+        """
+        facts = {
             "alpha": self.alpha,
             "alpha/neutral": self.neutral,
             "alpha/bound": self.bound,
+            "length_tilt": self.tilt,
+            "length_tilt/wanted": self.progress * self.wanted,
             "length/sampled": self.length,
             "length/target": self.target,
             "length/error_sum": self.error_sum,
-            "length_tilt/wanted": self.wanted,
         }
-
-    def step_facts(self) -> dict[str, float]:
-        """What to log with a step, before `after_step`: the alpha it used, and why."""
-        return {
-            "alpha": self.alpha,
-            "length_tilt": self.tilt,
-            "length_tilt/wanted": self.progress * self.wanted,
-        }
+        return {name: value for name, value in facts.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """The state as JSON numbers; Python writes floats so that reading gives the same bits."""

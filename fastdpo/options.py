@@ -1,18 +1,19 @@
 """Options of the stages of a round, shared by `fastdpo iterate` and the command of each stage."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fastdpo.pairing import Pairing
-from fastdpo.remote import Remote
+from fastdpo.pairing import Pairing, check_references
+from fastdpo.remote import Remote, check_url
 from fastdpo.rewards import JUDGE_TEMPLATE
 from fastdpo.samplers import SamplingConfig
 from fastdpo.scoring import Scorer, load_scorer
 from fastdpo.trainer import ConfigError
-from fastdpo.transforms import Shaping
+from fastdpo.transforms import Shaping, check_scorers
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,6 +56,7 @@ class SamplingOptions:
             raise ConfigError(f"sample_dtype={self.sample_dtype} must be one of {known}")
         return checked(
             SamplingConfig,
+            {"backend": "sampler", "api_key_env": "server_api_key_env"},
             num_samples=self.num_samples,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -108,8 +110,14 @@ class ScoringOptions:
             raise ConfigError(
                 f"scorer_dtype={self.scorer_dtype} must be one of {', '.join(DTYPES)}"
             )
+        for spec in self.scorers:
+            check_address("scorer", spec)
+        if self.scorer_batch_size < 1:
+            raise ConfigError(f"scorer_batch_size={self.scorer_batch_size} must be >= 1")
+        names = ("timeout", "retries", "concurrency", "api_key_env")
         return checked(
             Remote,
+            {name: f"scorer_{name}" for name in names},
             timeout=self.scorer_timeout,
             retries=self.scorer_retries,
             concurrency=self.scorer_concurrency,
@@ -129,7 +137,9 @@ class ScoringOptions:
                 judge_template=self.judge_template or JUDGE_TEMPLATE,
             )
         except ValueError as error:
-            raise ConfigError(f"scorer={spec}: {error}") from error
+            # An address may hold a key, and the error names what is wrong with it.
+            named = "scorer" if "://" in spec else f"scorer={spec}"
+            raise ConfigError(f"{named}: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -142,6 +152,8 @@ class PairingOptions:
         scorer_weights: weight of each of several scorers.
         combine: "weighted", or "log_sigmoid" for a logical and of several scorers.
         transform: of scores within a prompt: none, par, log_sigmoid or mean_std.
+        transform_reference: what par and log_sigmoid compare a score with: "own", the prompt's
+            samples, or "start", those of the model before training, as in the papers.
         length_penalty: subtracted from a score for each token; "auto" finds DICE's.
         min_gap: best and worst must differ by more than this in score.
         target_margin: the gap that nearest_margin looks for.
@@ -149,7 +161,9 @@ class PairingOptions:
         equal_prompts: weigh a pair by 1 / (pairs of its prompt).
         drop_truncated, drop_duplicates: leave out responses that were cut, or are there twice.
         consistency: none, mean or prompt: label smoothing by the round before (CREAM).
-        flip_share: turn round this share of pairs, the weakest by several scorers.
+        flip_share: turn round this share of pairs, the weakest by several scorers. As soft_label it
+            needs labels that are not their own sum: combine=log_sigmoid, a length_penalty, or
+            offline pairs.
         soft_label: label smoothing of pairs on which several scorers disagree on average.
         ches_keep: keep this share of the pairs, those of lowest CHES.
         max_difficulty: drop pairs above this difficulty under the reference, in nats.
@@ -162,6 +176,7 @@ class PairingOptions:
     scorer_weights: list[float] | None = None
     combine: str = "weighted"
     transform: str = "none"
+    transform_reference: str = "own"
     length_penalty: float | str = 0.0
     min_gap: float = 0.0
     target_margin: float = 1.0
@@ -180,10 +195,9 @@ class PairingOptions:
 
     def rules(self, seed: int) -> Pairing:
         """Raises ConfigError, naming the option, when one has an impossible value."""
-        if self.replay_share > 0 and self.replay is None:
-            raise ConfigError(f"replay_share={self.replay_share} needs replay, a file of pairs")
         return checked(
             Pairing,
+            {"rule": "pairing"},
             rule=self.pairing,
             min_gap=self.min_gap,
             target_margin=self.target_margin,
@@ -201,6 +215,14 @@ class PairingOptions:
             seed=seed,
         )
 
+    def check_replay(self) -> None:
+        """Raises ConfigError unless offline pairs and their share come together."""
+        if (self.replay is not None) != (self.replay_share > 0):
+            raise ConfigError(
+                f"replay={self.replay} and replay_share={self.replay_share} need each other: a "
+                "file of pairs, and its share above 0"
+            )
+
     def shaping(self, scorers: int) -> Shaping | None:
         """How scores become one; None where a single scorer's are taken as they are.
 
@@ -208,20 +230,44 @@ class PairingOptions:
         """
         shaping = checked(
             Shaping,
+            {"weights": "scorer_weights"},
             weights=self.scorer_weights,
             combine=self.combine,
             transform=self.transform,
             length_penalty=self.length_penalty,
         )
+        if self.transform_reference not in ("own", "start"):
+            raise ConfigError(
+                f"transform_reference={self.transform_reference} must be own or start"
+            )
+        try:
+            check_scorers(shaping, scorers)
+            if self.transform_reference == "start":
+                check_references(self.rules(0), shaping)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         return None if shaping == Shaping() and scorers == 1 else shaping
 
 
-def checked(build: Callable[..., Any], **values: Any) -> Any:
-    """``build(**values)``, whose ValueError is the user's."""
+def check_address(option: str, spec: str) -> None:
+    """Raises ConfigError, without the value, where a scorer's URL holds a key or a password."""
+    address = spec.removeprefix("judge:")
+    if address.startswith(("http://", "https://")):
+        try:
+            check_url(address)
+        except ValueError as error:
+            raise ConfigError(f"{option}: {error}") from error
+
+
+def checked(build: Callable[..., Any], options: dict[str, str], **values: Any) -> Any:
+    """``build(**values)``, whose ValueError is the user's; fields are named as their options."""
     try:
         return build(**values)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        text = str(error)
+        for field_name, option in options.items():
+            text = re.sub(rf"^{field_name}\b", option, text)
+        raise ConfigError(text) from error
 
 
 def dtype_of(options: SamplingOptions) -> torch.dtype:

@@ -23,8 +23,10 @@ from fastdpo import __version__
 from fastdpo.batch import TokenizedPair
 from fastdpo.checkpoint import sync
 from fastdpo.models import ModelError
+from fastdpo.storage import told_when_full
 
 _log = logging.getLogger(__name__)
+_DIGESTS = "digests"  # of the weights and of the log-probs; safetensors keeps no order of entries
 
 
 def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
@@ -77,7 +79,7 @@ def load(path: Path, count: int, weights: str) -> Tensor | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            owner = (file.metadata() or {}).get("weights")
+            owner, _, known = (file.metadata() or {}).get(_DIGESTS, "").partition(" ")
             logp_P2 = file.get_tensor("logp_P2")
     except (SafetensorError, OSError, KeyError) as error:
         problem = str(error)
@@ -87,9 +89,14 @@ def load(path: Path, count: int, weights: str) -> Tensor | None:
                 f"{path} holds the log-probs of another model: the one that the run started from "
                 "has changed since; give the old one to go on, or another output_dir to start anew"
             )
-        if logp_P2.shape == (count, 2) and bool(logp_P2.isfinite().all()):
+        whole = known == _digest(logp_P2)
+        if whole and logp_P2.shape == (count, 2) and bool(logp_P2.isfinite().all()):
             return logp_P2
-        problem = f"it holds {tuple(logp_P2.shape)} numbers for {count} pairs, or not finite ones"
+        problem = (
+            "its SHA-256 differs"
+            if not whole
+            else f"it holds {tuple(logp_P2.shape)} numbers for {count} pairs, or not finite ones"
+        )
     _log.warning("%s is not used, the reference is computed again: %s", path, problem)
     return None
 
@@ -100,7 +107,12 @@ def save(path: Path, logp_P2: Tensor, weights: str) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    save_file({"logp_P2": logp_P2}, scratch, {"weights": weights})
+    with told_when_full(path):
+        save_file({"logp_P2": logp_P2}, scratch, {_DIGESTS: f"{weights} {_digest(logp_P2)}"})
     sync(scratch)
     scratch.replace(path)
     sync(path.parent)
+
+
+def _digest(logp_P2: Tensor) -> str:
+    return hashlib.sha256(logp_P2.contiguous().numpy().tobytes()).hexdigest()

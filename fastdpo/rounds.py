@@ -40,20 +40,45 @@ from fastdpo.data import (
     read_rows,
     render_prompt,
 )
-from fastdpo.heldout import against_start, heldout_row
+from fastdpo.heldout import against_start, heldout_row, kl_to_start
 from fastdpo.models import combine, load_causal_lm, load_tokenizer
-from fastdpo.options import PairingOptions, SamplingOptions, ScoringOptions, dtype_of
-from fastdpo.pairing import load_pairs, pair, split_stages
+from fastdpo.options import (
+    PairingOptions,
+    SamplingOptions,
+    ScoringOptions,
+    check_address,
+    dtype_of,
+)
+from fastdpo.pairing import check_votes, load_pairs, pair, split_stages
 from fastdpo.samplers import SamplingConfig
 from fastdpo.sampling import open_sampler, sample
 from fastdpo.scoring import Scorer, score
-from fastdpo.storage import locked, read_json, read_parts, write_json_atomic
-from fastdpo.trainer import CONTROL, ConfigError, TrainingConfig, check_model, require, train
+from fastdpo.storage import (
+    file_digest,
+    list_parts,
+    locked,
+    read_json,
+    read_parts,
+    write_json_atomic,
+)
+from fastdpo.trainer import (
+    CONTROL,
+    FREE,
+    ConfigError,
+    TrainingConfig,
+    check_control,
+    check_model,
+    require,
+    train,
+)
 
 # What does not change what a run makes of its prompts.
 _FREE = {"rounds", "output_dir", "server_url", "server_command", "server_timeout",
          "server_api_key_env", "scorer_timeout", "scorer_retries", "scorer_concurrency",
-         "scorer_api_key_env", "scorer_batch_size"}  # fmt: skip
+         "scorer_api_key_env", "scorer_batch_size", *FREE}  # fmt: skip
+# What nothing depends on before the first pairs, or the first step.
+_PAIRING = {field.name for field in fields(PairingOptions)}
+_TRAINING = {field.name for field in fields(TrainingConfig)} - {"seed", "max_length", "overlong"}
 _OWN_POLICIES = ("round", "average")
 
 
@@ -74,8 +99,8 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
         reference: of a round: "round", the policy at its start; "average", a moving average of
             these; or a folder or hub name, the same in all rounds.
         reference_decay: what the moving average keeps of itself a round.
-        extrapolation: the next start is the policy and this much more of the round's change
-            (accelerated preference optimization, arXiv 2410.06293).
+        extrapolation: the next start is the policy and this much more of its change from the
+            policy of the round before (accelerated preference optimization, arXiv 2410.06293).
         round_learning_rates, round_betas: of each round, the last one for those that follow;
             instead of ``learning_rate`` and ``beta``.
     """
@@ -102,7 +127,7 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
             require(self, name, getattr(self, name) >= 0, ">= 0")
         require(self, "num_samples", self.num_samples >= 2, ">= 2, to have a best and a worst")
         require(self, "temperature", self.temperature > 0, "> 0, or all samples are the same")
-        require(self, "max_prompts", (self.max_prompts or 1) >= 1, ">= 1")
+        require(self, "max_prompts", self.max_prompts is None or self.max_prompts >= 1, ">= 1")
         require(self, "reference_decay", 0 <= self.reference_decay <= 1, "in [0, 1]")
         for name in ("round_learning_rates", "round_betas"):
             values = getattr(self, name)
@@ -114,12 +139,15 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
             1 <= self.max_new_tokens < self.max_length,
             f">= 1 and < max_length = {self.max_length}, so that sampled responses are whole",
         )
+        check_address("eval_scorer", self.eval_scorer or "")
         require(self, "scorer", bool(self.scorers) and all(self.scorers), "a scorer, or several")
         self.sampling(self.seed)
         self.remote()
         self.rules(self.seed)
         self.shaping(len(self.scorers))
         self._check_scorers()
+        self._check_pairing()
+        check_control(self, None if self.reference == "round" else self.reference)
 
     def _check_scorers(self) -> None:
         implicit = "implicit" in self.scorers
@@ -133,6 +161,11 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
                 "eval_scorer=implicit would be another function every round; name another "
                 "eval_scorer, or set heldout=0"
             )
+        if implicit and self.transform_reference == "start":
+            raise ConfigError(
+                "transform_reference=start compares scores of several rounds, but scorer=implicit "
+                "is another function in each; leave one of them out"
+            )
         if self.consistency != "none" and not implicit:
             raise ConfigError(
                 f"consistency={self.consistency} compares the rankings of two policies, so it "
@@ -140,7 +173,36 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
             )
         several = self.rules(self.seed).needs_several_scorers
         if several and len(self.scorers) < 2:
-            raise ConfigError("flip_share and soft_label need a list of at least two scorers")
+            raise ConfigError(
+                f"flip_share={self.flip_share} and soft_label={self.soft_label} need a list of at "
+                f"least two scorers, not scorer={self.scorer}"
+            )
+
+    def _check_pairing(self) -> None:
+        if self.pairing == "tree_siblings":
+            raise ConfigError(
+                "pairing=tree_siblings needs the candidates of a tree search, which iterate does "
+                "not run; give them to fastdpo pair"
+            )
+        replays, rules = self.replay is not None, self.rules(self.seed)
+        self.check_replay()
+        try:
+            check_votes(rules, self.shaping(len(self.scorers)), offline=replays)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.fresh_threshold is None:
+            return
+        if not replays:
+            raise ConfigError(
+                f"fresh_threshold={self.fresh_threshold} needs replay, the pairs that it filters"
+            )
+        for spec in self.scorers:
+            if spec == "implicit" or spec.startswith("judge:"):
+                raise ConfigError(
+                    f"fresh_threshold compares scores of offline pairs with those of single fresh "
+                    f"samples, which scorer={spec} does not give; use a reward model, an endpoint, "
+                    "a function or answer"
+                )
 
     @property
     def evaluated_by(self) -> str:
@@ -187,6 +249,14 @@ def _check_inputs(config: IterateConfig) -> None:
     if config.reference not in _OWN_POLICIES:
         check_model(config.reference, tokenizer, config)
     check_model(config.model, tokenizer, config)
+    release()
+
+
+def release() -> None:
+    """Give back what models had on a GPU, before another process or a larger model wants it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def split_prompts(config: IterateConfig, tokenizer: Any) -> tuple[list[PromptRow], list[PromptRow]]:
@@ -196,21 +266,46 @@ def split_prompts(config: IterateConfig, tokenizer: Any) -> tuple[list[PromptRow
         raise ConfigError(
             f"heldout={config.heldout} must be < the {len(rows)} prompts of {config.prompts}"
         )
-    room = config.max_length - config.max_new_tokens
+    rows = _that_fit(rows, config, tokenizer)
+    if len(rows) <= config.heldout:
+        raise ConfigError(
+            f"heldout={config.heldout} must be < the {len(rows)} prompts that fit max_length"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    held = [rows[i] for i in sorted(order[: config.heldout])]
+    known = {_prompt_key(row) for row in held}
+    kept = [rows[i] for i in sorted(order[config.heldout :])]
+    fresh = [row for row in kept if _prompt_key(row) not in known]
+    if not fresh:
+        raise ConfigError(f"all prompts of {config.prompts} are held out; give more, or heldout=0")
+    if len(fresh) < len(kept):
+        print(f"{len(kept) - len(fresh)} prompts are those of held-out rows, and left out")
+    return fresh[: config.max_prompts], held
+
+
+def _that_fit(rows: list[PromptRow], config: IterateConfig, tokenizer: Any) -> list[PromptRow]:
+    """The rows whose prompts leave room for a response."""
+    room, fitting = config.max_length - config.max_new_tokens, []
     for row in rows:
         ids = render_prompt(
             row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
         )
-        if len(ids) > room:
+        if len(ids) <= room:
+            fitting.append(row)
+        elif config.overlong != "drop":
             raise DataError(
                 f"{row.where}: the prompt has {len(ids)} tokens, but max_length - "
-                f"max_new_tokens leaves {room}; raise max_length or drop the row"
+                f"max_new_tokens leaves {room}; raise max_length, or leave such prompts out with "
+                "overlong=drop"
             )
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    held = [rows[i] for i in sorted(order[: config.heldout])]
-    kept = [rows[i] for i in sorted(order[config.heldout :])]
-    return kept[: config.max_prompts], held
+    if len(fitting) < len(rows):
+        print(f"{len(rows) - len(fitting)} prompts of over {room} tokens are left out")
+    return fitting
+
+
+def _prompt_key(row: PromptRow) -> str:
+    return json.dumps([row.prompt, row.tools, row.chat_template_kwargs], sort_keys=True)
 
 
 class _Run:
@@ -221,10 +316,13 @@ class _Run:
         self.train_prompts, self.heldout = split_prompts(config, self.tokenizer)
         self.state_path = self.out / "state.json"
         self.done: list[str] = self._open_state()
+        # What a stage left, to make it again where it is gone; and what was compared already.
+        self.makers: dict[Path, tuple[Callable[[], None], list[Path]]] = {}
+        self.checked: set[Path] = set()
 
     def run(self) -> list[dict[str, Any]]:
         if self.config.replay_share:
-            self._stage("offline", self._read_offline)
+            self._stage("offline", self._read_offline, makes=self.out / "offline" / "summary.json")
         start = self.config.model
         self._evaluate(0, start)
         for index in range(1, self.config.rounds + 1):
@@ -237,35 +335,68 @@ class _Run:
         """What decides a run, and what is done of it."""
         digest = hashlib.sha256()
         for row in [*self.train_prompts, None, *self.heldout]:
-            digest.update(json.dumps(row and [row.prompt, row.tools]).encode())
+            digest.update(json.dumps(row and [_prompt_key(row), row.extra], default=str).encode())
         config = {**asdict(self.config), "content of prompts": digest.hexdigest()}
+        if self.config.replay is not None and Path(self.config.replay).is_file():
+            config["content of replay"] = file_digest(Path(self.config.replay))
         return {"config": config, "done": self.done}
 
     def _open_state(self) -> list[str]:
         self.done = []
         now = self._state()
         if not self.state_path.exists():
-            write_json_atomic(self.state_path, now)
+            write_json_atomic(self.state_path, now, checksum=True)
             return []
         state = read_json(self.state_path)
         if not isinstance(state, dict) or not {"config", "done"} <= state.keys():
             raise DataError(f"{self.state_path} is not the state of a run; remove {self.out}")
+        used = {name.rpartition("/")[2] for name in state["done"]}
+        free = _FREE | (set() if "pair" in used else _PAIRING)
+        free |= set() if "train" in used else _TRAINING
         for name, value in now["config"].items():
             before = state["config"].get(name)
-            if name not in _FREE and before != value:
+            if name not in free and before != value:
                 raise ConfigError(
                     f"{self.out} holds a run with {name}={before}, not {value}; give the same "
                     "options to go on, or another output_dir to start anew"
                 )
         return state["done"]
 
-    def _stage(self, name: str, work: Callable[[], None]) -> None:
-        """Run a stage unless it is done, and note that it is."""
+    def _stage(
+        self,
+        name: str,
+        work: Callable[[], None],
+        *,
+        makes: Path | list[Path],
+        needs: list[Path] | None = None,
+    ) -> None:
+        """Run a stage unless it is done, and note that it is.
+
+        What it needs is compared with its checksums before, and made again where it was removed;
+        what no stage that is left needs may be removed for good.
+        """
+        needs = needs or []
+        for path in [makes] if isinstance(makes, Path) else makes:
+            self.makers[path] = work, needs
         if name in self.done:
             return
+        self._provide(needs)
         work()
+        release()
         self.done.append(name)
-        write_json_atomic(self.state_path, self._state())
+        write_json_atomic(self.state_path, self._state(), checksum=True)
+
+    def _provide(self, needs: list[Path]) -> None:
+        for path in needs:
+            if path in self.makers and not is_whole(path):
+                work, before = self.makers[path]
+                print(f"{path} is gone, or not whole; it is made again")
+                self._provide(before)
+                work()
+                release()
+            if path not in self.checked and path.is_dir():
+                check_directory(path)
+            self.checked.add(path)
 
     def _folder(self, index: int) -> Path:
         return self.out / f"round-{index:02d}"
@@ -283,30 +414,66 @@ class _Run:
     def _round(self, index: int, start: str) -> str:
         config, folder, name = self.config, self._folder(index), f"round-{index:02d}"
         candidates, previous = folder / "candidates", self._start_of(index - 1)
+        scores, pairs = self._scores(folder), folder / "pairs.jsonl"
+        implicit = [Path(start), Path(previous)] if "implicit" in config.scorers else []
         self._stage(
             f"{name}/sample",
             lambda: self._sample(
                 start, self.train_prompts, config.sampling(config.seed), candidates, index
             ),
+            makes=candidates,
+            needs=[Path(start)],
         )
         self._stage(
-            f"{name}/score", lambda: self._score(candidates, self._scores(folder), start, previous)
+            f"{name}/score",
+            lambda: self._score(candidates, scores, start, previous),
+            makes=scores,
+            needs=[candidates, *implicit],
         )
+        joined = [candidates, *scores]
         if self._compares_rounds(index):
-            before = self._start_of(index - 2)
+            joined += self._scores_before(folder)
+            earlier = self._start_of(index - 2)
             self._stage(
                 f"{name}/score-before",
-                lambda: self._score(
-                    candidates, self._scores(folder, "scores-before"), previous, before
-                ),
+                lambda: self._score_before(candidates, folder, previous, earlier),
+                makes=[path for path in self._scores_before(folder) if path not in scores],
+                needs=[candidates, Path(previous), Path(earlier)],
             )
         if config.fresh_threshold is not None:
             self._answer_offline(index, start, previous)
-        self._stage(f"{name}/pair", lambda: self._pair(index))
-        self._stage(f"{name}/train", lambda: self._train(index, start))
+            offline_folders = [self._folder(i) / "offline" for i in range(1, index + 1)]
+            joined += [y for x in offline_folders for y in (x / "candidates", *self._scores(x))]
+        if self._refers(index):
+            joined += [self._references()[0], *self._references()[1]]
+        if config.reference == "average" and index > 1:
+            self._average(index)
+        reference = self._reference(index)
+        models = [Path(start)] if reference is None else [Path(start), Path(reference)]
+        self._stage(
+            f"{name}/pair",
+            lambda: self._pair(index),
+            makes=pairs,
+            needs=joined + (models if config.rules(0).needs_model else []),
+        )
+        self._stage(
+            f"{name}/train",
+            lambda: self._train(index, start),
+            makes=[folder / "policy", folder / "train.json"],
+            needs=[pairs, *models],
+        )
         if config.extrapolation:
-            self._stage(f"{name}/extrapolate", lambda: self._extrapolate(index, start))
+            self._stage(
+                f"{name}/extrapolate",
+                lambda: self._extrapolate(index),
+                makes=folder / "extrapolated",
+                needs=[Path(self._trained(index)), Path(self._trained(index - 1))],
+            )
         return self._start_of(index + 1)
+
+    def _trained(self, index: int) -> str:
+        """What round ``index`` trained, before any extrapolation; the model for round 0."""
+        return str(self._folder(index) / "policy") if index else self.config.model
 
     def _compares_rounds(self, index: int) -> bool:
         return self.config.consistency != "none" and index > 1
@@ -319,7 +486,6 @@ class _Run:
         folder: Path,
         index: int,
     ) -> None:
-        check_directory(Path(policy))
         with open_sampler(
             policy,
             self.tokenizer,
@@ -337,8 +503,6 @@ class _Run:
                 round_index=index,
                 progress=self.progress,
             )
-        del sampler
-        gc.collect()
 
     def _scores(self, folder: Path, name: str = "scores") -> list[Path]:
         """A folder for each scorer."""
@@ -351,7 +515,20 @@ class _Run:
             scorer = self.config.load(spec, policy, previous)
             score(scorer, candidates, folder, progress=self.progress)
             del scorer
-            gc.collect()
+            release()
+
+    def _scores_before(self, folder: Path) -> list[Path]:
+        """Scores as of the round before: those of a scorer that stays the same are the present."""
+        found = zip(
+            self.config.scorers, self._scores(folder), self._scores(folder, "scores-before")
+        )
+        return [before if spec == "implicit" else now for spec, now, before in found]
+
+    def _score_before(self, candidates: Path, folder: Path, policy: str, previous: str) -> None:
+        for spec, path in zip(self.config.scorers, self._scores_before(folder)):
+            if spec == "implicit":
+                scorer = self.config.load(spec, policy, previous)
+                score(scorer, candidates, path, progress=self.progress)
 
     def _pair(self, index: int) -> None:
         config, folder = self.config, self._folder(index)
@@ -365,15 +542,22 @@ class _Run:
             folder / "pairs.jsonl",
             pairing=rules,
             shaping=config.shaping(len(config.scorers)),
-            previous_scores=(
-                self._scores(folder, "scores-before") if self._compares_rounds(index) else None
-            ),
+            previous_scores=(self._scores_before(folder) if self._compares_rounds(index) else None),
+            reference_scores=self._references() if self._refers(index) else None,
             replay=offline_rows,
             fresh=fresh,
             measure=(lambda pairs: self._measure(index, pairs)) if rules.needs_model else None,
         )
         dropped = "".join(f", {n} dropped: {why}" for why, n in summary["dropped"].items())
         print(f"round {index}: {summary['pairs']} pairs{dropped}")
+
+    def _refers(self, index: int) -> bool:
+        """Whether scores are compared with the start's; in round 1 the samples are the start's."""
+        return self.config.transform_reference == "start" and index > 1
+
+    def _references(self) -> tuple[Path, list[Path]]:
+        """Responses of the start to the same prompts, which are the first round's, and scores."""
+        return self._folder(1) / "candidates", self._scores(self._folder(1))
 
     def _measure(self, index: int, pairs: list[Any]) -> Any:
         """CHES and difficulty of pairs under the round's reference."""
@@ -393,13 +577,12 @@ class _Run:
         """Train on the round's pairs, a stage of a curriculum after the other."""
         folder = self._folder(index)
         stages = split_stages(load_pairs(folder / "pairs.jsonl"))
-        check_directory(Path(start))
         options: dict[str, Any] = {"reference": self._reference(index)}
         if self.config.alpha == "auto":
-            before = self._folder(index - 1) / CONTROL
-            if before.exists():
-                options["control"] = LengthController.from_dict(read_json(before))
-            options["lengths"] = _lengths(folder / "candidates")
+            if index > 1:  # without it, the lengths that the policy has by now would be the target
+                before = read_json(self._folder(index - 1) / CONTROL)
+                options["control"] = LengthController.from_dict(before)
+            options["lengths"] = response_lengths(folder / "candidates")
         if len(stages) == 1:
             found = [self._train_on(stages[0], index, start, folder, options)]
         else:
@@ -408,8 +591,11 @@ class _Run:
         metrics = {
             name: sum(row[name] * len(stage) for row, stage in zip(found, stages)) / total
             for name in found[0]
+            if all(name in row for row in found)
         }
-        write_json_atomic(folder / "train.json", metrics)
+        for name in ("pairs_dropped", "pairs_truncated"):
+            metrics[name] = sum(row[name] for row in found)
+        write_json_atomic(folder / "train.json", metrics, checksum=True)
 
     def _train_stages(
         self, stages: list[list[Any]], index: int, start: str, options: dict[str, Any]
@@ -429,7 +615,7 @@ class _Run:
         if not (folder / "policy").exists():
             combine([str(last / "policy")], [1.0], self.tokenizer, folder / "policy")
         if self.config.alpha == "auto":
-            write_json_atomic(folder / CONTROL, read_json(last / CONTROL))
+            write_json_atomic(folder / CONTROL, read_json(last / CONTROL), checksum=True)
         return found
 
     def _train_on(
@@ -447,32 +633,51 @@ class _Run:
             return None
         if config.reference != "average":
             return config.reference
-        path = self._folder(index) / "reference"
-        if not path.is_dir():
-            before = self._folder(index - 1) / "reference" if index > 2 else Path(config.model)
-            names = [str(before), self._start_of(index)]
-            decay = config.reference_decay
-            combine(names, [decay, 1 - decay], self.tokenizer, path)
-        return str(path)
+        return str(self._folder(index) / "reference")
 
-    def _extrapolate(self, index: int, start: str) -> None:
-        folder, more = self._folder(index), self.config.extrapolation
-        names = [str(folder / "policy"), start]
-        combine(names, [1 + more, -more], self.tokenizer, folder / "extrapolated")
+    def _average(self, index: int) -> None:
+        """The moving average of the starts up to round ``index``, from 2."""
+        config, path = self.config, self._folder(index) / "reference"
+        before = self._folder(index - 1) / "reference" if index > 2 else Path(config.model)
+        names, decay = [str(before), self._start_of(index)], config.reference_decay
+        self._stage(
+            f"round-{index:02d}/average",
+            lambda: combine(names, [decay, 1 - decay], self.tokenizer, path),
+            makes=path,
+            needs=[Path(name) for name in names],
+        )
+
+    def _extrapolate(self, index: int) -> None:
+        more = self.config.extrapolation
+        names = [self._trained(index), self._trained(index - 1)]
+        path = self._folder(index) / "extrapolated"
+        combine(names, [1 + more, -more], self.tokenizer, path)
 
     # --- offline pairs ---------------------------------------------------------------------------
     def _offline_rows(self) -> tuple[list[Any], dict[str, int]]:
         rows = preference_rows(read_rows(str(self.config.replay)))
+        fresh = self.config.fresh_threshold is not None
         return offline.offline_pairs(
-            rows, self.tokenizer, max_length=self.config.max_length, progress=self.progress
+            rows,
+            self.tokenizer,
+            max_length=self.config.max_length,
+            exclude=self.heldout,
+            max_new_tokens=self.config.max_new_tokens if fresh else None,
+            progress=self.progress,
         )
 
+    @property
+    def _scores_offline(self) -> bool:
+        """Whether offline pairs are compared with fresh samples, or voted on by the scorers."""
+        votes = self.config.rules(0).needs_several_scorers
+        return self.config.fresh_threshold is not None or votes
+
     def _read_offline(self) -> None:
-        """Tokenize the pairs to replay, and score them where fresh samples are to compare with."""
+        """Tokenize the pairs to replay, and score them where their scores are used."""
         rows, dropped = self._offline_rows()
         folder = self.out / "offline"
         offline.write_candidates(rows, folder / "candidates")
-        if self.config.fresh_threshold is not None:
+        if self._scores_offline:
             previous = str(self.config.previous_model)
             scores = self._scores(folder)
             self._score(folder / "candidates", scores, self.config.model, previous)
@@ -482,26 +687,32 @@ class _Run:
         """One fresh response to each offline prompt, and its score."""
         name, folder = f"round-{index:02d}", self._folder(index) / "offline"
         rows, _ = self._offline_rows()
-        prompts = [PromptRow(str(self.config.replay), row["prompt"]) for row in rows]
+        prompts = offline.prompt_rows(rows)
         settings = replace(self.config.sampling(self.config.seed + 2), num_samples=1)
         candidates = folder / "candidates"
         self._stage(
             f"{name}/offline-sample",
             lambda: self._sample(start, prompts, settings, candidates, index),
+            makes=candidates,
+            needs=[Path(start)],
         )
         self._stage(
             f"{name}/offline-score",
             lambda: self._score(candidates, self._scores(folder), start, previous),
+            makes=self._scores(folder),
+            needs=[candidates],
         )
 
     def _offline(self, index: int) -> tuple[list[Any], list[dict[str, float]]]:
         """Offline pairs, and the scores of each round's fresh responses to their prompts."""
         config, folder = self.config, self.out / "offline"
         rows, _ = self._offline_rows()
-        if config.fresh_threshold is None:
+        if not self._scores_offline:
             return rows, []
         weights = config.scorer_weights
         rows = offline.with_scores(rows, folder / "candidates", self._scores(folder), weights)
+        if config.fresh_threshold is None:
+            return rows, []
         rounds = [self._folder(i) / "offline" for i in range(1, index + 1)]
         return rows, [
             offline.fresh_scores(path / "candidates", self._scores(path), weights)
@@ -512,15 +723,43 @@ class _Run:
     def _evaluate(self, index: int, policy: str) -> None:
         """Score the policy on held-out prompts and write the round's row of the report."""
         folder, config = self._folder(index), self.config
+        needs = [folder / "train.json"] if index else []
         if self.heldout:
             settings = replace(config.sampling(config.seed + 1), num_samples=config.eval_samples)
-            candidates = folder / "eval" / "candidates"
+            candidates, name = folder / "eval" / "candidates", f"round-{index:02d}"
+            start = self._folder(0) / "eval"
             self._stage(
-                f"round-{index:02d}/eval-sample",
+                f"{name}/eval-sample",
                 lambda: self._sample(policy, self.heldout, settings, candidates, index),
+                makes=candidates,
+                needs=[Path(policy)],
             )
-            self._stage(f"round-{index:02d}/eval-score", lambda: self._score_heldout(folder))
-        self._stage(f"round-{index:02d}/report", lambda: self._summarize(index, folder))
+            self._stage(
+                f"{name}/eval-score",
+                lambda: self._score_heldout(folder),
+                makes=folder / "eval" / "scores",
+                needs=[candidates, start / "candidates"],
+            )
+            needs += [
+                candidates,
+                folder / "eval" / "scores",
+                start / "candidates",
+                start / "scores",
+            ]
+            if index:
+                self._stage(
+                    f"{name}/eval-kl",
+                    lambda: self._measure_kl(policy, folder),
+                    makes=folder / "eval" / "kl.json",
+                    needs=[candidates, Path(policy)],
+                )
+                needs.append(folder / "eval" / "kl.json")
+        self._stage(
+            f"round-{index:02d}/report",
+            lambda: self._summarize(index, folder),
+            makes=folder / "summary.json",
+            needs=needs,
+        )
 
     def _score_heldout(self, folder: Path) -> None:
         scorer: Scorer = self.config.load(self.config.evaluated_by)
@@ -531,10 +770,21 @@ class _Run:
             progress=self.progress,
         )  # fmt: skip
 
+    def _measure_kl(self, policy: str, folder: Path) -> None:
+        found = kl_to_start(
+            policy,
+            self.config.model,
+            folder / "eval" / "candidates",
+            dtype=dtype_of(self.config),
+            batch_size=self.config.scorer_batch_size,
+        )
+        write_json_atomic(folder / "eval" / "kl.json", found, checksum=True)
+
     def _summarize(self, index: int, folder: Path) -> None:
         row: dict[str, Any] = {"round": index}
         if self.heldout:
             row |= heldout_row(folder / "eval", self._folder(0) / "eval")
+            row |= read_json(folder / "eval" / "kl.json") if index else {}
         if index:
             row |= read_json(folder / "train.json")
             summary = read_json(folder / "pairs.summary.json")
@@ -548,7 +798,18 @@ class _Run:
         report.html(self.out)
 
 
-def _lengths(candidates: Path) -> list[list[int]]:
+def is_whole(path: Path) -> bool:
+    """Whether a file, a folder of weights, or all parts of a stage are there."""
+    if not (path / "plan.json").is_file():
+        return path.exists() and (path.is_file() or any(path.iterdir()))
+    try:
+        list_parts(path)
+    except DataError:
+        return False
+    return True
+
+
+def response_lengths(candidates: Path) -> list[list[int]]:
     """Tokens of each response, a list for each prompt."""
     found: dict[int, list[int]] = {}
     for row in read_parts(candidates):

@@ -19,7 +19,7 @@ from fastdpo.data import preference_rows, prompt_rows, read_rows
 from fastdpo.models import load_causal_lm, load_tokenizer
 from fastdpo.offline import offline_pairs
 from fastdpo.options import PairingOptions, SamplingOptions, ScoringOptions, dtype_of
-from fastdpo.pairing import pair
+from fastdpo.pairing import check_votes, pair
 from fastdpo.sampling import open_sampler, sample
 from fastdpo.scoring import score
 from fastdpo.storage import locked
@@ -35,6 +35,7 @@ class SampleConfig(SamplingOptions):
         prompts: file or hub name of rows with a ``prompt`` (text or messages).
         output_dir: gets the candidates, in parts; resumed if it exists.
         max_prompts: take only this many, from the first on.
+        max_length: tokens of prompt and response; None leaves it to the model.
         round_index: another round draws other random numbers.
         seed: of all random numbers.
     """
@@ -43,6 +44,7 @@ class SampleConfig(SamplingOptions):
     prompts: str
     output_dir: str = "candidates"
     max_prompts: int | None = None
+    max_length: int | None = None
     round_index: int = 1
     seed: int = 0
 
@@ -50,6 +52,10 @@ class SampleConfig(SamplingOptions):
         self.sampling(self.seed)
         if self.max_prompts is not None and self.max_prompts < 1:
             raise ConfigError(f"max_prompts={self.max_prompts} must be >= 1")
+        if self.max_length is not None and self.max_length <= self.max_new_tokens:
+            raise ConfigError(
+                f"max_length={self.max_length} must be > max_new_tokens={self.max_new_tokens}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -85,6 +91,8 @@ class PairConfig(PairingOptions):
         scores: folders that ``fastdpo score`` wrote, one for each scorer.
         output: a .jsonl file for the pairs; its summary lies beside it.
         previous_scores: for ``consistency``, scores of the same candidates by the round before.
+        reference_candidates, reference_scores: for ``transform_reference: start``, what the model
+            before training gave to the same prompts, and its scores, a folder for each scorer.
         model: for ``ches_keep``, ``max_difficulty`` and ``replay``, the policy that is trained.
         max_length: offline pairs with a longer side are left out.
         max_tokens: tokens that are measured at a time.
@@ -96,6 +104,8 @@ class PairConfig(PairingOptions):
     scores: list[str]
     output: str = "pairs.jsonl"
     previous_scores: list[str] = field(default_factory=list)
+    reference_candidates: str | None = None
+    reference_scores: list[str] = field(default_factory=list)
     model: str | None = None
     max_length: int = 1024
     max_tokens: int = 4096
@@ -107,6 +117,31 @@ class PairConfig(PairingOptions):
         self.shaping(len(self.scores))
         if not self.scores:
             raise ConfigError("scores=[] must name at least one folder")
+        voting = rules.needs_several_scorers
+        if voting and len(self.scores) < 2:
+            raise ConfigError(
+                f"flip_share={self.flip_share} and soft_label={self.soft_label} need at least two "
+                f"folders of scores, not scores={self.scores}"
+            )
+        compares = self.consistency != "none"
+        if compares and len(self.previous_scores) != len(self.scores):
+            raise ConfigError(
+                f"consistency={self.consistency} needs previous_scores, as many folders as scores, "
+                f"not {self.previous_scores}"
+            )
+        self.check_replay()
+        try:
+            check_votes(rules, self.shaping(len(self.scores)), offline=False)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        refers = self.transform_reference == "start"
+        named = self.reference_candidates is not None and bool(self.reference_scores)
+        if refers != named:
+            raise ConfigError(
+                f"transform_reference={self.transform_reference} with "
+                f"reference_candidates={self.reference_candidates} and "
+                f"reference_scores={self.reference_scores}: give start and both, or none"
+            )
         if self.fresh_threshold is not None:
             raise ConfigError("fresh_threshold needs scored rounds; use fastdpo iterate")
         if (rules.needs_model or self.replay) and self.model is None:
@@ -124,6 +159,7 @@ def run_sample(config: SampleConfig) -> None:
             tokenizer,
             sampling,
             dtype=dtype_of(config),
+            max_length=config.max_length,
             log_path=out / "sampler.log",
         ) as sampler,
     ):
@@ -145,7 +181,9 @@ def run_pair(config: PairConfig) -> None:
     if config.replay_share:
         rows = preference_rows(read_rows(str(config.replay)))
         tokenizer = load_tokenizer(str(config.model))
-        replay, _ = offline_pairs(rows, tokenizer, max_length=config.max_length)
+        replay, dropped = offline_pairs(rows, tokenizer, max_length=config.max_length)
+        for reason, count in dropped.items():
+            print(f"offline pairs dropped, {count}: {reason}")
 
     def measure(pairs: list[Any]) -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,6 +197,11 @@ def run_pair(config: PairConfig) -> None:
         pairing=rules,
         shaping=config.shaping(len(config.scores)),
         previous_scores=[Path(folder) for folder in config.previous_scores] or None,
+        reference_scores=(
+            (Path(config.reference_candidates), [Path(x) for x in config.reference_scores])
+            if config.reference_candidates
+            else None
+        ),
         replay=replay,
         measure=measure if rules.needs_model else None,
     )

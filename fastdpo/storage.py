@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,9 +36,13 @@ def write_jsonl_atomic(
     Raises ValueError when a number is NaN or infinite, and TypeError for what isn't JSON.
     """
     text = "".join(_dump(row) + "\n" for row in rows)
-    if not checksum:
+    if checksum:
+        _write_with_checksum(path, text)
+    else:
         _write_atomic(path, text)
-        return
+
+
+def _write_with_checksum(path: Path, text: str) -> None:
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     files = [(checksum_path(path), f"{digest}  {Path(path).name}\n"), (Path(path), text)]
     if Path(path).exists():
@@ -78,6 +83,21 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
+def told_when_full(path: Path) -> Iterator[None]:
+    """Make of safetensors' own exception, on a full disk above all, a DataError with the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        free = shutil.disk_usage(Path(path).parent).free / 2**30
+        raise DataError(
+            f"{path} can't be written ({error}; {free:.1f} GiB are free on its disk). Make room, "
+            "and the same command goes on."
+        ) from error
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a folder to this process; the system gives it up when the process ends, however it does.
 
@@ -103,9 +123,10 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_json_atomic(path: Path, value: Any) -> None:
+def write_json_atomic(path: Path, value: Any, *, checksum: bool = False) -> None:
     """Write one JSON value, indented. Otherwise as `write_jsonl_atomic`."""
-    _write_atomic(path, _dump(value, indent=2) + "\n")
+    write = _write_with_checksum if checksum else _write_atomic
+    write(path, _dump(value, indent=2) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -119,7 +140,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises DataError, naming the file, when there is none."""
+    """The value in a JSON file. Raises DataError, naming the file, when there is none or it differs
+    from its checksum, where it has one.
+    """
+    check_rows(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

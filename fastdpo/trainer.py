@@ -68,8 +68,9 @@ _CHOICES = {
 }
 CONTROL = "control.json"  # the state of alpha=auto at the end
 _COVARIANCE = "covariance"  # of margins and lengths, for alpha=auto
+FITTED = "fitted.json"  # how many pairs were too long
 # What does not change the weights that come out.
-_FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
+FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
 
 
 @dataclass
@@ -79,7 +80,9 @@ class TrainingConfig:
     Attributes:
         beta: strength of the KL penalty.
         alpha: length penalty per token, not multiplied by beta; 0 is plain DPO. "auto" holds the
-            mean response length of the start, see `fastdpo.control`.
+            mean response length at `target_length`, see `fastdpo.control`.
+        target_length: tokens that alpha="auto" holds; by default the mean length of the samples
+            that the first round starts with.
         learning_rate: peak of the cosine schedule.
         warmup_ratio: share of the steps that warm up linearly.
         weight_decay: AdamW's.
@@ -114,6 +117,7 @@ class TrainingConfig:
 
     beta: float = 0.1
     alpha: float | str = 0.01
+    target_length: float | None = None
     learning_rate: float = 1e-6
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -151,6 +155,9 @@ class TrainingConfig:
             require(self, name, getattr(self, name) >= 0, ">= 0")
         known = self.alpha == "auto" or isinstance(self.alpha, int | float)
         require(self, "alpha", known, "a finite number or auto")
+        if self.target_length is not None:
+            valid = self.alpha == "auto" and 0 < self.target_length < math.inf
+            require(self, "target_length", valid, "a finite number > 0, and needs alpha=auto")
         require(self, "warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         require(self, "max_length", self.max_length >= 2, ">= 2 (a prompt and a response token)")
         require(self, "max_tokens", self.max_tokens >= 3, ">= 3 (a prompt and two responses)")
@@ -278,11 +285,25 @@ def train(
     Raises:
         ModelError: the model cannot be trained on pairs, or the loss left the finite range.
         DataError: a pair does not fit, and ``config.overlong`` is "stop".
-        ConfigError: ``out`` holds another run.
+        ConfigError: ``out`` holds another run, or the options do not go together.
     """
+    check_control(config, reference)
     return _Round(
         model, tokenizer, pairs, config, Path(out), reference, control, lengths, progress, on_step
     ).run()
+
+
+def check_control(config: TrainingConfig, reference: str | Path | None) -> None:
+    """Raises ConfigError when alpha is to be found on the way and the reference is not the start.
+
+    The controller reads from the log-ratios how far a round has moved, which they tell only from
+    where it began (`fastdpo.control`).
+    """
+    if config.alpha == "auto" and reference is not None:
+        raise ConfigError(
+            f"alpha=auto needs the round's start as its reference, not reference={reference}; "
+            "leave reference out, or give alpha a number"
+        )
 
 
 class _Round:
@@ -308,7 +329,9 @@ class _Round:
         self.start, self.tokenizer, self.config, self.out = model, tokenizer, config, out
         self.pairs, self.other_reference, self.on_step = pairs, reference, on_step
         self.progress = progress and self.accelerator.is_main_process
-        self.control, self.response_lengths = control or LengthController(), lengths
+        self.control = control or LengthController(config.target_length)
+        self.response_lengths = lengths
+        self.too_long = {"pairs_dropped": 0, "pairs_truncated": 0}
         self.alpha = 0.0 if config.alpha == "auto" else float(config.alpha)
 
     def run(self) -> dict[str, float]:
@@ -320,7 +343,7 @@ class _Round:
         if (self.out / "policy").is_dir():
             if not isinstance(self.start, str | Path):
                 raise ConfigError(f"{self.out} holds a finished run; load its policy instead")
-            return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
+            return self._metrics()
         config, accelerator = self.config, self.accelerator
         reference, ref_logp_P2 = self._load_reference(), None
         if reference is not None and config.precompute_ref_log_probs:
@@ -375,14 +398,19 @@ class _Round:
         if log is not None:
             log.close()
             if config.alpha == "auto":
-                write_json_atomic(self.out / CONTROL, self.control.to_dict())
+                write_json_atomic(self.out / CONTROL, self.control.to_dict(), checksum=True)
             self._save(plain)
         accelerator.wait_for_everyone()
         if not isinstance(self.start, str | Path) and not config.use_peft:
             use_own_attention(plain.eval())  # the caller's model generates again
         del model, plain, optimizer, scheduler, reference  # the patched forwards are a cycle
         gc.collect()
-        return _mean_metrics(self.out / "metrics" / "metrics.jsonl")
+        return self._metrics()
+
+    def _metrics(self) -> dict[str, float]:
+        """Of a finished run: means over its pairs, and how many of them were too long."""
+        means = _mean_metrics(self.out / "metrics" / "metrics.jsonl")
+        return {**means, **read_json(self.out / FITTED)}
 
     def _begin_control(self, state: dict[str, Any] | None) -> None:
         """Where alpha is found on the way: the controller of this round, or as it was left."""
@@ -427,6 +455,11 @@ class _Round:
         fitted = fit_to_budget(
             self.pairs, config.max_tokens, layout=self.layout, overlong=config.overlong
         )
+        if self.accelerator.is_main_process:
+            # Called twice where the reference is another model; what fits then fits again.
+            self.too_long["pairs_dropped"] += len(fitted.dropped_at)
+            self.too_long["pairs_truncated"] += len(fitted.truncated_at)
+            write_json_atomic(self.out / FITTED, self.too_long)
         if self.accelerator.is_main_process and (fitted.dropped_at or fitted.truncated_at):
             print(
                 f"over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
@@ -467,7 +500,7 @@ class _Round:
 
     def _claim_folder(self) -> None:
         """Write what this run is, or refuse a folder that holds another one."""
-        names = {field.name for field in fields(TrainingConfig)} - _FREE
+        names = {field.name for field in fields(TrainingConfig)} - FREE
         run = {name: value for name, value in asdict(self.config).items() if name in names}
         named = isinstance(self.start, str | Path)
         run["model"] = str(self.start) if named else weights_digest(self.start)

@@ -1,11 +1,12 @@
-"""Run the command line again and again, and kill it (SIGKILL) at random moments.
+"""Run the command line again and again, and kill it (SIGKILL) at random moments of every stage.
 
     python random_kills.py SEED KILLS OUT iterate ...
 
-Runs go to OUT/run-0, OUT/run-1, ...: when one ends before its moment comes, the next begins.  Each
-attempt is forked from this process, which has everything imported, so that moments fall into the
-work and not into imports.  Prints a JSON object: where each kill fell, and whether files that were
-there were written again.
+First OUT/whole is left to end, to learn how long each stage takes. Then OUT/killed is killed KILLS
+times in each stage, after a random part of that time, and at last left to end. Each attempt is
+forked from this process, which has everything imported, so that moments fall into the work and not
+into imports. Prints a JSON object: the stages, where each kill fell, whether files of samples and
+scores that were there were written again, and the exit codes of the two that ended.
 """
 
 import importlib
@@ -14,44 +15,52 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 WORK = ("candidates/part-*.jsonl", "scores*/part-*.jsonl")
 
 
-def attempt(argv: list[str], log: Path, seconds: float | None) -> int | None:
-    """Exit code of the command, or None where it was killed after some seconds."""
+def attempt(argv: list[str], run: Path, stage: int | None, delay: float = 0.0) -> int:
+    """Exit code of the command; it is killed some seconds into a stage, unless it ended by then."""
     pid = os.fork()
     if pid == 0:
-        with log.open("ab") as file:
+        with run.with_suffix(".log").open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        watch(run.with_suffix(".seconds"), stage, delay)
         from fastdpo.cli import main
 
-        os._exit(main(argv))
-    end = time.monotonic() + (seconds if seconds is not None else 1e9)
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
+        os._exit(main([*argv, f"--output_dir={run}"]))
     _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return None if code == -signal.SIGKILL else code
+    return os.waitstatus_to_exitcode(status)
 
 
-def place(run: Path) -> str:
-    """The stage that a run was in."""
+def watch(times: Path, target: int | None, delay: float) -> None:
+    """In this process, note how long stages take, and set the clock of the end in one of them."""
+    from fastdpo import rounds
+
+    run_stage = rounds._Run._stage
+
+    def stage(self, name, work, **options):
+        if len(self.done) == target and name not in self.done:
+            timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
+        before, started = len(self.done), time.perf_counter()
+        run_stage(self, name, work, **options)
+        if len(self.done) > before:
+            with times.open("a") as file:
+                file.write(f"{time.perf_counter() - started}\n")
+
+    rounds._Run._stage = stage  # type: ignore[method-assign]
+
+
+def stages(run: Path) -> list[str]:
+    """The stages that are done."""
     state = run / "state.json"
-    if not state.exists():
-        return "start"
-    done = json.loads(state.read_text())["done"]
-    after = done[-1] if done else "nothing"
-    folder = run / "round-01" / "checkpoint"
-    training = after.endswith("/pair") and folder.is_dir()
-    return f"after {after}" + (", with a checkpoint" if training else "")
+    return json.loads(state.read_text())["done"] if state.exists() else []
 
 
 def work(run: Path) -> dict[str, list[int]]:
@@ -59,7 +68,7 @@ def work(run: Path) -> dict[str, list[int]]:
     return {
         str(path): [path.stat().st_ino, path.stat().st_mtime_ns]
         for pattern in WORK
-        for path in sorted(run.glob(f"round-*/**/{pattern}"))
+        for path in sorted(run.glob(f"**/{pattern}"))
     }
 
 
@@ -67,31 +76,24 @@ def main() -> None:
     seed, kills, out, argv = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     for name in ("fastdpo.cli", "fastdpo.rounds", "transformers.generation.utils", "accelerate"):
         importlib.import_module(name)
-    rng = random.Random(seed)
-
-    def command(run: Path) -> list[str]:
-        return [*argv, f"--output_dir={run}"]
-
-    started = time.monotonic()
-    code = attempt(command(out / "whole"), out / "whole.log", None)
-    whole = time.monotonic() - started
-    places, again, runs, codes = [], [], 0, [code]
+    rng, whole, run = random.Random(seed), out / "whole", out / "killed"
+    codes = [attempt(argv, whole, None)]
+    seconds = [float(x) for x in whole.with_suffix(".seconds").read_text().split()]
+    names = stages(whole)
+    places, again = [], []
     known: dict[str, list[int]] = {}
-    while len(places) < kills or known:
-        run = out / f"run-{runs}"
-        last = len(places) >= kills
-        code = attempt(
-            command(run), out / f"run-{runs}.log", None if last else rng.uniform(0, whole)
-        )
-        found = work(run)
-        again += [path for path, value in known.items() if found.get(path) != value]
-        known = found
-        if code is None:
-            places.append(place(run))
-        else:
-            codes.append(code)
-            runs, known = runs + 1, {}
-    print(json.dumps({"places": places, "again": again, "runs": runs, "codes": codes}))
+    for stage, took in enumerate(seconds):
+        for _ in range(kills):
+            if attempt(argv, run, stage, rng.uniform(0, took)) != -signal.SIGKILL:
+                continue
+            places.append(dict(enumerate(names)).get(len(stages(run)), "the end"))
+            found = work(run)
+            again += [path for path, value in known.items() if found.get(path) != value]
+            known = found
+    codes.append(attempt(argv, run, None))
+    found = work(run)
+    again += [path for path, value in known.items() if found.get(path) != value]
+    print(json.dumps({"stages": names, "places": places, "again": again, "codes": codes}))
 
 
 if __name__ == "__main__":

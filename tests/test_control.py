@@ -143,15 +143,17 @@ def test_pairs_of_equal_lengths_leave_alpha_at_zero():
 
 def test_what_is_logged():
     controller = begun(target=100.0).after_step(30.0, 0.5)
-    assert set(controller.round_facts()) == {
-        "alpha", "alpha/neutral", "alpha/bound", "length/sampled", "length/target",
-        "length/error_sum", "length_tilt/wanted",
-    }  # fmt: skip
     facts = controller.step_facts()
+    assert set(facts) == {
+        "alpha", "alpha/neutral", "alpha/bound", "length_tilt", "length_tilt/wanted",
+        "length/sampled", "length/target", "length/error_sum",
+    }  # fmt: skip
+    assert facts["length/target"] == 100.0 and facts["alpha/bound"] == controller.bound
     assert facts["alpha"] == controller.alpha
     assert facts["length_tilt"] == controller.tilt > 0
     assert facts["length_tilt/wanted"] == 0.5 * controller.wanted < 0
-    json.dumps([controller.round_facts(), facts])
+    json.dumps(facts)
+    assert "length/sampled" not in begun(samples=None).step_facts()
 
 
 # --- bounds and resume, for anything that can be measured ---------------------------------------

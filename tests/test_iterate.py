@@ -1,12 +1,12 @@
 """Options of the outer loop: references, extrapolation, schedules, curricula, alpha=auto, several
-scorers, offline pairs; its stages as commands; what happens to a folder that is used or damaged.
+scorers, offline pairs; its stages as commands.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tiny import LLAMA, _family, save_tiny
 
 from fastdpo.cli import main
 from fastdpo.models import ModelError, combine, load_causal_lm, load_tokenizer
-from fastdpo.storage import check_rows, checksum_path
+from fastdpo.storage import read_parts
 
 
 def lengths(prompts, responses):
@@ -44,8 +44,8 @@ def inputs(tmp_path_factory):
 
 
 def run(inputs, out, **changes):
-    argv = arguments(inputs, out, scorer="test_iterate:vowels", rounds=1, **changes)
-    assert main(argv) == 0
+    options = {"scorer": "test_iterate:vowels", "rounds": 1, **changes}
+    assert main(arguments(inputs, out, **options)) == 0
     return out
 
 
@@ -104,6 +104,43 @@ def test_extrapolation_goes_on_in_the_direction_of_the_update(inputs, tmp_path):
     plain = run(inputs, tmp_path / "plain")
     other = json.loads((plain / "round-01" / "eval" / "candidates" / "plan.json").read_text())
     assert plan != other, "the policy that is evaluated is the next start"
+
+
+def test_a_later_extrapolation_is_from_policy_to_policy(inputs, tmp_path):
+    """Not from the extrapolated start, which would add up what was extrapolated before."""
+    out = run(inputs, tmp_path, extrapolation=0.5, rounds=2, heldout=0)
+    found = load_file(out / "round-02" / "extrapolated" / "model.safetensors")
+    first, second = weights(out, 1), weights(out, 2)
+    for name, value in second.items():
+        wanted = 1.5 * value - 0.5 * first[name]
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_are_on_one_side_of_the_split(inputs, tmp_path, capsys):
+    rows = [{"prompt": f"tell me about number {i % 5}"} for i in range(10)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run(inputs, tmp_path / "run", prompts=prompts, heldout=2)
+    asked = [
+        {row["prompt"] for row in read_parts(out / "round-01" / name)}
+        for name in ("candidates", "eval/candidates")
+    ]
+    assert all(asked) and not asked[0] & asked[1]
+    assert "are those of held-out rows" in capsys.readouterr().out
+
+
+def test_prompts_without_room_are_left_out_if_asked_to(inputs, tmp_path, capsys):
+    rows = [{"prompt": f"tell me about number {i} " * (1 + 20 * (i == 3))} for i in range(10)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = arguments(inputs, tmp_path / "run", scorer="test_iterate:vowels", prompts=prompts)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "prompts.jsonl:4" in error and "overlong=drop" in error
+    out = run(inputs, tmp_path / "run", prompts=prompts, overlong="drop", heldout=0)
+    assert "1 prompts of over 52 tokens are left out" in capsys.readouterr().out
+    asked = {row["prompt"] for row in read_parts(out / "round-01" / "candidates")}
+    assert len(asked) == 9 and rows[3]["prompt"] not in asked
 
 
 def test_models_of_other_shapes_are_not_combined(inputs, tmp_path):
@@ -173,20 +210,80 @@ def test_alpha_is_found_on_the_way(inputs, tmp_path):
 
 
 def test_alpha_auto_goes_on_with_the_same_bits(inputs, tmp_path):
-    options = dict(alpha="auto", scorer="test_iterate:lengths", rounds=1, stop='["a"]')
+    options = dict(alpha="auto", scorer="test_iterate:lengths", rounds=2, stop='["a"]')
     assert main(arguments(inputs, tmp_path / "whole", **options)) == 0
     argv = arguments(inputs, tmp_path / "killed", **options)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    driver = [sys.executable, str(TESTS / "kill_driver.py"), "fastdpo.trainer:packed_loss", "6"]
+    driver = [sys.executable, str(TESTS / "kill_driver.py"), "fastdpo.trainer:packed_loss", "11"]
     done = subprocess.run([*driver, *argv], env=environment, capture_output=True, text=True)
     assert done.returncode < 0, done.stderr
+    assert (tmp_path / "killed/round-02/checkpoint").is_dir(), "it was not killed in round 2"
+    assert not (tmp_path / "killed/round-02/policy").exists()
     assert main(argv) == 0
-    assert same(weights(tmp_path / "whole", 1), weights(tmp_path / "killed", 1))
-    control = [(tmp_path / x / "round-01/control.json").read_bytes() for x in ("whole", "killed")]
-    assert control[0] == control[1]
+    assert same(weights(tmp_path / "whole", 2), weights(tmp_path / "killed", 2))
+    control = [(tmp_path / x / "round-02/control.json").read_bytes() for x in ("whole", "killed")]
+    assert control[0] == control[1] and json.loads(control[0])["error_sum"] != 0
+
+
+def test_a_length_may_be_asked_for(inputs, tmp_path):
+    options = dict(alpha="auto", scorer="test_iterate:lengths", target_length=5, heldout=0)
+    out = run(inputs, tmp_path, **options)
+    found = json.loads((out / "round-01" / "train.json").read_text())
+    assert found["length/target"] == 5 and found["length/sampled"] > 6
+    # It is too long from the start, so shorter is wanted at once.
+    assert json.loads((out / "round-01" / "control.json").read_text())["wanted"] < 0
+
+
+def test_a_lost_controller_is_no_new_target(inputs, tmp_path, capsys):
+    options = dict(alpha="auto", scorer="test_iterate:lengths", heldout=0)
+    out = run(inputs, tmp_path, **options)
+    (out / "round-01" / "control.json").unlink()
+    assert main(arguments(inputs, out, **{**options, "rounds": 2})) == 2
+    assert "control.json" in capsys.readouterr().err
+
+
+def test_rounds_of_alpha_auto_by_the_stages_as_commands(inputs, tmp_path):
+    """Given what the round before left, training alone is what iterate does."""
+    options = dict(alpha="auto", scorer="test_iterate:lengths", rounds=2, heldout=0, stop='["a"]')
+    out = run(inputs, tmp_path / "whole", **options)
+    first, second = out / "round-01", out / "round-02"
+    command = [
+        "train", f"--model={first / 'policy'}", f"--dataset={second / 'pairs.jsonl'}",
+        f"--output_dir={tmp_path / 'alone'}", "--max_length=64", "--max_tokens=160",
+        "--batch_size=3", "--learning_rate=1e-3", "--warmup_ratio=0", "--bf16=false",
+        "--gradient_checkpointing=false", "--reference_cache=null", "--alpha=auto",
+    ]  # fmt: skip
+    more = [f"--control={first / 'control.json'}", f"--candidates={second / 'candidates'}"]
+    assert main([*command, *more]) == 0
+    trained = load_file(tmp_path / "alone" / "policy" / "model.safetensors")
+    assert same(trained, weights(out, 2))
+    assert main([*command[:-1], *more, "--alpha=0.1"]) == 2
 
 
 # ------------------------------------------------------------------------------- scores and pairs
+def test_the_divergence_from_the_start_is_the_log_ratio_of_held_out_responses(inputs, tmp_path):
+    out = run(inputs, tmp_path / "run", learning_rate=1e-2, sample_dtype="float32")
+    models = [
+        load_causal_lm(str(name), dtype=torch.float64)
+        for name in (out / "round-01" / "policy", inputs / "model")
+    ]
+    by_prompt: dict[int, list[float]] = {}
+    for row in read_parts(out / "round-01" / "eval" / "candidates"):
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        start, logps = len(row["prompt_ids"]), []
+        for model in models:
+            with torch.no_grad():
+                logp_TV = model(input_ids=ids).logits[0].log_softmax(-1)
+            logps.append(logp_TV[start - 1 : -1].gather(1, ids[0, start:, None]).sum().item())
+        by_prompt.setdefault(row["prompt_index"], []).append(logps[0] - logps[1])
+    ratios = torch.tensor([sum(x) / len(x) for x in by_prompt.values()], dtype=torch.float64)
+    found = json.loads((out / "round-01" / "summary.json").read_text())
+    assert found["kl"] == pytest.approx(ratios.mean().item(), rel=1e-3) and found["kl"] > 0.01
+    error = ratios.std().item() / len(ratios) ** 0.5
+    assert found["kl_se"] == pytest.approx(error, rel=1e-3)
+    assert "kl" not in json.loads((out / "round-00" / "summary.json").read_text())
+
+
 def test_several_scorers_are_combined(inputs, tmp_path):
     scorers = '["test_iterate:vowels","test_iterate:lengths"]'
     argv = arguments(
@@ -214,6 +311,59 @@ def test_the_implicit_reward_and_its_consistency(inputs, tmp_path):
     pairs = [json.loads(line) for line in (tmp_path / "round-02" / "pairs.jsonl").open()]
     assert all(0 <= pair["smoothing"] <= 1 for pair in pairs)
     assert 0 <= summary(tmp_path, 2)["consistency"] <= 1
+
+
+def test_only_what_changes_is_scored_as_of_the_round_before(inputs, tmp_path):
+    options = dict(
+        scorer="[test_iterate:vowels,implicit]", previous_model=str(inputs / "other"),
+        consistency="mean", eval_scorer="test_iterate:vowels", rounds=2,
+    )  # fmt: skip
+    assert main(arguments(inputs, tmp_path, **options)) == 0
+    found = sorted(path.name for path in (tmp_path / "round-02").glob("scores*"))
+    assert found == ["scores-1", "scores-2", "scores-before-2"]
+    assert 0 <= summary(tmp_path, 2)["consistency"] <= 1
+
+
+def test_scores_are_compared_with_those_of_the_start(inputs, tmp_path):
+    """PAR, with the first round's samples as its reference in the second."""
+    options = dict(transform="par", rounds=2, heldout=0)
+    own = run(inputs, tmp_path / "own", **options)
+    start = run(inputs, tmp_path / "start", transform_reference="start", **options)
+    pairs = [
+        [json.loads(line) for line in (out / f"round-0{i}" / "pairs.jsonl").open()]
+        for i in (1, 2)
+        for out in (own, start)
+    ]
+    assert pairs[0] == pairs[1] and pairs[2] != pairs[3]
+    # Pairs are those of the same responses: PAR keeps their order.
+    assert [x["chosen_ids"] for x in pairs[2]] == [x["chosen_ids"] for x in pairs[3]]
+    by_prompt: dict[int, list[float]] = {}
+    for row in read_parts(start / "round-01" / "scores"):
+        by_prompt.setdefault(row["prompt_index"], []).append(row["score"])
+    raw = {
+        (row["prompt_index"], row["sample_index"]): row["score"]
+        for row in read_parts(start / "round-02" / "scores")
+    }
+    row = pairs[3][0]
+    best = max(value for (index, _), value in raw.items() if index == row["prompt_index"])
+    references = by_prompt[row["prompt_index"]]
+    wanted = sum(1 / (1 + math.exp(x - best)) for x in references) / len(references)
+    assert row["score_chosen"] == pytest.approx(wanted)
+
+
+def test_what_is_held_out_is_not_replayed(inputs, tmp_path):
+    rows = [
+        {"prompt": f"tell me about number {i}", "chosen": " a nice answer", "rejected": f" no {i}"}
+        for i in range(10)
+    ]
+    offline = tmp_path / "offline.jsonl"
+    offline.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run(inputs, tmp_path / "run", replay=offline, replay_share=0.2, heldout=6)
+    held = {row["prompt"] for row in read_parts(out / "round-01" / "eval" / "candidates")}
+    candidates = read_parts(out / "offline" / "candidates")
+    assert held and not held & {row["prompt"] for row in candidates}
+    dropped = json.loads((out / "offline" / "summary.json").read_text())["dropped"]
+    assert dropped["offline: prompt is held out"] == 6
 
 
 def test_offline_pairs_are_replayed(inputs, tmp_path):
@@ -246,15 +396,34 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
         ({"scorer": "implicit", "previous_model": "x"}, "eval_scorer"),
         ({"consistency": "mean"}, "needs scorer=implicit"),
         ({"flip_share": 0.2}, "at least two scorers"),
-        ({"replay_share": 0.5}, "needs replay"),
-        ({"pairing": "worst"}, "rule must be one of"),
+        ({"replay_share": 0.5}, "need each other"),
+        ({"replay": "pairs.jsonl"}, "need each other"),
+        ({"fresh_threshold": 0.0}, "needs replay"),
+        ({"pairing": "worst"}, "pairing must be one of"),
+        ({"pairing": "tree_siblings"}, "fastdpo pair"),
+        ({"alpha": "auto", "reference": "average"}, "reference=average"),
+        ({"target_length": 20}, "needs alpha=auto"),
+        ({"scorer_weights": "[1,2]"}, "scorer_weights"),
+        ({"scorer_timeout": 0}, "scorer_timeout must be"),
         ({"round_betas": "[0.1,-1]"}, "round_betas"),
         ({"extrapolation": -1}, "extrapolation"),
         ({"reference_decay": 2}, "reference_decay"),
         ({"alpha": "most"}, "alpha=most"),
-        ({"scorer_api_key_env": "my key"}, "api_key_env"),
+        ({"scorer_api_key_env": "my key"}, "scorer_api_key_env"),
         ({"reference": "/nowhere/at-all"}, "at-all"),
         ({"transform": "cube"}, "transform"),
+        ({"transform_reference": "start"}, "transform=par"),
+        ({"transform_reference": "end"}, "own or start"),
+        ({"scorer": "https://host/score?api_key=1"}, "scorer: the URL has a query"),
+        ({"eval_scorer": "judge:http://me:1@host#m"}, "eval_scorer: the URL has a name or key"),
+        (
+            {
+                "flip_share": 0.2,
+                "scorer": "[test_iterate:vowels,test_iterate:lengths]",
+                "eval_scorer": "test_iterate:vowels",
+            },
+            "can change no label",
+        ),
     ],
 )
 def test_impossible_options_end_before_there_is_a_folder(
@@ -296,97 +465,3 @@ def test_the_report_command(inputs, tmp_path, capsys):
     assert "tell me about number" in page and "http-equiv" in page
     assert main(["report", f"--output_dir={tmp_path / 'none'}"]) == 2
     assert "no run here" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------- folders
-def test_a_second_run_in_a_folder_is_refused(inputs, tmp_path):
-    """The lock is the process's: it is gone with it, whatever ends it."""
-    code = (
-        "import sys, time; from pathlib import Path; from fastdpo.storage import locked\n"
-        "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
-    )
-    out = tmp_path / "run"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True, cwd=TESTS.parent
-    )
-    try:
-        assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        argv = arguments(inputs, out, scorer="test_iterate:vowels", rounds=1)
-        done = subprocess.run(
-            [sys.executable, "-m", "fastdpo.cli", *argv], capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
-        )  # fmt: skip
-        assert done.returncode == 2 and f"process {other.pid}" in done.stderr, done.stderr
-        assert not (out / "state.json").exists()
-    finally:
-        other.kill()
-        other.wait()
-    assert main(argv) == 0
-
-
-def damage(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def test_damaged_files_are_named_and_made_again(inputs, tmp_path, capsys):
-    options = dict(scorer="test_iterate:vowels", rounds=1)
-    out = run(inputs, tmp_path)
-    before = {name: x.clone() for name, x in weights(out, 1).items()}  # files are mapped
-    argv = arguments(inputs, out, **{**options, "rounds": 2})
-    damage(out / "round-01" / "policy" / "model.safetensors")
-    assert main(argv) == 2
-    error = capsys.readouterr().err
-    assert "model.safetensors differs" in error and "Delete" in error
-    part = out / "round-01" / "scores" / "part-00000.jsonl"
-    damage(part)
-    with pytest.raises(Exception, match="SHA-256 differs"):
-        check_rows(part)
-    assert checksum_path(part).exists()
-    state = json.loads((out / "state.json").read_text())
-    state["done"] = state["done"][: state["done"].index("round-01/score")]
-    (out / "state.json").write_text(json.dumps(state))
-    import shutil
-
-    part.unlink()
-    shutil.rmtree(out / "round-01" / "policy")
-    assert main(arguments(inputs, out, **options)) == 0
-    assert same(weights(out, 1), before)
-
-
-def test_a_truncated_line_is_named(inputs, tmp_path, capsys):
-    out = run(inputs, tmp_path)
-    part = out / "round-01" / "candidates" / "part-00001.jsonl"
-    part.write_text(part.read_text()[:-40])
-    checksum_path(part).unlink()  # as if it were of an older version
-    state = json.loads((out / "state.json").read_text())
-    state["done"] = state["done"][: state["done"].index("round-01/pair")]
-    (out / "state.json").write_text(json.dumps(state))
-    argv = arguments(inputs, out, scorer="test_iterate:vowels", rounds=1)
-    assert main(argv) == 2
-    assert "part-00001.jsonl:" in capsys.readouterr().err
-
-
-def test_a_full_disk_loses_nothing(inputs, tmp_path, capsys, monkeypatch):
-    """A write that fails is one line; what was there stays, and the same command goes on."""
-    from fastdpo import scoring, storage
-
-    real, calls = storage.write_jsonl_atomic, []
-
-    def full(path, rows):
-        calls.append(path)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device", str(path))
-        real(path, rows)
-
-    argv = arguments(inputs, tmp_path, scorer="test_iterate:vowels", rounds=1, heldout=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "write_jsonl_atomic", full)
-        assert main(argv) == 2
-    assert "No space left" in capsys.readouterr().err
-    scores = tmp_path / "round-01" / "scores"
-    assert [path.name for path in sorted(scores.glob("part-*"))] == ["part-00000.jsonl"]
-    kept = (scores / "part-00000.jsonl").stat().st_mtime_ns
-    assert main(argv) == 0
-    assert (scores / "part-00000.jsonl").stat().st_mtime_ns == kept

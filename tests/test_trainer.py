@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -173,6 +174,26 @@ def test_a_head_with_an_unknown_factor_is_refused():
 
     model.forward = tripled
     with pytest.raises(ModelError, match="does not reproduce"):
+        prepare_model(model)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+def test_half_precision_is_no_unknown_factor(factor):
+    """bf16 rounds logits of 200 by up to 0.5; a factor on them is still seen."""
+    model = LLAMA.build(VOCAB).bfloat16()
+    with torch.no_grad():
+        hidden = model.model(torch.arange(VOCAB)[None]).last_hidden_state
+        model.lm_head.weight *= 200 / model.lm_head(hidden).abs().max()
+    plain = model.forward
+
+    def scaled(*args, **kwargs):
+        outputs = plain(*args, **kwargs)
+        if "head_call" not in kwargs:
+            outputs.logits = factor * outputs.logits
+        return outputs
+
+    model.forward = scaled
+    with nullcontext() if factor == 1.0 else pytest.raises(ModelError, match="not reproduce"):
         prepare_model(model)
 
 
