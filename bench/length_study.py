@@ -20,14 +20,18 @@ that of reward on length within the start's samples of a prompt, from step 2: on
 arms, known before any of them is run. It is the linear form of what the length-controlled win rate
 of AlpacaEval does (arXiv 2404.04475), which takes the length's part out of a fitted model of the
 outcome. Intervals are 95%: over seeds (Student's t, of the seeds' means), and over the prompts of
-all seeds, as if they were independent.
+all seeds, as if they were independent. The slope has an interval of its own, the bootstrap's over
+prompts; an arm is said to have a higher or lower length-controlled reward than plain DPO only where
+that is so with the slope at both of its ends.
 
 The study can tell something where plain DPO's growth in length exceeds twice its standard deviation
 between seeds. Where it doesn't, the result is *inconclusive*, and says so.
 
 Killed anywhere, the same command goes on: a row that is there is not run again, and a run goes on
 as `fastdpo iterate` does; only the reward model's training starts again. When a row is written, the
-weights of its run are removed, unless `--keep-weights` is given.
+weights of its run are removed, unless `--keep-weights` is given. A row's `seconds` are those of all
+processes that worked on its run; what an arm takes over from another arm of its seed, the start's
+samples and scores, is in the other's.
 
 `--dataset` takes what `fastdpo train` takes, and the public files of `bench.step` as they are. The
 prompts are those of the first one's single-turn pairs, each followed by `--instruction`, which can
@@ -47,7 +51,10 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +70,7 @@ from fastdpo.data import (
     read_rows,
     render_prompt,
 )
+from fastdpo.evaluation import NORMAL, quantile
 from fastdpo.gemm import has_native_bf16
 from fastdpo.models import load_tokenizer, save_policy
 from fastdpo.report import prompt_means
@@ -73,6 +81,7 @@ from fastdpo.scoring import load_scorer, score
 from fastdpo.storage import (
     read_json,
     read_parts,
+    read_plan,
     write_json_atomic,
     write_jsonl_atomic,
 )
@@ -80,7 +89,7 @@ from fastdpo.trainer import ConfigError, TrainingConfig
 
 from .measure import where
 from .report import LINES, load, markdown_table
-from .rise import interval, quantile
+from .rise import interval
 from .step import as_preference
 
 BEGIN, END = "<!-- length:begin -->", "<!-- length:end -->"
@@ -94,6 +103,7 @@ TITLES = {
 }
 HELD_OUT = 5  # every fifth prompt's pairs are kept from the reward model
 DRAWS = 2000  # of the bootstrap
+CLOCK, TICK = "seconds.json", 5.0  # a run's seconds so far, noted every so many
 UNNAMED = {"output_dir", "model", "prompts", "scorer", "reference_cache"}  # paths, not settings
 
 
@@ -294,12 +304,23 @@ def within(groups: list[Tensor]) -> dict[str, list[float]]:
 
 
 def share(holds: Tensor) -> list[float | int | None]:
-    """Share, its 95% half-width, and of how many."""
+    """Share, low and high end of its 95% interval, and of how many."""
     count = len(holds)
     if not count:
-        return [None, None, 0]
+        return [None, None, None, 0]
     mean = holds.double().mean().item()
-    return [mean, 1.96 * math.sqrt(mean * (1 - mean) / count), count]
+    return [mean, *wilson(mean, count), count]
+
+
+def wilson(mean: float, count: int) -> tuple[float, float]:
+    """The ends of the 95% interval of a share, Wilson's score interval (JASA 22, 1927).
+
+    It is right for few and for shares of 0 and 1 too, where mean +- 1.96 standard errors is empty.
+    """
+    weight = NORMAL**2 / count
+    middle = (mean + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * mean * (1 - mean) + weight**2 / 4) / (1 + weight)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def pair_bias(pairs_P22: Tensor) -> dict[str, Any]:
@@ -414,16 +435,59 @@ def round_rows(folder: Path, rounds: int, slope: float) -> list[dict[str, Any]]:
     return found
 
 
-def copy_start(folder: Path, others: list[Path]) -> None:
+def copy_start(folder: Path, others: list[Path], scorer: str) -> None:
     """Take what the start answered and scored from another arm of the seed: it would be the same.
 
-    A run only reuses samples and scores whose plan and checksums are what it would have made.
+    A run only takes samples and scores whose plan and checksums are what it would have made. The
+    plan names the scorer by its path, so where OUT has moved since, there is nothing to take.
     """
-    done = [x for x in others if (x / "round-01/pairs.jsonl").exists()]
+
+    def same(other: Path) -> bool:
+        plan = read_plan(other / "round-01/scores") or {}
+        return (other / "round-01/pairs.jsonl").exists() and plan.get("scorer") == scorer
+
+    done = [x for x in others if same(x)]
     if folder.exists() or not done:
         return
+    # Killed before the rename, the folder isn't there, and the next process copies again.
+    scratch = folder.with_name(f".{folder.name}.copy")
+    shutil.rmtree(scratch, ignore_errors=True)
     for name in ("round-00/eval", "round-01/candidates", "round-01/scores"):
-        shutil.copytree(done[0] / name, folder / name)
+        shutil.copytree(done[0] / name, scratch / name)
+    scratch.rename(folder)
+
+
+def seconds_of(folder: Path) -> float | None:
+    """Seconds that processes have worked on a run; None where one did that didn't note them."""
+    if (folder / CLOCK).exists():
+        return read_json(folder / CLOCK)
+    return None if (folder / "state.json").exists() else 0.0
+
+
+@contextmanager
+def clock(folder: Path) -> Iterator[None]:
+    """Adds the seconds that this takes to those of a run, also where it is killed."""
+    before, started, ended = seconds_of(folder), time.perf_counter(), threading.Event()
+    if before is None:
+        yield
+        return
+
+    def note() -> None:
+        write_json_atomic(folder / CLOCK, before + time.perf_counter() - started)
+
+    def tick() -> None:
+        while not ended.wait(TICK):
+            note()
+
+    note()
+    ticking = threading.Thread(target=tick, daemon=True)
+    ticking.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        ticking.join()
+        note()
 
 
 def remove_weights(folder: Path) -> None:
@@ -460,14 +524,14 @@ def study(args: argparse.Namespace) -> list[dict]:
             settings, folder = settings_of(config), Path(config.output_dir)
             done = next((row for row in rows if run_of(row) == (arm, seed)), None)
             if done is None:
-                fresh, started = not folder.exists(), time.perf_counter()
-                copy_start(folder, [args.out / f"alpha-{x}" / folder.name for x in args.arms])
-                iterate(config)
-                seconds = time.perf_counter() - started if fresh else None
+                others = [args.out / f"alpha-{x}" / folder.name for x in args.arms]
+                copy_start(folder, others, str(config.scorer))
+                with clock(folder):
+                    iterate(config)
                 slope = reward["samples"]["slope"][0]
                 by_round = round_rows(folder, args.rounds, slope)
-                run = {"arm": arm, "seed": seed, "seconds": seconds, "settings": settings}
-                add({"kind": RUN, **run, "rounds": by_round})
+                run = {"arm": arm, "seed": seed, "seconds": seconds_of(folder)}
+                add({"kind": RUN, **run, "settings": settings, "rounds": by_round})
             elif done["settings"] != settings:
                 names = [x for x in settings if done["settings"].get(x) != settings[x]]
                 raise ConfigError(
@@ -498,10 +562,13 @@ def prepare(args: argparse.Namespace) -> None:
     wanted = {"model": args.model, "dataset": args.dataset, "prompts": args.prompts} | options
     wanted |= {"instruction": args.instruction, "prompt_tokens": args.prompt_tokens}
     wanted |= {"pairs": [len(train), len(held)]}
+    # What the bias is measured on. A study that did not note these goes on.
+    sampled = ("temperature", "max_new_tokens", "samples", "bias_prompts", "batch_prompts")
+    wanted |= {name: getattr(args, name) for name in sampled}
     path = args.out / "study.json"
     if not path.exists():
         write_json_atomic(path, wanted)
-    before = read_json(path)
+    before = {name: wanted[name] for name in sampled} | read_json(path)
     changed = [name for name in wanted if before.get(name) != wanted[name]]
     if changed:
         raise ConfigError(
@@ -602,6 +669,31 @@ def against_plain(rows: list[dict], arm: str, name: str) -> dict[str, float | No
     return interval(torch.tensor(gaps, dtype=torch.float64))
 
 
+def controlled_against_plain(rows: list[dict], arm: str) -> list[dict[str, float | None]]:
+    """As `against_plain` of the length-controlled reward, with the slope as it was measured and at
+    each end of its interval; empty where no seed is common or the slope is not known.
+    """
+    slopes, found = slope_of(rows), []
+    reward, plain = runs_of(rows, arm), runs_of(rows, PLAIN)
+    common = sorted(reward.keys() & plain.keys())
+    for slope in slopes if common else ():
+        last = [[runs[seed]["rounds"][-1] for seed in common] for runs in (reward, plain)]
+        ours, theirs = ([controlled(row, slope) for row in side] for side in last)
+        gaps = [a - b for a, b in zip(ours, theirs)]
+        found.append(interval(torch.tensor(gaps, dtype=torch.float64)))
+    return found
+
+
+def controlled(row: dict, slope: float) -> float:
+    """The length-controlled reward of a round, which is linear in the slope."""
+    return row["reward"] - slope * row["length_change"]["mean"]
+
+
+def slope_of(rows: list[dict]) -> list[float]:
+    """Reward a token: value, low and high end; empty where it was not measured."""
+    return next((row["samples"]["slope"] for row in rows if row["kind"] == REWARD), [])
+
+
 def verdict(rows: list[dict]) -> dict[str, Any]:
     """Whether plain DPO's growth in length exceeds twice its spread between seeds.
 
@@ -626,10 +718,12 @@ def verdict_text(rows: list[dict]) -> str:
     if not found["seeds"]:
         return "**Inconclusive**: there is no run of plain DPO."
     if found["spread"] is None:
-        return f"**Inconclusive**: one seed of plain DPO ({found['growth']:+.1f} tokens)."
+        told = f"one seed of plain DPO ({found['growth']:+.1f} tokens){capped(rows)}"
+        return f"**Inconclusive**: {told}."
     told = (
         f"plain DPO changed the length by {found['growth']:+.1f} tokens over {found['seeds']} "
         f"seeds, with a standard deviation of {found['spread']:.1f} between them"
+        f"{capped(rows)}"
     )
     if not found["conclusive"]:
         return f"**Inconclusive**: {told}; the growth does not exceed twice that."
@@ -637,20 +731,40 @@ def verdict_text(rows: list[dict]) -> str:
     for arm in arms_of(rows):
         if arm == PLAIN:
             continue
-        length, reward, controlled = (against_plain(rows, arm, name) for name in (
-            "length", "reward", "lc_reward"
-        ))  # fmt: skip
+        length, reward = (against_plain(rows, arm, name) for name in ("length", "reward"))
         own = over_seeds(runs_of(rows, arm), -1, "length")
-        if length is None or reward is None or controlled is None:
+        if length is None or reward is None:
             continue
         lines.append(
             f"{label(arm)}: length {change_of(own, '.1f')} against the start, "
             f"{change_of(length, '.1f')} against plain DPO ({shown(length, 'shorter', 'longer')}); "
-            f"reward {change_of(reward, '.3f')}, length-controlled reward "
-            f"{change_of(controlled, '.3f')} against plain DPO "
-            f"({shown(controlled, 'lower', 'higher')})."
+            f"reward {change_of(reward, '.3f')}, {controlled_text(rows, arm)}."
         )
     return "\n".join(f"- {x}" for x in lines)
+
+
+def controlled_text(rows: list[dict], arm: str) -> str:
+    """What the length-controlled reward shows, with the slope at both ends of its interval too."""
+    found, at_ends = against_plain(rows, arm, "lc_reward"), controlled_against_plain(rows, arm)[1:]
+    assert found is not None
+    text = f"length-controlled reward {change_of(found, '.3f')} against plain DPO"
+    told = {shown(x, "lower", "higher") for x in [found, *at_ends]}
+    same = told.pop() if len(told) == 1 else "no difference shown: it depends on the slope"
+    if at_ends:
+        ends = (change_of(x, ".3f") for x in at_ends)
+        text += f", {' and '.join(ends)} with the slope at its ends"
+    return f"{text} ({same})"
+
+
+def capped(rows: list[dict]) -> str:
+    """A clause on how many of plain DPO's last responses have the greatest length there is."""
+    runs = runs_of(rows, PLAIN).values()
+    start, last = (statistics.fmean(x["rounds"][i]["truncated"] for x in runs) for i in (0, -1))
+    if not last:
+        return ""
+    most = next(iter(runs))["settings"]["max_new_tokens"]
+    text = f"; {last:.0%} of its last responses ({start:.0%} of the start's) are cut off at {most}"
+    return f"{text} tokens" + (", so the growth is a lower bound" if last > start else "")
 
 
 def shown(found: dict[str, Any], below: str, above: str) -> str:
@@ -676,16 +790,12 @@ def ends_of(found: dict[str, Any], form: str) -> str:
 # --- tables -------------------------------------------------------------------------------------
 
 
-def is_study(rows: list[dict]) -> bool:
-    return bool(rows) and rows[0].get("op") == OP
-
-
 def line(row: dict) -> str:
     """A row, in one line."""
     if row["kind"] == REWARD:
         held, samples = row["held_out"], row["samples"]
         return (
-            f"reward model: accuracy {held['accuracy'][0]:.2f} on {held['accuracy'][2]} pairs, "
+            f"reward model: accuracy {held['accuracy'][0]:.2f} on {held['accuracy'][-1]} pairs, "
             f"correlation with length {held['correlation'][0]:+.2f} in pairs and "
             f"{samples['correlation'][0]:+.2f} in samples"
         )
@@ -719,7 +829,8 @@ def heading(rows: list[dict]) -> str:
 def percent(found: list) -> str:
     if found[0] is None:
         return "none"
-    return f"{found[0]:.0%} ± {found[1]:.0%} of {found[2]}"
+    low, high = wilson(found[0], found[-1])  # older rows have mean +- 1.96 standard errors
+    return f"{found[0]:.0%} ({low:.0%} to {high:.0%}) of {found[-1]}"
 
 
 def ranged(found: list[float], form: str) -> str:
@@ -765,7 +876,7 @@ def run_table(rows: list[dict]) -> str:
     """A line for each arm and round: the changes against the start with both intervals."""
     titles = ["arm", "round", "seeds"]
     titles += [f"{TITLES[name]} (over seeds; over prompts)" for name in METRICS]
-    titles += ["cut off", "alpha"]
+    titles += ["cut off", "alpha", "minutes"]
     body = []
     for arm in arms_of(rows):
         runs = runs_of(rows, arm)
@@ -786,8 +897,34 @@ def run_table(rows: list[dict]) -> str:
             for name, form in (("truncated", ".0%"), ("alpha", ".4f")):
                 known = [row[name] for row in found if isinstance(row[name], int | float)]
                 cells.append(format(statistics.fmean(known), form) if known else "")
-            body.append(cells)
+            body.append([*cells, ""])
+        body[-1][-1] = minutes(runs)
     return markdown_table(titles, ["---", *["---:"] * (len(titles) - 1)], body)
+
+
+def minutes(runs: dict[int, dict]) -> str:
+    """The runs' mean time, of those seeds whose time is known."""
+    known = [run["seconds"] for run in runs.values() if run.get("seconds") is not None]
+    if not known:
+        return "not known"
+    some = f" ({len(known)} of {len(runs)} seeds)" if len(known) < len(runs) else ""
+    return f"{statistics.fmean(known) / 60:.1f}{some}"
+
+
+def notes(rows: list[dict]) -> str:
+    """What the table's columns mean."""
+    slope, text = slope_of(rows), ""
+    if slope:
+        text = (
+            f"The length-controlled reward takes {slope[0]:+.4f} reward for a token, measured on "
+            f"the start's samples, 95% interval {slope[1]:+.4f} to {slope[2]:+.4f}; the table's "
+            "intervals are with the slope as it was measured. "
+        )
+    return (
+        f"{text}Lengths end at max_new_tokens, which the responses that were cut off have reached. "
+        "Minutes are those of a whole run, the mean over seeds; the arms of a seed share the "
+        "start's samples and scores, which are counted in the first."
+    )
 
 
 def markdown(rows: list[dict], plots: list[str]) -> str:
@@ -795,7 +932,7 @@ def markdown(rows: list[dict], plots: list[str]) -> str:
     parts = [heading(rows)]
     parts += [reward_table(row) for row in rows if row["kind"] == REWARD][-1:]
     if any(row["kind"] == RUN for row in rows):
-        parts += [verdict_text(rows), run_table(rows)]
+        parts += [verdict_text(rows), run_table(rows), notes(rows)]
         parts += [f"![Reward and length by round]({plot})" for plot in plots]
     return "\n\n".join(parts)
 

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from .variants import FASTDPO, FORWARD, FROZEN, PASSES, TRAIN, WITH_REFERENCE
 
@@ -337,18 +338,25 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.check and args.readme is None:
         parser.error("--check needs --readme")
-    from . import step  # whole steps have tables, plots and markers of their own
+    from . import length_study, sampling, step  # these have tables and markers of their own
 
-    whole = [path for path in args.results if step.is_step(load([path]))]
-    losses = [path for path in args.results if path not in whole]
+    kinds: dict[str | None, tuple[Any, Any, tuple[str, str]]] = {
+        step.OP: (step.plot, step.markdown, (step.BEGIN, step.END)),
+        sampling.OP: (None, sampling.markdown, (sampling.BEGIN, sampling.END)),
+        length_study.OP: (
+            length_study.plot, length_study.markdown, (length_study.BEGIN, length_study.END),
+        ),
+        None: (plot, markdown, (BEGIN, END)),
+    }  # fmt: skip
+    by_kind: dict[str | None, list[Path]] = {}
+    for path in args.results:
+        rows = load([path])
+        op = step.OP if step.is_step(rows) else rows[0].get("op") if rows else None
+        by_kind.setdefault(op if op in kinds else None, []).append(path)
     text = wanted = "" if args.readme is None else args.readme.read_text()
-    for paths, draw, block, markers in (
-        (losses, plot, markdown, (BEGIN, END)),
-        (whole, step.plot, step.markdown, (step.BEGIN, step.END)),
-    ):
-        if not paths:
-            continue
-        plots = [path.with_suffix(".svg") for path in paths]
+    for kind, paths in by_kind.items():
+        draw, block, markers = kinds[kind]
+        plots = [path.with_suffix(".svg") for path in paths] if draw else []
         if not args.check:
             for results, picture in zip(paths, plots):
                 draw(load([results]), [picture] + [picture.with_suffix(".png")] * args.png)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from tiny import LLAMA, build_tokenizer, save_tiny
 
 from bench import length_study as ls
+from bench import report
 from bench.report import load
-from bench.rise import interval
+from fastdpo.evaluation import interval
 from fastdpo.report import prompt_means
 from fastdpo.storage import read_parts
 
@@ -100,11 +102,24 @@ def test_pair_bias_counts():
             dtype=torch.float64,
         )
     )
-    assert found["accuracy"][0] == 0.75 and found["accuracy"][2] == 4
-    assert found["accuracy_chosen_longer"][::2] == [1.0, 1]
-    assert found["accuracy_chosen_shorter"][::2] == [0.5, 2]
+    assert found["accuracy"][0] == 0.75 and found["accuracy"][-1] == 4
+    assert found["accuracy_chosen_longer"][::3] == [1.0, 1]
+    assert found["accuracy_chosen_shorter"][::3] == [0.5, 2]
     assert found["chosen_is_longer"][0] == pytest.approx(1 / 3)
     assert found["prefers_longer"][0] == pytest.approx(2 / 3)
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    """Of 3 of 3 and 81 of 263, the latter Newcombe's example (Stat. Med. 17, 1998, table I)."""
+    assert ls.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    holds = torch.tensor([True] * 3)
+    value, low, high, count = ls.share(holds)
+    assert (value, count) == (1.0, 3) and high == pytest.approx(1.0)
+    assert low == pytest.approx(1 / (1 + 1.959964**2 / 3))
+    assert ls.share(~holds)[:3] == pytest.approx([0.0, 0.0, 1 - ls.wilson(1.0, 3)[0]])
+    assert ls.percent(ls.share(holds)) == "100% (44% to 100%) of 3"
+    assert ls.percent([1.0, 0.0, 3]) == "100% (44% to 100%) of 3"  # of an older row
+    assert ls.percent(ls.share(holds[:0])) == ls.percent([None, None, 0]) == "none"
 
 
 def test_a_prompt_is_trained_on_or_held_out(tmp_path):
@@ -186,6 +201,66 @@ def test_a_conclusive_study_says_what_each_arm_did():
     assert "-31.0 (-36.0 to -26.0) against plain DPO" in auto
 
 
+def measured(slope, low, high):
+    """The part of the reward model's row that the verdict takes."""
+    return {**given("0", [0.0])[0], "kind": ls.REWARD, "samples": {"slope": [slope, low, high]}}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [(0.01, 0.03, "higher"), (0.0005, 0.03, "no difference shown: it depends on the slope")],
+)
+def test_a_length_controlled_reward_differs_where_it_does_at_both_ends_of_the_slope(
+    low, high, word
+):
+    """Lengths differ by -30 in each seed, rewards by about -0.1: 0.0005 a token is too little."""
+
+    def arm(name, lengths, rewards):
+        lc = [reward - 0.02 * length for reward, length in zip(rewards, lengths)]
+        return given(name, lengths, rewards, lc)
+
+    rows = arm("0", [30.0, 31.0, 32.0], [1.0, 1.1, 1.2])
+    rows += arm("auto", [0.0, 1.0, 2.0], [0.9, 0.99, 1.11])
+    assert "(higher)" in ls.verdict_text(rows)
+    rows = [measured(0.02, low, high), *rows]
+    at, *ends = ls.controlled_against_plain(rows, "auto")
+    assert at == pytest.approx(ls.against_plain(rows, "auto", "lc_reward"))
+    assert [x["mean"] for x in ends] == pytest.approx([-0.1 + 30 * low, -0.1 + 30 * high])
+    last = ls.verdict_text(rows).split("\n")[-1]
+    assert last.endswith(f"with the slope at its ends ({word}).")
+    assert "+0.0200 reward for a token" in ls.notes(rows)
+    assert f"95% interval {low:+.4f} to {high:+.4f}" in ls.notes(rows)
+
+
+@pytest.mark.parametrize("lengths", [[30.0, 31.0, 32.0], [30.0], [10.0, 30.0, 20.0]])
+def test_the_verdict_tells_how_many_responses_were_cut_off(lengths):
+    rows = given("0", lengths)
+    assert "10% of its last responses (10% of the start's) are cut off at 64 tokens" in (
+        ls.verdict_text(rows)
+    )
+    assert "lower bound" not in ls.verdict_text(rows)
+    for row in rows:
+        row["rounds"][-1]["truncated"] = 0.5
+    assert "50% of its last responses" in ls.verdict_text(rows)
+    assert "so the growth is a lower bound" in ls.verdict_text(rows)
+    for row in rows:
+        row["rounds"][-1]["truncated"] = 0.0
+    assert "cut off" not in ls.verdict_text(rows)
+
+
+def test_minutes_are_the_mean_of_the_known(tmp_path):
+    rows = given("0", [30.0, 31.0]) + given("auto", [1.0, 2.0]) + given("0.01", [10.0, 12.0])
+    for row, seconds in zip(rows, (60.0, 90.0, None, 120.0, None, None)):
+        row["seconds"] = seconds
+    lines = ls.run_table(rows).splitlines()
+    assert lines[0].endswith("| minutes |")
+    last = [line.split("|")[-2].strip() for line in lines[2:]]
+    assert last == ["", "", "1.2", "", "", "not known", "", "", "2.0 (1 of 2 seeds)"]
+    text = ls.markdown(rows, [])
+    assert "share the start's samples and scores, which are counted in the first" in text
+    assert ls.line(rows[1]).endswith(", 90 s") and not ls.line(rows[2]).endswith(" s")
+
+
 def test_only_common_seeds_are_compared():
     rows = given("0", [30.0, 31.0, 32.0]) + given("auto", [0.0, 1.0])
     found = ls.against_plain(rows, "auto", "length")
@@ -201,9 +276,9 @@ def test_the_interval_over_prompts_is_that_of_all_of_them():
         row["rounds"][2]["prompts"] = len(x)
         row["rounds"][2]["length_change"] = {"mean": x.mean().item(), "sd": x.std().item()}
     found = ls.over_prompts(ls.runs_of(rows, "0"), 2, "length")
-    expected = interval(torch.cat(changes))
-    for name in ("mean", "low", "high", "n"):
-        assert found[name] == pytest.approx(expected[name])
+    mean, half = interval(torch.cat(changes).tolist())
+    assert half is not None and found["n"] == 18 and found["mean"] == pytest.approx(mean)
+    assert (found["low"], found["high"]) == pytest.approx((mean - half, mean + half))
 
 
 def test_tables_and_plot(tmp_path):
@@ -223,11 +298,103 @@ def test_tables_and_plot(tmp_path):
     ls.plot([], [paths[0]])
 
 
+def test_the_readme_says_what_the_rows_say(tmp_path):
+    results, readme = tmp_path / "length.jsonl", tmp_path / "README.md"
+    rows = given("0", [30.0, 31.0]) + given("auto", [1.0, 2.0])
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    readme.write_text(f"before\n{ls.BEGIN}\nold\n{ls.END}\nafter\n")
+    command = [str(results), "--readme", str(readme)]
+    assert report.main([*command, "--check"]) == 1
+    assert report.main(command) == 0 and report.main([*command, "--check"]) == 0
+    text = readme.read_text()
+    assert "Plain DPO grows longer" in text and "(length.svg)" in text and "old" not in text
+    assert results.with_suffix(".svg").read_text().startswith("<?xml")
+
+
 @pytest.mark.parametrize("options", [[], ["--dataset", "x", "--seeds", "a"], ["--arms", "b"]])
 def test_bad_options_are_refused(options, capsys):
     with pytest.raises(SystemExit):
         ls.parse(options)
     assert "error" in capsys.readouterr().err
+
+
+# --- files of a run -----------------------------------------------------------------------------
+
+
+def sampled_run(folder):
+    """Another arm of the seed, as far as `copy_start` reads it."""
+    for name in ("round-00/eval/scores", "round-01/candidates", "round-01/scores"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "part-00000.jsonl").write_text(name)
+    (folder / "round-01/pairs.jsonl").write_text("{}")
+    (folder / "round-01/scores/plan.json").write_text('{"scorer": "reward"}')
+    return folder
+
+
+def test_scores_of_another_scorer_are_not_copied(tmp_path):
+    other, folder = sampled_run(tmp_path / "alpha-0/seed-0"), tmp_path / "alpha-2/seed-0"
+    ls.copy_start(folder, [other], "elsewhere/reward")
+    assert not folder.exists()
+    ls.copy_start(folder, [other], "reward")
+    assert (folder / "round-00/eval/scores/part-00000.jsonl").exists()
+
+
+def test_a_copy_that_is_interrupted_is_made_again(tmp_path, monkeypatch):
+    other, folder = sampled_run(tmp_path / "alpha-0/seed-0"), tmp_path / "alpha-2/seed-0"
+    copy, calls = shutil.copytree, []
+
+    def failing(source, target, *inner):
+        if not inner:  # as it calls itself for what is inside
+            calls.append(source)
+        if len(calls) == 2:
+            Path(target).mkdir(parents=True)
+            raise KeyboardInterrupt
+        return copy(source, target, *inner)
+
+    monkeypatch.setattr(shutil, "copytree", failing)
+    with pytest.raises(KeyboardInterrupt):
+        ls.copy_start(folder, [folder, other], "reward")
+    assert not folder.exists()
+    ls.copy_start(folder, [folder, other], "reward")
+    files = {x.relative_to(folder).as_posix() for x in folder.rglob("*.jsonl")}
+    assert files == {
+        f"{name}/part-00000.jsonl"
+        for name in ("round-00/eval/scores", "round-01/candidates", "round-01/scores")
+    }
+    assert [x.name for x in folder.parent.iterdir()] == ["seed-0"]
+    (folder / "own").touch()
+    ls.copy_start(folder, [folder, other], "reward")
+    assert (folder / "own").exists() and len(calls) == 5
+
+
+def test_seconds_are_added_over_processes_also_killed_ones(tmp_path):
+    folder = tmp_path / "seed-0"
+    code = (
+        "import os, sys, time; from pathlib import Path; from bench import length_study as ls\n"
+        "ls.TICK = 0.05\n"
+        "with ls.clock(Path(sys.argv[1])):\n"
+        "    time.sleep(0.5); os.kill(os.getpid(), 9)\n"
+    )
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(TESTS.parent)}
+    assert ls.seconds_of(folder) == 0.0
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    killed = ls.seconds_of(folder)
+    assert killed is not None and 0.2 < killed < 5
+    (folder / "state.json").touch()  # the run has begun
+    with pytest.raises(ValueError, match="x"), ls.clock(folder):
+        time.sleep(0.1)
+        raise ValueError("x")
+    after = ls.seconds_of(folder)
+    assert after is not None and killed + 0.1 <= after < killed + 5
+    assert [x.name for x in folder.iterdir() if "seconds" in x.name] == [ls.CLOCK]
+
+
+def test_a_run_that_began_without_a_clock_has_no_seconds(tmp_path):
+    (tmp_path / "state.json").touch()
+    with ls.clock(tmp_path):
+        pass
+    assert ls.seconds_of(tmp_path) is None and not (tmp_path / ls.CLOCK).exists()
 
 
 # --- whole studies ------------------------------------------------------------------------------
@@ -262,6 +429,26 @@ def inputs(tmp_path_factory):
     save_talker(folder / "model")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs()))
     return folder
+
+
+SAMPLED = ("temperature", "max_new_tokens", "samples", "bias_prompts", "batch_prompts")
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_reward_row_of_other_samples_is_refused(name, inputs, tmp_path, monkeypatch):
+    from fastdpo.trainer import ConfigError
+
+    monkeypatch.setattr(ls, "train_reward", lambda model, rows, out, options: out.mkdir())
+    ls.prepare(ls.parse([*arguments(inputs, tmp_path), "--only-reward"]))
+    ls.prepare(ls.parse(arguments(inputs, tmp_path)))
+    other = ls.parse(arguments(inputs, tmp_path, **{name: 2}))
+    with pytest.raises(ConfigError, match=f"{name}="):
+        ls.prepare(other)
+    # An older study did not note these.
+    path = tmp_path / "study.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({x: known[x] for x in known if x not in SAMPLED}))
+    ls.prepare(other)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +488,7 @@ def test_the_reward_model_learns_its_pairs_and_their_bias(finished):
     row = load([finished / "results.jsonl"])[0]
     assert row["training"]["pairs"] == 24 or row["training"]["pairs"] == 25
     held, samples = row["held_out"], row["samples"]
-    assert held["accuracy"][2] >= 6
+    assert held["accuracy"][-1] >= 6
     # Six of seven chosen responses are the longer ones, so that is what can be learned.
     assert held["prefers_longer"][0] > 0.8 and held["correlation"][0] > 0.5
     assert held["slope"][0] > 0
@@ -334,9 +521,12 @@ def test_prompts_are_single_turns_and_the_scorer_is_the_trained_model(finished):
     candidates, scores = read_parts(folder / "candidates"), read_parts(folder / "scores")
     from fastdpo.scoring import load_scorer
 
-    scorer = load_scorer(str(finished / "reward"))
+    name = load([finished / "results.jsonl"])[-1]["settings"]["scorer_dtype"]
+    scorer = load_scorer(str(finished / "reward"), dtype=getattr(torch, name))
     again = scorer([row["prompt"] for row in candidates], [row["response"] for row in candidates])
-    assert [row["score"] for row in scores] == pytest.approx(again, abs=1e-4)
+    assert [row["score"] for row in scores] == pytest.approx(
+        again, abs=1e-4 if name == "float32" else 0.02
+    )
     assert len({row["score"] for row in scores}) > 3
 
 
@@ -435,6 +625,8 @@ def test_killed_in_a_run_it_goes_on_to_the_same_rows(finished, inputs, tmp_path,
     done = drive("fastdpo.trainer:packed_loss", 4, argv)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(load([out / "results.jsonl"])) == 2
+    before = ls.seconds_of(out / "alpha-2/seed-0")
+    assert before is not None
     assert not (out / "alpha-2/seed-0/round-01/policy").exists()
 
     def never(*args, **kwargs):
@@ -443,7 +635,7 @@ def test_killed_in_a_run_it_goes_on_to_the_same_rows(finished, inputs, tmp_path,
     monkeypatch.setattr(ls, "train_reward", never)
     assert ls.main(argv) == 0
     assert told(out) == told(finished)[:3]
-    assert load([out / "results.jsonl"])[2]["seconds"] is None  # of two processes, not known
+    assert load([out / "results.jsonl"])[2]["seconds"] > before > 0  # of both processes
 
 
 @pytest.mark.slow
