@@ -516,9 +516,10 @@ def _all_scores(
     candidates_dir: Path, keys: Any, scores_dirs: Sequence[Path]
 ) -> list[dict[tuple[int, int], float]]:
     """Each scorer's scores of the candidates, which must be of what the candidates now say."""
+    found = [_scores(folder, keys) for folder in scores_dirs]
     for folder in scores_dirs:
         check_scored(candidates_dir, folder)
-    return [_scores(folder, keys) for folder in scores_dirs]
+    return found
 
 
 def _references(

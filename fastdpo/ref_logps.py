@@ -84,7 +84,7 @@ def load(path: Path, count: int, weights: str) -> Tensor | None:
     except (SafetensorError, OSError, KeyError) as error:
         problem = str(error)
     else:
-        if owner != weights:
+        if owner and owner != weights:
             raise ModelError(
                 f"{path} holds the log-probs of another model: the one that the run started from "
                 "has changed since; give the old one to go on, or another output_dir to start anew"
@@ -93,7 +93,7 @@ def load(path: Path, count: int, weights: str) -> Tensor | None:
         if whole and logp_P2.shape == (count, 2) and bool(logp_P2.isfinite().all()):
             return logp_P2
         problem = (
-            "its SHA-256 differs"
+            "its SHA-256 differs, or it has none"
             if not whole
             else f"it holds {tuple(logp_P2.shape)} numbers for {count} pairs, or not finite ones"
         )

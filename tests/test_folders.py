@@ -1,14 +1,13 @@
 """What happens to a run's folder that is used by another process, damaged, or on a full disk."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_rounds import TESTS, arguments, same, weights
+from test_rounds import ENVIRONMENT, TESTS, arguments, same, weights
 from tiny import LLAMA, save_tiny
 
 from fastdpo.cli import main
@@ -45,7 +44,7 @@ def test_a_second_run_in_a_folder_is_refused(inputs, tmp_path):
         argv = arguments(inputs, out, scorer="test_rounds:vowels", rounds=1)
         done = subprocess.run(
             [sys.executable, "-m", "fastdpo.cli", *argv], capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
+            env=ENVIRONMENT,
         )  # fmt: skip
         assert done.returncode == 2 and f"process {other.pid}" in done.stderr, done.stderr
         assert not (out / "state.json").exists()
@@ -140,7 +139,7 @@ def test_a_disk_that_fills_up_with_weights_is_one_error(inputs, tmp_path):
     argv = arguments(inputs, tmp_path / "run", scorer="test_rounds:vowels", rounds=1)
     done = subprocess.run(
         [sys.executable, "-c", code, *argv], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
+        env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "can't be written" in done.stderr and "GiB are free" in done.stderr

@@ -4,14 +4,13 @@ scorers, offline pairs; its stages as commands.
 
 import json
 import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_rounds import TESTS, arguments, same, weights
+from test_rounds import ENVIRONMENT, TESTS, arguments, same, weights
 from tiny import LLAMA, _family, save_tiny
 
 from fastdpo.cli import main
@@ -213,7 +212,7 @@ def test_alpha_auto_goes_on_with_the_same_bits(inputs, tmp_path):
     options = dict(alpha="auto", scorer="test_iterate:lengths", rounds=2, stop='["a"]')
     assert main(arguments(inputs, tmp_path / "whole", **options)) == 0
     argv = arguments(inputs, tmp_path / "killed", **options)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    environment = ENVIRONMENT
     driver = [sys.executable, str(TESTS / "kill_driver.py"), "fastdpo.trainer:packed_loss", "11"]
     done = subprocess.run([*driver, *argv], env=environment, capture_output=True, text=True)
     assert done.returncode < 0, done.stderr

@@ -18,6 +18,14 @@ TESTS = Path(__file__).parent
 DRIVER = TESTS / "kill_driver.py"
 
 
+# One thread, as in this process: another number of threads gives other bits.
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    "OMP_NUM_THREADS": "1",
+}
+
+
 def vowels(prompts, responses):
     """A scorer: share of vowels, so not a function of length."""
     return [sum(c in "aeiou" for c in r) / (len(r) + 1) for r in responses]
@@ -222,7 +230,7 @@ KILLS = [
 
 
 def drive(place, countdown, argv):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    environment = ENVIRONMENT
     command = [sys.executable, str(DRIVER), place, str(countdown), *argv]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -272,7 +280,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(inputs, tmp_path, 
     changes = {k: v.format(**paths) if isinstance(v, str) else v for k, v in changes.items()}
     options = [x for x in arguments(inputs, "", **changes) if not x.startswith("--output_dir")]
     command = [sys.executable, str(TESTS / "random_kills.py"), "0", str(kills), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    environment = ENVIRONMENT
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
     log = (tmp_path / "whole.log").read_text()[-2000:]
     assert done.returncode == 0, done.stderr + log
