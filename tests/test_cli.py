@@ -148,7 +148,7 @@ _BAD = st.one_of(
 
 @given(bad=_BAD)
 @settings(
-    max_examples=1000, deadline=None, derandomize=True,
+    max_examples=500, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 def test_bad_configs_are_typed_errors(bad):

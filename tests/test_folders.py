@@ -24,7 +24,7 @@ def inputs(tmp_path_factory):
 
 
 def run(inputs, out, **changes):
-    options = {"scorer": "test_rounds:vowels", "rounds": 1, **changes}
+    options = {"scorer": "test_rounds:vowels", "rounds": 1, "heldout": 0, **changes}
     assert main(arguments(inputs, out, **options)) == 0
     return out
 
@@ -41,7 +41,7 @@ def test_a_second_run_in_a_folder_is_refused(inputs, tmp_path):
     )
     try:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        argv = arguments(inputs, out, scorer="test_rounds:vowels", rounds=1)
+        argv = arguments(inputs, out, scorer="test_rounds:vowels", rounds=1, heldout=0)
         done = subprocess.run(
             [sys.executable, "-m", "fastdpo.cli", *argv], capture_output=True, text=True,
             env=ENVIRONMENT,
@@ -62,7 +62,7 @@ def damage(path: Path) -> None:
 
 def stopped(inputs, out, capsys, **changes):
     """A run that sampled and scored, and found no pair; and the command that goes on."""
-    options = dict(scorer="test_rounds:vowels", rounds=1, **changes)
+    options = dict(scorer="test_rounds:vowels", rounds=1, heldout=0, **changes)
     assert main(arguments(inputs, out, **options, min_gap=100)) == 2
     assert "lower min_gap" in capsys.readouterr().err
     return arguments(inputs, out, **options)
@@ -71,7 +71,7 @@ def stopped(inputs, out, capsys, **changes):
 def test_a_damaged_policy_is_named_and_made_again(inputs, tmp_path, capsys):
     whole = run(inputs, tmp_path / "whole", rounds=2)
     out = run(inputs, tmp_path / "run")
-    argv = arguments(inputs, out, scorer="test_rounds:vowels", rounds=2)
+    argv = arguments(inputs, out, scorer="test_rounds:vowels", rounds=2, heldout=0)
     damage(out / "round-01" / "policy" / "model.safetensors")
     assert main(argv) == 2
     error = capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_a_disk_that_fills_up_with_weights_is_one_error(inputs, tmp_path):
         "rounds.train = train\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    argv = arguments(inputs, tmp_path / "run", scorer="test_rounds:vowels", rounds=1)
+    argv = arguments(inputs, tmp_path / "run", scorer="test_rounds:vowels", rounds=1, heldout=0)
     done = subprocess.run(
         [sys.executable, "-c", code, *argv], capture_output=True, text=True,
         env=ENVIRONMENT,

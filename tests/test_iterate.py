@@ -43,7 +43,7 @@ def inputs(tmp_path_factory):
 
 
 def run(inputs, out, **changes):
-    options = {"scorer": "test_iterate:vowels", "rounds": 1, **changes}
+    options = {"scorer": "test_iterate:vowels", "rounds": 1, "heldout": 0, **changes}
     assert main(arguments(inputs, out, **options)) == 0
     return out
 
@@ -90,7 +90,7 @@ def test_an_average_of_the_policies_is_the_reference(inputs, tmp_path):
 
 
 def test_extrapolation_goes_on_in_the_direction_of_the_update(inputs, tmp_path):
-    out = run(inputs, tmp_path / "more", extrapolation=0.5)
+    out = run(inputs, tmp_path / "more", extrapolation=0.5, heldout=3)
     start = load_file(inputs / "model" / "model.safetensors")
     found = load_file(out / "round-01" / "extrapolated" / "model.safetensors")
     moved = 0
@@ -100,7 +100,7 @@ def test_extrapolation_goes_on_in_the_direction_of_the_update(inputs, tmp_path):
         moved += float((value - start[name]).abs().sum())
     assert moved > 0
     plan = json.loads((out / "round-01" / "eval" / "candidates" / "plan.json").read_text())
-    plain = run(inputs, tmp_path / "plain")
+    plain = run(inputs, tmp_path / "plain", heldout=3)
     other = json.loads((plain / "round-01" / "eval" / "candidates" / "plan.json").read_text())
     assert plan != other, "the policy that is evaluated is the next start"
 
@@ -209,7 +209,9 @@ def test_alpha_is_found_on_the_way(inputs, tmp_path):
 
 
 def test_alpha_auto_goes_on_with_the_same_bits(inputs, tmp_path):
-    options = dict(alpha="auto", scorer="test_iterate:lengths", rounds=2, stop='["a"]')
+    options = dict(
+        alpha="auto", scorer="test_iterate:lengths", rounds=2, stop='["a"]', heldout=0
+    )  # fmt: skip
     assert main(arguments(inputs, tmp_path / "whole", **options)) == 0
     argv = arguments(inputs, tmp_path / "killed", **options)
     environment = ENVIRONMENT
@@ -261,7 +263,7 @@ def test_rounds_of_alpha_auto_by_the_stages_as_commands(inputs, tmp_path):
 
 # ------------------------------------------------------------------------------- scores and pairs
 def test_the_divergence_from_the_start_is_the_log_ratio_of_held_out_responses(inputs, tmp_path):
-    out = run(inputs, tmp_path / "run", learning_rate=1e-2, sample_dtype="float32")
+    out = run(inputs, tmp_path / "run", learning_rate=1e-2, heldout=3)
     models = [
         load_causal_lm(str(name), dtype=torch.float64)
         for name in (out / "round-01" / "policy", inputs / "model")
@@ -457,7 +459,7 @@ def test_the_stages_as_commands_give_what_iterate_gives(inputs, tmp_path):
 
 
 def test_the_report_command(inputs, tmp_path, capsys):
-    out = run(inputs, tmp_path / "run")
+    out = run(inputs, tmp_path / "run", heldout=3)
     (out / "report.html").unlink()
     assert main(["report", f"--output_dir={out}"]) == 0
     page = (out / "report.html").read_text()

@@ -30,7 +30,7 @@ def test_study_compares_with_the_start_of_each_seed(tmp_path):
     config = IterateConfig(
         model=str(tmp_path / "model"), prompts=str(tmp_path / "prompts.jsonl"), rounds=1,
         scorer="test_rise:vowels", heldout=4, num_samples=2, max_new_tokens=8, max_length=64,
-        max_tokens=160, batch_size=3, bf16=False, sample_dtype="float32",
+        max_tokens=160, batch_size=3, bf16=False, sample_dtype="float32", reference_cache=None,
     )  # fmt: skip
     score, length, last = study(config, [0, 1], tmp_path / "out")
     assert (score["what"], length["what"], last["seeds"]) == ("score", "length", [0, 1])
