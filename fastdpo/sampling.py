@@ -179,7 +179,7 @@ def sample(
             "seeds": seeds,
         }
         begin_stage(out_dir, plan)
-        todo = [part for part in range(len(starts)) if not part_path(out_dir, part).exists()]
+        undone = [part for part in range(len(starts)) if not part_path(out_dir, part).exists()]
 
         def draw(part: int) -> list[int]:
             """Write a part; the lengths of its responses."""
@@ -198,8 +198,8 @@ def sample(
         found, rates = {"samples": 0, "tokens": 0}, {}
         start_time = time.perf_counter()
         with tqdm(desc="sampling", unit="part", total=len(starts), disable=not progress) as bar:
-            bar.update(len(starts) - len(todo))
-            for lengths in _each(draw, todo, sampler.at_once):
+            bar.update(len(starts) - len(undone))
+            for lengths in _each(draw, undone, sampler.at_once):
                 found["samples"] += len(lengths)
                 found["tokens"] += sum(lengths)
                 rates = _rates(found, time.perf_counter() - start_time)
@@ -208,8 +208,8 @@ def sample(
                     f"{rates['samples_per_second']:,.1f} samples/s"
                 )
                 bar.update()
-        if todo:
-            parts = {"parts": len(starts), "sampled_parts": len(todo)}
+        if undone:
+            parts = {"parts": len(starts), "sampled_parts": len(undone)}
             summary = {"backend": sampler.backend, **parts, **found, **rates}
             write_json_atomic(Path(out_dir) / "throughput.json", summary)
 
