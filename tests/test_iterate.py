@@ -215,7 +215,7 @@ def test_alpha_auto_goes_on_with_the_same_bits(inputs, tmp_path):
     assert main(arguments(inputs, tmp_path / "whole", **options)) == 0
     argv = arguments(inputs, tmp_path / "killed", **options)
     environment = ENVIRONMENT
-    driver = [sys.executable, str(TESTS / "kill_driver.py"), "fastdpo.trainer:packed_loss", "11"]
+    driver = [sys.executable, str(TESTS / "kill_driver.py"), "fastdpo.trainer:packed_loss", "14"]
     done = subprocess.run([*driver, *argv], env=environment, capture_output=True, text=True)
     assert done.returncode < 0, done.stderr
     assert (tmp_path / "killed/round-02/checkpoint").is_dir(), "it was not killed in round 2"
