@@ -610,17 +610,17 @@ def test_a_run_with_a_server_goes_on_in_the_same_bytes(folder, tokenizer, tmp_pa
 
 
 class Waits(Stop):
-    """Notes how long it is waited for, without waiting."""
+    """Notes the pauses that are asked for, in seconds, and makes none."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: list[float] = []
+        self.pauses: list[float] = []
 
     def check(self, wait_s: float = 0.0) -> None:
         pass
 
     def wait(self, timeout: float | None = None) -> bool:
-        self.seconds.append(timeout or 0.0)
+        self.pauses.append(timeout or 0.0)
         return False
 
 
@@ -634,9 +634,9 @@ def test_a_server_may_be_away_for_minutes(folder, tokenizer):
             server.faults, server.fault_headers = [status] * 99, headers
             with pytest.raises(RemoteError, match=f"in 17 tries, the last one: status {status}"):
                 sampler.generate([[5, 6]], 1, seed=0)
-            assert len(server.bodies) == 17 and len(waits.seconds) == 16
-            assert sum(waits.seconds) == 16 * 17 if headers else sum(waits.seconds) > 300
-            assert max(waits.seconds) <= 60
+            assert len(server.bodies) == 17 and len(waits.pauses) == 16
+            assert sum(waits.pauses) == 16 * 17 if headers else sum(waits.pauses) > 300
+            assert max(waits.pauses) <= 60
 
 
 @pytest.mark.parametrize("fault", [500, 503, 529, 429, "drop", "half", "garbage", "short", "abort"])

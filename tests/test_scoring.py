@@ -486,14 +486,14 @@ def test_the_first_failure_stops_the_other_requests():
 
 
 class Waits(Stop):
-    """Notes how long it is waited for, without waiting."""
+    """Notes the pauses that are asked for, in seconds, and makes none."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: list[float] = []
+        self.pauses: list[float] = []
 
     def wait(self, timeout: float | None = None) -> bool:
-        self.seconds.append(timeout or 0.0)
+        self.pauses.append(timeout or 0.0)
         return False
 
 
@@ -504,7 +504,7 @@ def test_pauses_double_with_jitter_up_to_a_minute():
             waits = Waits()
             with pytest.raises(RemoteError):
                 Endpoint(server.url, Remote(retries=8)).ask({}, stop=waits)
-            drawn.append(waits.seconds)
+            drawn.append(waits.pauses)
     wholes = [1, 2, 4, 8, 16, 32, 60, 60]
     for seconds in drawn:
         assert len(seconds) == 8
@@ -519,7 +519,7 @@ def test_a_server_says_how_long_to_pause(asked, paused):
         waits = Waits()
         with pytest.raises(RemoteError):
             Endpoint(server.url, Remote(retries=2)).ask({}, stop=waits)
-    assert waits.seconds == [paused, paused]
+    assert waits.pauses == [paused, paused]
 
 
 @pytest.mark.parametrize("asked", ["nan", "-1", "inf", "soon"])
@@ -528,7 +528,7 @@ def test_nonsense_in_retry_after_is_left_aside(asked):
         waits = Waits()
         with pytest.raises(RemoteError):
             Endpoint(server.url, Remote(retries=1)).ask({}, stop=waits)
-    assert 0.5 <= waits.seconds[0] <= 1.0
+    assert 0.5 <= waits.pauses[0] <= 1.0
 
 
 @pytest.mark.parametrize(
