@@ -278,8 +278,8 @@ def linear_preference_loss(
         ref_bias_V, margin_P, smoothing_P, weight_P, *objective, scale, softcap,
         num_pairs, " ".join(names), workspace_mib, impl, wanted,
     )  # fmt: skip
-    no_plan: Any = None
     return ops.PreferenceLoss(
-        loss, logp_S, ref_S, lengths_S, dict(zip(ops.METRICS, metrics.unbind())),
-        dict(zip(names, per_token.unbind())), no_plan,
-    )  # fmt: skip
+        {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": lengths_S},
+        dict(zip(ops.METRICS, metrics.unbind())),
+        dict(zip(names, per_token.unbind())),
+    )

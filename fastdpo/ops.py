@@ -9,15 +9,16 @@ Legend: T hidden rows, N scored tokens, D hidden size, V vocabulary, P pairs, S 
 (2i chosen, 2i+1 rejected).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from fastdpo import checks
 from fastdpo.objectives import kind_of, lr_dpo
@@ -51,28 +52,64 @@ METRICS = (
 STATS = frozenset({"entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref"})
 
 
-@dataclass
-class PreferenceLoss:
-    """What a preference loss returns; only ``loss`` carries a gradient.
+class PreferenceLoss(dict[str, Tensor]):
+    """What a preference loss returns: a mapping of tensors; only ``loss`` carries a gradient.
 
-    Attributes:
+    Its entries are attributes too, and an index or a slice counts them, as in a model's output.
+    PyTorch's pytrees know it.  What rebuilds it from its entries alone, as accelerate's conversion
+    of a model's outputs does, leaves ``metrics`` and ``stats`` empty.
+
+    Entries:
         loss: scalar, the summed loss of the pairs divided by ``num_pairs``.
         logp_S: summed log-probs of each sequence under the policy, in the dtype of the reference.
         ref_logp_S: those of the reference.
         lengths_S: scored tokens of each sequence, int64.
+
+    Attributes:
         metrics: detached scalars averaged over the call's pairs, under TRL's names, and
             ``lengths/chosen``, ``lengths/rejected``, ``length_margin`` (``alpha * (nw - nl)``).
         stats: the requested per-token statistics, each (N,).
         plan: the route taken, its workspace and its accumulators; None under torch.compile.
     """
 
-    loss: Tensor
-    logp_S: Tensor
-    ref_logp_S: Tensor
-    lengths_S: Tensor
-    metrics: dict[str, Tensor]
-    stats: dict[str, Tensor]
-    plan: Plan
+    def __init__(
+        self,
+        entries: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        metrics: dict[str, Tensor] | None = None,
+        stats: dict[str, Tensor] | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        super().__init__(entries)
+        self.metrics = {} if metrics is None else metrics
+        self.stats = {} if stats is None else stats
+        self.plan: Any = plan
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+    @property
+    def loss(self) -> Tensor:
+        return self["loss"]
+
+    @property
+    def logp_S(self) -> Tensor:
+        return self["logp_S"]
+
+    @property
+    def ref_logp_S(self) -> Tensor:
+        return self["ref_logp_S"]
+
+    @property
+    def lengths_S(self) -> Tensor:
+        return self["lengths_S"]
+
+
+# Hooks of DDP and FSDP2 look for the outputs that carry a gradient in a pytree's leaves.
+register_pytree_node(
+    PreferenceLoss,
+    lambda result: ([dict(result), result.metrics, result.stats], result.plan),
+    lambda parts, plan: PreferenceLoss(*parts, plan),
+)
 
 
 # ------------------------------------------------------------------------------------- linear_logp
@@ -524,7 +561,8 @@ def linear_preference_loss(
     else:
         loss, logp_S, ref_S = _LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)  # type: ignore[misc]
     metrics = _metrics(pairs, logp_S, ref_S)
-    return PreferenceLoss(loss, logp_S, ref_S, lengths_S, metrics, call.token_stats(), call.plan)
+    entries = {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": lengths_S}
+    return PreferenceLoss(entries, metrics, call.token_stats(), call.plan)
 
 
 def linear_dpo_loss(
@@ -659,8 +697,8 @@ class LinearDPOLoss(nn.Module):
             whole = {name: x.new_zeros(S * L) for name, x in result.stats.items()}
             result.stats = {k: whole[k].index_copy_(0, keep_N, x) for k, x in result.stats.items()}
         result.stats = {name: x.view(S, L)[back] for name, x in result.stats.items()}
-        result.logp_S, result.ref_logp_S = result.logp_S[back], result.ref_logp_S[back]
-        result.lengths_S = result.lengths_S[back]
+        for name in ("logp_S", "ref_logp_S", "lengths_S"):
+            result[name] = result[name][back]
         return result
 
 
