@@ -86,7 +86,7 @@ def _forward_of_model(
 ) -> Any:
     if head_call is None:
         return self._fastdpo_plain_forward(*args, **kwargs)
-    outputs = self.base_model(*args, use_cache=False, **kwargs)
+    outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
     return self.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
 
 

@@ -120,6 +120,25 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
+def check_head(model: Any, impl: str = "auto") -> None:
+    """Give a model the fused head and compare its log-probs with those of the model's logits.
+
+    Its layout stays its own; it is run in evaluation mode and left in the mode it was in.
+
+    Raises:
+        ModelError: the head cannot be fused, or is not the one that gives the model's logits.
+    """
+    try:
+        head.attach(model)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        _Alone(model).check_head(model, impl)
+    model.train(was_training)
+
+
 def layout_of(model: Any) -> str:
     """The layout that `prepare_model` found for a model."""
     return head.base_of(model)._fastdpo_layout

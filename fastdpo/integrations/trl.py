@@ -1,95 +1,261 @@
 """TRL's DPOTrainer with the fused, length-regularized loss."""
 
+import dataclasses
+import inspect
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import is_peft_model, parse_flag_from_env
+from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.utils import use_adapter
 
-from fastdpo import head
+from fastdpo import head, policy
 from fastdpo.checks import require_number
+from fastdpo.models import ModelError
 from fastdpo.ops import LinearDPOLoss, PreferenceLoss
+from fastdpo.trainer import ConfigError
 
-_WANTED = {
-    "loss_types": ["sigmoid"],
-    "f_divergence_type": "reverse_kl",
-    "ld_alpha": None,
-    "use_weighting": False,
-    "aux_loss_enabled": False,
+# Options of DPOConfig that mean here what they mean in TRL, by what acts on them.
+HONOURED = {
+    "the loss": "beta loss_weights",
+    "the models": """disable_dropout model_init_kwargs trust_remote_code router_aux_loss_coef
+        sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_log_probs
+        precompute_ref_batch_size""",
+    "the data": "dataset_num_proc max_length truncation_mode pad_to_multiple_of pad_token",
+    "precision and memory": """bf16 bf16_full_eval tf32 gradient_checkpointing
+        gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
+        activation_offloading use_cache torch_empty_cache_steps skip_memory_metrics""",
+    "the steps": """per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size
+        average_tokens_across_devices num_train_epochs max_steps learning_rate lr_scheduler_type
+        lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
+        adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed data_seed full_determinism
+        train_sampling_strategy length_column_name ignore_data_skip logging_nan_inf_filter
+        include_num_input_tokens_seen""",
+    "evaluation": """per_device_eval_batch_size do_eval do_predict eval_strategy eval_steps eval_delay
+        eval_on_start eval_accumulation_steps eval_do_concat_batches eval_use_gather_object
+        prediction_loss_only batch_eval_metrics include_for_metrics label_names
+        metric_for_best_model greater_is_better load_best_model_at_end""",
+    "the loader": """dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+        dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
+        dataloader_prefetch_factor remove_unused_columns accelerator_config""",
+    "processes": """use_cpu local_rank ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+        ddp_find_unused_parameters ddp_static_graph ddp_timeout""",
+    "files and logs": """output_dir do_train save_strategy save_steps save_total_limit
+        save_on_each_node save_only_model enable_jit_checkpoint resume_from_checkpoint
+        restore_callback_states_from_checkpoint logging_strategy logging_steps logging_first_step
+        log_level log_level_replica log_on_each_node report_to run_name project disable_tqdm debug
+        push_to_hub hub_model_id hub_revision hub_strategy hub_token hub_private_repo
+        hub_always_push trackio_space_id trackio_bucket_id trackio_static_space_id""",
 }
+# Options that must keep their default, and why.
+REFUSED = {
+    "loss_type": "it is another loss; this one is 'sigmoid'",
+    "f_divergence_type": "it is another loss; this one has the reverse KL divergence",
+    "f_alpha_divergence_coef": "it belongs to f_divergence_type='alpha_divergence', another loss",
+    "discopop_tau": "it belongs to loss_type='discopop', another loss",
+    "label_smoothing": "TRL reads it for loss_type 'robust' and 'exo_pair' only, other losses",
+    "label_smoothing_factor": "it smooths a cross-entropy; TRL's DPOTrainer ignores it",
+    "ld_alpha": "LD-DPO is another loss",
+    "use_weighting": "WPO's weights are not computed by the fused loss",
+    "padding_free": "TRL ignores it",
+    "neftune_noise_alpha": "the reference would have other noise than the policy",
+    "fp16": "half precision needs the loss scaled before its gradients are taken; use bf16=True",
+    "fp16_full_eval": "half precision is not supported; use bf16_full_eval=True",
+    "use_liger_kernel": "its kernels would run in the policy and not in its reference",
+    "liger_kernel_config": "it belongs to use_liger_kernel",
+    "torch_compile": "the head is called with another loss at each step, so it would not pay",
+    "torch_compile_backend": "it belongs to torch_compile",
+    "torch_compile_mode": "it belongs to torch_compile",
+    "fsdp": "sharded weights are not tested here; use plain data parallelism",
+    "fsdp_config": "it belongs to fsdp",
+    "deepspeed": "its engines are not tested here; use plain data parallelism",
+    "parallelism_config": "it splits sequences or weights, which the fused loss does not know",
+}
+_PARAMETERS = {
+    "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset",
+    "processing_class", "compute_metrics", "callbacks", "optimizers", "quantization_config",
+    "peft_config",
+}  # fmt: skip
+_PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
+NOT_LOGGED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "aux_loss")
+_NO_INPUT = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 
 
 class LengthRegularizedDPOTrainer(DPOTrainer):
     """`trl.DPOTrainer` (1.16) whose loss is `fastdpo.LinearDPOLoss`.
 
-    Data, reference model, adapters, precomputed reference log-probs, metrics and everything else
-    are TRL's.  ``lengths/chosen``, ``lengths/rejected`` and ``length_margin`` are logged as well;
-    TRL's metrics of the logits are not, because none are kept.
+    At ``alpha=0`` losses, gradients and weights are TRL's.  Every option is honoured or refused
+    before anything is loaded; `HONOURED` and `REFUSED` say which.  ``lengths/chosen``,
+    ``lengths/rejected`` and ``length_margin`` are logged as well; TRL's metrics of the logits are
+    not, because none are kept.
 
     Args:
         alpha: length penalty per token, not multiplied by ``args.beta``; 0 is plain DPO.
 
     Raises:
-        ValueError: an option of TRL's asks for another loss, or the head cannot be fused.
+        ConfigError: an option asks for what this loss does not do.
+        ModelError: the head cannot be fused or is not the one that gives the model's logits, or
+            the router of a mixture of experts has a loss of its own.
     """
 
     def __init__(self, *args: Any, alpha: float = 0.01, **kwargs: Any) -> None:
-        alpha = require_number("alpha", alpha)
+        self.alpha = require_number("alpha", alpha)
+        self.length_regularized_loss: LinearDPOLoss | None = None
+        _check_options(inspect.signature(DPOTrainer).bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
-        for name, wanted in _WANTED.items():
-            value = getattr(self, name)
-            if value != wanted:
-                raise ValueError(
-                    f"{name}={value!r} belongs to another loss; LengthRegularizedDPOTrainer needs "
-                    f"{wanted!r}"
-                )
-        self.length_regularized_loss = LinearDPOLoss(beta=self.beta, alpha=alpha)
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                head.attach(self.accelerator.unwrap_model(model))
+        self._fuse_heads()
 
-    def _fused(self, model: Any, inputs: dict[str, Tensor], ref_logp_S: Tensor) -> PreferenceLoss:
+    def _fuse_heads(self) -> None:
+        """Give both models the fused head, once, before the first is run on data."""
+        if self.length_regularized_loss is not None:
+            return
+        if self.aux_loss_enabled:
+            raise ModelError(
+                f"{type(head.base_of(self.model)).__name__} adds its router's balancing loss, "
+                f"times {self.router_aux_loss_coef}, which LengthRegularizedDPOTrainer does not; "
+                "set DPOConfig(router_aux_loss_coef=0.0) to train without it"
+            )
+        for model in (self.model, self.ref_model):
+            if model is None:
+                continue
+            plain = head.base_of(self.accelerator.unwrap_model(model))
+            if self.args.disable_dropout:  # TRL leaves those that are plain numbers
+                policy._disable_dropout(plain)
+            with self.accelerator.autocast():
+                policy.check_head(plain)
+        self.length_regularized_loss = LinearDPOLoss(beta=self.beta, alpha=self.alpha)
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        self._fuse_heads()
+        return super()._precompute_ref_logps(*args, **kwargs)
+
+    def _fused(self, model: Any, inputs: dict[str, Any], ref_logp_S: Tensor) -> PreferenceLoss:
         """The loss of TRL's padded batch, all chosen first, run inside the model's head."""
         ids, mask = inputs["input_ids"], inputs["completion_mask"]
         targets = torch.full_like(ids, -100)
         targets[:, :-1] = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        results = []
+        loss_of = self.length_regularized_loss
+        assert loss_of is not None
 
         def loss(h_TD: Tensor, w_VD: Tensor, **settings: Any) -> PreferenceLoss:
-            h = h_TD.view(*ids.shape, -1)
-            return self.length_regularized_loss(h, w_VD, targets, ref_logp_S=ref_logp_S, **settings)
+            # Virtual tokens of prompt tuning come before the real ones.
+            h = h_TD.view(len(ids), -1, h_TD.shape[-1])[:, -ids.shape[1] :]
+            results.append(loss_of(h, w_VD, targets, ref_logp_S=ref_logp_S, **settings))
+            return results[0]
 
-        call = head.HeadCall(loss)
-        return model(input_ids=ids, attention_mask=inputs["attention_mask"], head_call=call)
+        outputs = model(**_model_inputs(inputs), head_call=head.HeadCall(loss))
+        outputs.metrics = results[0].metrics  # accelerate's conversion keeps the entries only
+        return outputs
 
-    def _reference(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Summed reference log-probs, (2B,), precomputed or from the reference model."""
-        if self.precompute_ref_logps:
-            return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Summed log-probs of the chosen and the rejected under the reference, (B,) each."""
+        adapters = nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            plain = self.accelerator.unwrap_model(self.model)
+            adapters = use_adapter(plain, "ref" if "ref" in plain.peft_config else None)
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        trained: Any = self.model
         zeros_S = torch.zeros(len(inputs["input_ids"]), device=inputs["input_ids"].device)
-        adapters, model = nullcontext(), self.ref_model
-        if model is None:  # a PEFT model without its adapters is the reference
-            from trl.trainer.utils import use_adapter
+        # What runs in place of the model's forward is not what accelerate wrapped in autocast.
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(trained, checkpointing),
+            adapters,
+            self.accelerator.autocast(),
+        ):
+            return self._fused(model, inputs, zeros_S).logp_S.chunk(2)
 
-            model = self.model
-            plain = self.accelerator.unwrap_model(model)
-            adapters = use_adapter(
-                plain, adapter_name="ref" if "ref" in plain.peft_config else None
-            )
-        kwargs: Any = self.args.gradient_checkpointing_kwargs
-        policy: Any = self.model
-        with torch.no_grad(), disable_gradient_checkpointing(policy, kwargs), adapters:
-            return self._fused(model, inputs, zeros_S).logp_S
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        result = self._fused(model, inputs, self._reference(inputs))
-        mode = "train" if model.training else "eval"
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self.precompute_ref_logps:
+            reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        result = self._fused(model, inputs, torch.cat(reference))
+        loss = result.loss * self.loss_weights[0]
+        trained: Any = self.model
+        mode = "train" if trained.training else "eval"
         gather: Any = self.accelerator.gather
         if mode == "train":
-            tokens = gather(inputs["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += tokens
+            of_batch: Any = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum())
+            self._total_train_tokens += of_batch.sum().item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         for name, value in result.metrics.items():
             self._metrics[mode][name].append(gather(value).mean().item())
-        return (result.loss, result) if return_outputs else result.loss
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # the logits that compute_metrics takes, as TRL makes them
+            return loss, model(**_model_inputs(inputs))
+
+
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a batch holds for the model, images and token types included."""
+    return {k: v for k, v in inputs.items() if k not in _NO_INPUT} | {"use_cache": False}
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    """Refuse what TRL would do and this loss does not, and what is not known here."""
+    for name in given.keys() - _PARAMETERS:
+        if given[name] is not None:
+            raise ConfigError(
+                f"{name} is a parameter of this TRL's DPOTrainer that "
+                "LengthRegularizedDPOTrainer does not know; leave it out"
+            )
+    args = given.get("args")
+    if args is not None:
+        _check_config(args)
+    for config in _peft_configs(given):
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning and kind not in _PROMPTS:
+            raise ConfigError(
+                f"peft_config: {kind} is not supported by LengthRegularizedDPOTrainer; of those "
+                f"that learn a prompt it takes {', '.join(sorted(_PROMPTS))}"
+            )
+
+
+def _peft_configs(given: dict[str, Any]) -> list[Any]:
+    model, config = given["model"], given.get("peft_config")
+    is_peft = isinstance(model, nn.Module) and is_peft_model(model)
+    found = list(model.peft_config.values()) if is_peft else []
+    return [*found, config] if hasattr(config, "is_prompt_learning") else found
+
+
+def _check_config(args: Any) -> None:
+    if not isinstance(args, DPOConfig):
+        raise ConfigError(f"args must be a trl.DPOConfig, got {type(args).__name__}")
+    honoured = {name for names in HONOURED.values() for name in names.split()}
+    for field in dataclasses.fields(args):
+        value, default = getattr(args, field.name), field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory()  # type: ignore[misc]
+        if field.name in honoured or value == default:
+            continue
+        reason = REFUSED.get(field.name, "an option of TRL's that is not known to it")
+        raise ConfigError(
+            f"DPOConfig({field.name}={value!r}) is refused by LengthRegularizedDPOTrainer: "
+            f"{reason}; leave it at {default!r}"
+        )
+    for name in ("deepspeed", "fsdp"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            raise ConfigError(
+                f"accelerate is launched with {name}, which LengthRegularizedDPOTrainer refuses: "
+                f"{REFUSED[name]}"
+            )
+    if not args.sync_ref_model:
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            default = DPOConfig.__dataclass_fields__[name].default
+            if getattr(args, name) != default:
+                raise ConfigError(
+                    f"DPOConfig({name}={getattr(args, name)!r}) does nothing without "
+                    "sync_ref_model=True"
+                )
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if metric in NOT_LOGGED:
+        raise ConfigError(
+            f"DPOConfig(metric_for_best_model={args.metric_for_best_model!r}): the fused loss keeps "
+            f"no logits and logs no {metric}; take 'loss' or 'rewards/accuracies'"
+        )

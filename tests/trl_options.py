@@ -1,0 +1,246 @@
+"""TRL's trainer and this package's with one option after another, on tiny models.
+
+``python tests/trl_options.py`` runs every case and writes the table of TRL's options,
+``bench/TRL_OPTIONS.md``.
+"""
+
+import dataclasses
+import inspect
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from PIL import Image
+from tiny import COHERE, GEMMA, GRANITE, LLAMA, MIXTRAL, PHI, QWEN, build_tokenizer, save_tiny
+from tiny import Family as ModelFamily
+from tiny import _family as tiny_family
+
+from fastdpo.integrations.trl import HONOURED, NOT_LOGGED, REFUSED, LengthRegularizedDPOTrainer
+
+TABLE = Path(__file__).parent.parent / "bench" / "TRL_OPTIONS.md"
+BETA, STEPS, BATCH, RATE = 0.3, 3, 4, 0.1
+TOLERANCE = 1e-5
+CLOCK = ("runtime", "per_second", "epoch")
+
+
+class Case(NamedTuple):
+    """Options of DPOConfig and, made from the saved model's folder, parameters of DPOTrainer."""
+
+    options: dict[str, Any] = {}  # noqa: RUF012
+    parameters: Callable[[Path], dict[str, Any]] = lambda path: {}
+    family: ModelFamily = LLAMA
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    topics = ["dogs", "the weather", "bread and butter", "long walks on the beach", "maps"]
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"tell me about {topics[i % 5]} {i}"}],
+            "chosen": [{"role": "assistant", "content": "they are nice " * (i % 4 + 1)}],
+            "rejected": [{"role": "assistant", "content": "no idea at all " * (i % 3 + 1)}],
+        }
+        for i in range(count)
+    ]
+
+
+def make_trainer(
+    trainer_class: Any, family: ModelFamily, folder: Path, *, more: Any = None, **changes: Any
+) -> Any:
+    """A trainer on a tiny saved model; eager attention is the only one that caps scores."""
+    path = save_tiny(family, folder / "model")
+    settings: dict[str, Any] = dict(
+        output_dir=str(folder / "out"), beta=BETA, max_steps=STEPS, optim="sgd",
+        per_device_train_batch_size=BATCH, learning_rate=RATE, lr_scheduler_type="constant",
+        max_grad_norm=0.0, bf16=False, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.0, logging_steps=1,
+        model_init_kwargs={"attn_implementation": "eager", "dtype": "float32"},
+    )  # fmt: skip
+    given = {
+        "model": str(path),
+        "train_dataset": Dataset.from_list(rows(STEPS * BATCH)),
+        "processing_class": build_tokenizer(),
+        **(more(path) if callable(more) else more or {}),
+    }
+    return trainer_class(args=trl.DPOConfig(**{**settings, **changes}), **given)
+
+
+def load(path: Path, moved: float = 0.0) -> Any:
+    """The saved model, or one near it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(moved * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def evaluation(path: Path) -> dict[str, Any]:
+    """Five pairs, so that a batch of three is followed by one of two; metrics of the logits."""
+
+    def of_logits(found: Any) -> dict[str, float]:
+        return {"spread": float(np.nanstd(np.where(found[0] == -100, np.nan, found[0])))}
+
+    return {"eval_dataset": Dataset.from_list(rows(5)), "compute_metrics": of_logits}
+
+
+def lora(**changes: Any) -> Any:
+    from peft import LoraConfig
+
+    settings = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **changes}
+    return LoraConfig(**settings)
+
+
+def adapted(path: Path) -> dict[str, Any]:
+    """An adapter trained before: TRL copies it, and the copy is the reference."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    return {"model": get_peft_model(load(path), lora())}
+
+
+def prompt(kind: str) -> Callable[[Path], dict[str, Any]]:
+    def parameters(path: Path) -> dict[str, Any]:
+        import peft
+
+        return {
+            "peft_config": getattr(peft, kind)(
+                task_type="CAUSAL_LM", num_virtual_tokens=3,
+                **({"encoder_hidden_size": 32} if kind == "PromptEncoderConfig" else {}),
+            )
+        }  # fmt: skip
+
+    return parameters
+
+
+def quantized(path: Path) -> dict[str, Any]:
+    """QLoRA."""
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    return {"quantization_config": settings, "peft_config": lora()}
+
+
+def pictures(path: Path) -> dict[str, Any]:
+    """A tiny LLaVA, its processor, and pairs that ask about a picture each."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}"
+        "{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
+        "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    size = {"height": 16, "width": 16}
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
+        tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    text = LLAMA.build(len(tokenizer)).config
+    seen = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=text, vision_config=seen, image_seq_length=4,
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        )
+    )  # fmt: skip
+    model.save_pretrained(path)
+    generator = np.random.default_rng(0)
+    data = [
+        {**row, "images": [Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8))]}
+        for row in rows(STEPS * BATCH)
+    ]
+    return {"train_dataset": Dataset.from_list(data), "processing_class": processor}
+
+
+# Quantized in blocks of 64.
+WIDE = tiny_family("llama", "LlamaConfig", hidden_size=64, intermediate_size=64, head_dim=16)
+CASES: dict[str, Case] = {
+    "full, evaluated": Case(
+        {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}, evaluation
+    ),
+    "own reference, accumulated, clipped": Case(
+        {
+            "loss_weights": [0.3], "gradient_accumulation_steps": 2, "max_grad_norm": 0.1,
+            "per_device_train_batch_size": 2, "lr_scheduler_type": "linear",
+        },
+        lambda path: {"ref_model": load(path, 0.05)}, GEMMA,
+    ),
+    "precomputed": Case(
+        {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}, evaluation, QWEN
+    ),
+    "reference that follows": Case(
+        {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+        family=GRANITE,
+    ),
+    "cut and padded": Case(
+        {"max_length": 24, "truncation_mode": "keep_end", "pad_to_multiple_of": 16,
+         "pad_token": "<|pad|>", "dataset_num_proc": 1},
+        family=COHERE,
+    ),
+    "checkpointed": Case({"gradient_checkpointing": True, "beta": 0.05}),
+    "noisy": Case({"disable_dropout": False}, family=PHI),
+    "mixture of experts": Case({"router_aux_loss_coef": 0.0}, family=MIXTRAL),
+    "new adapter": Case({}, lambda path: {"peft_config": lora()}),
+    "trained adapter": Case({}, adapted),
+    "quantized": Case({}, quantized, WIDE),
+    "prompt tuning": Case({}, prompt("PromptTuningConfig")),
+    "P-tuning": Case({}, prompt("PromptEncoderConfig")),
+    "prefix tuning": Case({}, prompt("PrefixTuningConfig")),
+    "pictures": Case({}, pictures),
+}  # fmt: skip
+
+
+def train(trainer: Any) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """What a run logs, without its clock, and the weights it ends in."""
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "train_loss" not in row]
+    kept = [{k: v for k, v in x.items() if not k.endswith(CLOCK)} for x in logged]
+    weights = trainer.model.named_parameters()
+    return kept, {name: p.detach() for name, p in weights if p.requires_grad}
+
+
+def compare(case: Case, folder: Path, **ours: Any) -> dict[str, float]:
+    """Largest differences between the two trainers, relative to one or to the value.
+
+    ``logged`` is the largest of everything that TRL logs and does not name `NOT_LOGGED`.
+    """
+
+    def run(trainer_class: Any, name: str, **extra: Any) -> Any:
+        torch.manual_seed(0)
+
+        def more(path: Path) -> dict[str, Any]:
+            return case.parameters(path) | extra
+
+        return train(
+            make_trainer(trainer_class, case.family, folder / name, more=more, **case.options)
+        )
+
+    theirs, wanted = run(trl.DPOTrainer, "theirs")
+    mine, got = run(LengthRegularizedDPOTrainer, "ours", **{"alpha": 0.0, **ours})
+    assert len(theirs) == len(mine) and got.keys() == wanted.keys()
+    worst = {"loss": 0.0, "grad_norm": 0.0, "logged": 0.0, "weights": 0.0}
+    for a, b in zip(theirs, mine):
+        names = {name for name in a if not name.removeprefix("eval_").startswith(NOT_LOGGED)}
+        assert names <= b.keys(), names - b.keys()
+        for name in names:
+            kind = name.removeprefix("eval_")
+            kind = kind if kind in worst else "logged"
+            worst[kind] = max(worst[kind], abs(a[name] - b[name]) / max(1.0, abs(a[name])))
+    for name, p in got.items():
+        size = wanted[name].float().norm().clamp(min=0.01)  # a key's bias only ever gets rounding
+        difference = (p.float() - wanted[name].float()).norm() / size
+        worst["weights"] = max(worst["weights"], difference.item())
+    return worst
