@@ -86,7 +86,7 @@ def prepare_model(
     except ValueError as error:
         raise ModelError(str(error)) from error
     _disable_dropout(model)
-    model.eval()
+    _evaluate(model)
     kind = next(model.parameters()).device.type
     with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
         alone = _Alone(model)
@@ -133,7 +133,7 @@ def check_head(model: Any, impl: str = "auto") -> None:
     except ValueError as error:
         raise ModelError(str(error)) from error
     was_training = model.training
-    model.eval()
+    _evaluate(model)
     with torch.no_grad():
         _Alone(model).check_head(model, impl)
     model.train(was_training)
@@ -289,6 +289,16 @@ class _Alone:
         """Largest difference of a hidden state, relative to its size."""
         difference = self.in_batch(model, layout).float() - self.hidden_ND
         return float((difference.norm(dim=-1) / self.hidden_ND.norm(dim=-1)).max())
+
+
+def _evaluate(model: nn.Module) -> None:
+    """Evaluation mode, but not for bitsandbytes' layers.
+
+    In it they repack 4-bit weights for inference on a CPU, and pass no gradient from then on.
+    """
+    for module in model.eval().modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.train()
 
 
 def _disable_dropout(model: nn.Module) -> None:

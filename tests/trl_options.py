@@ -5,19 +5,22 @@
 """
 
 import dataclasses
-import inspect
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import peft
 import torch
 import transformers
 import trl
 from datasets import Dataset
 from PIL import Image
-from tiny import COHERE, GEMMA, GRANITE, LLAMA, MIXTRAL, PHI, QWEN, build_tokenizer, save_tiny
+from tiny import COHERE, GEMMA, GEMMA3, GRANITE, LLAMA, MIXTRAL, PHI, QWEN, build_tokenizer, save_tiny
 from tiny import Family as ModelFamily
 from tiny import _family as tiny_family
 
@@ -25,7 +28,6 @@ from fastdpo.integrations.trl import HONOURED, NOT_LOGGED, REFUSED, LengthRegula
 
 TABLE = Path(__file__).parent.parent / "bench" / "TRL_OPTIONS.md"
 BETA, STEPS, BATCH, RATE = 0.3, 3, 4, 0.1
-TOLERANCE = 1e-5
 CLOCK = ("runtime", "per_second", "epoch")
 
 
@@ -35,6 +37,7 @@ class Case(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012
     parameters: Callable[[Path], dict[str, Any]] = lambda path: {}
     family: ModelFamily = LLAMA
+    tolerance: float = 1e-5
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -92,24 +95,18 @@ def evaluation(path: Path) -> dict[str, Any]:
 
 
 def lora(**changes: Any) -> Any:
-    from peft import LoraConfig
-
     settings = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **changes}
-    return LoraConfig(**settings)
+    return peft.LoraConfig(**settings)
 
 
 def adapted(path: Path) -> dict[str, Any]:
     """An adapter trained before: TRL copies it, and the copy is the reference."""
-    from peft import get_peft_model
-
     torch.manual_seed(0)
-    return {"model": get_peft_model(load(path), lora())}
+    return {"model": peft.get_peft_model(load(path), lora())}
 
 
 def prompt(kind: str) -> Callable[[Path], dict[str, Any]]:
     def parameters(path: Path) -> dict[str, Any]:
-        import peft
-
         return {
             "peft_config": getattr(peft, kind)(
                 task_type="CAUSAL_LM", num_virtual_tokens=3,
@@ -128,41 +125,64 @@ def quantized(path: Path) -> dict[str, Any]:
     return {"quantization_config": settings, "peft_config": lora()}
 
 
-def pictures(path: Path) -> dict[str, Any]:
-    """A tiny LLaVA, its processor, and pairs that ask about a picture each."""
-    tokenizer = build_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}"
-        "{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
-        "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+def _with_pictures(token: str, tokenizer: Any, processor: Any) -> dict[str, Any]:
+    """Pairs that ask about a picture each, and the processor that places its tokens."""
+    processor.chat_template = tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+        f"{{% if c['type'] == 'image' %}}{token}{{% else %}}"
+        "{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    size = {"height": 16, "width": 16}
-    processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
-        tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
-    )  # fmt: skip
-    text = LLAMA.build(len(tokenizer)).config
-    seen = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            text_config=text, vision_config=seen, image_seq_length=4,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        )
-    )  # fmt: skip
-    model.save_pretrained(path)
     generator = np.random.default_rng(0)
     data = [
         {**row, "images": [Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8))]}
         for row in rows(STEPS * BATCH)
     ]
     return {"train_dataset": Dataset.from_list(data), "processing_class": processor}
+
+
+_SEEN: dict[str, Any] = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    image_size=16, patch_size=8,
+)  # fmt: skip
+
+
+def llava(path: Path) -> dict[str, Any]:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = {"height": 16, "width": 16}
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+    processor = transformers.LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        text_config=LLAMA.build(len(tokenizer)).config, image_seq_length=4,
+        vision_config=transformers.CLIPVisionConfig(**_SEEN),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(path)
+    return _with_pictures("<image>", tokenizer, processor)
+
+
+def gemma3(path: Path) -> dict[str, Any]:
+    """Its batches have token types too: a picture's tokens see each other."""
+    names = {"boi_token": "<boi>", "image_token": "<image>", "eoi_token": "<eoi>"}
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names.values())})
+    tokenizer.save_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, extra_special_tokens=names)
+    images = transformers.Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    processor = transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
+    config = transformers.Gemma3Config(
+        text_config=GEMMA3.build(len(tokenizer)).config, mm_tokens_per_image=4,
+        vision_config=transformers.SiglipVisionConfig(**_SEEN),
+        **{name + "_index": tokenizer.convert_tokens_to_ids(x) for name, x in names.items()},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(path)
+    return _with_pictures("<boi>", tokenizer, processor)
 
 
 # Quantized in blocks of 64.
@@ -195,11 +215,14 @@ CASES: dict[str, Case] = {
     "mixture of experts": Case({"router_aux_loss_coef": 0.0}, family=MIXTRAL),
     "new adapter": Case({}, lambda path: {"peft_config": lora()}),
     "trained adapter": Case({}, adapted),
-    "quantized": Case({}, quantized, WIDE),
+    # TRL makes the adapters bf16: one step's rounding is 2**-8 of a weight.
+    "quantized": Case({}, quantized, WIDE, STEPS * 2**-8),
     "prompt tuning": Case({}, prompt("PromptTuningConfig")),
     "P-tuning": Case({}, prompt("PromptEncoderConfig")),
     "prefix tuning": Case({}, prompt("PrefixTuningConfig")),
-    "pictures": Case({}, pictures),
+    "pictures": Case({}, llava),
+    "pictures with token types": Case({}, gemma3),
+    "compiled": Case({"torch_compile": True, "torch_compile_backend": "aot_eager"}),
 }  # fmt: skip
 
 
@@ -225,7 +248,10 @@ def compare(case: Case, folder: Path, **ours: Any) -> dict[str, float]:
             return case.parameters(path) | extra
 
         return train(
-            make_trainer(trainer_class, case.family, folder / name, more=more, **case.options)
+            make_trainer(
+                trainer_class, case.family, folder, more=more,
+                output_dir=str(folder / name), **case.options,
+            )  # fmt: skip
         )
 
     theirs, wanted = run(trl.DPOTrainer, "theirs")
@@ -244,3 +270,89 @@ def compare(case: Case, folder: Path, **ours: Any) -> dict[str, float]:
         difference = (p.float() - wanted[name].float()).norm() / size
         worst["weights"] = max(worst["weights"], difference.item())
     return worst
+
+
+def options_table() -> str:
+    """What becomes of each option, from the code's own lists; the cases that set it."""
+    uses = {name: [case for case, x in CASES.items() if name in x.options] for name in _own()}
+    lines = ["| option | here | shown by |", "|---|---|---|"]
+    inherited = []
+    for group, names in HONOURED.items():
+        own = [name for name in names.split() if name in uses]
+        lines += [f"| `{name}` | honoured | {'; '.join(uses[name])} |" for name in own]
+        rest = ", ".join(f"`{name}`" for name in names.split() if name not in uses)
+        inherited += [f"| {group}: {rest} | honoured, by `transformers.Trainer` | |"] if rest else []
+    refused = [f"| `{name}` | refused: {why} | |" for name, why in REFUSED.items()]
+    return "\n".join([*lines, *inherited, *refused])
+
+
+def _own() -> set[str]:
+    """TRL's own options, and those of the Trainer's that a case sets."""
+    inherited = {x.name for x in dataclasses.fields(transformers.TrainingArguments)}
+    own = {x.name for x in dataclasses.fields(trl.DPOConfig)} - inherited
+    return own | {name for case in CASES.values() for name in case.options}
+
+
+def cases_table(figures: dict[str, dict[str, float]]) -> str:
+    """Largest differences from TRL's, a row for each case."""
+    kinds = ["loss", "grad_norm", "logged", "weights"]
+    lines = [f"| case | model | {' | '.join(kinds)} | bound |", "|---" * (len(kinds) + 3) + "|"]
+    for name, found in figures.items():
+        case = CASES[name.removesuffix(TWICE)]
+        cells = " | ".join(f"{found[kind]:.1e}" for kind in kinds)
+        lines.append(f"| {name} | {case.family.name} | {cells} | {case.tolerance:.1e} |")
+    return "\n".join(lines)
+
+
+TWICE = ", two processes"
+
+
+def in_two_processes(name: str) -> dict[str, float]:
+    """`compare` of a case under DDP; the larger figures of the two."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", __file__, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    found = [json.loads(line[len(MARK) :]) for line in lines if line.startswith(MARK)]
+    assert len(found) == 2, done.stderr
+    return {kind: max(x[kind] for x in found) for kind in found[0]}
+
+
+MARK = "figures: "
+
+
+def main(names: list[str]) -> None:
+    """Print the figures of the named cases, or run all and write the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = {}
+        for i, name in enumerate(names or CASES):
+            figures[name] = compare(CASES[name], Path(folder) / str(i))
+            print(MARK + json.dumps(figures[name]), flush=True)
+    if names:
+        return
+    for name in ("full, evaluated", "new adapter"):
+        figures[name + TWICE] = in_two_processes(name)
+    versions = ", ".join(f"{x.__name__} {x.__version__}" for x in (trl, transformers, peft, torch))
+    TABLE.write_text(
+        f"""# TRL's options in `LengthRegularizedDPOTrainer`
+
+Written by `python tests/trl_options.py` ({versions}).
+
+## Equal to `trl.DPOTrainer`
+
+Three steps of either trainer on the same tiny model and pairs, in fp32 on a CPU, at `alpha=0`:
+largest differences of losses, gradient norms, everything else that is logged and the weights at
+the end, relative to the value or to one.
+
+{cases_table(figures)}
+
+## Options of `DPOConfig`
+
+An option that is in neither list is refused unless it has its default.
+
+{options_table()}
+"""
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

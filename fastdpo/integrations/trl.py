@@ -28,7 +28,8 @@ HONOURED = {
     "the data": "dataset_num_proc max_length truncation_mode pad_to_multiple_of pad_token",
     "precision and memory": """bf16 bf16_full_eval tf32 gradient_checkpointing
         gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
-        activation_offloading use_cache torch_empty_cache_steps skip_memory_metrics""",
+        activation_offloading torch_compile torch_compile_backend torch_compile_mode use_cache
+        torch_empty_cache_steps skip_memory_metrics""",
     "the steps": """per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size
         average_tokens_across_devices num_train_epochs max_steps learning_rate lr_scheduler_type
         lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
@@ -67,9 +68,6 @@ REFUSED = {
     "fp16_full_eval": "half precision is not supported; use bf16_full_eval=True",
     "use_liger_kernel": "its kernels would run in the policy and not in its reference",
     "liger_kernel_config": "it belongs to use_liger_kernel",
-    "torch_compile": "the head is called with another loss at each step, so it would not pay",
-    "torch_compile_backend": "it belongs to torch_compile",
-    "torch_compile_mode": "it belongs to torch_compile",
     "fsdp": "sharded weights are not tested here; use plain data parallelism",
     "fsdp_config": "it belongs to fsdp",
     "deepspeed": "its engines are not tested here; use plain data parallelism",
@@ -174,7 +172,8 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
         if self.precompute_ref_logps:
             reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            reference_model = self.model if self.ref_model is None else self.ref_model
+            reference = self.compute_ref_log_probs(reference_model, inputs)
         result = self._fused(model, inputs, torch.cat(reference))
         loss = result.loss * self.loss_weights[0]
         trained: Any = self.model
