@@ -108,7 +108,7 @@ class PreferenceLoss(dict[str, Tensor]):
 register_pytree_node(
     PreferenceLoss,
     lambda result: ([dict(result), result.metrics, result.stats], result.plan),
-    lambda parts, plan: PreferenceLoss(*parts, plan),
+    lambda parts, plan: PreferenceLoss(*parts, plan=plan),  # type: ignore[call-arg]
 )
 
 

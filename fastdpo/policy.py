@@ -120,8 +120,8 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def check_head(model: Any, impl: str = "auto") -> None:
-    """Give a model the fused head and compare its log-probs with those of the model's logits.
+def fuse_head(model: Any, impl: str = "auto") -> None:
+    """`head.attach`, and compare the fused head's log-probs with those of the model's logits.
 
     Its layout stays its own; it is run in evaluation mode and left in the mode it was in.
 

@@ -3,6 +3,8 @@
 Legend: T hidden rows, N targets, D hidden size, V vocabulary, P pairs, S = 2P sequences.
 """
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -31,6 +33,7 @@ from checks import (
 
 from fastdpo import (
     LinearDPOLoss,
+    PreferenceLoss,
     linear_dpo_loss,
     linear_logp,
     linear_preference_loss,
@@ -510,6 +513,32 @@ def test_only_the_loss_carries_a_gradient():
     result = preference(make_problem().leaves(), lr_dpo(), stats=("entropy",))
     tensors = [result.logp_S, result.ref_logp_S, *result.metrics.values(), *result.stats.values()]
     assert result.loss.requires_grad and not any(x.requires_grad for x in tensors)
+
+
+def test_a_result_is_a_mapping_of_tensors_and_a_pytree():
+    from accelerate.utils.operations import convert_to_fp32, send_to_device
+    from torch.utils._pytree import tree_leaves, tree_map
+
+    result = preference(make_problem().leaves(), lr_dpo(), stats=("entropy",))
+    names = ["loss", "logp_S", "ref_logp_S", "lengths_S"]
+    assert isinstance(result, dict) and list(result) == names
+    assert all(getattr(result, name) is result[name] is result[i] for i, name in enumerate(names))
+    assert [id(x) for x in result[1:]] == [id(result[name]) for name in names[1:]]
+    assert any(x is result.loss for x in tree_leaves(result))
+
+    halves = tree_map(lambda x: x.detach() / 2, result)
+    assert type(halves) is PreferenceLoss and halves.plan == result.plan
+    assert torch.equal(2 * halves.logp_S, result.logp_S)
+    assert 2 * halves.metrics["logps/chosen"] == result.metrics["logps/chosen"]
+    for twin in (pickle.loads(pickle.dumps(halves)), copy.deepcopy(halves), copy.copy(halves)):
+        assert type(twin) is PreferenceLoss and twin.plan == halves.plan
+        for a, b in zip(tree_leaves(twin), tree_leaves(halves), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    # What rebuilds mappings from their items: accelerate, and DataParallel's gathering.
+    for rebuilt in (convert_to_fp32(result), send_to_device(result, "cpu")):
+        assert type(rebuilt) is PreferenceLoss and rebuilt.loss is result.loss
+        assert rebuilt.metrics == {} and rebuilt.plan is None
+    assert type(result)((name, result[name]) for name in result).logp_S is result.logp_S
 
 
 # -------------------------------------------------------------------------------------- properties

@@ -4,6 +4,7 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import LLAMA, build_tokenizer
@@ -56,15 +57,20 @@ def test_the_loss_in_a_transformers_trainer(tmp_path):
 
     data = [example(i) for i in range(8)]
 
-    def train(steps, batch, accumulation):
+    def trainer_of(steps, batch, accumulation, more=None, **changes):
         arguments = TrainingArguments(
             output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation, learning_rate=1e-2, report_to="none",
             use_cpu=True, disable_tqdm=True, remove_unused_columns=False, logging_steps=1,
-            save_strategy="no",
+            save_strategy="no", **changes,
         )  # fmt: skip
-        start = copy.deepcopy(model)
-        trainer = names["DPOTrainer"](start, arguments, train_dataset=data, data_collator=collate)
+        return names["DPOTrainer"](
+            copy.deepcopy(model), arguments, train_dataset=data, data_collator=collate,
+            **(more or {}),
+        )  # fmt: skip
+
+    def train(*sizes):
+        trainer = trainer_of(*sizes)
         trainer.train()
         return [row for row in trainer.state.log_history if "loss" in row]
 
@@ -74,6 +80,31 @@ def test_the_loss_in_a_transformers_trainer(tmp_path):
     (split,) = train(1, 2, 2)
     for name in ("loss", "grad_norm"):
         assert split[name] == pytest.approx(rows[0][name], rel=1e-3), name
+
+    # It evaluates; the predictions are those of the mapping.
+    seen = []
+    more = {"eval_dataset": data[:4], "compute_metrics": lambda found: seen.append(found) or {}}
+    trainer = trainer_of(1, 4, 1, more, eval_strategy="steps", per_device_eval_batch_size=2)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    (after,) = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    logp, ref_logp, lengths = seen[0].predictions
+    assert ref_logp.tolist() == [-40.0, -40.0, -30.0, -30.0] * 2
+    assert lengths.tolist() == [7, 7, 4, 5, 7, 7, 6, 4]
+    score = (0.1 * (logp - ref_logp) + 0.01 * lengths).reshape(2, 2, 2)  # batch, side, pair
+    margins = score[:, 0] - score[:, 1]
+    assert before == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-5) != after
+    _, predictions, labels = trainer.prediction_step(
+        trainer.model, collate(data[:2]), False, ignore_keys=["lengths_S"]
+    )
+    assert len(predictions) == 2 and len(labels) == 4
+
+    # Mixed precision reaches the body, which the trainer's own autocast surrounds.
+    trainer = trainer_of(1, 4, 1, bf16=True)
+    kinds = []
+    trainer.model.model.layers[0].mlp.register_forward_hook(lambda *x: kinds.append(x[2].dtype))
+    trainer.train()
+    assert set(kinds) == {torch.bfloat16}
 
 
 def test_the_two_commands_are_one_line_each():

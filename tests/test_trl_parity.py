@@ -1,50 +1,31 @@
 """Loss, gradients and SGD steps equal TRL's DPOTrainer on the same pairs, in fp32 at alpha 0."""
 
 import copy
+import dataclasses
+import inspect
+import math
+from typing import Any
 
 import pytest
 import torch
-from tiny import GEMMA, LLAMA, QWEN, build_tokenizer, save_tiny
+import transformers
+from tiny import GEMMA, LLAMA, MIXTRAL, OPT, QWEN
 
 from fastdpo.batch import TokenizedPair, pack_pairs
+from fastdpo.models import ModelError
 from fastdpo.policy import packed_loss, prepare_model
+from fastdpo.trainer import ConfigError
 
 trl = pytest.importorskip("trl")
+pytest.importorskip("peft")
+import trl_options  # noqa: E402
+from trl_options import BATCH, BETA, RATE, STEPS, compare, make_trainer  # noqa: E402
+
+from fastdpo.integrations import trl as integration  # noqa: E402
+from fastdpo.integrations.trl import HONOURED, REFUSED  # noqa: E402
+from fastdpo.integrations.trl import LengthRegularizedDPOTrainer as Trainer  # noqa: E402
+
 FAMILIES = [LLAMA, QWEN, GEMMA]
-BETA, STEPS, BATCH, RATE = 0.3, 3, 4, 0.5
-
-
-def rows(count):
-    topics = ["dogs", "the weather", "bread and butter", "long walks on the beach", "maps"]
-    return [
-        {
-            "prompt": [{"role": "user", "content": f"tell me about {topics[i % 5]} {i}"}],
-            "chosen": [{"role": "assistant", "content": "they are nice " * (i % 4 + 1)}],
-            "rejected": [{"role": "assistant", "content": "no idea at all " * (i % 3 + 1)}],
-        }
-        for i in range(count)
-    ]
-
-
-def make_trainer(trainer_class, family, folder, *, more=None, **changes):
-    """A trainer on a tiny saved model; eager attention is the only one that caps scores."""
-    from datasets import Dataset
-
-    path = save_tiny(family, folder / "model")
-    settings = dict(
-        output_dir=str(folder / "out"), beta=BETA, max_steps=STEPS, optim="sgd",
-        per_device_train_batch_size=BATCH, learning_rate=RATE, lr_scheduler_type="constant",
-        max_grad_norm=0.0, bf16=False, use_cpu=True, report_to="none", save_strategy="no",
-        disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.0, logging_steps=1,
-        model_init_kwargs={"attn_implementation": "eager", "dtype": "float32"},
-    )  # fmt: skip
-    return trainer_class(
-        str(path),
-        args=trl.DPOConfig(**{**settings, **changes}),
-        train_dataset=Dataset.from_list(rows(STEPS * BATCH)),
-        processing_class=build_tokenizer(),
-        **(more or {}),
-    )
 
 
 @pytest.fixture(params=FAMILIES, ids=[family.name for family in FAMILIES])
@@ -126,49 +107,156 @@ def test_weights_after_sgd_steps(trainer):
         assert (p - wanted[name]).norm() < 1e-3 * moved, name
 
 
-def trained(trainer):
-    trainer.train()
-    rows = [row for row in trainer.state.log_history if "loss" in row]
-    return rows, {name: p.detach() for name, p in trainer.model.named_parameters()}
+# Each is one that failed; the others run with the table that they are in.
+SAMPLE = [
+    "full, evaluated", "own reference, accumulated, clipped", "precomputed", "quantized",
+    "P-tuning", "pictures with token types",
+]  # fmt: skip
 
 
-def lora():
-    from peft import LoraConfig
-
-    return {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)}
-
-
-@pytest.mark.parametrize("how", ["plain", "precomputed", "lora"])
-def test_the_trl_trainer_with_the_fused_loss(how, tmp_path):
-    """At alpha 0 it logs what TRL logs and ends in the same weights; alpha then changes both."""
-    from fastdpo.integrations.trl import LengthRegularizedDPOTrainer
-
-    if how == "lora":
-        pytest.importorskip("peft")
-
-    def make(trainer_class, name, **more):
-        torch.manual_seed(0)
-        more |= lora() if how == "lora" else {}
-        changes = {"precompute_ref_log_probs": how == "precomputed"}
-        return make_trainer(trainer_class, LLAMA, tmp_path / name, more=more, **changes)
-
-    theirs, wanted = trained(make(trl.DPOTrainer, "theirs"))
-    ours, got = trained(make(LengthRegularizedDPOTrainer, "ours", alpha=0.0))
-    for a, b in zip(theirs, ours, strict=True):
-        for name in ("loss", "rewards/margins", "logps/chosen", "rewards/accuracies", "num_tokens"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
-    assert got.keys() == wanted.keys()
-    for name, p in got.items():
-        assert (p - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
-    rows, _ = trained(make(LengthRegularizedDPOTrainer, "longer", alpha=0.3))
-    assert rows[0]["length_margin"] != 0 and rows[-1]["loss"] != ours[-1]["loss"]
-    margin = 0.3 * (rows[0]["lengths/chosen"] - rows[0]["lengths/rejected"])
-    assert rows[0]["length_margin"] == pytest.approx(margin, rel=1e-4)
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_trl_trainer_with_the_fused_loss(name, tmp_path):
+    """At alpha 0 it logs what TRL logs and ends in the same weights."""
+    case = trl_options.CASES[name]
+    found = compare(case, tmp_path)
+    assert max(found.values()) <= case.tolerance, found
 
 
-@pytest.mark.parametrize("change", [{"loss_type": ["ipo"]}, {"ld_alpha": 0.5}])
-def test_the_trl_trainer_refuses_other_losses(change, tmp_path):
-    from fastdpo.integrations.trl import LengthRegularizedDPOTrainer
+@pytest.mark.slow
+def test_every_case_of_the_table(tmp_path):
+    for i, name in enumerate(trl_options.CASES.keys() - set(SAMPLE)):
+        found = compare(trl_options.CASES[name], tmp_path / str(i))
+        assert max(found.values()) <= trl_options.CASES[name].tolerance, (name, found)
+    for name in ("full, evaluated", "new adapter"):
+        found = trl_options.in_two_processes(name)
+        assert max(found.values()) <= trl_options.CASES[name].tolerance, (name, found)
 
-    with pytest.raises(ValueError, match="belongs to another loss"):
-        make_trainer(LengthRegularizedDPOTrainer, LLAMA, tmp_path, **change)
+
+def test_the_table_of_options_is_current():
+    """Its lists are the code's, it has every case, and no figure is over its bound."""
+    table = trl_options.TABLE.read_text()
+    assert trl_options.options_table() in table
+    measured = [line.split(" | ") for line in table.splitlines() if line.endswith("e-05 |")]
+    measured += [line.split(" | ") for line in table.splitlines() if line.endswith("e-02 |")]
+    assert {cells[0][2:].removesuffix(trl_options.TWICE) for cells in measured} == set(
+        trl_options.CASES
+    )
+    for cells in measured:
+        bound = float(cells[-1].rstrip(" |"))
+        assert all(float(cell) <= bound for cell in cells[2:-1]), cells
+
+
+def test_every_option_of_this_trl_is_listed():
+    honoured = [name for names in HONOURED.values() for name in names.split()]
+    assert not set(honoured) & set(REFUSED)
+    known = [x.name for x in dataclasses.fields(trl.DPOConfig)]
+    assert not set(known) - set(honoured) - set(REFUSED)
+    parameters = inspect.signature(trl.DPOTrainer).parameters
+    assert set(parameters) == integration.PARAMETERS
+
+
+@pytest.mark.parametrize("family", [LLAMA, GEMMA], ids=["llama", "gemma2"])
+def test_bf16_starts_at_log_2_with_a_separate_reference(family, tmp_path):
+    """The reference of equal weights runs under the policy's autocast."""
+    trainer = make_trainer(
+        Trainer, family, tmp_path, bf16=True, max_steps=1,
+        more=lambda path: {"ref_model": trl_options.load(path), "alpha": 0.0},
+    )  # fmt: skip
+    kinds = []
+    layer = trainer.ref_model.model.layers[0].mlp
+    layer.register_forward_hook(lambda *x: kinds.append(x[2].dtype))
+    logged, _ = trl_options.train(trainer)
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert set(kinds) == {torch.bfloat16}
+
+
+def test_dropout_of_plain_numbers_is_disabled_too(tmp_path):
+    """TRL zeroes modules only: with OPT's dropout, equal models would not start at log 2."""
+    logged, _ = trl_options.train(make_trainer(Trainer, OPT, tmp_path, more={"alpha": 0.0}))
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_alpha_moves_the_loss(tmp_path):
+    more = {"alpha": 0.3}
+    logged, _ = trl_options.train(make_trainer(Trainer, LLAMA, tmp_path, more=more))
+    margin = 0.3 * (logged[0]["lengths/chosen"] - logged[0]["lengths/rejected"])
+    assert logged[0]["length_margin"] == pytest.approx(margin, rel=1e-4) and margin > 0.1
+    assert logged[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+# -------------------------------------------------------------------------------------- refusals
+def refused(tmp_path, match, args=None, **given):
+    """Before anything is loaded: there is no model."""
+    plain = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ConfigError, match=match):
+        Trainer(**{"model": str(tmp_path / "none"), "args": args or plain, **given})
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_of_other_losses_are_refused(name, tmp_path):
+    args = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    if hasattr(args, name):
+        setattr(args, name, ["ipo"] if name == "loss_type" else 0.25)
+        refused(tmp_path, rf"DPOConfig\({name}=.*leave it at", args)
+
+
+def test_an_option_that_a_later_trl_adds_is_refused(tmp_path):
+    @dataclasses.dataclass
+    class Later(trl.DPOConfig):
+        sharpness: float = 0.5
+
+    def make(value):
+        return Later(str(tmp_path), use_cpu=True, bf16=False, sharpness=value)
+
+    refused(tmp_path, r"sharpness=0\.7.*not known", make(0.7))
+    with pytest.raises(OSError, match="none"):  # its default is no reason: the model is missing
+        Trainer(model=str(tmp_path / "none"), args=make(0.5), train_dataset=rows_of(1))
+
+
+def rows_of(count):
+    from datasets import Dataset
+
+    return Dataset.from_list(trl_options.rows(count))
+
+
+def test_what_else_would_be_ignored_is_refused(tmp_path, monkeypatch):
+    import peft
+
+    def config(**changes):
+        return trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **changes)
+
+    refused(tmp_path, "without sync_ref_model", config(ref_model_sync_steps=2))
+    refused(tmp_path, "logs no entropy", config(metric_for_best_model="eval_entropy"))
+    adapters = {"peft_config": trl_options.lora()}
+    refused(tmp_path, "disable_dropout=False", config(disable_dropout=False), **adapters)
+    learned = peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[1], cpt_mask=[1], cpt_tokens_type_mask=[1]
+    )
+    refused(tmp_path, "peft_config: CPT", peft_config=learned)
+    refused(tmp_path, "must be a trl.DPOConfig", transformers.TrainingArguments(str(tmp_path)))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refused(tmp_path, "launched with fsdp")
+
+
+class Doubled(transformers.LlamaForCausalLM):
+    """Something after the head that no configuration tells of."""
+
+    def forward(self, *args, **kwargs):
+        outputs: Any = super().forward(*args, **kwargs)
+        outputs.logits = 2 * outputs.logits
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda config: Doubled(config), "does not reproduce the logits"),
+        (lambda config: MIXTRAL.build(config.vocab_size), r"router_aux_loss_coef=0\.0"),
+    ],
+    ids=["head", "router"],
+)
+def test_models_are_refused_before_references_are_computed(build, match, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed"))
+    model = build(LLAMA.build(len(trl_options.build_tokenizer())).config)
+    with pytest.raises(ModelError, match=match):
+        make_trainer(Trainer, LLAMA, tmp_path, more={"model": model}, precompute_ref_log_probs=True)

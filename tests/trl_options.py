@@ -20,9 +20,22 @@ import transformers
 import trl
 from datasets import Dataset
 from PIL import Image
-from tiny import COHERE, GEMMA, GEMMA3, GRANITE, LLAMA, MIXTRAL, PHI, QWEN, build_tokenizer, save_tiny
+from tiny import (
+    COHERE,
+    GEMMA,
+    GEMMA3,
+    GRANITE,
+    LLAMA,
+    MIXTRAL,
+    PHI,
+    QWEN,
+    build_tokenizer,
+    save_tiny,
+)
 from tiny import Family as ModelFamily
 from tiny import _family as tiny_family
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastdpo.integrations.trl import HONOURED, NOT_LOGGED, REFUSED, LengthRegularizedDPOTrainer
 
@@ -64,13 +77,13 @@ def make_trainer(
         disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.0, logging_steps=1,
         model_init_kwargs={"attn_implementation": "eager", "dtype": "float32"},
     )  # fmt: skip
-    given = {
+    given: dict[str, Any] = {
         "model": str(path),
         "train_dataset": Dataset.from_list(rows(STEPS * BATCH)),
         "processing_class": build_tokenizer(),
-        **(more(path) if callable(more) else more or {}),
     }
-    return trainer_class(args=trl.DPOConfig(**{**settings, **changes}), **given)
+    given.update(more(path) if callable(more) else more or {})
+    return trainer_class(args=DPOConfig(**{**settings, **changes}), **given)
 
 
 def load(path: Path, moved: float = 0.0) -> Any:
@@ -220,8 +233,8 @@ CASES: dict[str, Case] = {
     "prompt tuning": Case({}, prompt("PromptTuningConfig")),
     "P-tuning": Case({}, prompt("PromptEncoderConfig")),
     "prefix tuning": Case({}, prompt("PrefixTuningConfig")),
-    "pictures": Case({}, llava),
-    "pictures with token types": Case({}, gemma3),
+    "pictures": Case({}, llava, LLAMA._replace(name="llava")),
+    "pictures with token types": Case({}, gemma3, LLAMA._replace(name="gemma3 with siglip")),
     "compiled": Case({"torch_compile": True, "torch_compile_backend": "aot_eager"}),
 }  # fmt: skip
 
@@ -247,14 +260,10 @@ def compare(case: Case, folder: Path, **ours: Any) -> dict[str, float]:
         def more(path: Path) -> dict[str, Any]:
             return case.parameters(path) | extra
 
-        return train(
-            make_trainer(
-                trainer_class, case.family, folder, more=more,
-                output_dir=str(folder / name), **case.options,
-            )  # fmt: skip
-        )
+        options = {**case.options, "output_dir": str(folder / name)}
+        return train(make_trainer(trainer_class, case.family, folder, more=more, **options))
 
-    theirs, wanted = run(trl.DPOTrainer, "theirs")
+    theirs, wanted = run(DPOTrainer, "theirs")
     mine, got = run(LengthRegularizedDPOTrainer, "ours", **{"alpha": 0.0, **ours})
     assert len(theirs) == len(mine) and got.keys() == wanted.keys()
     worst = {"loss": 0.0, "grad_norm": 0.0, "logged": 0.0, "weights": 0.0}
@@ -281,7 +290,8 @@ def options_table() -> str:
         own = [name for name in names.split() if name in uses]
         lines += [f"| `{name}` | honoured | {'; '.join(uses[name])} |" for name in own]
         rest = ", ".join(f"`{name}`" for name in names.split() if name not in uses)
-        inherited += [f"| {group}: {rest} | honoured, by `transformers.Trainer` | |"] if rest else []
+        if rest:
+            inherited.append(f"| {group}: {rest} | honoured, by `transformers.Trainer` | |")
     refused = [f"| `{name}` | refused: {why} | |" for name, why in REFUSED.items()]
     return "\n".join([*lines, *inherited, *refused])
 
@@ -289,7 +299,7 @@ def options_table() -> str:
 def _own() -> set[str]:
     """TRL's own options, and those of the Trainer's that a case sets."""
     inherited = {x.name for x in dataclasses.fields(transformers.TrainingArguments)}
-    own = {x.name for x in dataclasses.fields(trl.DPOConfig)} - inherited
+    own = {x.name for x in dataclasses.fields(DPOConfig)} - inherited
     return own | {name for case in CASES.values() for name in case.options}
 
 

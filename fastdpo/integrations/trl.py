@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,13 +33,13 @@ HONOURED = {
         torch_empty_cache_steps skip_memory_metrics""",
     "the steps": """per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size
         average_tokens_across_devices num_train_epochs max_steps learning_rate lr_scheduler_type
-        lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
-        adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed data_seed full_determinism
-        train_sampling_strategy length_column_name ignore_data_skip logging_nan_inf_filter
-        include_num_input_tokens_seen""",
-    "evaluation": """per_device_eval_batch_size do_eval do_predict eval_strategy eval_steps eval_delay
-        eval_on_start eval_accumulation_steps eval_do_concat_batches eval_use_gather_object
-        prediction_loss_only batch_eval_metrics include_for_metrics label_names
+        lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args optim_target_modules
+        weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed data_seed
+        full_determinism train_sampling_strategy group_by_length length_column_name
+        ignore_data_skip logging_nan_inf_filter include_num_input_tokens_seen""",
+    "evaluation": """per_device_eval_batch_size do_eval do_predict eval_strategy eval_steps
+        eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches
+        eval_use_gather_object prediction_loss_only batch_eval_metrics include_for_metrics label_names
         metric_for_best_model greater_is_better load_best_model_at_end""",
     "the loader": """dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
         dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
@@ -48,8 +49,8 @@ HONOURED = {
     "files and logs": """output_dir do_train save_strategy save_steps save_total_limit
         save_on_each_node save_only_model enable_jit_checkpoint resume_from_checkpoint
         restore_callback_states_from_checkpoint logging_strategy logging_steps logging_first_step
-        log_level log_level_replica log_on_each_node report_to run_name project disable_tqdm debug
-        push_to_hub hub_model_id hub_revision hub_strategy hub_token hub_private_repo
+        logging_dir log_level log_level_replica log_on_each_node report_to run_name project
+        disable_tqdm debug push_to_hub hub_model_id hub_revision hub_strategy hub_token hub_private_repo
         hub_always_push trackio_space_id trackio_bucket_id trackio_static_space_id""",
 }
 # Options that must keep their default, and why.
@@ -63,7 +64,7 @@ REFUSED = {
     "ld_alpha": "LD-DPO is another loss",
     "use_weighting": "WPO's weights are not computed by the fused loss",
     "padding_free": "TRL ignores it",
-    "neftune_noise_alpha": "the reference would have other noise than the policy",
+    "neftune_noise_alpha": "the reference would not have the policy's noise",
     "fp16": "half precision needs the loss scaled before its gradients are taken; use bf16=True",
     "fp16_full_eval": "half precision is not supported; use bf16_full_eval=True",
     "use_liger_kernel": "its kernels would run in the policy and not in its reference",
@@ -73,7 +74,7 @@ REFUSED = {
     "deepspeed": "its engines are not tested here; use plain data parallelism",
     "parallelism_config": "it splits sequences or weights, which the fused loss does not know",
 }
-_PARAMETERS = {
+PARAMETERS = {
     "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset",
     "processing_class", "compute_metrics", "callbacks", "optimizers", "quantization_config",
     "peft_config",
@@ -117,14 +118,15 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
                 f"times {self.router_aux_loss_coef}, which LengthRegularizedDPOTrainer does not; "
                 "set DPOConfig(router_aux_loss_coef=0.0) to train without it"
             )
+        options: Any = self.args
         for model in (self.model, self.ref_model):
             if model is None:
                 continue
             plain = head.base_of(self.accelerator.unwrap_model(model))
-            if self.args.disable_dropout:  # TRL leaves those that are plain numbers
+            if options.disable_dropout:  # TRL leaves those that are plain numbers
                 policy._disable_dropout(plain)
             with self.accelerator.autocast():
-                policy.check_head(plain)
+                policy.fuse_head(plain)
         self.length_regularized_loss = LinearDPOLoss(beta=self.beta, alpha=self.alpha)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +200,7 @@ def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _check_options(given: dict[str, Any]) -> None:
     """Refuse what TRL would do and this loss does not, and what is not known here."""
-    for name in given.keys() - _PARAMETERS:
+    for name in given.keys() - PARAMETERS:
         if given[name] is not None:
             raise ConfigError(
                 f"{name} is a parameter of this TRL's DPOTrainer that "
@@ -207,7 +209,14 @@ def _check_options(given: dict[str, Any]) -> None:
     args = given.get("args")
     if args is not None:
         _check_config(args)
-    for config in _peft_configs(given):
+    configs = _peft_configs(given)
+    live = args is not None and not args.disable_dropout and not args.precompute_ref_log_probs
+    if configs and live and given.get("ref_model") is None:
+        raise ConfigError(
+            "DPOConfig(disable_dropout=False): the model without its adapters is the reference, "
+            "and would drop out other units than the policy; leave it at True"
+        )
+    for config in configs:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.is_prompt_learning and kind not in _PROMPTS:
             raise ConfigError(
@@ -218,8 +227,9 @@ def _check_options(given: dict[str, Any]) -> None:
 
 def _peft_configs(given: dict[str, Any]) -> list[Any]:
     model, config = given["model"], given.get("peft_config")
-    is_peft = isinstance(model, nn.Module) and is_peft_model(model)
-    found = list(model.peft_config.values()) if is_peft else []
+    found: list[Any] = []
+    if isinstance(model, nn.Module) and is_peft_model(model):
+        found += list(getattr(model, "peft_config").values())  # noqa: B009
     return [*found, config] if hasattr(config, "is_prompt_learning") else found
 
 
@@ -227,10 +237,12 @@ def _check_config(args: Any) -> None:
     if not isinstance(args, DPOConfig):
         raise ConfigError(f"args must be a trl.DPOConfig, got {type(args).__name__}")
     honoured = {name for names in HONOURED.values() for name in names.split()}
+    with warnings.catch_warnings():  # of options that TRL has other names for
+        warnings.simplefilter("ignore")
+        usual = DPOConfig(args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16)
     for field in dataclasses.fields(args):
-        value, default = getattr(args, field.name), field.default
-        if default is dataclasses.MISSING:
-            default = field.default_factory()  # type: ignore[misc]
+        value = getattr(args, field.name)
+        default = getattr(usual, field.name, field.default)  # not declared: a subclass's own
         if field.name in honoured or value == default:
             continue
         reason = REFUSED.get(field.name, "an option of TRL's that is not known to it")
@@ -255,6 +267,6 @@ def _check_config(args: Any) -> None:
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     if metric in NOT_LOGGED:
         raise ConfigError(
-            f"DPOConfig(metric_for_best_model={args.metric_for_best_model!r}): the fused loss keeps "
-            f"no logits and logs no {metric}; take 'loss' or 'rewards/accuracies'"
+            f"DPOConfig(metric_for_best_model={args.metric_for_best_model!r}): the fused loss "
+            f"keeps no logits and logs no {metric}; take 'loss' or 'rewards/accuracies'"
         )
