@@ -82,7 +82,8 @@ def make_trainer(
         "train_dataset": Dataset.from_list(rows(STEPS * BATCH)),
         "processing_class": build_tokenizer(),
     }
-    given.update(more(path) if callable(more) else more or {})
+    extra: Any = more(path) if callable(more) else more
+    given.update(extra or {})
     return trainer_class(args=DPOConfig(**{**settings, **changes}), **given)
 
 
@@ -160,11 +161,16 @@ _SEEN: dict[str, Any] = dict(
 )  # fmt: skip
 
 
+def _reader(name: str) -> Any:
+    """An image processor that needs no torchvision; in older releases all are such."""
+    return getattr(transformers, name + "Pil", None) or getattr(transformers, name)
+
+
 def llava(path: Path) -> dict[str, Any]:
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     size = {"height": 16, "width": 16}
-    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+    images = _reader("CLIPImageProcessor")(size={"shortest_edge": 16}, crop_size=size)
     processor = transformers.LlavaProcessor(
         image_processor=images, tokenizer=tokenizer, patch_size=8,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
@@ -184,9 +190,10 @@ def gemma3(path: Path) -> dict[str, Any]:
     names = {"boi_token": "<boi>", "image_token": "<image>", "eoi_token": "<eoi>"}
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(names.values())})
-    tokenizer.save_pretrained(path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, extra_special_tokens=names)
-    images = transformers.Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    for name, token in names.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, name + "_id", tokenizer.convert_tokens_to_ids(token))
+    images = _reader("Gemma3ImageProcessor")(size={"height": 16, "width": 16})
     processor = transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
     config = transformers.Gemma3Config(
         text_config=GEMMA3.build(len(tokenizer)).config, mm_tokens_per_image=4,
@@ -245,7 +252,7 @@ def train(trainer: Any) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
     logged = [row for row in trainer.state.log_history if "train_loss" not in row]
     kept = [{k: v for k, v in x.items() if not k.endswith(CLOCK)} for x in logged]
     weights = trainer.model.named_parameters()
-    return kept, {name: p.detach() for name, p in weights if p.requires_grad}
+    return kept, {name: p.detach().clone() for name, p in weights if p.requires_grad}
 
 
 def compare(case: Case, folder: Path, **ours: Any) -> dict[str, float]:

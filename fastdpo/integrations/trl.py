@@ -39,8 +39,8 @@ HONOURED = {
         ignore_data_skip logging_nan_inf_filter include_num_input_tokens_seen""",
     "evaluation": """per_device_eval_batch_size do_eval do_predict eval_strategy eval_steps
         eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches
-        eval_use_gather_object prediction_loss_only batch_eval_metrics include_for_metrics label_names
-        metric_for_best_model greater_is_better load_best_model_at_end""",
+        eval_use_gather_object prediction_loss_only batch_eval_metrics include_for_metrics
+        label_names metric_for_best_model greater_is_better load_best_model_at_end""",
     "the loader": """dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
         dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
         dataloader_prefetch_factor remove_unused_columns accelerator_config""",
@@ -48,10 +48,11 @@ HONOURED = {
         ddp_find_unused_parameters ddp_static_graph ddp_timeout""",
     "files and logs": """output_dir do_train save_strategy save_steps save_total_limit
         save_on_each_node save_only_model enable_jit_checkpoint resume_from_checkpoint
-        restore_callback_states_from_checkpoint logging_strategy logging_steps logging_first_step
-        logging_dir log_level log_level_replica log_on_each_node report_to run_name project
-        disable_tqdm debug push_to_hub hub_model_id hub_revision hub_strategy hub_token hub_private_repo
-        hub_always_push trackio_space_id trackio_bucket_id trackio_static_space_id""",
+        restore_callback_states_from_checkpoint logging_strategy logging_steps
+        logging_first_step logging_dir log_level log_level_replica log_on_each_node report_to
+        run_name project disable_tqdm debug push_to_hub hub_model_id hub_revision hub_strategy
+        hub_token hub_private_repo hub_always_push trackio_space_id trackio_bucket_id
+        trackio_static_space_id""",
 }
 # Options that must keep their default, and why.
 REFUSED = {
