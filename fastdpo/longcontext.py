@@ -6,10 +6,10 @@ transformers stay as they are, and so do other models of the process.
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import update_wrapper
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -301,10 +301,13 @@ def _liger_patches(model: nn.Module, family: _LigerFamily) -> list[tuple[Any, Ca
         modules = [x for x in model.modules() if type(x).__name__ == name]
         if not modules:
             raise ModelError(f"{type(model).__name__} has no {name}: leave Liger's kernels off")
+        if kind == "Attention":
+            kinds = {type(x) for x in modules}
+            forwards = {attention: _with_rope(attention, liger.liger_rope) for attention in kinds}
+            patches += [(module, forwards[type(module)]) for module in modules]
+            continue
         if kind == "RMSNorm":
             forward = _norm_forward(liger.liger_rms_norm, family)
-        elif kind == "Attention":
-            forward = _with_global(type(modules[0]).forward, _ROPE, liger.liger_rope)
         else:
             gated = liger.liger_swiglu if family.mlp == "swiglu" else liger.liger_geglu
             forward = _mlp_forward(gated)
@@ -340,21 +343,28 @@ def _mlp_forward(gated: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Ten
     return forward
 
 
-def _with_global(function: Any, name: str, value: Any) -> Callable[..., Any]:
-    """A copy of the function that sees ``value`` under a global name; its module keeps its own.
+def _with_rope(attention: type[nn.Module], rope: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of an attention of transformers with another function as its rotary embedding.
+
+    It comes from a second copy of the module that defines the class: there, and nowhere else, the
+    name of that function means ``rope``.  All other names mean what they mean in the module, so
+    that patches of others hold.
 
     Raises:
-        ModelError: the function does not use the name itself, for example because it is decorated.
+        ModelError: the class or its forward is not transformers' own, or has no such function.
     """
-    code = getattr(function, "__code__", None)
-    if code is None or name not in code.co_names or name not in function.__globals__:
-        raise ModelError(
-            f"{function.__qualname__} of {function.__module__} does not call {name}, so Liger's "
-            "cannot take its place: leave Liger's kernels off, or use another transformers version"
-        )
-    copy = FunctionType(
-        code, {**function.__globals__, name: value}, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return update_wrapper(copy, function)
+    own: Any = sys.modules[attention.__module__]
+    fitting = attention.__module__.startswith("transformers.") and hasattr(own, _ROPE)
+    if fitting:
+        copy = importlib.util.module_from_spec(own.__spec__)
+        own.__spec__.loader.exec_module(copy)
+        forward = getattr(copy, attention.__name__).forward
+        names = [(x.__module__, x.__qualname__) for x in (attention.forward, forward)]
+        if names[0] == names[1] and inspect.unwrap(forward).__globals__ is vars(copy):
+            vars(copy).update({**vars(own), _ROPE: rope})
+            return forward
+    raise ModelError(
+        f"{attention.__qualname__}.forward of {attention.__module__} is not the one that "
+        f"transformers ships, or calls no {_ROPE} of its module, so Liger's cannot take its "
+        "place: leave Liger's kernels off, or use another transformers version"
+    )

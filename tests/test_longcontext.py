@@ -6,7 +6,6 @@ import gc
 import importlib
 import sys
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from fastdpo import linear_logp, longcontext
 from fastdpo.batch import TokenizedPair, pack_pairs
 from fastdpo.longcontext import _Moved, _Offload, offload_activations, tile_mlp, use_liger
 from fastdpo.models import ModelError
+from fastdpo.policy import checkpoint_activations
 from fastdpo.trainer import packed_loss, prepare_model
 
 GEMMA3 = _family("gemma3_text", "Gemma3TextConfig", sliding_window=8, query_pre_attn_scalar=8)
@@ -98,7 +98,7 @@ def test_tiles_change_neither_values_nor_gradients(family, checkpointing):
     wanted = passes(model)
     assert tile_mlp(model, 5) == 2  # of 22 tokens: the last tile is smaller
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     assert_near(passes(model), wanted, FP64)
     with torch.no_grad():
         logits = model(IDS, use_cache=False).logits
@@ -161,7 +161,7 @@ def test_no_inner_activation_has_more_rows_than_a_tile(checkpointing):
 
     def widest(model):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         with Widest() as seen:
             model(ids, use_cache=False).logits.sum().backward()
         return seen.rows
@@ -282,7 +282,7 @@ def tiny_limit(monkeypatch):
 def test_offloading_keeps_every_bit(checkpointing, inside, tiny_limit):
     model = build(LLAMA, torch.float32)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     wanted = passes(model)
     offload = Pretend()
     if inside:
@@ -299,7 +299,7 @@ def test_offloading_keeps_every_bit(checkpointing, inside, tiny_limit):
 
 def test_offloading_moves_the_layers_inputs_under_checkpointing(tiny_limit):
     model = build(LLAMA, torch.float32)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     inputs = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -318,7 +318,7 @@ def test_offloading_with_tiles_and_checkpointing(tiny_limit):
     model = build(LLAMA)
     wanted = passes(model)
     tile_mlp(model, 5)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     offload = Pretend()
     assert_near(passes(model, context=offload.hooks), wanted, FP64)
     assert offload.moved
@@ -505,7 +505,7 @@ def test_liger_with_tiles_checkpointing_and_lora(first, launched):
     for step in sorted(["tile_mlp", "use_liger"], key=lambda x: x != first):
         assert use_liger(model) if step == "use_liger" else tile_mlp(model, 12) == 2
     assert use_liger(model) and tile_mlp(model, 12) == 2  # again, which changes nothing
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     model.enable_input_require_grads()
     assert_near(passes(model), wanted, FP32)
     # Two tiles a layer: the forward, its recomputation up to the last tile, and each tile's own.
@@ -615,18 +615,45 @@ def test_liger_refuses_forwards_that_something_else_replaced(interpreted):
     assert "forward" not in vars(model.model.norm)  # nothing was changed
 
 
-def test_a_copied_function_sees_its_own_global():
-    def module():
-        scope = {}
-        exec("def rope(x): return x\ndef f(x, *, y=2, **z): return rope(x) + y", scope)
-        return scope
+class Counting:
+    """Calls of a function, which stay what they were."""
 
-    scope = module()
-    f = longcontext._with_global(scope["f"], "rope", lambda x: 10 * x)
-    assert isinstance(f, FunctionType)
-    assert (f(1), scope["f"](1), f(1, y=5, z=1)) == (12, 3, 15)
-    with pytest.raises(ModelError, match="does not call nope, so Liger's cannot take its place"):
-        longcontext._with_global(scope["f"], "nope", None)
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+def test_patches_of_others_hold_beside_ligers_rope(interpreted, monkeypatch):
+    model = build(LLAMA, torch.float32)
+    model.set_attn_implementation("eager")
+    modeling = sys.modules[type(model).__module__]
+    eager = Counting(modeling.eager_attention_forward)
+    rope = Counting(modeling.apply_rotary_pos_emb)
+    monkeypatch.setattr(modeling, "eager_attention_forward", eager)
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", rope)
+    wanted = passes(model)
+    assert (eager.calls, rope.calls) == (2, 2)
+    use_liger(model)
+    assert_near(passes(model), wanted, FP32)
+    assert (eager.calls, rope.calls) == (4, 2)
+
+
+@pytest.mark.parametrize("how", ["its class", "its forward", "its rope"])
+def test_liger_refuses_attention_that_is_not_of_transformers(how, interpreted, monkeypatch):
+    model = build(LLAMA)
+    attention = type(model.model.layers[0].self_attn)
+    if how == "its class":
+        model.model.layers[1].self_attn.__class__ = type("LlamaAttention", (attention,), {})
+    elif how == "its forward":
+        monkeypatch.setattr(attention, "forward", lambda self, *args, **kwargs: args)
+    else:
+        monkeypatch.delattr(sys.modules[attention.__module__], "apply_rotary_pos_emb")
+    with pytest.raises(ModelError, match=r"LlamaAttention\.forward of .* is not the one that tran"):
+        use_liger(model)
+    assert "forward" not in vars(model.model.norm)  # nothing was changed
 
 
 # -------------------------------------------------------------------------------------- on a GPU
@@ -660,7 +687,7 @@ class TestOnGpu:
 
     def test_offloading(self):
         model = self.build()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         gpu_pass(model)
         peak, wanted = gpu_pass(model)
         offloaded, found = gpu_pass(model, offload_activations)
@@ -672,7 +699,7 @@ class TestOnGpu:
 
     def test_tiles(self):
         model = self.build()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         gpu_pass(model)
         peak, wanted = gpu_pass(model)
         tile_mlp(model, 1024)
