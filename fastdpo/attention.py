@@ -201,8 +201,8 @@ def sdpa(
 ) -> Tensor:  # fmt: skip
     """Scaled-dot-product attention a segment; in blocks of queries where it needs a mask."""
     groups = q_THd.shape[1] // k_KHd.shape[1]
-    if groups > 1 and (q_THd.is_cuda or softcap is not None):
-        # On CUDA, grouped heads outside flash attention would materialize all scores.
+    if groups > 1:
+        # Grouped heads would materialize all scores on CUDA, and on CPUs before torch 2.9.
         k_KHd, v_KHd = (x.repeat_interleave(groups, 1) for x in (k_KHd, v_KHd))
     sizes_q, sizes_k = (
         [b - a for a, b in pairwise(bounds)] for bounds in (segments.bounds_q, segments.bounds_k)
@@ -226,7 +226,7 @@ def _attend(
         window = None
     if queries == keys and window is None and softcap is None:
         # is_causal is aligned at the start, which is only the same for as many keys as queries.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     out = []
     for start in range(0, queries, _BLOCK):
         stop = min(start + _BLOCK, queries)
@@ -262,8 +262,8 @@ def _masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float | None
 ) -> Tensor:
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    # Gemma 2's soft cap on the scores, which SDPA lacks; heads are expanded already.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # Gemma 2's soft cap on the scores, which SDPA lacks.
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap) + mask
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
@@ -343,4 +343,16 @@ def use_own_attention(model: nn.Module) -> None:
     try:
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
     except ValueError:  # Gemma 2's soft cap, for one
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+    keep_softcap(model)
+
+
+def keep_softcap(model: nn.Module) -> None:
+    """Take a model with a soft cap on its scores from SDPA, which would leave it out unnoticed.
+
+    transformers does so itself since 5.22 or a little earlier.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped and config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # type: ignore[operator]

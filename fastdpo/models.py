@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastdpo.attention import keep_softcap
 from fastdpo.checkpoint import atomic_directory
 
 DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -51,9 +52,11 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model={name!r} cannot be loaded: {_short(error)}") from error
+    keep_softcap(model)
+    return model
 
 
 def _short(error: Exception) -> str:

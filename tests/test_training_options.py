@@ -333,7 +333,7 @@ def test_pairs_over_the_budget_follow_the_config(model_path, tmp_path, capsys):
 
 def test_a_model_that_cannot_share_is_padded_or_refused(tmp_path):
     path = str(save_tiny(MAMBA, tmp_path / "mamba"))
-    with pytest.raises(ModelError, match="linear_attention, which runs across"):
+    with pytest.raises(ModelError, match="which runs across packed sequences"):
         run(path, tmp_path / "shared", layout="shared")
     run(path, tmp_path / "auto", bf16=False, learning_rate=1e-2, num_train_epochs=6)
     found = losses(tmp_path / "auto")
