@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,7 @@ COMMANDS = {
 }
 
 
+@cache
 def build_parser() -> Any:
     from jsonargparse import ArgumentParser
 

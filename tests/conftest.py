@@ -1,5 +1,7 @@
 """Settings of the whole test run: one thread, a fixed seed for every test."""
 
+import gc
+
 import interpreter
 import pytest
 import torch
@@ -14,3 +16,14 @@ torch.set_num_threads(1)  # the tensors are small, and threads that wait for eac
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def short_collections():
+    """Each run of a stage collects garbage, which takes long among the objects of the libraries."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
