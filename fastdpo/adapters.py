@@ -5,6 +5,7 @@ reference log-probs within `reference_mode`, training, `save_adapter` and `merge
 bitsandbytes are imported only where they are needed.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +18,26 @@ from fastdpo.checkpoint import atomic_directory
 from fastdpo.models import ModelError, load_causal_lm
 
 ALL_LINEAR = "all-linear"
+_log = logging.getLogger(__name__)
 
 
 def add_lora(
-    model: Any, *, r: int, alpha: float, target_modules: list[str] | str | None, seed: int = 0
+    model: Any,
+    *,
+    r: int,
+    alpha: float,
+    target_modules: list[str] | str | None,
+    target_parameters: list[str] | None = None,
+    seed: int = 0,
 ) -> Any:
     """Freeze ``model`` and put LoRA adapters into it; they start as zero and have no dropout.
 
     Adapters are fp32 on a base of lower precision, which is peft's default.  TRL makes them bf16 on
     a quantized base; a step of a DPO learning rate would often be lost to rounding there.
+
+    Transformers 5 keeps the experts of a mixture as parameters of three dimensions, and its routers
+    as parameters too.  All linear layers are these as well, in every family and with the same rank.
+    peft alone takes them in some families, where it leaves out dense layers of the same names.
 
     Args:
         model: a transformers causal LM; it is changed in place.
@@ -33,6 +45,9 @@ def add_lora(
         alpha: the adapters' product is scaled by ``alpha / r``.
         target_modules: names of linear layers, or the ends of their names ("q_proj"); None or
             "all-linear" is every linear layer but the head.  They are no regular expressions.
+        target_parameters: names of parameters of experts and routers, or the ends of their names
+            ("experts.down_proj"); None is all of them where ``target_modules`` is all linear
+            layers, and none where it names some.
         seed: of the adapters' first halves; the global random state is left alone.
 
     Returns:
@@ -40,7 +55,8 @@ def add_lora(
 
     Raises:
         ModelError: peft is missing or refuses the model, there are adapters already, a name fits no
-            layer, or it fits the head, an embedding or anything else that is not a linear layer.
+            layer or parameter, or it fits the head, an embedding or anything else that is not a
+            linear layer.
     """
     peft = _import_peft()
     if getattr(model, "peft_config", None):
@@ -49,19 +65,40 @@ def add_lora(
             "merged (peft's merge_and_unload)"
         )
     names = [target_modules] if isinstance(target_modules, str) else target_modules
-    targets = ALL_LINEAR if names is None or names == [ALL_LINEAR] else names
-    if isinstance(targets, list):
-        _check_targets(model, targets)
+    everywhere = names is None or names == [ALL_LINEAR]
+    of_mixture = mixture_parameters(model)
+    if everywhere:
+        modules = _linear_layers(model)
+        parameters = list(of_mixture) if target_parameters is None else target_parameters
+    else:
+        assert names is not None
+        parameters = target_parameters or []
+        if names or not parameters:
+            _check_targets(model, names)
+        modules = [n for n in _linear_layers(model) if _fits(n, names)]
+    if target_parameters is not None:
+        parameters = _fitting_parameters(of_mixture, target_parameters, type(model).__name__)
+    modules, weights = _split_renamed(model, modules)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=modules,
+        target_parameters=(parameters + weights) or None,
     )
     # peft draws on the CPU whatever the base's device is.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, config)
+            adapted = peft.get_peft_model(model, config)
         except ValueError as error:
             raise ModelError(f"peft refuses this {type(model).__name__}: {error}") from error
+    frozen = [n for n, what in of_mixture.items() if what == "experts" and n not in parameters]
+    if frozen:
+        ends = sorted({n.rpartition(".")[2] for n in frozen})
+        _log.warning("%s; lora_target_parameters=%s adapts them", trainable_share(adapted), ends)
+    return adapted
 
 
 def _import_peft() -> Any:
@@ -72,15 +109,118 @@ def _import_peft() -> Any:
     return peft
 
 
-def _check_targets(model: Any, targets: list[str]) -> None:
-    """Refuse names before peft changes the model; it ignores one unknown name among known ones."""
+def mixture_parameters(model: nn.Module) -> dict[str, str]:
+    """Parameters of a mixture of experts that are linear maps without a linear layer.
+
+    Returns:
+        Their names, with "experts" (experts, in, out in either order) or "routers" (experts, in).
+    """
+    found: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        kind = type(module).__name__.lower()
+        for name, parameter in module.named_parameters(recurse=False):
+            if "expert" in kind and parameter.ndim == 3:
+                found[f"{module_name}.{name}"] = "experts"
+            elif "router" in kind and parameter.ndim == 2 and type(module) is not nn.Linear:
+                found[f"{module_name}.{name}"] = "routers"
+    return found
+
+
+def trainable_share(model: nn.Module) -> str:
+    """One line that says what is trained: of all parameters, and of a mixture's experts."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    line = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+    if trained == total or not (parts := mixture_parameters(model)):
+        return line
+    states = []
+    for what in ("experts", "routers"):
+        names = [name for name, kind in parts.items() if kind == what]
+        share = sum(model.get_parameter(name).numel() for name in names) / total
+        if names:
+            done = {_is_trained(model, name) for name in names}
+            state = "frozen" if done == {False} else "trained" if done == {True} else "part frozen"
+            states.append(f"{what} ({share:.0%} of all) are {state}")
+    return "; ".join([line, *states])
+
+
+def _is_trained(model: nn.Module, name: str) -> bool:
+    """Whether a parameter has a gradient of its own or by an adapter around its module."""
+    if model.get_parameter(name).requires_grad:
+        return True
+    module_name, _, parameter = name.rpartition(".")
+    while module_name.endswith(".base_layer"):  # one wrapper a parameter
+        module_name = module_name.removesuffix(".base_layer")
+        if getattr(model.get_submodule(module_name), "parameter_name", None) == parameter:
+            return True
+    return False
+
+
+def _fits(name: str, targets: list[str]) -> bool:
+    """peft's rule: a whole name, or its end."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """Names of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if m is not head and _is_linear(m)]
+
+
+def _is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
+    # A router may be a kind of linear layer whose forward is more than a product.
+    router = "router" in type(module).__name__.lower()
+    return isinstance(module, (nn.Linear, Conv1D)) and not router
+
+
+def _split_renamed(model: Any, modules: list[str]) -> tuple[list[str], list[str]]:
+    """Modules that peft takes by their names, and weights of those whose names it gives away.
+
+    For models whose experts were modules before transformers 5, peft reads "gate_proj" as a name of
+    the experts, so dense layers and shared experts of that name would stay without an adapter.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+
+        of_type = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+        renamed = set(conversion._MOE_TARGET_MODULE_MAPPING.get(of_type, {}))
+    except (ImportError, AttributeError):  # peft before it read such names
+        renamed = set()
+    taken = [name for name in modules if name.rpartition(".")[2] in renamed]
+    return [n for n in modules if n not in taken], [f"{name}.weight" for name in taken]
+
+
+def _fitting_parameters(of_mixture: dict[str, str], targets: list[str], model: str) -> list[str]:
+    """Full names of parameters that the user named, or an error that has the names that fit."""
+    for target in targets:
+        if not any(_fits(name, [target]) for name in of_mixture):
+            ends = sorted({".".join(name.split(".")[-2:]) for name in of_mixture})
+            known = f"it has {', '.join(ends)}" if ends else "it has none, so leave the option out"
+            raise ModelError(
+                f"lora_target_parameters={target!r} fits no parameter of experts or routers of "
+                f"{model}; {known}"
+            )
+    return [name for name in of_mixture if _fits(name, targets)]
+
+
+def _check_targets(model: Any, targets: list[str]) -> None:
+    """Refuse names before peft changes the model; it ignores one unknown name among known ones."""
     fitting = {
-        target: [m for n, m in model.named_modules() if n == target or n.endswith(f".{target}")]
-        for target in targets
+        target: [m for n, m in model.named_modules() if _fits(n, [target])] for target in targets
     }
     unknown = [target for target, modules in fitting.items() if not modules]
+    for name in mixture_parameters(model):
+        module_name, _, own = name.rpartition(".")
+        for target in targets:
+            if (target in unknown and _fits(name, [target])) or _fits(module_name, [target]):
+                value = target if _fits(name, [target]) else f"{target}.{own}"
+                raise ModelError(
+                    f"lora_target_modules={target!r} is no linear layer of {type(model).__name__} "
+                    f"but experts or a router that are parameters; give "
+                    f"lora_target_parameters={[value]!r} for them"
+                )
     if unknown or not targets:
         raise ModelError(
             f"lora_target_modules={unknown or targets} fit no layer of {type(model).__name__}; "
@@ -89,7 +229,7 @@ def _check_targets(model: Any, targets: list[str]) -> None:
     head = model.get_output_embeddings()
     for target, modules in fitting.items():
         for module in modules:
-            if module is head or not isinstance(module, (nn.Linear, Conv1D)):
+            if module is head or not _is_linear(module):
                 what = "the head" if module is head else f"a {type(module).__name__}"
                 raise ModelError(
                     f"lora_target_modules={target!r} is {what} of {type(model).__name__}; an "
