@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdpo.checkpoint import atomic_directory
@@ -79,6 +80,8 @@ def add_lora(
     if target_parameters is not None:
         parameters = _fitting_parameters(of_mixture, target_parameters, type(model).__name__)
     modules, weights = _split_renamed(model, modules)
+    if names and not everywhere and not weights:
+        modules = names
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
@@ -96,7 +99,7 @@ def add_lora(
             raise ModelError(f"peft refuses this {type(model).__name__}: {error}") from error
     frozen = [n for n, what in of_mixture.items() if what == "experts" and n not in parameters]
     if frozen:
-        ends = sorted({n.rpartition(".")[2] for n in frozen})
+        ends = sorted({".".join(n.split(".")[-2:]) for n in frozen})
         _log.warning("%s; lora_target_parameters=%s adapts them", trainable_share(adapted), ends)
     return adapted
 
@@ -133,15 +136,14 @@ def trainable_share(model: nn.Module) -> str:
     line = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
     if trained == total or not (parts := mixture_parameters(model)):
         return line
-    states = []
     for what in ("experts", "routers"):
         names = [name for name, kind in parts.items() if kind == what]
-        share = sum(model.get_parameter(name).numel() for name in names) / total
         if names:
+            share = sum(model.get_parameter(name).numel() for name in names) / total
             done = {_is_trained(model, name) for name in names}
-            state = "frozen" if done == {False} else "trained" if done == {True} else "part frozen"
-            states.append(f"{what} ({share:.0%} of all) are {state}")
-    return "; ".join([line, *states])
+            state = "partly frozen" if len(done) == 2 else "trained" if done == {True} else "frozen"
+            line += f", {what} ({share:.1%} of all) are {state}"
+    return line
 
 
 def _is_trained(model: nn.Module, name: str) -> bool:
@@ -170,9 +172,10 @@ def _linear_layers(model: Any) -> list[str]:
 def _is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    # A router may be a kind of linear layer whose forward is more than a product.
-    router = "router" in type(module).__name__.lower()
-    return isinstance(module, (nn.Linear, Conv1D)) and not router
+    # Some models' routers and grouped layers are linear ones whose forward is another function.
+    kind = type(module)
+    own = kind.__module__.startswith("transformers.models.") and kind.forward != nn.Linear.forward
+    return isinstance(module, (nn.Linear, Conv1D)) and not own
 
 
 def _split_renamed(model: Any, modules: list[str]) -> tuple[list[str], list[str]]:
@@ -356,6 +359,17 @@ def merged(base_name: str, adapter_folder: Path, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         short = " ".join(str(error).split())[:300]
         raise ModelError(f"adapters {str(adapter_folder)!r} cannot be loaded: {short}") from error
+    # peft takes some names for those of older checkpoints, and leaves their adapters at zero.
+    saved = load_file(adapter_folder / "adapter_model.safetensors")
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    if saved.keys() != state.keys():
+        name = min(saved.keys() ^ state.keys())
+        raise ModelError(
+            f"adapters {str(adapter_folder)!r} are of another model than {base_name!r}: only one of "
+            f"them has {name}"
+        )
+    for name, tensor in saved.items():
+        state[name].copy_(tensor)
     return merged_in_place(model)
 
 
