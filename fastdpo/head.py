@@ -15,10 +15,15 @@ from fastdpo.batch import PackedPairs
 
 
 class HeadCall:
-    """What runs in place of ``lm_head(hidden)``: ``f(h_TD, **head)`` with the head's keywords."""
+    """What runs in place of ``lm_head(hidden)``: ``f(h_TD, **head)`` with the head's keywords.
 
-    def __init__(self, f: Callable[..., Any]) -> None:
-        self.f = f
+    With ``with_routers``, the model returns ``with_routers(model, router_logits, f's result)``.
+    """
+
+    def __init__(
+        self, f: Callable[..., Any], with_routers: Callable[[Any, Any, Any], Any] | None = None
+    ) -> None:
+        self.f, self.with_routers = f, with_routers
 
 
 def head_settings(config: Any) -> dict[str, float | None]:
@@ -86,11 +91,21 @@ def _forward_of_model(
 ) -> Any:
     if head_call is None:
         return self._fastdpo_plain_forward(*args, **kwargs)
+    if head_call.with_routers is not None:
+        kwargs["output_router_logits"] = True
     outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
-    return self.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
+    result = self.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
+    if head_call.with_routers is None:
+        return result
+    return head_call.with_routers(self, getattr(outputs, "router_logits", None), result)
 
 
-def packed_forward(model: nn.Module, batch: PackedPairs, f: Callable[..., Any]) -> Any:
+def packed_forward(
+    model: nn.Module,
+    batch: PackedPairs,
+    f: Callable[..., Any],
+    with_routers: Callable[[Any, Any, Any], Any] | None = None,
+) -> Any:
     """Run ``model`` on a batch and ``f`` on its hidden states (B * T, D) and head."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT}
     if batch.segments is not None:
@@ -99,4 +114,4 @@ def packed_forward(model: nn.Module, batch: PackedPairs, f: Callable[..., Any]) 
             "attention_mask": None,
             "segments": batch.segments,
         }
-    return model(**inputs, head_call=HeadCall(f))
+    return model(**inputs, head_call=HeadCall(f, with_routers))

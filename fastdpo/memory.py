@@ -570,6 +570,7 @@ class _Simulation:
             with self.fake:
                 _onto_the_device(self.model)
         self.layout = policy.layout_of(self.model)
+        self.balanced = balance.coefficient(self.model, config.router_aux_loss_coef) > 0
         everything = [*self.model.parameters(), *self.model.buffers()]
         self.weights = self.live.known(iter(everything))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -733,9 +734,15 @@ class _Simulation:
 
         live.restart()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16, cache_enabled=False):
-            value = head.packed_forward(self.model, batch, loss)
+            routers = self._with_routers(batch) if self.balanced else None
+            value = head.packed_forward(self.model, batch, loss, routers)
         value.backward()
         return found["kept"], (found["head"], max(found["forward"], live.peak))
+
+    def _with_routers(self, batch: PackedPairs) -> Any:
+        return lambda base, gates, value: (
+            value + balance.balancing_loss(base, gates, balance.token_mask(batch))
+        )
 
     def _head(
         self,

@@ -8,12 +8,14 @@ as it was loaded, a sequence at a time, before anything is trained.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdpo import attention, head, longcontext
+from fastdpo.balance import balancing_loss, token_mask
 from fastdpo.batch import LAYOUTS, PackedPairs, TokenizedPair, pack_pairs
 from fastdpo.models import ModelError
 from fastdpo.objectives import lr_dpo
@@ -33,8 +35,15 @@ def packed_loss(
     num_pairs: float | None = None,
     workspace_mib: float | None = None,
     impl: str = "auto",
+    router_aux_loss_coef: float = 0.0,
 ) -> PreferenceLoss:
-    """Length-regularized DPO loss of a batch under a model prepared by `prepare_model`."""
+    """Length-regularized DPO loss of a batch under a model prepared by `prepare_model`.
+
+    With ``router_aux_loss_coef`` the loss is the sum of that and of ``router_aux_loss_coef`` times
+    the model's own balancing loss over the tokens of the batch: padding does not count, and a
+    shared prompt counts once.  The metrics then have both, ``preference_loss`` and ``aux_loss``
+    (TRL's name, and as there not multiplied).
+    """
 
     def loss(h_TD: Tensor, **parameters: Any) -> PreferenceLoss:
         return linear_preference_loss(
@@ -52,7 +61,13 @@ def packed_loss(
             **parameters,
         )
 
-    return head.packed_forward(model, batch, loss)
+    def with_routers(base: Any, gate_logits: Any, result: PreferenceLoss) -> PreferenceLoss:
+        aux = balancing_loss(base, gate_logits, token_mask(batch)).to(result.loss.device)
+        parts = {"preference_loss": result.loss.detach(), "aux_loss": aux.detach()}
+        total = result.loss + router_aux_loss_coef * aux
+        return replace(result, loss=total, metrics=result.metrics | parts)
+
+    return head.packed_forward(model, batch, loss, with_routers if router_aux_loss_coef else None)
 
 
 def prepare_model(

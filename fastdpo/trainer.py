@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdpo import ref_logps
+from fastdpo import balance, ref_logps
 from fastdpo.adapters import (
     add_lora,
     load_4bit,
@@ -33,6 +33,7 @@ from fastdpo.adapters import (
     merged_in_place,
     reference_mode,
     save_adapter,
+    trainable_share,
 )
 from fastdpo.attention import has_flash_attn, use_own_attention
 from fastdpo.batch import (
@@ -67,6 +68,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
 }
 CONTROL = "control.json"  # the state of alpha=auto at the end
+_SUMS = ("loss", "preference_loss")  # metrics that are a step's share of a sum over pairs
 _COVARIANCE = "covariance"  # of margins and lengths, for alpha=auto
 FITTED = "fitted.json"  # how many pairs were too long
 # What does not change the weights that come out.
@@ -111,7 +113,12 @@ class TrainingConfig:
         use_peft: train LoRA adapters; the reference is the model with them off.
         lora_r, lora_alpha, lora_target_modules: as in PEFT; by default all linear layers but the
             head.
+        lora_target_parameters: experts and routers that are parameters, as in PEFT; by default all
+            of them, or none where lora_target_modules names layers.
         load_in_4bit: QLoRA, frozen weights in NF4; needs use_peft.
+        router_aux_loss_coef: of the balancing loss that a mixture of experts has, added to the
+            loss; 0 is none. By default the model's own where its configuration has
+            output_router_logits.
         seed: order of the pairs.
     """
 
@@ -143,7 +150,9 @@ class TrainingConfig:
     lora_r: int = 16
     lora_alpha: float = 32.0
     lora_target_modules: list[str] | None = None
+    lora_target_parameters: list[str] | None = None
     load_in_4bit: bool = False
+    router_aux_loss_coef: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -170,6 +179,8 @@ class TrainingConfig:
         # Its linear layers compute in bf16, whatever is around them.
         fits = (self.use_peft and self.bf16) or not self.load_in_4bit
         require(self, "load_in_4bit", fits, "false without use_peft and bf16")
+        if self.router_aux_loss_coef is not None:
+            require(self, "router_aux_loss_coef", self.router_aux_loss_coef >= 0, ">= 0")
         if self.workspace_mib is not None:
             require(self, "workspace_mib", self.workspace_mib > 0, "> 0")
 
@@ -226,6 +237,7 @@ def with_adapters(model: Any, config: TrainingConfig) -> Any:
         r=config.lora_r,
         alpha=config.lora_alpha,
         target_modules=config.lora_target_modules,
+        target_parameters=config.lora_target_parameters,
         seed=config.seed,
     )
 
@@ -237,7 +249,8 @@ def prepare_policy(model: Any, config: TrainingConfig) -> nn.Module:
         _log.warning("dtype=bfloat16 without use_peft: steps under 1/500 of a weight are lost")
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(f"this {type(model).__name__} is frozen: no parameter requires_grad")
-    return prepare_model(
+    added = balance.coefficient(model, config.router_aux_loss_coef)
+    model = prepare_model(
         model,
         layout=config.layout,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -247,6 +260,9 @@ def prepare_policy(model: Any, config: TrainingConfig) -> nn.Module:
         mlp_tile_tokens=config.mlp_tile_tokens,
         use_liger_kernel=config.use_liger_kernel,
     )
+    if added:
+        balance.check_balance(model)
+    return model
 
 
 def train(
@@ -353,6 +369,9 @@ class _Round:
             # Of the start itself, before there are adapters.
             self.weights = weights_digest(model) if accelerator.is_main_process else ""
         model = prepare_policy(model, config)
+        self.aux_loss_coef = balance.coefficient(model, config.router_aux_loss_coef)
+        if self.progress:
+            print(trainable_share(model))
         self._fit_pairs(model)
         steps = list(chain.from_iterable(map(self._plan, range(config.num_train_epochs))))
         self._tell_plan(steps)
@@ -440,7 +459,8 @@ class _Round:
         """The reference where it is another model than the start, ready for the same pairs."""
         if self.other_reference is None:
             return None
-        config = replace(self.config, use_peft=False, load_in_4bit=False)
+        off = {"use_peft": False, "load_in_4bit": False, "router_aux_loss_coef": 0.0}
+        config = replace(self.config, **off)
         device = self.accelerator.device
         model = load_start(self.other_reference, config, device)
         self.weights = weights_digest(model) if self.accelerator.is_main_process else ""
@@ -554,6 +574,7 @@ class _Round:
         batch: PackedPairs,
         ref_logp_S: Tensor,
         num_pairs: float | None = None,
+        router_aux_loss_coef: float = 0.0,
     ) -> PreferenceLoss:
         config = self.config
         # Its cache would keep a copy of every weight until the loss; each is used once.
@@ -568,6 +589,7 @@ class _Round:
                 num_pairs=num_pairs,
                 workspace_mib=config.workspace_mib,
                 impl=config.impl,
+                router_aux_loss_coef=router_aux_loss_coef,
             )
 
     def _reference_logp(self, model: nn.Module, batch: PackedPairs) -> Tensor:
@@ -666,8 +688,11 @@ class _Round:
         started = time.perf_counter()
         own_pairs = sum(map(len, batches))
         own_tokens = sum(self._tokens(index) for index in batches)
-        counts = torch.tensor([own_pairs, own_tokens, len(batches)], device=accelerator.device)
-        step_pairs, all_tokens, all_batches = accelerator.reduce(counts, "sum").tolist()  # type: ignore[union-attr]
+        routed = sum(map(self._routed, batches))
+        counts = torch.tensor(
+            [own_pairs, own_tokens, len(batches), routed], device=accelerator.device
+        )
+        step_pairs, all_tokens, all_batches, all_routed = accelerator.reduce(counts, "sum").tolist()  # type: ignore[union-attr]
         sums: dict[str, Tensor] = {}
         for position, index in enumerate(batches):
             batch = self._batch(index)
@@ -679,12 +704,17 @@ class _Round:
             with accelerator.no_sync(model) if not last else nullcontext():
                 # Gradients are averaged over processes, so each divides by its share.
                 share = step_pairs / accelerator.num_processes
-                result = self._loss(model, batch, ref_logp_S, num_pairs=share)
+                # The balancing loss of a step is the mean over its tokens.
+                weight = self._routed(index) * accelerator.num_processes / all_routed
+                coef = self.aux_loss_coef * weight
+                result = self._loss(model, batch, ref_logp_S, share, coef)
                 accelerator.backward(result.loss)
-            sums["loss"] = sums.get("loss", 0.0) + result.loss.detach()
-            metrics = {**result.metrics, _COVARIANCE: _covariance(result, ref_logp_S)}
+            metrics = {"loss": result.loss.detach(), **result.metrics}
+            metrics[_COVARIANCE] = _covariance(result, ref_logp_S)
+            of_pairs = len(index) / own_pairs
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value * (len(index) / own_pairs)
+                factor = {**dict.fromkeys(_SUMS, 1.0), "aux_loss": weight}.get(name, of_pairs)
+                sums[name] = sums.get(name, 0.0) + value * factor
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         row = {name: float(value) for name, value in sums.items()}
         row["grad_norm"] = float(norm)  # type: ignore[arg-type]
@@ -710,13 +740,18 @@ class _Round:
         lengths = [self.lengths[i] for i in index]
         return len(lengths) * max(lengths) if self.layout == "padded" else sum(lengths)
 
+    def _routed(self, index: list[int]) -> int:
+        """Tokens that a micro-batch sends through routers, padding left out."""
+        layout = "packed" if self.layout == "padded" else self.layout
+        return sum(self.pairs[i].num_tokens(layout) for i in index)
+
     def _average(self, row: dict[str, float], own: int, total: int) -> dict[str, float]:
         """Weight each process's metrics by its pairs."""
         if self.accelerator.num_processes == 1:
             return row
         share = own / total
-        # The loss is already scaled by the processes; its plain mean is the step's.
-        weights = {"loss": 1 / self.accelerator.num_processes}
+        # Losses are already scaled by the processes; their plain mean is the step's.
+        weights = dict.fromkeys((*_SUMS, "aux_loss"), 1 / self.accelerator.num_processes)
         values = torch.tensor([value * weights.get(name, share) for name, value in row.items()])
         values = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
         return dict(zip(row, values.tolist()))  # type: ignore[union-attr]
