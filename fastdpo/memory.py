@@ -25,7 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdpo import attention, head, longcontext, ops, policy
+from fastdpo import attention, balance, head, longcontext, ops, policy
 from fastdpo.batch import LAYOUTS, PackedPairs, Segments, TokenizedPair, pack_pairs
 from fastdpo.gemm import Products, has_native_bf16
 from fastdpo.models import ModelError
