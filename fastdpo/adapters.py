@@ -270,9 +270,9 @@ def load_4bit(name: str, dtype: torch.dtype) -> Any:
     """Causal LM with linear layers in 4 bits, on the current GPU (or the CPU), for `add_lora`.
 
     QLoRA (arXiv 2305.14314): NF4, quantized constants, products in bf16.  The head, embeddings and
-    norms are kept in ``dtype``.  peft's ``prepare_model_for_kbit_training`` casts these to fp32,
-    which adds nothing to frozen weights; ``dtype=torch.float32`` is the same thing, and gives an
-    fp32 residual stream.
+    norms are kept in ``dtype``, and a mixture's experts where they are parameters.  peft's
+    ``prepare_model_for_kbit_training`` casts these to fp32, which adds nothing to frozen weights;
+    ``dtype=torch.float32`` is the same thing, and gives an fp32 residual stream.
 
     Raises:
         ModelError: bitsandbytes is missing, or the model cannot be loaded.
@@ -303,6 +303,14 @@ def load_4bit(name: str, dtype: torch.dtype) -> Any:
         if isinstance(module, bitsandbytes.nn.Linear4bit):  # type: ignore[attr-defined]
             # On some CPUs an evaluation repacks the weights into a format without a backward.
             module.support_avx512bf16_for_cpu = False
+    parts = mixture_parameters(model).items()
+    experts = [model.get_parameter(n) for n, what in parts if what == "experts"]
+    if experts:
+        _log.warning(
+            "load_in_4bit: the experts of %s are parameters and stay in %s, %.1f GiB of them; "
+            "bitsandbytes quantizes linear layers only",
+            name, dtype, sum(p.nbytes for p in experts) / 2**30,
+        )  # fmt: skip
     return model
 
 
@@ -365,8 +373,8 @@ def merged(base_name: str, adapter_folder: Path, dtype: torch.dtype) -> Any:
     if saved.keys() != state.keys():
         name = min(saved.keys() ^ state.keys())
         raise ModelError(
-            f"adapters {str(adapter_folder)!r} are of another model than {base_name!r}: only one of "
-            f"them has {name}"
+            f"adapters {str(adapter_folder)!r} are of another model than {base_name!r}: only "
+            f"one of them has {name}"
         )
     for name, tensor in saved.items():
         state[name].copy_(tensor)

@@ -370,11 +370,9 @@ class _Round:
             self.weights = weights_digest(model) if accelerator.is_main_process else ""
         model = prepare_policy(model, config)
         self.aux_loss_coef = balance.coefficient(model, config.router_aux_loss_coef)
-        if self.progress:
-            print(trainable_share(model))
         self._fit_pairs(model)
         steps = list(chain.from_iterable(map(self._plan, range(config.num_train_epochs))))
-        self._tell_plan(steps)
+        self._tell_plan(model, steps)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -493,9 +491,10 @@ class _Round:
         what = "a response with its prompt"
         check_range(model, max(map(max, sides)), max(map(len, sides)), "the pairs'", what)
 
-    def _tell_plan(self, steps: list[list[list[int]]]) -> None:
+    def _tell_plan(self, model: nn.Module, steps: list[list[list[int]]]) -> None:
         if not self.progress:
             return
+        print(trainable_share(model))
         batches = [index for step in steps for index in step]
         fill = sum(map(self._tokens, batches)) / (len(batches) * self.config.max_tokens)
         print(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from fastdpo import balance
 from fastdpo.adapters import add_lora
 from fastdpo.batch import TokenizedPair, pack_pairs
 from fastdpo.memory import estimate, longest_pair, usable_bytes
@@ -24,6 +25,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen3": {"tie_word_embeddings": True},
     "Mistral": {"sliding_window": 128},
+    "Mixtral": {"intermediate_size": 96, "num_local_experts": 8, "output_router_logits": True},
     "Gemma2": {"sliding_window": 128, "query_pre_attn_scalar": 32},
     "Gemma3Text": {"sliding_window": 128, "query_pre_attn_scalar": 32},
 }
@@ -61,6 +63,7 @@ def _train(sizes: Any, config: TrainingConfig) -> None:
         model, layout=config.layout, gradient_checkpointing=config.gradient_checkpointing,
         bf16=config.bf16, mlp_tile_tokens=config.mlp_tile_tokens,
     )  # fmt: skip
+    added = balance.coefficient(model, config.router_aux_loss_coef)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     draw = torch.Generator().manual_seed(0)
@@ -78,7 +81,7 @@ def _train(sizes: Any, config: TrainingConfig) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16, cache_enabled=False):
                 result = packed_loss(
                     model, pack_pairs(pairs, layout=layout), reference, beta=0.1, alpha=0.01,
-                    workspace_mib=config.workspace_mib,
+                    workspace_mib=config.workspace_mib, router_aux_loss_coef=added,
                 )  # fmt: skip
             result.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -97,6 +100,7 @@ def _train(sizes: Any, config: TrainingConfig) -> None:
         ("Qwen3", {"mlp_tile_tokens": 64, "batch_size": 1}),
         ("Gemma2", {"gradient_checkpointing": False}),
         ("Gemma3Text", {"layout": "packed"}),
+        ("Mixtral", {"use_peft": True, "layout": "padded"}),
         ("Mistral", {"dtype": "bfloat16", "gradient_checkpointing": False}),
     ],
 )

@@ -15,7 +15,14 @@ import transformers
 from tiny import build_tokenizer
 
 from fastdpo import balance
-from fastdpo.adapters import add_lora, merged, reference_mode, save_adapter, trainable_share
+from fastdpo.adapters import (
+    add_lora,
+    load_4bit,
+    merged,
+    reference_mode,
+    save_adapter,
+    trainable_share,
+)
 from fastdpo.batch import TokenizedPair, pack_pairs, plan_batches
 from fastdpo.metrics import read_metrics
 from fastdpo.models import ModelError
@@ -36,7 +43,9 @@ SIZES: dict[str, Any] = dict(
 )  # fmt: skip
 _LATENT = dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
 EXTRA: dict[str, dict[str, Any]] = {
-    "deepseek_v3": dict(_LATENT, num_key_value_heads=4, n_group=1, topk_group=1, first_k_dense_replace=1),
+    "deepseek_v3": dict(
+        _LATENT, num_key_value_heads=4, n_group=1, topk_group=1, first_k_dense_replace=1
+    ),
     "jetmoe": dict(kv_channels=8),
     "doge": dict(is_moe=True),
 }
@@ -97,7 +106,7 @@ def test_the_balancing_loss_is_that_of_the_models_own_forward(family, layout, ch
     found = packed_loss(model, batch, zeros, beta=0.1, alpha=0.0, router_aux_loss_coef=0.3)
     found.loss.backward()
     # Transformers sums the probabilities in fp32, in another order for other rows.
-    close = dict(rtol=1e-6, atol=1e-7)
+    close: dict[str, Any] = dict(rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found.metrics["aux_loss"], aux.detach(), **close)
     torch.testing.assert_close(found.loss.double(), wanted.detach().double(), **close)
     assert found.metrics["preference_loss"] < found.loss
@@ -133,7 +142,7 @@ def test_a_steps_balancing_loss_is_the_mean_over_its_tokens(tmp_path, layout, bu
         )  # fmt: skip
         result.loss.backward()
         total += weight * float(result.metrics["aux_loss"])
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
 
     config = options(layout=layout, max_tokens=budget, router_aux_loss_coef=0.5)
     train(build("mixtral"), build_tokenizer(), PAIRS, config, tmp_path / "out", progress=False)
@@ -204,7 +213,7 @@ def test_a_model_without_a_balancing_loss_is_refused_one(family, changes, messag
 
 
 def test_another_balancing_loss_than_the_models_is_refused():
-    model = prepare_model(build("mixtral"))
+    model: Any = prepare_model(build("mixtral"))
     model.num_experts_per_tok = 1  # read by the loss, but by no layer
     balance.check_balance(model)
     plain = type(model).forward
@@ -348,6 +357,16 @@ def test_the_balancing_loss_reaches_adapters_behind_frozen_routers(trains):
         if "lora_B" in name and ("layers.0.self_attn.v_proj" in name or "gate" in name):
             assert parameter.grad is not None and float(parameter.grad.abs().max()) > 1e-6, name
     assert any("gate" in n for n, p in model.named_parameters() if p.requires_grad) == bool(trains)
+
+
+def test_4_bits_leave_experts_as_they_are(tmp_path, caplog):
+    pytest.importorskip("bitsandbytes")
+    build("mixtral").save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "fastdpo"):
+        model = load_4bit(str(tmp_path), torch.bfloat16)
+    assert "are parameters and stay in torch.bfloat16" in caplog.text
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
 
 
 def test_adapters_of_experts_are_fp32_on_a_bf16_base():
