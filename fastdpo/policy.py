@@ -8,7 +8,6 @@ as it was loaded, a sequence at a time, before anything is trained.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +64,8 @@ def packed_loss(
         aux = balancing_loss(base, gate_logits, token_mask(batch)).to(result.loss.device)
         parts = {"preference_loss": result.loss.detach(), "aux_loss": aux.detach()}
         total = result.loss + router_aux_loss_coef * aux
-        return replace(result, loss=total, metrics=result.metrics | parts)
+        result["loss"], result.metrics = total, result.metrics | parts
+        return result
 
     return head.packed_forward(model, batch, loss, with_routers if router_aux_loss_coef else None)
 

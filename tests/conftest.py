@@ -1,6 +1,7 @@
 """Settings of the whole test run: one thread, a fixed seed for every test."""
 
 import gc
+import sys
 
 import interpreter
 import pytest
@@ -16,6 +17,14 @@ torch.set_num_threads(1)  # the tensors are small, and threads that wait for eac
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """accelerate's settings are of the process: those of one test are no other's."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)
