@@ -1,17 +1,22 @@
 """Settings of the whole test run: one thread, a fixed seed for every test."""
 
 import gc
+import os
 import sys
 
-import interpreter
-import pytest
-import torch
+# The tensors are small, and threads that wait for each other are slow; in the processes that tests
+# start as well.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import interpreter  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Where Triton kernels cannot run, they are interpreted.
 if not torch.cuda.is_available() and interpreter.supported():
     interpreter.enable()
 pytest.register_assert_rewrite("checks")
-torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other are slow
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,11 @@ def run(inputs, out, **changes):
     return out
 
 
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    return run(inputs, tmp_path_factory.mktemp("whole"), rounds=2)
+
+
 def test_a_second_run_in_a_folder_is_refused(inputs, tmp_path):
     """The lock is the process's: it is gone with it, whatever ends it."""
     code = (
@@ -68,8 +73,7 @@ def stopped(inputs, out, capsys, **changes):
     return arguments(inputs, out, **options)
 
 
-def test_a_damaged_policy_is_named_and_made_again(inputs, tmp_path, capsys):
-    whole = run(inputs, tmp_path / "whole", rounds=2)
+def test_a_damaged_policy_is_named_and_made_again(inputs, whole, tmp_path, capsys):
     out = run(inputs, tmp_path / "run")
     argv = arguments(inputs, out, scorer="test_rounds:vowels", rounds=2, heldout=0)
     damage(out / "round-01" / "policy" / "model.safetensors")
@@ -85,8 +89,7 @@ def test_a_damaged_policy_is_named_and_made_again(inputs, tmp_path, capsys):
         assert same(weights(out, index), weights(whole, index))
 
 
-def test_damaged_rows_are_named_and_made_again(inputs, tmp_path, capsys):
-    whole = run(inputs, tmp_path / "whole")
+def test_damaged_rows_are_named_and_made_again(inputs, whole, tmp_path, capsys):
     out = tmp_path / "run"
     argv = stopped(inputs, out, capsys)
     parts = [out / "round-01" / name / "part-00000.jsonl" for name in ("candidates", "scores")]
@@ -124,9 +127,8 @@ def test_a_truncated_line_is_named(inputs, tmp_path, capsys):
     assert "part-00001.jsonl:" in capsys.readouterr().err
 
 
-def test_a_disk_that_fills_up_with_weights_is_one_error(inputs, tmp_path):
+def test_a_disk_that_fills_up_with_weights_is_one_error(inputs, whole, tmp_path):
     """The system itself refuses to write more from the first training step on."""
-    whole = run(inputs, tmp_path / "whole")
     code = (
         "import resource, signal, sys; from fastdpo import rounds; from fastdpo.cli import main\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); real = rounds.train\n"

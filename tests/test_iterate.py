@@ -4,8 +4,10 @@ scorers, offline pairs; its stages as commands.
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -57,18 +59,32 @@ def summary(out, index=1):
     return json.loads((out / f"round-{index:02d}" / "pairs.summary.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def plain(inputs, tmp_path_factory):
+    return run(inputs, tmp_path_factory.mktemp("plain"))
+
+
+AUTO: dict[str, Any] = dict(
+    alpha="auto", scorer="test_iterate:lengths", rounds=2, stop='["a"]', heldout=0
+)
+
+
+@pytest.fixture(scope="module")
+def auto(inputs, tmp_path_factory):
+    return run(inputs, tmp_path_factory.mktemp("auto"), **AUTO)
+
+
 # ------------------------------------------------------------------------------- the reference
-def test_a_fixed_reference_is_another_model(inputs, tmp_path):
+def test_a_fixed_reference_is_another_model(inputs, plain, tmp_path):
     """Its log-ratios are not zero at the start; those of the start itself are."""
-    out = run(inputs, tmp_path / "fixed", reference=str(inputs / "other"), alpha=0)
-    assert metrics(out)[0]["loss"] != pytest.approx(0.6931, abs=1e-4)
-    same_model = run(inputs, tmp_path / "same", reference=str(inputs / "model"), alpha=0)
-    own = run(inputs, tmp_path / "own", alpha=0)
-    assert same(weights(same_model, 1), weights(own, 1))
-    assert not same(weights(out, 1), weights(own, 1))
+    out = run(inputs, tmp_path / "fixed", reference=str(inputs / "other"))
+    assert metrics(out)[0]["rewards/chosen"] != 0 == metrics(plain)[0]["rewards/chosen"]
+    same_model = run(inputs, tmp_path / "same", reference=str(inputs / "model"))
+    assert same(weights(same_model, 1), weights(plain, 1))
+    assert not same(weights(out, 1), weights(plain, 1))
     # The same in every step as once before, but for a second model in memory.
     each = run(
-        inputs, tmp_path / "each", reference=str(inputs / "other"), alpha=0,
+        inputs, tmp_path / "each", reference=str(inputs / "other"),
         precompute_ref_log_probs="false",
     )  # fmt: skip
     found, wanted = ([row["loss"] for row in metrics(x)] for x in (each, out))
@@ -208,12 +224,8 @@ def test_alpha_is_found_on_the_way(inputs, tmp_path):
     assert two["length"] == pytest.approx(mean)
 
 
-def test_alpha_auto_goes_on_with_the_same_bits(inputs, tmp_path):
-    options = dict(
-        alpha="auto", scorer="test_iterate:lengths", rounds=2, stop='["a"]', heldout=0
-    )  # fmt: skip
-    assert main(arguments(inputs, tmp_path / "whole", **options)) == 0
-    argv = arguments(inputs, tmp_path / "killed", **options)
+def test_alpha_auto_goes_on_with_the_same_bits(inputs, auto, tmp_path):
+    argv = arguments(inputs, tmp_path / "killed", **AUTO)
     environment = ENVIRONMENT
     driver = [sys.executable, str(TESTS / "kill_driver.py"), "fastdpo.trainer:packed_loss", "14"]
     done = subprocess.run([*driver, *argv], env=environment, capture_output=True, text=True)
@@ -221,8 +233,9 @@ def test_alpha_auto_goes_on_with_the_same_bits(inputs, tmp_path):
     assert (tmp_path / "killed/round-02/checkpoint").is_dir(), "it was not killed in round 2"
     assert not (tmp_path / "killed/round-02/policy").exists()
     assert main(argv) == 0
-    assert same(weights(tmp_path / "whole", 2), weights(tmp_path / "killed", 2))
-    control = [(tmp_path / x / "round-02/control.json").read_bytes() for x in ("whole", "killed")]
+    assert same(weights(auto, 2), weights(tmp_path / "killed", 2))
+    folders = (auto, tmp_path / "killed")
+    control = [(folder / "round-02/control.json").read_bytes() for folder in folders]
     assert control[0] == control[1] and json.loads(control[0])["error_sum"] != 0
 
 
@@ -235,19 +248,17 @@ def test_a_length_may_be_asked_for(inputs, tmp_path):
     assert json.loads((out / "round-01" / "control.json").read_text())["wanted"] < 0
 
 
-def test_a_lost_controller_is_no_new_target(inputs, tmp_path, capsys):
-    options = dict(alpha="auto", scorer="test_iterate:lengths", heldout=0)
-    out = run(inputs, tmp_path, **options)
-    (out / "round-01" / "control.json").unlink()
-    assert main(arguments(inputs, out, **{**options, "rounds": 2})) == 2
+def test_a_lost_controller_is_no_new_target(inputs, auto, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(auto, out)
+    (out / "round-02" / "control.json").unlink()
+    assert main(arguments(inputs, out, **{**AUTO, "rounds": 3})) == 2
     assert "control.json" in capsys.readouterr().err
 
 
-def test_rounds_of_alpha_auto_by_the_stages_as_commands(inputs, tmp_path):
+def test_rounds_of_alpha_auto_by_the_stages_as_commands(auto, tmp_path):
     """Given what the round before left, training alone is what iterate does."""
-    options = dict(alpha="auto", scorer="test_iterate:lengths", rounds=2, heldout=0, stop='["a"]')
-    out = run(inputs, tmp_path / "whole", **options)
-    first, second = out / "round-01", out / "round-02"
+    first, second = auto / "round-01", auto / "round-02"
     command = [
         "train", f"--model={first / 'policy'}", f"--dataset={second / 'pairs.jsonl'}",
         f"--output_dir={tmp_path / 'alone'}", "--max_length=64", "--max_tokens=160",
@@ -257,7 +268,7 @@ def test_rounds_of_alpha_auto_by_the_stages_as_commands(inputs, tmp_path):
     more = [f"--control={first / 'control.json'}", f"--candidates={second / 'candidates'}"]
     assert main([*command, *more]) == 0
     trained = load_file(tmp_path / "alone" / "policy" / "model.safetensors")
-    assert same(trained, weights(out, 2))
+    assert same(trained, weights(auto, 2))
     assert main([*command[:-1], *more, "--alpha=0.1"]) == 2
 
 
@@ -437,9 +448,8 @@ def test_impossible_options_end_before_there_is_a_folder(
 
 
 # ------------------------------------------------------------------------------- stages
-def test_the_stages_as_commands_give_what_iterate_gives(inputs, tmp_path):
-    whole = run(inputs, tmp_path / "whole", heldout=0)
-    folder = whole / "round-01"
+def test_the_stages_as_commands_give_what_iterate_gives(inputs, plain, tmp_path):
+    folder = plain / "round-01"
     model, out = inputs / "model", tmp_path / "alone"
     sampling = ["--num_samples=3", "--max_new_tokens=12", "--batch_prompts=3"]
     assert main(["sample", f"--model={model}", f"--prompts={inputs / 'prompts.jsonl'}", *sampling,
@@ -455,11 +465,12 @@ def test_the_stages_as_commands_give_what_iterate_gives(inputs, tmp_path):
                  "--learning_rate=1e-3", "--warmup_ratio=0", "--bf16=false", "--save_steps=1",
                  "--gradient_checkpointing=false", "--reference_cache=null"]) == 0  # fmt: skip
     trained = load_file(out / "policy" / "model.safetensors")
-    assert same(trained, weights(whole, 1))
+    assert same(trained, weights(plain, 1))
 
 
-def test_the_report_command(inputs, tmp_path, capsys):
-    out = run(inputs, tmp_path / "run", heldout=3)
+def test_the_report_command(plain, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
     (out / "report.html").unlink()
     assert main(["report", f"--output_dir={out}"]) == 0
     page = (out / "report.html").read_text()

@@ -110,7 +110,7 @@ def test_the_loss_in_a_transformers_trainer(tmp_path):
 def test_the_two_commands_are_one_line_each():
     lines = [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
     assert len(lines) == 2
-    assert lines[0].endswith("fastdpo demo") and lines[1].endswith("-m pytest")
+    assert lines[0].endswith("fastdpo demo") and lines[1].endswith("-m pytest -n auto")
 
 
 def test_the_benchmark_table_is_generated_from_the_committed_results(capsys):
