@@ -58,6 +58,7 @@ def packed_attention(
     Raises:
         ValueError: no segments were given, or the model needs attention sinks or dropout.
     """
+    sliding_window = sliding_window or None  # Qwen2-MoE writes 0 for no window
     if _windows is not None:
         _windows[1].add(sliding_window)
     if segments is None:
@@ -213,7 +214,8 @@ def sdpa(
         for x, sizes in ((q_THd, sizes_q), (k_KHd, sizes_k), (v_KHd, sizes_k))
     )
     out = [_attend(*x, scale, window, softcap, segments.masks) for x in zip(q, k, v)]
-    return torch.cat(out, 2).squeeze(0).transpose(0, 1)
+    # Some models view what they get with heads and head_dim as one, which needs it contiguous.
+    return torch.cat(out, 2).squeeze(0).transpose(0, 1).contiguous()
 
 
 def _attend(
@@ -298,7 +300,7 @@ def use_packed_attention(model: nn.Module) -> None:
 def _no_mask(*_: object, local_size: int | None = None, **__: object) -> None:
     """Stands for transformers' masks: what a layer sees is in its segments and its window."""
     if _windows is not None:
-        _windows[0].add(local_size)
+        _windows[0].add(local_size or None)
 
 
 @contextmanager

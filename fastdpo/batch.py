@@ -8,12 +8,16 @@ Three layouts of the same pairs:
 | packed | one row, `[prompt][chosen]` and `[prompt][rejected]` a pair | as a comparison |
 | padded | a row for each of the two, padded to the longest | recurrent or own attention code |
 
+Where a model's rotary frequencies depend on a sequence's length (`LengthClasses`), the sides of a
+pair share the prompt in the shared layout only if both have the same; else they are two sequences.
+
 Names: B rows, T tokens of a row, N scored tokens (targets), P pairs, S = 2P sequences (2i chosen,
 2i + 1 rejected), K gathered keys.
 """
 
 import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
@@ -23,6 +27,61 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("shared", "packed", "padded")
+
+
+@dataclass(frozen=True)
+class LengthClasses:
+    """Which lengths of a sequence have the same rotary frequencies in a model.
+
+    The class changes after each of ``steps``, and with every token after ``grows_from``.
+    """
+
+    steps: tuple[int, ...] = ()
+    grows_from: int | None = None
+
+    def of(self, length: int) -> tuple[int, int]:
+        """The class of a length."""
+        grown = self.grows_from is not None and length > self.grows_from
+        return bisect_left(self.steps, length), length if grown else 0
+
+    @property
+    def last(self) -> int:
+        """The last length of which the class is given by ``steps``."""
+        return max(*self.steps, self.grows_from or 0, 0)
+
+    def __bool__(self) -> bool:
+        return bool(self.steps) or self.grows_from is not None
+
+    def __or__(self, other: "LengthClasses") -> "LengthClasses":
+        """Lengths that are of one class in both."""
+        steps = tuple(sorted({*self.steps, *other.steps}))
+        grows = [x.grows_from for x in (self, other) if x.grows_from is not None]
+        return LengthClasses(steps, min(grows, default=None))
+
+
+ANY_LENGTH = LengthClasses()
+
+
+class Layout(str):
+    """One of `LAYOUTS` for a certain model: with the lengths at which its frequencies change."""
+
+    classes: LengthClasses
+
+    def __new__(cls, name: str, classes: LengthClasses = ANY_LENGTH) -> "Layout":
+        layout = super().__new__(cls, name)
+        layout.classes = classes
+        return layout
+
+    @property
+    def key(self) -> Any:
+        """What names it where values that were computed in it are kept."""
+        if not self.classes:
+            return str(self)
+        return [str(self), list(self.classes.steps), self.classes.grows_from]
+
+
+def _classes(layout: str) -> LengthClasses:
+    return layout.classes if isinstance(layout, Layout) else ANY_LENGTH
 
 
 @dataclass(frozen=True)
@@ -62,13 +121,25 @@ class TokenizedPair:
         what it takes alone.
         """
         prompt, chosen, rejected = map(len, (self.prompt_ids, self.chosen_ids, self.rejected_ids))
-        if layout == "shared":
-            return prompt + chosen + rejected
-        if layout == "packed":
-            return 2 * prompt + chosen + rejected
-        if layout == "padded":
-            return 2 * (prompt + max(chosen, rejected))
-        raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+        return tokens_of_pair(prompt, chosen, rejected, layout)
+
+
+def tokens_of_pair(prompt: int, chosen: int, rejected: int, layout: str) -> int:
+    """`TokenizedPair.num_tokens` of a pair with so many tokens in its three parts."""
+    if layout == "padded":
+        return 2 * (prompt + max(chosen, rejected))
+    if layout == "packed":
+        return 2 * prompt + chosen + rejected
+    if layout == "shared":
+        shares = _shares_prompt(prompt, chosen, rejected, layout)
+        return (1 if shares else 2) * prompt + chosen + rejected
+    raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+
+
+def _shares_prompt(prompt: int, chosen: int, rejected: int, layout: str) -> bool:
+    """Whether the prompt has the same keys on both sides of a pair."""
+    classes = _classes(layout)
+    return classes.of(prompt + chosen) == classes.of(prompt + rejected)
 
 
 @dataclass(frozen=True)
@@ -101,6 +172,16 @@ class Segments:
             max(b - a for a, b in pairwise(bounds)) for bounds in (self.bounds_q, self.bounds_k)
         )
 
+    def exact_for(self, classes: LengthClasses) -> bool:
+        """Whether all that share a prompt are of one length class."""
+        queries, keys = (
+            [b - a for a, b in pairwise(bounds)] for bounds in (self.bounds_q, self.bounds_k)
+        )
+        return all(
+            q == k or classes.of(before) == classes.of(k)
+            for q, k, before in zip(queries[1:], keys[1:], keys)
+        )
+
     def to(self, device: torch.device | str) -> "Segments":
         return replace(_moved(self, device, ()), masks={})
 
@@ -113,7 +194,8 @@ class PackedPairs:
     """
 
     input_ids_BT: Tensor
-    position_ids_BT: Tensor | None  # from 0 in every sequence; None: padded rows, as models count
+    # From 0 in every sequence, 0 in padding; None: padded rows of a model that counts them itself.
+    position_ids_BT: Tensor | None
     segments: Segments | None  # of a packed row
     rows_N: Tensor  # rows_N[i] is the token whose hidden state predicts target_N[i]
     target_N: Tensor
@@ -155,7 +237,9 @@ def pack_pairs(
     Args:
         pairs: at least one.
         index: the dataset pair behind each of `pairs` (default: 0, 1, ...).
-        layout: "shared", "packed" or "padded"; see the module's docstring.
+        layout: "shared", "packed" or "padded"; see the module's docstring. What
+            `fastdpo.policy.layout_of` gives is exact for its model; a plain name is not where the
+            model's rotary frequencies depend on the length.
 
     Raises:
         ValueError: no pairs, an `index` of another length, or an unknown layout.
@@ -171,7 +255,7 @@ def pack_pairs(
     responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     lay_out = {"shared": _shared, "packed": _packed, "padded": _padded}[layout]
     return PackedPairs(
-        **lay_out(pairs),
+        **lay_out(pairs, layout),
         target_N=torch.tensor([token for ids in responses for token in ids]),
         bounds_S1=torch.tensor([0, *accumulate(map(len, responses))]),
         pair_index_P=torch.tensor(list(index)),
@@ -186,28 +270,42 @@ def _values(values: list[float], usual: float) -> Tensor | None:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _shared(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """`[prompt][chosen][rejected]`: segments (prompt + chosen) and (rejected)."""
+def _shared(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
+    """`[prompt][chosen][rejected]`: segments (prompt + chosen) and (rejected).
+
+    Where the sides can't share the prompt: `[prompt][chosen][prompt][rejected]`, as `_packed`.
+    """
     ids, positions, rows, keys, again_keys, again_rows, first = [], [], [], [], [], [], []
     bounds_q, bounds_k = [0], [0]
     for pair in pairs:
         start, taken = len(ids), len(keys)
         prompt, chosen, rejected = map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        middle = start + prompt + chosen  # of the packed row: where the rejected response starts
-        stop = middle + rejected
-        ids += pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
-        positions += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+        middle = start + prompt + chosen  # of the packed row: where the rejected side starts
+        repeated = taken + prompt + chosen  # among the keys: where those of the rejected side do
         # The hidden state before a target predicts it: the prompt's last token predicts the first
-        # of both responses.
-        rows += [*range(start + prompt - 1, middle - 1), start + prompt - 1]
-        rows += range(middle, stop - 1)
+        # of a response.
+        rows += range(start + prompt - 1, middle - 1)
+        ids += pair.prompt_ids + pair.chosen_ids
+        positions += range(prompt + chosen)
+        keys += range(start, middle)
+        if _shares_prompt(prompt, chosen, rejected, layout):
+            stop = middle + rejected
+            ids += pair.rejected_ids
+            positions += range(prompt, prompt + rejected)
+            rows += [start + prompt - 1, *range(middle, stop - 1)]
+            keys += [*range(start, start + prompt), *range(middle, stop)]
+            first += [*range(taken, repeated), *range(repeated + prompt, len(keys))]
+            again_keys += range(repeated, repeated + prompt)
+            again_rows += range(start, start + prompt)
+        else:
+            stop = middle + prompt + rejected
+            ids += pair.prompt_ids + pair.rejected_ids
+            positions += range(prompt + rejected)
+            rows += range(middle + prompt - 1, stop - 1)
+            keys += range(middle, stop)
+            first += range(taken, len(keys))
         bounds_q += [middle, stop]
-        keys += [*range(start, middle), *range(start, start + prompt), *range(middle, stop)]
-        repeated = taken + prompt + chosen
-        bounds_k += [repeated, repeated + prompt + rejected]
-        first += [*range(taken, repeated), *range(repeated + prompt, len(keys))]
-        again_keys += range(repeated, repeated + prompt)
-        again_rows += range(start, start + prompt)
+        bounds_k += [repeated, len(keys)]
     segments = Segments(
         tuple(bounds_q),
         tuple(bounds_k),
@@ -215,13 +313,13 @@ def _shared(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
         torch.tensor(bounds_k, dtype=torch.int32),
         torch.tensor(keys),
         torch.tensor(first),
-        torch.tensor(again_keys),
-        torch.tensor(again_rows),
+        torch.tensor(again_keys, dtype=torch.int64),
+        torch.tensor(again_rows, dtype=torch.int64),
     )
     return _one_row(ids, positions, segments, rows)
 
 
-def _packed(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
+def _packed(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
     """`[prompt][chosen]` and `[prompt][rejected]`: a segment each."""
     ids, positions, rows, bounds = [], [], [], [0]
     for pair in pairs:
@@ -246,19 +344,23 @@ def _one_row(
     }
 
 
-def _padded(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
+def _padded(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
     """A row for each `[prompt][response]`, padded on the right: a causal model needs no mask."""
     sides = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
     T = max(len(prompt) + len(response) for prompt, response in sides)
     input_ids_BT = torch.zeros(len(sides), T, dtype=torch.int64)
+    # Their largest tells how long a row is.
+    positions_BT = torch.zeros_like(input_ids_BT) if _classes(layout) else None
     rows = []
     for i, (prompt, response) in enumerate(sides):
         length = len(prompt) + len(response)
         input_ids_BT[i, :length] = torch.tensor(prompt + response)
+        if positions_BT is not None:
+            positions_BT[i, :length] = torch.arange(length)
         rows += range(i * T + len(prompt) - 1, i * T + length - 1)
     return {
         "input_ids_BT": input_ids_BT,
-        "position_ids_BT": None,
+        "position_ids_BT": positions_BT,
         "segments": None,
         "rows_N": torch.tensor(rows),
     }

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.batch import TokenizedPair
+from fastdpo.batch import TokenizedPair, tokens_of_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -602,18 +602,19 @@ def _place(pairs: Sequence[TokenizedPair], i: int) -> str:
 
 def _cut(pair: TokenizedPair, max_tokens: int, layout: str) -> TokenizedPair | None:
     """The pair within `max_tokens`, its responses under one cap; None if that leaves nothing."""
-    shorter = min(len(pair.chosen_ids), len(pair.rejected_ids))
-    one = replace(pair, chosen_ids=pair.chosen_ids[:1], rejected_ids=pair.rejected_ids[:1])
-    room = max_tokens - one.num_tokens(layout) + 2  # for the tokens of both responses
-    # One response takes what a shorter one leaves; where neither is within half, each gets half. In
-    # a padded row the shorter one leaves nothing.
-    cap = room // 2 if layout == "padded" else max(room // 2, room - shorter)
+    prompt, chosen, rejected = map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+
+    def fits(cap: int) -> bool:
+        return tokens_of_pair(prompt, min(chosen, cap), min(rejected, cap), layout) <= max_tokens
+
+    # Not by halves: where both sides can't share the prompt, a longer cap may take fewer tokens.
+    cap = next(filter(fits, range(min(max(chosen, rejected), max_tokens), 0, -1)), 0)
     if cap < 1:
         return None
-    chosen, rejected = pair.chosen_ids[:cap], pair.rejected_ids[:cap]
-    if chosen == rejected:
+    chosen_ids, rejected_ids = pair.chosen_ids[:cap], pair.rejected_ids[:cap]
+    if chosen_ids == rejected_ids:
         return None
-    return replace(pair, chosen_ids=chosen, rejected_ids=rejected)
+    return replace(pair, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdpo.batch import PackedPairs
+from fastdpo.batch import Layout, PackedPairs, Segments
 
 
 class HeadCall:
@@ -91,6 +91,7 @@ def _forward_of_model(
 ) -> Any:
     if head_call is None:
         return self._fastdpo_plain_forward(*args, **kwargs)
+    _check_layout(self, **kwargs)
     if head_call.with_routers is not None:
         kwargs["output_router_logits"] = True
     outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
@@ -98,6 +99,25 @@ def _forward_of_model(
     if head_call.with_routers is None:
         return result
     return head_call.with_routers(self, getattr(outputs, "router_logits", None), result)
+
+
+def _check_layout(
+    model: Any,
+    segments: Segments | None = None,
+    position_ids: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """Refuse pairs that were laid out for a model with other rotary frequencies."""
+    classes = getattr(model, "_fastdpo_layout", Layout("")).classes
+    several = input_ids is not None and len(input_ids) > 1
+    if not classes or (position_ids is None and not several):
+        return
+    if position_ids is None or (segments is not None and not segments.exact_for(classes)):
+        raise ValueError(
+            f"the rotary frequencies of {type(model).__name__} depend on a sequence's length: lay "
+            "pairs out with layout=fastdpo.policy.layout_of(model), not with the layout's bare name"
+        )
 
 
 def packed_forward(
@@ -108,10 +128,8 @@ def packed_forward(
 ) -> Any:
     """Run ``model`` on a batch and ``f`` on its hidden states (B * T, D) and head."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT}
+    if batch.position_ids_BT is not None:
+        inputs["position_ids"] = batch.position_ids_BT
     if batch.segments is not None:
-        inputs |= {
-            "position_ids": batch.position_ids_BT,
-            "attention_mask": None,
-            "segments": batch.segments,
-        }
+        inputs |= {"attention_mask": None, "segments": batch.segments}
     return model(**inputs, head_call=HeadCall(f, with_routers))

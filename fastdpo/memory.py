@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdpo import attention, balance, head, longcontext, ops, policy
-from fastdpo.batch import LAYOUTS, PackedPairs, Segments, TokenizedPair, pack_pairs
+from fastdpo.batch import LAYOUTS, Layout, PackedPairs, Segments, TokenizedPair, pack_pairs
 from fastdpo.gemm import Products, has_native_bf16
 from fastdpo.models import ModelError
 from fastdpo.objectives import lr_dpo
@@ -628,7 +628,7 @@ class _Simulation:
             policy.checkpoint_activations(model)
         return model.train()
 
-    def _use_layout(self, model: Any) -> str:
+    def _use_layout(self, model: Any) -> Layout:
         """The first layout that the model's kind allows; what it computes is not looked at."""
         wanted = LAYOUTS if self.config.layout == "auto" else (self.config.layout,)
         reasons = []
@@ -639,7 +639,7 @@ class _Simulation:
                     policy._refuse_state(model, layout)
                     if self.device == "cuda":
                         _use_attention_on_cuda(model)
-                return layout
+                return Layout(layout)
             except ValueError as error:
                 reasons.append(f"{layout}: {error}")
                 if model.config._attn_implementation in (attention.NAME, _NAME):

@@ -7,20 +7,32 @@ as it was loaded, a sequence at a time, before anything is trained.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdpo import attention, head, longcontext
+from fastdpo import attention, head, longcontext, noise, rope
 from fastdpo.balance import balancing_loss, token_mask
-from fastdpo.batch import LAYOUTS, PackedPairs, TokenizedPair, pack_pairs
+from fastdpo.batch import (
+    ANY_LENGTH,
+    LAYOUTS,
+    Layout,
+    LengthClasses,
+    PackedPairs,
+    TokenizedPair,
+    pack_pairs,
+)
 from fastdpo.models import ModelError
 from fastdpo.objectives import lr_dpo
 from fastdpo.ops import PreferenceLoss, linear_logp, linear_preference_loss
 
 _log = logging.getLogger(__name__)
+_FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError)
+_PASSES = 3  # in which noise would show
 _ATTENTION = {"full_attention", "sliding_attention"}  # transformers' names of layers that pack
 
 
@@ -103,10 +115,13 @@ def prepare_model(
     attention.keep_softcap(model)
     _disable_dropout(model)
     _evaluate(model)
+    classes = rope.attach(model)
     kind = next(model.parameters()).device.type
-    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
-        alone = _Alone(model)
-        alone.check_head(model, impl)
+    random = noise.random_state_kept()
+    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16), random:
+        with _readable(model):
+            alone = _Alone(model, classes)
+            alone.check_head(model, impl)
         if use_liger_kernel:
             longcontext.use_liger(model)
             alone.check_liger(model)
@@ -114,17 +129,45 @@ def prepare_model(
             longcontext.tile_mlp(model, mlp_tile_tokens)
         if activation_offloading:
             longcontext.offload(model)
-        chosen = _first_exact(model, alone, LAYOUTS if layout == "auto" else (layout,))
+        names = LAYOUTS if layout == "auto" else (layout,)
+        chosen = _first_exact(model, alone, [Layout(name, classes) for name in names])
         head.base_of(model)._fastdpo_layout = chosen
         if gradient_checkpointing:
             checkpoint_activations(model)
-        model.train()
-        if not torch.equal(alone.in_batch(model, chosen), alone.in_batch(model, chosen)):
-            raise ModelError(
-                f"{type(model).__name__} gives two forward passes different hidden states: it has "
-                "noise or dropout that cannot be switched off; policy and reference would differ"
-            )
+        _silence(model, alone, chosen)
     return model
+
+
+@contextmanager
+def _readable(model: nn.Module) -> Iterator[None]:
+    """Say in one line that a model can't be run on plain sequences of tokens, or its head can't."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except _FAILURES as error:
+        raise ModelError(
+            f"{type(head.base_of(model)).__name__} cannot be trained on pairs: for sequences of "
+            f"tokens it gives {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _silence(model: nn.Module, alone: "_Alone", layout: Layout) -> None:
+    """Put a model in training mode, where it is to compute what it does in evaluation."""
+    wanted = alone.in_batch(model, layout)
+    model.train()
+    reason = "noise or dropout that cannot be switched off"
+    try:
+        noise.quiet(model, lambda: alone.in_batch(model, layout))
+    except ValueError as error:
+        same, reason = False, str(error)
+    else:
+        same = all(torch.equal(alone.in_batch(model, layout), wanted) for _ in range(_PASSES))
+    if not same:
+        raise ModelError(
+            f"{type(model).__name__} gives two forward passes different hidden states: it has "
+            f"{reason}; policy and reference would differ"
+        )
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -155,12 +198,12 @@ def fuse_head(model: Any, impl: str = "auto") -> None:
     model.train(was_training)
 
 
-def layout_of(model: Any) -> str:
-    """The layout that `prepare_model` found for a model."""
+def layout_of(model: Any) -> Layout:
+    """The layout that `prepare_model` found for a model: a str that also knows its frequencies."""
     return head.base_of(model)._fastdpo_layout
 
 
-def _first_exact(model: Any, alone: "_Alone", layouts: Sequence[str]) -> str:
+def _first_exact(model: Any, alone: "_Alone", layouts: Sequence[Layout]) -> Layout:
     """Switch the model to the first of `layouts` that it computes exactly."""
     own = model.config._attn_implementation
     reasons = []
@@ -171,13 +214,12 @@ def _first_exact(model: Any, alone: "_Alone", layouts: Sequence[str]) -> str:
             elif own == attention.NAME:  # prepared before
                 attention.use_own_attention(model)
             _refuse_state(model, layout)
-            if layout == "padded":
+            windows = nullcontext() if layout == "padded" else attention.refuse_lost_windows()
+            with windows, rope.received() as positions:
                 error = alone.error(model, layout)
-            else:
-                with attention.refuse_lost_windows():
-                    error = alone.error(model, layout)
+            alone.check_positions(positions, layout)
         # A model that was not made for packed rows can fail in any way.
-        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as problem:
+        except _FAILURES as problem:
             reasons.append(f"{layout}: {' '.join(str(problem).split())[:200]}")
         else:
             # Rounding of a mixture of experts may depend on what else is in a batch, in any layout.
@@ -214,16 +256,19 @@ def _refuse_state(model: Any, layout: str) -> None:
 
 
 class _Alone:
-    """Two short pairs, and what the model as loaded gives for each sequence by itself."""
+    """Short pairs, and what the model as loaded gives for each sequence by itself."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, classes: LengthClasses = ANY_LENGTH) -> None:
         device = next(model.parameters()).device
-        vocab = model.get_input_embeddings().weight.shape[0]
-        ids = [i * 7919 % vocab for i in range(44)]
-        self.pairs = [
-            TokenizedPair(ids[:7], ids[7:12], ids[12:21]),
-            TokenizedPair(ids[21:32], ids[32:40], ids[40:44]),
-        ]
+        # CPM-Ant embeds tokens that its head does not give.
+        tables = model.get_input_embeddings(), model.get_output_embeddings()
+        vocab = min(table.weight.shape[0] for table in tables)
+        self.padded = Layout("padded", classes)
+        sizes = [(7, 5, 9), (11, 8, 4)]
+        if _has_experts(model):  # many tokens, so that most experts answer
+            sizes = [(21, 15, 27), (33, 24, 12)] * 2
+        ids = [i * 7919 % vocab for i in range(sum(map(sum, sizes)))]
+        self.pairs = _cut_into(ids, sizes)
         hidden, self.logits, self.targets = [], [], []
         with attention.own_attention(model):
             for pair in self.pairs:
@@ -235,15 +280,16 @@ class _Alone:
                     self.logits.append(model(input_ids=inputs, use_cache=False).logits[0, rows])
                     self.targets.append(torch.tensor(response, device=device))
         self.hidden_ND = torch.cat(hidden).float()
-        other = [(token + 1) % vocab for token in ids]
+        *others, last = _cut_into([(token + 1) % vocab for token in ids], sizes)
         # The last response and its prompt stay, everything beside them is another.
+        stays = self.pairs[-1]
         self.changed = [
-            TokenizedPair(other[:7], other[7:12], other[12:21]),
-            TokenizedPair(ids[21:32], other[32:40], ids[40:44]),
+            *others,
+            TokenizedPair(stays.prompt_ids, last.chosen_ids, stays.rejected_ids),
         ]
         # Rounding differences stay near eps times the depth; leaked attention is of order one.
         with attention.own_attention(model):
-            self.padded_leak = self.leak(model, "padded")
+            self.padded_leak = self.leak(model, self.padded)
         half = any(x.dtype in (torch.bfloat16, torch.float16) for x in (*self.logits, *hidden))
         self.tolerance = 0.05 if half else 1e-3
 
@@ -276,14 +322,14 @@ class _Alone:
     def check_liger(self, model: nn.Module) -> None:
         """Refuse kernels that compute another function, before a layout is blamed for it."""
         with attention.own_attention(model):
-            error = self.error(model, "padded")
+            error = self.error(model, self.padded)
         if not error < self.tolerance:
             raise ModelError(
                 f"use_liger_kernel: Liger's kernels give {type(model).__name__} other hidden states"
                 f" (by {error:.2g} of their size); leave them off"
             )
 
-    def leak(self, model: nn.Module, layout: str) -> float:
+    def leak(self, model: nn.Module, layout: Layout) -> float:
         """How much the last response's hidden states depend on what is beside it, relative.
 
         The same kernels run on the same shapes, so without a leak the bits are the same.
@@ -293,15 +339,23 @@ class _Alone:
         difference = after.float() - before.float()
         return float((difference.norm(dim=-1) / before.float().norm(dim=-1)).max())
 
+    def check_positions(self, found: list[Tensor], layout: Layout) -> None:
+        """Refuse a model whose frequencies are chosen by other positions than the batch's."""
+        wanted_BT = pack_pairs(self.pairs, layout=layout).position_ids_BT
+        for positions in found:
+            rows = positions.reshape(-1, *positions.shape[-2:]).cpu()
+            if wanted_BT is not None and not all(torch.equal(row, wanted_BT) for row in rows):
+                raise ValueError("it counts positions itself, by which its frequencies are chosen")
+
     def in_batch(
-        self, model: nn.Module, layout: str, pairs: list[TokenizedPair] | None = None
+        self, model: nn.Module, layout: Layout, pairs: list[TokenizedPair] | None = None
     ) -> Tensor:
         """Hidden states that predict the targets, from both pairs in one batch."""
         device = next(model.parameters()).device
         batch = pack_pairs(pairs or self.pairs, layout=layout).to(device)
         return head.packed_forward(model, batch, lambda h_TD, **_: h_TD)[batch.rows_N]
 
-    def error(self, model: nn.Module, layout: str) -> float:
+    def error(self, model: nn.Module, layout: Layout) -> float:
         """Largest difference of a hidden state, relative to its size."""
         difference = self.in_batch(model, layout).float() - self.hidden_ND
         return float((difference.norm(dim=-1) / self.hidden_ND.norm(dim=-1)).max())
@@ -315,6 +369,20 @@ def _evaluate(model: nn.Module) -> None:
     for module in model.eval().modules():
         if type(module).__module__.startswith("bitsandbytes."):
             module.train()
+
+
+def _cut_into(ids: list[int], sizes: list[tuple[int, int, int]]) -> list[TokenizedPair]:
+    """Pairs with so many tokens of prompt, chosen and rejected response, one after the other."""
+    rest = iter(ids)
+    taken = [[list(islice(rest, n)) for n in size] for size in sizes]
+    return [TokenizedPair(prompt, chosen, rejected) for prompt, chosen, rejected in taken]
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any(
+        "expert" in f"{name} {type(module).__name__}".lower()
+        for name, module in model.named_modules()
+    )
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -336,7 +404,8 @@ def check_range(model: Any, token: int, length: int, whose: str, what: str) -> N
             "embeddings; use the tokenizer that belongs to the model"
         )
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
+    grows = layout_of(model).classes.grows_from is not None  # dynamic NTK has no end
+    if positions is not None and length > positions and not grows:
         raise ModelError(
             f"{what}={length} is over the {positions} positions of {type(model).__name__}; "
             "lower max_length"

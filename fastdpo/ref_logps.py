@@ -69,7 +69,8 @@ def cache_key(**parts: Any) -> str:
 def load(path: Path, count: int, weights: str) -> Tensor | None:
     """The (count, 2) fp64 log-prob sums in a file, None if there are none.
 
-    ``weights`` is the digest of the model that they must belong to.
+    ``weights`` is the digest of the model that they must belong to, and of its length classes if
+    it has any: log-probs of such a model once depended on what else was in a batch.
 
     A file that cannot be read, or holds something else, is passed over with a warning.
     """
@@ -86,8 +87,9 @@ def load(path: Path, count: int, weights: str) -> Tensor | None:
     else:
         if owner and owner != weights:
             raise ModelError(
-                f"{path} holds the log-probs of another model: the one that the run started from "
-                "has changed since; give the old one to go on, or another output_dir to start anew"
+                f"{path} holds the log-probs of another model, or computed in another way: the "
+                "one that the run started from has changed since; give the old one to go on, or "
+                "another output_dir to start anew"
             )
         whole = known == _digest(logp_P2)
         if whole and logp_P2.shape == (count, 2) and bool(logp_P2.isfinite().all()):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from fastdpo.models import ModelError
+from fastdpo.noise import random_state_kept
 from fastdpo.remote import check_url, check_variable
 
 if TYPE_CHECKING:
@@ -318,7 +319,7 @@ class GenerateSampler:
             _told("generate"),
             torch.no_grad(),
             _only_these(self.model, settings),
-            _random_state_kept(),
+            random_state_kept(),
         ):
             torch.manual_seed(seed)
             rows = self._draw(prompts, num_samples, settings)
@@ -406,7 +407,7 @@ class ContinuousSampler:
                 torch.no_grad(),
                 _only_these(self.model, settings),
                 _paged_attention(self.model),
-                _random_state_kept(),
+                random_state_kept(),
             ):
                 manager = self._manager(requests, forks, settings)
                 torch.manual_seed(seed)  # a new manager has seeds of its own
@@ -567,12 +568,6 @@ def _told(what: str, otherwise: str = "") -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         advice = "lower batch_prompts if memory is short" + (otherwise and f", or {otherwise}")
         raise ModelError(f"{what} failed ({type(error).__name__}: {reason}); {advice}") from error
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
 
 
 def _free() -> None:

@@ -608,6 +608,8 @@ class _Round:
 
         config, accelerator = self.config, self.accelerator
         own, logp_P2 = self.out / "ref_logps" / "ref_logps.safetensors", None
+        if self.layout.classes:
+            self.weights = cache_key(weights=self.weights, layout=self.layout.key)
         if accelerator.is_main_process:
             logp_P2 = ref_logps.load(own, len(self.pairs), self.weights)
         [known, *_] = gather_object([logp_P2 is not None])
@@ -616,7 +618,7 @@ class _Round:
             key = cache_key(
                 weights=self.weights,
                 pairs=pairs_digest(self.pairs),
-                layout=self.layout,
+                layout=self.layout.key,
                 device=[device, has_flash_attn() if device == "cuda" else False],
                 bf16=config.bf16,
                 impl=config.impl,
