@@ -116,6 +116,7 @@ def prepare_model(
     _disable_dropout(model)
     _evaluate(model)
     classes = rope.attach(model)
+    vars(head.base_of(model)).pop("_fastdpo_layout", None)  # of an earlier time, to be found again
     kind = next(model.parameters()).device.type
     random = noise.random_state_kept()
     with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16), random:
