@@ -35,7 +35,9 @@ class TrainConfig(TrainingConfig):
         dataset: file (.jsonl, .json, .parquet, .csv), folder or hub name, in TRL's preference
             formats; or what ``fastdpo pair`` wrote, whose tokens are taken as they are.
         reference: folder or hub name of another reference than the start.
-        split: split of a hub dataset.
+        split: of a hub dataset or a folder with several; by default train.
+        chat_template: file with a Jinja chat template instead of the model's own; it is saved with
+            the policy.
         output_dir: folder of the run; resumed if it exists.
         candidates: for alpha=auto, the samples that the pairs are from, a folder of
             ``fastdpo sample``; without it the length is held where it is.
@@ -44,7 +46,8 @@ class TrainConfig(TrainingConfig):
 
     model: str
     dataset: str
-    split: str = "train"
+    split: str | None = None
+    chat_template: str | None = None
     reference: str | None = None
     output_dir: str = "runs/train"
     candidates: str | None = None
@@ -119,7 +122,7 @@ def run_train(config: TrainConfig) -> None:
     from fastdpo.trainer import train
 
     _quiet_loading()
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     rows = read_rows(config.dataset, config.split)
     if {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys():
         pairs = load_pairs(Path(config.dataset))

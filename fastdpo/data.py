@@ -5,23 +5,41 @@
 
 The formats and the token ids are those of TRL's DPOTrainer: `prompt`, `chosen` and `rejected` as
 strings or as message lists, the prompt explicit or the shared beginning of both responses, with
-optional `tools` and `chat_template_kwargs`. Every other column is kept in `extra`.
+optional `tools` and `chat_template_kwargs`. A row with `append_eos: false` has responses that don't
+end. Every other column is kept in `extra`.
+
+Messages can stand as JSON text in a string, as in a CSV cell: a string is messages when it is a
+JSON list of one or more objects with a `role`, each with `content` or `tool_calls`.
 
 A mistake in the data raises one DataError that names the place, what is wrong and the fix.
 """
 
+import ast
 import csv
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.batch import TokenizedPair, tokens_of_pair
+from fastdpo.rendering import (
+    Lost,
+    cause,
+    is_empty,
+    last_token,
+    once,
+    own_prefix,
+    raw_part,
+    special_ids,
+    texts,
+    trace,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,25 +76,33 @@ class Rows:
         return f"{self.source}:{self.lines[i]}"
 
 
-def read_rows(path_or_name: str | Path, split: str = "train") -> Rows:
+def read_rows(path_or_name: str | Path, split: str | None = None) -> Rows:
     """Read all rows of a dataset.
 
     `path_or_name` is a `.jsonl`, `.json` (list of objects), `.csv` or `.parquet` file, a directory
     written by `datasets.save_to_disk`, or the name of a dataset on the Hugging Face hub. `split`
-    selects from the last two.
+    selects from a directory with several and from the hub, by default "train".
 
-    Raises DataError when there is nothing there, nothing in it, or it can't be read.
+    Arrow gives every struct the keys that any row has, with null for those that a row lacks. From
+    Parquet, directories and the hub, keys of structs that are null are left out, so that rows are
+    those of a JSON file; a null that was written there is left out as well. Columns of the type
+    `datasets.Json` are as they were written.
+
+    Raises DataError when there is nothing there, nothing in it, or it can't be read, and when a
+    split is given of what has none.
     """
     name = str(path_or_name)
     path = Path(name).expanduser()
     if path.is_dir():
         rows = Rows(name, _read_saved(path, split))
     elif path.exists():
+        if split is not None:
+            raise DataError(_no_split(name, split, "a file"))
         rows = _read_file(path, name)
     elif _looks_like_a_path(name):
         raise DataError(f"{name}: no such file or directory. Check the path.")
     else:
-        rows = Rows(name, _read_hub(name, split))
+        rows = Rows(name, _read_hub(name, split or "train"))
     if not rows.rows:
         raise DataError(f"{name}: there are no rows in it. Write one object per row.")
     return rows
@@ -195,14 +221,37 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         # The library copies what it reads into its cache; this copy goes when it was read.
         with TemporaryDirectory() as cache:
             dataset = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-            return dataset.to_list()  # type: ignore[union-attr]
+            return _arrow_rows(dataset)
     except Exception as error:
         raise DataError(
             f"{path}: can't be read as Parquet ({_first_line(error)}). Write the file again."
         ) from error
 
 
-def _read_saved(path: Path, split: str) -> list[dict[str, Any]]:
+def _arrow_rows(dataset: Any) -> list[dict[str, Any]]:
+    """The rows as they were before Arrow, less the null keys that it gave their structs."""
+    features = dataset.features
+    return [
+        # A null prompt is one that another row has, and this one has within its responses.
+        {k: _as_written(v, features[k]) for k, v in row.items() if k != "prompt" or v is not None}
+        for row in dataset.to_list()
+    ]
+
+
+def _as_written(value: Any, feature: Any) -> Any:
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {k: _as_written(v, feature[k]) for k, v in value.items() if v is not None}
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inner is not None and isinstance(value, list):
+        return [_as_written(x, inner) for x in value]
+    return value
+
+
+def _no_split(name: str, split: str, what: str) -> str:
+    return f"{name}: {what} has no splits, but split={split!r} is given. Leave split out."
+
+
+def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -213,17 +262,20 @@ def _read_saved(path: Path, split: str) -> list[dict[str, Any]]:
             "or a directory written by datasets.save_to_disk."
         ) from error
     if isinstance(dataset, DatasetDict):
+        split = split or "train"
         if split not in dataset:
             raise DataError(f"{path}: no split {split!r}. Choose one of {sorted(dataset)}.")
         dataset = dataset[split]
-    return dataset.to_list()
+    elif split is not None:
+        raise DataError(_no_split(str(path), split, "a folder of one dataset"))
+    return _arrow_rows(dataset)
 
 
 def _read_hub(name: str, split: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return list(load_dataset(name, split=split))  # type: ignore[arg-type]
+        return _arrow_rows(load_dataset(name, split=split))
     except Exception as error:
         raise DataError(
             f"{name}: no such file, and split {split!r} can't be loaded from the Hugging Face hub "
@@ -249,7 +301,10 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """A preference pair with an explicit prompt: all three are strings or all are messages."""
+    """A preference pair with an explicit prompt: all three are strings or all are messages.
+
+    Without `append_eos` the responses are unfinished and needn't end in an end token.
+    """
 
     where: str
     prompt: Text
@@ -258,6 +313,23 @@ class PreferenceRow:
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    append_eos: bool = True
+
+
+def prompt_key(prompt: Text) -> str:
+    """What tells two prompts apart: their messages, a string being one message of the user, and
+    parts of text one text."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return json.dumps([_joined(message) for message in messages], sort_keys=True, default=str)
+
+
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list) and all(
+        isinstance(x, dict) and x.keys() == {"type", "text"} for x in content
+    ):
+        return {**message, "content": "".join(x["text"] for x in content)}
+    return message
 
 
 def preference_rows(rows: Rows) -> list[PreferenceRow]:
@@ -266,7 +338,7 @@ def preference_rows(rows: Rows) -> list[PreferenceRow]:
     Without a prompt column the prompt is what both responses begin with, as in TRL's
     `extract_prompt`: whole messages, or characters less a trailing space. The same holds for a
     string prompt beside whole conversations, which must repeat it in a message. A pair of equal
-    responses passes: `tokenize_dataset` drops and counts it.
+    responses passes, and one with an empty response: `tokenize_dataset` drops and counts them.
 
     Raises DataError at the first malformed row.
     """
@@ -289,9 +361,23 @@ def prompt_rows(rows: Rows) -> list[PromptRow]:
 
 
 def _preference_row(row: dict[str, Any], where: str) -> PreferenceRow:
-    chosen = _text_column(row, "chosen", where)
-    rejected = _text_column(row, "rejected", where)
+    chosen = _text_column(row, "chosen", where, may_be_empty=True)
+    rejected = _text_column(row, "rejected", where, may_be_empty=True)
     prompt = _text_column(row, "prompt", where) if "prompt" in row else None
+    if not chosen or not rejected:
+        prompt = prompt or chosen or rejected  # dropped later, whatever the prompt
+    else:
+        prompt, chosen, rejected = _explicit(prompt, chosen, rejected, where)
+    tools, template_kwargs = _template_options(row, where)
+    extra = _extra(row, "prompt", "chosen", "rejected", "append_eos")
+    append_eos = _append_eos(row, where)
+    return PreferenceRow(where, prompt, chosen, rejected, tools, template_kwargs, extra, append_eos)
+
+
+def _explicit(
+    prompt: Text | None, chosen: Text, rejected: Text, where: str
+) -> tuple[Text, Text, Text]:
+    """Prompt and responses of one format, the prompt taken out of the responses."""
     conversational = isinstance(chosen, list)
     if conversational != isinstance(rejected, list):
         raise DataError(
@@ -315,9 +401,7 @@ def _preference_row(row: dict[str, Any], where: str) -> PreferenceRow:
             f"{where}: the responses repeat the messages of the prompt. "
             "Remove the prompt column, or these messages from the responses."
         )
-    tools, template_kwargs = _template_options(row, where)
-    extra = _extra(row, "prompt", "chosen", "rejected")
-    return PreferenceRow(where, prompt, chosen, rejected, tools, template_kwargs, extra)
+    return prompt, chosen, rejected  # type: ignore[return-value]
 
 
 def _extract_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
@@ -336,25 +420,67 @@ def _extract_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, A
     return chosen[:split], chosen[split:], rejected[split:]
 
 
-def _text_column(row: dict[str, Any], column: str, where: str) -> Text:
-    """A non-empty string or list of messages."""
+def _text_column(
+    row: dict[str, Any], column: str, where: str, *, may_be_empty: bool = False
+) -> Text:
+    """A string or list of messages."""
     if column not in row:
         raise DataError(f"{where}: column {column!r} is missing; it has {sorted(row)}. Add it.")
     value = row[column]
+    if isinstance(value, str):
+        value = _messages_in(value, column, where) or value
     if not isinstance(value, str | list):
         raise DataError(
             f"{where}: {column} is {_kind(value)}. Write a string or a list of messages."
         )
-    if not value:
+    if not value and not may_be_empty:
         raise DataError(f"{where}: {column} is empty. Fill it in or remove the row.")
-    for message in value if isinstance(value, list) else ():
+    if isinstance(value, str):
+        return value
+    for message in value:
         problem = _message_problem(message)
         if problem:
             raise DataError(
                 f"{where}: a message in {column} {problem}. "
                 'Write every message as {"role": ..., "content": ...}.'
             )
-    return value
+    # A call of a tool without content: some templates ask whether the content is none.
+    return [message if "content" in message else {**message, "content": None} for message in value]
+
+
+def _messages_in(text: str, column: str, where: str) -> list[dict[str, Any]] | None:
+    """The messages that a string holds as JSON; None where it is a text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        if _is_python(text):
+            raise DataError(
+                f"{where}: {column} is a list of messages as Python prints it. Write it as JSON, "
+                "by json.dumps."
+            ) from None
+        return None
+    return found if _are_messages(found) else None
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(x, dict) and isinstance(x.get("role"), str) and _message_problem(x) is None
+            for x in value
+        )
+    )
+
+
+def _is_python(text: str) -> bool:
+    """Whether a string is what str() makes of messages; arrays of NumPy have no commas."""
+    try:
+        return _are_messages(ast.literal_eval(re.sub(r"\}\s*\{", "}, {", text.strip())))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
 
 
 def _message_problem(message: Any) -> str | None:
@@ -366,17 +492,25 @@ def _message_problem(message: Any) -> str | None:
     if content is None:
         # A call of a tool stands in for the content.
         return None if message.get("tool_calls") else "has no content"
-    return None if isinstance(content, str | list) else f"has {_kind(content)} as its content"
+    if not isinstance(content, str | list):
+        return f"has {_kind(content)} as its content"
+    kinds = [x.get("type") for x in content if isinstance(x, dict)]  # type: ignore[union-attr]
+    media = next((x for x in kinds if re.search("image|audio|video", str(x))), None)
+    return None if media is None else f"has a part of type {media!r}, which can't be trained on"
+
+
+def _append_eos(row: dict[str, Any], where: str) -> bool:
+    value = row.get("append_eos")
+    known = {None: True, True: True, False: False, "true": True, "false": False, "": True}
+    value = value.lower() if isinstance(value, str) else value  # a CSV cell
+    if not isinstance(value, bool | str | None) or value not in known:
+        raise DataError(f"{where}: append_eos is {value!r}. Write true or false.")
+    return known[value]
 
 
 def _template_options(row: dict[str, Any], where: str) -> tuple[list[Any] | None, dict[str, Any]]:
-    """The tools (a list or its JSON) and keyword arguments for the chat template."""
-    tools, template_kwargs = row.get("tools"), row.get("chat_template_kwargs")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise DataError(f"{where}: tools is not valid JSON ({error}). Fix it.") from error
+    """The tools and keyword arguments for the chat template, each as it is or as JSON."""
+    tools, template_kwargs = (_parsed(row, column, where) for column in _TEMPLATE_COLUMNS)
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{where}: tools is {_kind(tools)}. Write a list, or a list as JSON.")
     if template_kwargs is not None and not isinstance(template_kwargs, dict):
@@ -387,6 +521,16 @@ def _template_options(row: dict[str, Any], where: str) -> tuple[list[Any] | None
         if row.get(column):
             raise DataError(f"{where}: images can't be trained on. Remove the column {column!r}.")
     return tools, template_kwargs or {}
+
+
+def _parsed(row: dict[str, Any], column: str, where: str) -> Any:
+    value = row.get(column)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise DataError(f"{where}: {column} is not valid JSON ({error}). Fix it.") from error
 
 
 def _extra(row: dict[str, Any], *used: str) -> dict[str, Any]:
@@ -439,15 +583,33 @@ def render_prompt(
     """Token ids of a prompt, to sample a response after it.
 
     Messages go through the chat template with its generation prompt; a string stays as it is, or
-    with `as_chat` becomes one user message where the tokenizer has a chat template. Training
-    tokenizes prompts by this function too.
+    with `as_chat` becomes one user message where `takes_as_chat` says so. Training tokenizes
+    prompts by this function too. A string gets the beginning token of tokenizers that put one,
+    unless it has it already, and never an end token.
 
     Raises DataError when the tokenizer or its chat template can't render the prompt.
     """
-    if as_chat and isinstance(prompt, str) and tokenizer.chat_template is not None:
+    if as_chat and isinstance(prompt, str) and takes_as_chat(prompt, tokenizer):
         prompt = [{"role": "user", "content": prompt}]
     options = {"tools": tools, **(chat_template_kwargs or {})}
-    return _token_ids(prompt, tokenizer, options, add_generation_prompt=True)
+    return _Renderer(tokenizer).ids(prompt, options, add_generation_prompt=True)
+
+
+def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether sampling takes a string as a message of the user: not where there is no chat
+    template, nor where the string was rendered before, and begins with a special token that the
+    template writes too."""
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        first = tokenizer(text=prompt[:64], add_special_tokens=False)["input_ids"][:1]
+        if not first or first[0] not in special_ids(tokenizer):  # type: ignore[index]
+            return True
+        own = tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
+    except Exception:  # told of by the rendering
+        return True
+    chat = _Renderer(tokenizer).ids([{"role": "user", "content": prompt}], {})
+    return chat.count(first[0]) == own.count(first[0])  # type: ignore[index,union-attr]
 
 
 def tokenize_pair(
@@ -460,15 +622,26 @@ def tokenize_pair(
     prompt alone and those of prompt + response first differ, on whichever side that comes first,
     so a prompt can lose its last tokens.
 
-    Truncation keeps the first `max_length` tokens of prompt + response on each side (None: all).
-    A pair is dropped when no token is left of the prompt or of a response, or when both responses
-    are the same tokens.
+    Other than in TRL, a text begins with one beginning token and a response ends in one end token,
+    whatever the tokenizer adds and the text brings. Responses that a chat template doesn't end get
+    the tokenizer's end token, with a warning. A special token that the template writes after the
+    response, other than those that begin a turn, is an end; whitespace after it is kept, as in TRL.
+    With `append_eos` false in the row, responses end as they are written or rendered.
 
-    Raises DataError, naming the row, when the tokenizer can't render it, and ValueError when
-    `max_length` < 2.
+    Truncation keeps the first `max_length` tokens of prompt + response on each side (None: all).
+    A pair is dropped when a response is empty, when no token is left of the prompt or of a
+    response, or when both responses are the same tokens.
+
+    Raises DataError, naming the row, when the tokenizer can't render it and when the chat template
+    leaves out text of a response, and ValueError when `max_length` < 2.
     """
     _check_max_length(max_length)
-    return _truncate(_split_pair(row, tokenizer), max_length)
+    split = _split_pair(row, _Renderer(tokenizer))
+    if isinstance(split, str):
+        return split
+    if split.ended:
+        _warn_of_ends([row.where], 1, tokenizer)
+    return _truncate(split, max_length)
 
 
 def tokenize_dataset(
@@ -492,7 +665,7 @@ def tokenize_dataset(
     identical responses): those count by that reason and don't stop anything.
 
     Dropped and truncated pairs are named by their rows. One warning tells of prompts that lost
-    tokens.
+    tokens, and one of responses that the chat template didn't end.
 
     Raises DataError when a row can't be rendered or no pair is left, and ValueError when
     `max_length` < 2 or `overlong` is none of the three.
@@ -507,13 +680,17 @@ def tokenize_dataset(
     dropped_at: dict[str, list[str]] = {}
     truncated_at: list[str] = []
     lost_at: list[str] = []
+    ended_at: list[str] = []
+    renderer = _Renderer(tokenizer)
     for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
-        split = _split_pair(row, tokenizer)
-        pair = _within(split, max_length, overlong)
-        if isinstance(pair, str):
-            dropped_at.setdefault(pair, []).append(row.where)
+        split = _split_pair(row, renderer)
+        pair = split if isinstance(split, str) else _within(split, max_length, overlong)
+        if isinstance(split, str) or isinstance(pair, str):
+            dropped_at.setdefault(str(pair), []).append(row.where)
             continue
         pairs.append(pair)
+        if split.ended:
+            ended_at.append(row.where)
         if max_length is not None and split.num_tokens > max_length:
             truncated_at.append(row.where)
         if split.lost_ids:
@@ -533,6 +710,8 @@ def tokenize_dataset(
             "template that renders a prompt alike with and without a response.",
             stacklevel=2,
         )
+    if ended_at:
+        _warn_of_ends(ended_at, len(pairs), tokenizer)
     return TokenizedPairs(pairs, dropped_at, truncated_at)
 
 
@@ -617,9 +796,20 @@ def _cut(pair: TokenizedPair, max_tokens: int, layout: str) -> TokenizedPair | N
     return replace(pair, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
 
 
+def _warn_of_ends(places: list[str], total: int, tokenizer: Any) -> None:
+    warnings.warn(
+        f"{len(places)} of {total} pairs: the chat template ends a turn of the assistant with no "
+        f"token that stops generation, so {tokenizer.eos_token!r} was put after the responses; the "
+        f"first is {places[0]}. Give a template that ends its turns (chat_template), or set "
+        "append_eos to false in rows that are not to end.",
+        stacklevel=3,
+    )
+
+
 @dataclass(frozen=True)
 class _SplitPair:
-    """Token ids before truncation. `lost_ids` ended the prompt alone, but not within a side."""
+    """Token ids before truncation. `lost_ids` ended the prompt alone, but not within a side;
+    `ended` says that a response got its end token although a template rendered it."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -627,6 +817,7 @@ class _SplitPair:
     lost_ids: list[int]
     extra: dict[str, Any]
     where: str
+    ended: bool
 
     @property
     def num_tokens(self) -> int:
@@ -634,19 +825,26 @@ class _SplitPair:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-def _split_pair(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> _SplitPair:
+def _split_pair(row: PreferenceRow, renderer: "_Renderer") -> _SplitPair | str:
+    """The tokens of a pair, checked, or the reason to drop it."""
+    marks = (renderer.tokenizer.bos_token, renderer.tokenizer.eos_token)
+    if is_empty(row.chosen, marks) or is_empty(row.rejected, marks):
+        return "empty response"
     options = {"tools": row.tools, **row.chat_template_kwargs}
+    responses = {"chosen": row.chosen, "rejected": row.rejected}
     try:
-        prompt = render_prompt(row.prompt, tokenizer, row.tools, row.chat_template_kwargs)
-        sides = [
-            _token_ids(_join(row.prompt, response, tokenizer), tokenizer, options)
-            for response in (row.chosen, row.rejected)
+        prompt = renderer.ids(row.prompt, options, add_generation_prompt=True)
+        sides = [renderer.ids(renderer.join(row, x), options) for x in responses.values()]
+        split = min(_common_prefix_length(prompt, side) for side in sides)
+        found = [
+            renderer.checked(row, options, name, prompt, side[split:])
+            for name, side in zip(responses, sides)
         ]
     except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
-    split = min(_common_prefix_length(prompt, side) for side in sides)
-    chosen, rejected = (side[split:] for side in sides)
-    return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra, row.where)
+    (chosen, chosen_ended), (rejected, rejected_ended) = found
+    ended = chosen_ended or rejected_ended
+    return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra, row.where, ended)
 
 
 def _within(split: _SplitPair, max_length: int | None, overlong: str) -> TokenizedPair | str:
@@ -685,42 +883,166 @@ def _truncate(split: _SplitPair, max_length: int | None) -> TokenizedPair | str:
     return TokenizedPair(split.prompt_ids, chosen, rejected, split.extra, split.where)
 
 
-def _join(prompt: Text, response: Text, tokenizer: "PreTrainedTokenizerBase") -> Text:
-    """Prompt and response as one text; a string response ends in the end token."""
-    if isinstance(prompt, list) and isinstance(response, list):
-        return prompt + response
-    if not isinstance(prompt, str) or not isinstance(response, str):
-        raise DataError("prompt and responses have different formats. Use strings or messages.")
-    end = tokenizer.eos_token
-    if not isinstance(end, str):
-        raise DataError("the tokenizer has no end token. Set tokenizer.eos_token.")
-    return prompt + (response if response.endswith(end) else response + end)
+class _Renderer:
+    """Texts to token ids by one tokenizer, and what was found out about it on the way."""
 
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.tokenizer: Any = tokenizer
 
-def _token_ids(
-    text: Text, tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any], **extra: bool
-) -> list[int]:
-    """Ids of a string, or of messages through the chat template with `options`."""
-    if isinstance(text, list) and not (tokenizer.chat_template or options.get("chat_template")):
-        raise DataError(
-            "the tokenizer has no chat template for message lists. Use the tokenizer of a chat "
-            "model, set tokenizer.chat_template, or write strings."
-        )
-    try:
+    @cached_property
+    def prefix(self) -> list[int]:
+        return own_prefix(self.tokenizer)
+
+    @cached_property
+    def special(self) -> set[int]:
+        return special_ids(self.tokenizer)
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """Tokens known to end a response."""
+        return {x for x in [self.tokenizer.eos_token_id] if x is not None}
+
+    def ids(self, text: Text, options: dict[str, Any], **extra: bool) -> list[int]:
+        """Ids of a string, or of messages through the chat template with `options`.
+
+        One beginning token at most; of a string no end token but its own.
+        """
         if isinstance(text, str):
-            return tokenizer(text=text)["input_ids"]  # type: ignore[return-value]
-        encoded: Any = tokenizer.apply_chat_template(
-            text, tokenize=True, return_dict=True, **extra, **options
+            ids = self._call(lambda: self._plain(text))
+            return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+        encoded = self._template(text, options, tokenize=True, return_dict=True, **extra)
+        ids = encoded["input_ids"]
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            ids = ids[1:]
+        if any(isinstance(message.get("content"), list) for message in text):
+            raw = raw_part(text, self._decode(ids))
+            if raw is not None:
+                raise DataError(
+                    "the chat template doesn't take a list of parts as content: it writes "
+                    f"{_short(raw)}. Write the content as one string, or give a template that "
+                    "reads parts (chat_template)."
+                )
+        return ids
+
+    def join(self, row: PreferenceRow, response: Text) -> Text:
+        """Prompt and response as one text; a string response ends in the end token."""
+        prompt = row.prompt
+        if isinstance(prompt, list) and isinstance(response, list):
+            return prompt + response
+        if not isinstance(prompt, str) or not isinstance(response, str):
+            raise DataError("prompt and responses have different formats. Use strings or messages.")
+        begin, end = self.tokenizer.bos_token, self.tokenizer.eos_token
+        if begin and begin != end:  # a response that was rendered alone
+            response = response.removeprefix(begin)
+        if not row.append_eos:
+            return prompt + response
+        if not isinstance(end, str):
+            raise DataError("the tokenizer has no end token. Set tokenizer.eos_token.")
+        return prompt + (response if response.rstrip().endswith(end) else response + end)
+
+    def checked(
+        self,
+        row: PreferenceRow,
+        options: dict[str, Any],
+        name: str,
+        prompt: list[int],
+        ids: list[int],
+    ) -> tuple[list[int], bool]:
+        """A response's ids, all text in them and ended once; and whether its end was added here.
+
+        `prompt` are the ids of the prompt alone, `name` is that of the response's column.
+        """
+        after = ""
+        if isinstance(row.prompt, list):
+            after = self._after_text(row, options, name, ids)
+        if not row.append_eos:
+            return ids, False
+        last = last_token(ids, self.tokenizer)
+        if last >= 0 and self._is_end(ids[last], row, options, prompt):
+            return once(ids, self.tokenizer, self.ends), False
+        if after.strip() and self._decode(prompt).rstrip().endswith(after.strip()):
+            raise DataError(
+                f"the chat template writes {_short(after)} after {name} as it does before it, "
+                "which begins another turn. Give a template that does so with "
+                "add_generation_prompt only (chat_template)."
+            )
+        if self.tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end token. Set tokenizer.eos_token.")
+        return [*ids, self.tokenizer.eos_token_id], True
+
+    def _after_text(
+        self, row: PreferenceRow, options: dict[str, Any], name: str, ids: list[int]
+    ) -> str:
+        """What a template wrote after the text of a response; DataError where text is lost."""
+        response: Any = getattr(row, name)
+        lost, after = trace(response, "", self._decode(ids))
+        if lost is None:
+            return after
+        # A beginning in the prompt, or a tokenizer that doesn't give the text back: ask the text.
+        prompt = self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
+        side = self._template([*row.prompt, *response], options, tokenize=False)
+        split = _common_prefix_length(prompt, side)
+        given = [text.strip() for message in row.prompt for _, text in texts(message)]  # type: ignore[arg-type]
+        opening = prompt[:split]
+        if given and given[-1] in opening:
+            opening = opening[opening.rindex(given[-1]) + len(given[-1]) :]
+        lost, after = trace(response, opening, side[split:])
+        if lost is not None:
+            raise DataError(self._told(lost, name, side[split:]))
+        return after
+
+    def _told(self, lost: Lost, name: str, rendered: str) -> str:
+        template = str(self.tokenizer.chat_template)
+        return (
+            f"{lost.name} {_short(lost.text)} of message {lost.index} of {name} is not in what the "
+            f"chat template renders, {_short(rendered)}: {cause(lost, template)}. Give a template "
+            "that keeps it (chat_template), or write the row without it."
         )
-        return encoded["input_ids"]
-    except Exception as error:  # a template is a program of its own and can raise anything
-        raise DataError(
-            f"the tokenizer can't render this ({type(error).__name__}: {_first_line(error)}). "
-            "Fix the row, or use a chat template that accepts it."
-        ) from error
+
+    def _is_end(
+        self, token: int, row: PreferenceRow, options: dict[str, Any], prompt: list[int]
+    ) -> bool:
+        """Whether a token ends a turn: a special one, unless the template begins turns with it."""
+        if token in self.ends or token not in self.special or isinstance(row.prompt, str):
+            return token in self.ends
+        alone = self.ids(row.prompt, options, add_generation_prompt=False)
+        opening = prompt[_common_prefix_length(alone, prompt) :]
+        if token in (opening or prompt[last_token(prompt, self.tokenizer) :]):
+            return False
+        self.ends.add(token)
+        return True
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
+
+    def _template(self, messages: Any, options: dict[str, Any], **settings: Any) -> Any:
+        if not (self.tokenizer.chat_template or options.get("chat_template")):
+            raise DataError(
+                "the tokenizer has no chat template for message lists. Use the tokenizer of a chat "
+                "model, give one (chat_template), or write strings."
+            )
+        return self._call(
+            lambda: self.tokenizer.apply_chat_template(messages, **settings, **options)
+        )
+
+    def _call(self, render: Callable[[], Any]) -> Any:
+        try:
+            return render()
+        except Exception as error:  # a template is a program of its own and can raise anything
+            raise DataError(
+                f"the tokenizer can't render this ({type(error).__name__}: {_first_line(error)}). "
+                "Fix the row, or use a chat template that accepts it."
+            ) from error
 
 
-def _common_prefix_length(a: list[int], b: list[int]) -> int:
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:45]} ... {text[-10:]}")
+
+
+def _common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 

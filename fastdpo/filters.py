@@ -9,7 +9,6 @@ under a model, and need one:
 """
 
 import hashlib
-import json
 import math
 import warnings
 from collections import Counter
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.batch import TokenizedPair, pack_pairs, plan_batches
-from fastdpo.data import DataError, Text
+from fastdpo.data import DataError, prompt_key
 
 Row = dict[str, Any]
 
@@ -220,12 +219,6 @@ def _flipped(row: Row) -> Row:
 
 
 # ----------------------------------------------------------------------------- offline pairs
-def prompt_key(prompt: Text) -> str:
-    """What tells two prompts apart: their messages, a string being one message of the user."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return json.dumps(messages, sort_keys=True)
-
-
 def beats_fresh(
     pairs: Sequence[Row], fresh: Sequence[Mapping[str, float]], threshold: float = 0.0
 ) -> tuple[list[Row], dict[str, int]]:

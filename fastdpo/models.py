@@ -22,11 +22,15 @@ class ModelError(ValueError):
     """A model or tokenizer that cannot be loaded or used."""
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """Tokenizer of a folder or hub name; padding falls back to the end token.
 
+    Args:
+        chat_template: a file with a Jinja template in place of the tokenizer's own, which is saved
+            with the policy.
+
     Raises:
-        ModelError: it cannot be loaded, or has no end token.
+        ModelError: it cannot be loaded, or has no end token; or the template cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -40,7 +44,22 @@ def load_tokenizer(name: str) -> Any:
         raise ModelError(f"the tokenizer of model={name!r} has no end-of-sequence token; set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
+
+
+def _read_template(path: str) -> str:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"chat_template={path} cannot be read: {_short(error)}; name a file with a Jinja "
+            "template"
+        ) from error
+    if not text.strip():
+        raise ModelError(f"chat_template={path} is empty; name a file with a Jinja template")
+    return text
 
 
 def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> Any:

@@ -18,9 +18,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.data import DataError, PreferenceRow, PromptRow, render_prompt, tokenize_dataset
-from fastdpo.filters import Row, prompt_key
+from fastdpo.data import (
+    DataError,
+    PreferenceRow,
+    PromptRow,
+    prompt_key,
+    render_prompt,
+    takes_as_chat,
+    tokenize_dataset,
+)
+from fastdpo.filters import Row
 from fastdpo.pairing import scored_candidates
+from fastdpo.rendering import is_empty, last_token, special_ids
 from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
 
 if TYPE_CHECKING:
@@ -38,14 +47,16 @@ def offline_pairs(
 ) -> tuple[list[Row], dict[str, int]]:
     """Preference data as rows of pairs, tokenized as samples are; and what was dropped by reason.
 
-    String prompts become one user message where the tokenizer has a chat template, as in sampling.
+    String prompts become one user message where `takes_as_chat` says so, as in sampling.
     A pair with a side, prompt + response, over `max_length` tokens is dropped. So is one whose
     prompt is among `exclude`, by its messages or by its tokens, as those held out to evaluate on;
     and with `max_new_tokens`, one whose prompt leaves no room in `max_length` for a fresh sample of
     so many tokens. The other reasons are those of `tokenize_dataset`.
 
-    prompt_index is the place in `rows`, both finish reasons are "stop", scores are None, source is
-    "offline", extra has the data's other columns, and prompt_row is what `prompt_rows` takes.
+    prompt_index is the place in `rows`, scores are None, source is "offline", extra has the data's
+    other columns, and prompt_row is what `prompt_rows` takes. The finish reason of a response is
+    "stop" where it ends in an end token; where its row has `append_eos` false, and it doesn't, it
+    is "length".
 
     Raises DataError when a row can't be rendered or no pair is left.
     """
@@ -59,30 +70,38 @@ def offline_pairs(
             f"{rows[0].where} to {rows[-1].where}: no pair is left to replay ({reasons}). Give "
             "pairs of other prompts."
         )
-    placed = [replace(_as_chat(rows[i], tokenizer), extra={"place": i}) for i in places]
+    placed = {i: replace(_as_chat(rows[i], tokenizer), extra={"place": i}) for i in places}
     result = tokenize_dataset(
-        placed, tokenizer, max_length=max_length, overlong="drop", progress=progress
+        list(placed.values()),
+        tokenizer,
+        max_length=max_length,
+        overlong="drop",
+        progress=progress,
     )
     pairs = []
     for pair in result.pairs:
         place = pair.extra["place"]
-        chosen, rejected = (
-            tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (pair.chosen_ids, pair.rejected_ids)
-        )
+        sides = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
+        if not rows[place].append_eos:
+            if isinstance(rows[place].prompt, str) and isinstance(placed[place].prompt, list):
+                # As messages they got an end that the strings haven't.
+                sides = {side: ids[: last_token(ids, tokenizer)] for side, ids in sides.items()}
+            finish = {side: _finish(ids, tokenizer) for side, ids in sides.items()}
+        else:
+            finish = dict.fromkeys(sides, "stop")
+        text = {
+            side: tokenizer.decode(ids, skip_special_tokens=True) for side, ids in sides.items()
+        }
         pairs.append(
             {
                 "prompt_index": place,
                 "prompt": rows[place].prompt,
                 "prompt_ids": pair.prompt_ids,
-                "chosen": chosen,
-                "rejected": rejected,
-                "chosen_ids": pair.chosen_ids,
-                "rejected_ids": pair.rejected_ids,
+                **text,
+                **{f"{side}_ids": ids for side, ids in sides.items()},
                 "score_chosen": None,
                 "score_rejected": None,
-                "chosen_finish": "stop",
-                "rejected_finish": "stop",
+                **{f"{side}_finish": reason for side, reason in finish.items()},
                 "source": "offline",
                 "extra": rows[place].extra,
                 "prompt_row": _prompt_row(rows[place]),
@@ -196,6 +215,9 @@ def _usable(
     tokens = {tuple(_rendered(row, tokenizer)) for row in exclude}
     places, dropped = [], Counter[str]()
     for i, row in enumerate(rows):
+        if is_empty(row.chosen) or is_empty(row.rejected):
+            places.append(i)  # dropped with its reason, whatever the prompt
+            continue
         ids = _rendered(row, tokenizer)
         if prompt_key(row.prompt) in keys or tuple(ids) in tokens:
             dropped["offline: prompt is held out"] += 1
@@ -221,7 +243,7 @@ def _prompt_row(row: PreferenceRow) -> PromptRow:
 
 
 def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:
-    if tokenizer.chat_template is None or not isinstance(row.prompt, str):
+    if not isinstance(row.prompt, str) or not takes_as_chat(row.prompt, tokenizer):
         return row
     prompt, chosen, rejected = (
         [{"role": role, "content": text}]
@@ -232,6 +254,11 @@ def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> Prefer
         )
     )
     return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _finish(ids: list[int], tokenizer: Any) -> str:
+    last = last_token(ids, tokenizer)
+    return "stop" if last >= 0 and ids[last] in special_ids(tokenizer) else "length"
 
 
 def _two_candidates(row: Row) -> list[Row]:

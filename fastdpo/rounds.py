@@ -36,6 +36,7 @@ from fastdpo.data import (
     DataError,
     PromptRow,
     preference_rows,
+    prompt_key,
     prompt_rows,
     read_rows,
     render_prompt,
@@ -96,6 +97,8 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
         max_prompts: use only this many prompts for training.
         eval_samples: responses for a held-out prompt, at the same temperature.
         eval_scorer: scorer of held-out responses; by default the first of ``scorer``.
+        chat_template: file with a Jinja chat template instead of the model's own; it is saved with
+            the policies.
         reference: of a round: "round", the policy at its start; "average", a moving average of
             these; or a folder or hub name, the same in all rounds.
         reference_decay: what the moving average keeps of itself a round.
@@ -113,6 +116,7 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
     max_prompts: int | None = None
     eval_samples: int = 2
     eval_scorer: str | None = None
+    chat_template: str | None = None
     reference: str = "round"
     reference_decay: float = 0.5
     extrapolation: float = 0.0
@@ -240,7 +244,7 @@ def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, A
 
 def _check_inputs(config: IterateConfig) -> None:
     """Refuse what would fail later, before a folder is made."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     split_prompts(config, tokenizer)
     for spec in dict.fromkeys([*config.scorers, config.evaluated_by]):
         config.load(spec, config.model, config.previous_model)
@@ -274,9 +278,9 @@ def split_prompts(config: IterateConfig, tokenizer: Any) -> tuple[list[PromptRow
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
     held = [rows[i] for i in sorted(order[: config.heldout])]
-    known = {_prompt_key(row) for row in held}
+    known = {prompt_key(row.prompt) for row in held}
     kept = [rows[i] for i in sorted(order[config.heldout :])]
-    fresh = [row for row in kept if _prompt_key(row) not in known]
+    fresh = [row for row in kept if prompt_key(row.prompt) not in known]
     if not fresh:
         raise ConfigError(f"all prompts of {config.prompts} are held out; give more, or heldout=0")
     if len(fresh) < len(kept):
@@ -304,7 +308,8 @@ def _that_fit(rows: list[PromptRow], config: IterateConfig, tokenizer: Any) -> l
     return fitting
 
 
-def _prompt_key(row: PromptRow) -> str:
+def _rendered_from(row: PromptRow) -> str:
+    """All that decides the tokens of a prompt."""
     return json.dumps([row.prompt, row.tools, row.chat_template_kwargs], sort_keys=True)
 
 
@@ -312,7 +317,7 @@ class _Run:
     def __init__(self, config: IterateConfig, progress: bool) -> None:
         self.config, self.progress = config, progress
         self.out = Path(config.output_dir)
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config.model, config.chat_template)
         self.train_prompts, self.heldout = split_prompts(config, self.tokenizer)
         self.state_path = self.out / "state.json"
         self.done: list[str] = self._open_state()
@@ -335,7 +340,9 @@ class _Run:
         """What decides a run, and what is done of it."""
         digest = hashlib.sha256()
         for row in [*self.train_prompts, None, *self.heldout]:
-            digest.update(json.dumps(row and [_prompt_key(row), row.extra], default=str).encode())
+            digest.update(
+                json.dumps(row and [_rendered_from(row), row.extra], default=str).encode()
+            )
         config = {**asdict(self.config), "content of prompts": digest.hexdigest()}
         if self.config.replay is not None and Path(self.config.replay).is_file():
             config["content of replay"] = file_digest(Path(self.config.replay))

@@ -34,6 +34,7 @@ class SampleConfig(SamplingOptions):
         model: the policy, a folder or hub name in Hugging Face format.
         prompts: file or hub name of rows with a ``prompt`` (text or messages).
         output_dir: gets the candidates, in parts; resumed if it exists.
+        chat_template: file with a Jinja chat template instead of the model's own.
         max_prompts: take only this many, from the first on.
         max_length: tokens of prompt and response; None leaves it to the model.
         round_index: another round draws other random numbers.
@@ -43,6 +44,7 @@ class SampleConfig(SamplingOptions):
     model: str
     prompts: str
     output_dir: str = "candidates"
+    chat_template: str | None = None
     max_prompts: int | None = None
     max_length: int | None = None
     round_index: int = 1
@@ -94,6 +96,7 @@ class PairConfig(PairingOptions):
         reference_candidates, reference_scores: for ``transform_reference: start``, what the model
             before training gave to the same prompts, and its scores, a folder for each scorer.
         model: for ``ches_keep``, ``max_difficulty`` and ``replay``, the policy that is trained.
+        chat_template: for ``replay``, file with a Jinja chat template instead of the model's own.
         max_length: offline pairs with a longer side are left out.
         max_tokens: tokens that are measured at a time.
         bf16: measure in bf16 under autocast.
@@ -107,6 +110,7 @@ class PairConfig(PairingOptions):
     reference_candidates: str | None = None
     reference_scores: list[str] = field(default_factory=list)
     model: str | None = None
+    chat_template: str | None = None
     max_length: int = 1024
     max_tokens: int = 4096
     bf16: bool = True
@@ -146,11 +150,17 @@ class PairConfig(PairingOptions):
             raise ConfigError("fresh_threshold needs scored rounds; use fastdpo iterate")
         if (rules.needs_model or self.replay) and self.model is None:
             raise ConfigError("ches_keep, max_difficulty and replay need model, the policy")
+        if self.chat_template is not None and self.replay is None:
+            raise ConfigError(
+                f"chat_template={self.chat_template} renders offline pairs only; leave it out, or "
+                "give replay"
+            )
 
 
 def run_sample(config: SampleConfig) -> None:
     rows = prompt_rows(read_rows(config.prompts))[: config.max_prompts]
-    tokenizer, sampling = load_tokenizer(config.model), config.sampling(config.seed)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
+    sampling = config.sampling(config.seed)
     out = Path(config.output_dir)
     with (
         locked(out),
@@ -180,7 +190,7 @@ def run_pair(config: PairConfig) -> None:
     replay: list[Any] = []
     if config.replay_share:
         rows = preference_rows(read_rows(str(config.replay)))
-        tokenizer = load_tokenizer(str(config.model))
+        tokenizer = load_tokenizer(str(config.model), config.chat_template)
         replay, dropped = offline_pairs(rows, tokenizer, max_length=config.max_length)
         for reason, count in dropped.items():
             print(f"offline pairs dropped, {count}: {reason}")

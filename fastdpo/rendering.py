@@ -1,0 +1,182 @@
+"""What a chat template made of messages: is their text all there, and does the last turn end?
+
+A template is a program of its own. Some cut the reasoning off an answer, some never read
+`tool_calls`, some print a list of parts as Python writes it, and some end no turn. Nothing of that
+is an error to them; here it is found by comparing what was rendered with what was given.
+
+Legitimate, and let pass: role marks and other text around and between, outer whitespace stripped,
+reasoning in a field of its own, whitespace about <think> and </think>, tool calls in any notation.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+Message = dict[str, Any]
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that templates read it by
+_THINK = re.compile(r"(</?think>)")
+TEXT_PARTS = ("text", "thinking")  # parts of a content that are text, by type
+
+
+class Lost(NamedTuple):
+    """A text of message number `index` that isn't in its rendering."""
+
+    index: int
+    name: str  # the key that has it
+    text: str
+
+
+def texts(message: Message) -> Iterator[tuple[str, str]]:
+    """The texts that a rendering of the message must hold, by key, in the order of rendering."""
+    seen: list[str] = []
+    for name in _REASONING:
+        value = message.get(name)
+        if isinstance(value, str) and value not in seen:  # some data has it under two names
+            seen.append(value)
+            yield name, value
+    content = message.get("content")
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get(part.get("type")) if isinstance(part, dict) else part
+        if isinstance(text, str):
+            yield "content", text
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        yield from (("tool_calls", text) for text in _leaves(function.get("name")))
+        yield from (("tool_calls", text) for text in _leaves(_parsed(function.get("arguments"))))
+
+
+def is_empty(text: str | list[Message], marks: Sequence[str | None] = ()) -> bool:
+    """Whether there is nothing in a response, but for the beginning and end `marks` of a string."""
+    if isinstance(text, str):
+        for mark in marks:
+            text = text.replace(mark, "") if mark else text
+        return not text
+    return not any(value for message in text for _, value in texts(message))
+
+
+def trace(messages: list[Message], opening: str, rendered: str) -> tuple[Lost | None, str]:
+    """The first text of `messages` that `rendered` lacks, and what follows the last one there.
+
+    `opening` is what stands before `rendered`: the end of the prompt, in which a response may have
+    its beginning where the template opens the turn with it, as with <think>.
+    """
+    whole, at = opening + rendered, 0
+    for index, message in enumerate(messages):
+        calls = None  # where the calls begin: some templates sort their arguments
+        for name, text in texts(message):
+            calls = at if calls is None and name == "tool_calls" else calls
+            found = _find(text, name, whole, at if calls is None else calls, len(opening))
+            if found is None:
+                return Lost(index, name, text), ""
+            at = max(at, found)
+    return None, whole[max(at, len(opening)) :]
+
+
+def _find(text: str, name: str, whole: str, at: int, start: int) -> int | None:
+    """Where in `whole`, from `at` on, the text ends, beyond `start`; None where it isn't."""
+    forms = _notations(text) if name == "tool_calls" else [text.strip()]
+    for form in forms:
+        found = whole.find(form, max(at, start + 1 - len(form)))
+        if form and found >= 0:
+            return found + len(form)
+    pieces = [piece.strip() for piece in _THINK.split(text)]
+    pieces = [piece for piece in pieces if piece]
+    if not pieces:
+        return at
+    if len(pieces) == 1:
+        return None
+    for piece in pieces:
+        found = whole.find(piece, at)
+        if found < 0:
+            return None
+        at = found + len(piece)
+    return at if at > start or pieces[-1] == "</think>" else None
+
+
+def _notations(text: str) -> list[str]:
+    """A string of a tool call as it is, in JSON, in JSON within JSON, and in Python."""
+    coded = json.dumps(text, ensure_ascii=False)[1:-1]
+    again = json.dumps(coded, ensure_ascii=False)[1:-1]
+    return [text, text.strip(), coded, json.dumps(text)[1:-1], again, repr(text)[1:-1]]
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if _is_list(value) else ():
+        yield from _leaves(inner)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _parsed(arguments: Any) -> Any:
+    """Arguments of a call, which some data has as JSON text."""
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+
+
+def cause(lost: Lost, template: str) -> str:
+    """Why a template may have lost a text, as far as that can be read off it."""
+    if lost.name not in template:
+        return f"the template never reads {lost.name!r}"
+    if lost.name == "content" and "</think>" in lost.text and "</think>" in template:
+        return "the template cuts what stands before </think> off a turn of the assistant"
+    return "the template leaves it out or changes it in such a message"
+
+
+def raw_part(messages: list[Message], rendered: str) -> str | None:
+    """A part of a content that `rendered` has as Python or JSON writes it, braces and all."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            for part in (content, *(x for x in content if isinstance(x, dict))):
+                for form in (str(part), json.dumps(part), json.dumps(part, ensure_ascii=False)):
+                    if form in rendered:
+                        return form
+    return None
+
+
+def last_token(ids: Sequence[int], tokenizer: Any) -> int:
+    """The place of the last token that is not whitespace; -1 where there is none.
+
+    Templates write a line break after the end of a turn. It is trained on, as in TRL.
+    """
+    special = set(tokenizer.all_special_ids)
+    for place in range(len(ids) - 1, -1, -1):
+        if ids[place] in special or tokenizer.decode([ids[place]]).strip():
+            return place
+    return -1
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids of a tokenizer's special tokens, named or only added as such."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def once(ids: list[int], tokenizer: Any, ends: Collection[int]) -> list[int]:
+    """`ids` with the end token that stands there several times in a row, but for whitespace, once.
+
+    A response that brings its end token gets another from a template.
+    """
+    while True:
+        last = last_token(ids, tokenizer)
+        before = last_token(ids[:last], tokenizer) if last > 0 else -1
+        if before < 0 or ids[last] not in ends or ids[before] != ids[last]:
+            return ids
+        ids = ids[: before + 1] + ids[last + 1 :]
+
+
+def own_prefix(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before every text of its own accord: the beginning token."""
+    ids, plain = (
+        tokenizer(text="a", add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    places = range(len(ids) - len(plain) + 1)
+    return ids[: next((i for i in places if ids[i : i + len(plain)] == plain), 0)]
