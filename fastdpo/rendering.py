@@ -48,12 +48,11 @@ def texts(message: Message) -> Iterator[tuple[str, str]]:
 
 
 def is_empty(text: str | list[Message], marks: Sequence[str | None] = ()) -> bool:
-    """Whether there is nothing in a response, but for the beginning and end `marks` of a string."""
-    if isinstance(text, str):
-        for mark in marks:
-            text = text.replace(mark, "") if mark else text
-        return not text
-    return not any(value for message in text for _, value in texts(message))
+    """Whether there is nothing in a response but the `marks` of a beginning and an end."""
+    given = [text] if isinstance(text, str) else [x for message in text for _, x in texts(message)]
+    for mark in filter(None, marks):
+        given = [x.replace(mark, "") for x in given]
+    return not any(given)
 
 
 def trace(messages: list[Message], opening: str, rendered: str) -> tuple[Lost | None, str]:
@@ -64,14 +63,30 @@ def trace(messages: list[Message], opening: str, rendered: str) -> tuple[Lost | 
     """
     whole, at = opening + rendered, 0
     for index, message in enumerate(messages):
-        calls = None  # where the calls begin: some templates sort their arguments
-        for name, text in texts(message):
-            calls = at if calls is None and name == "tool_calls" else calls
-            found = _find(text, name, whole, at if calls is None else calls, len(opening))
-            if found is None:
-                return Lost(index, name, text), ""
-            at = max(at, found)
+        given = list(texts(message))
+        calls_first = sorted(given, key=lambda x: x[0] != "tool_calls")
+        found = _walk(given, whole, at, len(opening))
+        if not isinstance(found, int) and calls_first != given:
+            again = _walk(calls_first, whole, at, len(opening))
+            found = again if isinstance(again, int) else found
+        if not isinstance(found, int):
+            return Lost(index, *found), ""
+        at = found
     return None, whole[max(at, len(opening)) :]
+
+
+def _walk(given: list[tuple[str, str]], whole: str, at: int, start: int) -> int | tuple[str, str]:
+    """Where the texts, one after the other, end; or the first that isn't there."""
+    calls = None  # where the calls begin: some templates sort their arguments
+    for name, text in given:
+        if name == "tool_calls" and calls is None:
+            calls = at
+        base = calls if name == "tool_calls" and calls is not None else at
+        found = _find(text, name, whole, base, start)
+        if found is None:
+            return name, text
+        at = max(at, found)
+    return at
 
 
 def _find(text: str, name: str, whole: str, at: int, start: int) -> int | None:

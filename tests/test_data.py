@@ -569,10 +569,7 @@ CHAT = CHATS[0]
         ({**OK, "prompt": None}, "prompt is null"),
         ({**OK, "rejected": 3}, "rejected is of type int"),
         ({**OK, "prompt": {"role": "user"}}, "prompt is of type dict"),
-        ({**OK, "chosen": ""}, "chosen is empty"),
-        ({**OK, "rejected": ""}, "rejected is empty"),
         ({**OK, "prompt": ""}, "prompt is empty"),
-        ({**CHAT, "rejected": []}, "rejected is empty"),
         ({**CHAT, "prompt": []}, "prompt is empty"),
         ({**OK, "chosen": CHAT["chosen"]}, "one response is a string and the other a message"),
         ({**OK, "prompt": CHAT["prompt"]}, "prompt is a message list, the responses are strings"),
@@ -589,6 +586,13 @@ CHAT = CHATS[0]
         ({**OK, "tools": "[{"}, "tools is not valid JSON"),
         ({**OK, "tools": "{}"}, "tools is of type dict"),
         ({**OK, "chat_template_kwargs": ["x"]}, "chat_template_kwargs is of type list"),
+        ({**OK, "chat_template_kwargs": "{x}"}, "chat_template_kwargs is not valid JSON"),
+        ({**OK, "append_eos": 0}, "append_eos is 0. Write true or false"),
+        ({**OK, "append_eos": "no"}, "append_eos is 'no'. Write true or false"),
+        ({**OK, "chosen": str(CHAT["chosen"])}, "chosen is a list of messages as Python prints"),
+        ({**OK, "chosen": f"[{a('x')} {u('y')}]"}, "chosen is a list of messages as Python print"),
+        ({**OK, "chosen": json.dumps(CHAT["chosen"])}, "one response is a string and the other a"),
+        ({**CHAT, "prompt": [u([{"type": "image"}])]}, "has a part of type 'image', which can't"),
         ({**OK, "images": ["x.png"]}, "images can't be trained on"),
     ],
 )
@@ -618,7 +622,7 @@ def test_malformed_prompts_name_file_and_line(tmp_path, row, message):
 def test_a_call_of_a_tool_needs_no_content():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "fox"}}]}
     (row,) = preference_rows(Rows("here", [{**CHAT, "chosen": [call]}]))
-    assert row.chosen == [call]
+    assert row.chosen == [{**call, "content": None}]
 
 
 @pytest.mark.parametrize(
@@ -695,14 +699,17 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert read_rows(tmp_path / "a.jsonl").lines == [1, 2, 3, 4, 5]
     with pytest.raises(DataError, match=r"no split 'val'.*\['test', 'train'\]"):
         read_rows(tmp_path / "f", split="val")
+    for name in ("a.jsonl", "d.parquet", "e"):  # "train" too: nothing says that they are it
+        with pytest.raises(DataError, match=rf"{name}: a f.* has no splits, but split='train'"):
+            read_rows(tmp_path / name, split="train")
 
 
 def test_csv_values_stay_strings_and_rows_keep_their_lines(tmp_path):
     path = tmp_path / "pairs.csv"
-    path.write_text('prompt,chosen,rejected\n"two\nlines",42,null\n\np,,r\n')
+    path.write_text('prompt,chosen,rejected\n"two\nlines",42,null\n\n,c,r\n')
     rows = read_rows(path)
     assert rows.rows[0] == {"prompt": "two\nlines", "chosen": "42", "rejected": "null"}
-    with pytest.raises(DataError, match=rf"{path}:5: chosen is empty"):
+    with pytest.raises(DataError, match=rf"{path}:5: prompt is empty"):
         preference_rows(rows)
     path.write_text("prompt,chosen,rejected\np,{},r\n".format("x" * 200_000))
     assert len(read_rows(path).rows[0]["chosen"]) == 200_000
@@ -767,15 +774,18 @@ def test_unreadable_places(tmp_path, monkeypatch):
 
 
 def test_hub_names(monkeypatch):
+    from datasets import Dataset
+
     asked = []
 
     def load_dataset(name, split):
         asked.append((name, split))
-        return [OK]
+        return Dataset.from_list([OK])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert read_rows("org/some-data.v1", split="test").rows == [OK]
     assert asked == [("org/some-data.v1", "test")]
+    assert read_rows("org/some-data.v1").rows == [OK] and asked[1][1] == "train"
     assert read_rows("imdb").where(0) == "imdb, row 0 (counting from 0)"
 
     def unreachable(name, split):
