@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastdpo import head
 from fastdpo.checkpoint import atomic_directory
 from fastdpo.models import ModelError, load_causal_lm
 
 ALL_LINEAR = "all-linear"
+# Layers of experts and routers before transformers 5.
+_EXPERTS_ONCE = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +82,10 @@ def add_lora(
         modules = [n for n in _linear_layers(model) if _fits(n, names)]
     if target_parameters is not None:
         parameters = _fitting_parameters(of_mixture, target_parameters, type(model).__name__)
-    modules, weights = _split_renamed(model, modules)
+    wanted = {*parameters, *(f"{name}.weight" for name in modules)}
+    weights: list[str] = []
+    if of_mixture:
+        modules, weights = _split_renamed(modules)
     if names and not everywhere and not weights:
         modules = names
     config = peft.LoraConfig(
@@ -97,6 +103,10 @@ def add_lora(
             adapted = peft.get_peft_model(model, config)
         except ValueError as error:
             raise ModelError(f"peft refuses this {type(model).__name__}: {error}") from error
+    if left := wanted - adapted_parameters(adapted):
+        raise ModelError(
+            f"peft {peft.__version__} puts no adapter on {min(left)} of {type(model).__name__}"
+        )
     frozen = [n for n, what in of_mixture.items() if what == "experts" and n not in parameters]
     if frozen:
         ends = sorted({".".join(n.split(".")[-2:]) for n in frozen})
@@ -129,33 +139,36 @@ def mixture_parameters(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def adapted_parameters(model: nn.Module) -> set[str]:
+    """Names of the base's parameters around which an adapter of `add_lora` stands."""
+    found = set()
+    for name, module in head.base_of(model).named_modules():
+        if "lora_A" in module._modules:
+            name = name.replace(".base_layer", "")  # one wrapper a parameter of a module
+            found.add(f"{name}.{getattr(module, 'parameter_name', 'weight')}")
+    return found
+
+
 def trainable_share(model: nn.Module) -> str:
     """One line that says what is trained: of all parameters, and of a mixture's experts."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     line = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
-    if trained == total or not (parts := mixture_parameters(model)):
+    if trained == total:
         return line
+    base, adapted = head.base_of(model), adapted_parameters(model)
+    parts = mixture_parameters(base)
     for what in ("experts", "routers"):
-        names = [name for name, kind in parts.items() if kind == what]
-        if names:
-            share = sum(model.get_parameter(name).numel() for name in names) / total
-            done = {_is_trained(model, name) for name in names}
+        named = {name: base.get_parameter(name) for name, kind in parts.items() if kind == what}
+        if named:
+            share = sum(p.numel() for p in named.values()) / total
+            done = {
+                p.requires_grad or name.replace(".base_layer", "") in adapted
+                for name, p in named.items()
+            }
             state = "partly frozen" if len(done) == 2 else "trained" if done == {True} else "frozen"
             line += f", {what} ({share:.1%} of all) are {state}"
     return line
-
-
-def _is_trained(model: nn.Module, name: str) -> bool:
-    """Whether a parameter has a gradient of its own or by an adapter around its module."""
-    if model.get_parameter(name).requires_grad:
-        return True
-    module_name, _, parameter = name.rpartition(".")
-    while module_name.endswith(".base_layer"):  # one wrapper a parameter
-        module_name = module_name.removesuffix(".base_layer")
-        if getattr(model.get_submodule(module_name), "parameter_name", None) == parameter:
-            return True
-    return False
 
 
 def _fits(name: str, targets: list[str]) -> bool:
@@ -165,8 +178,8 @@ def _fits(name: str, targets: list[str]) -> bool:
 
 def _linear_layers(model: Any) -> list[str]:
     """Names of all linear layers but the head."""
-    head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if m is not head and _is_linear(m)]
+    own = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if m is not own and _is_linear(m)]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -178,20 +191,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) and not own
 
 
-def _split_renamed(model: Any, modules: list[str]) -> tuple[list[str], list[str]]:
+def _split_renamed(modules: list[str]) -> tuple[list[str], list[str]]:
     """Modules that peft takes by their names, and weights of those whose names it gives away.
 
     For models whose experts were modules before transformers 5, peft reads "gate_proj" as a name of
     the experts, so dense layers and shared experts of that name would stay without an adapter.
     """
-    try:
-        from peft.utils import transformers_weight_conversion as conversion
-
-        of_type = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
-        renamed = set(conversion._MOE_TARGET_MODULE_MAPPING.get(of_type, {}))
-    except (ImportError, AttributeError):  # peft before it read such names
-        renamed = set()
-    taken = [name for name in modules if name.rpartition(".")[2] in renamed]
+    taken = [name for name in modules if name.rpartition(".")[2] in _EXPERTS_ONCE]
     return [n for n in modules if n not in taken], [f"{name}.weight" for name in taken]
 
 
@@ -229,11 +235,11 @@ def _check_targets(model: Any, targets: list[str]) -> None:
             f"lora_target_modules={unknown or targets} fit no layer of {type(model).__name__}; "
             f"give names of its linear layers, or {ALL_LINEAR!r}"
         )
-    head = model.get_output_embeddings()
+    own_head = model.get_output_embeddings()
     for target, modules in fitting.items():
         for module in modules:
-            if module is head or not _is_linear(module):
-                what = "the head" if module is head else f"a {type(module).__name__}"
+            if module is own_head or not _is_linear(module):
+                what = "the head" if module is own_head else f"a {type(module).__name__}"
                 raise ModelError(
                     f"lora_target_modules={target!r} is {what} of {type(model).__name__}; an "
                     "adapter goes on linear layers other than the head, so leave it out"

@@ -392,9 +392,11 @@ class _Live(TorchDispatchMode):
             out = args[0].new_empty(args[0].shape[0], weight.shape[0])
         elif func is torch.ops.aten._grouped_mm.default:
             # Experts; its own rule knows bf16 alone.  Two matrices give one product a group.
-            left, right, groups = args[0], args[1], (args[2] if len(args) > 2 else None)
-            several = left.ndim == right.ndim
-            first = (left if left.ndim == 3 else groups).shape[:1] if several else ()
+            left, right = args[:2]
+            if left.ndim == right.ndim:
+                first = (left if left.ndim == 3 else args[2]).shape[:1]
+            else:
+                first = ()
             out = left.new_empty(*first, left.shape[-2], right.shape[-1])
         else:
             out = func(*args, **(kwargs or {}))

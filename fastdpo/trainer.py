@@ -714,7 +714,7 @@ class _Round:
             metrics[_COVARIANCE] = _covariance(result, ref_logp_S)
             of_pairs = len(index) / own_pairs
             for name, value in metrics.items():
-                factor = {**dict.fromkeys(_SUMS, 1.0), "aux_loss": weight}.get(name, of_pairs)
+                factor = 1.0 if name in _SUMS else weight if name == "aux_loss" else of_pairs
                 sums[name] = sums.get(name, 0.0) + value * factor
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         row = {name: float(value) for name, value in sums.items()}
@@ -752,7 +752,9 @@ class _Round:
             return row
         share = own / total
         # Losses are already scaled by the processes; their plain mean is the step's.
-        weights = dict.fromkeys((*_SUMS, "aux_loss"), 1 / self.accelerator.num_processes)
+        weights: dict[str, float] = dict.fromkeys(
+            (*_SUMS, "aux_loss"), 1 / self.accelerator.num_processes
+        )
         values = torch.tensor([value * weights.get(name, share) for name, value in row.items()])
         values = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
         return dict(zip(row, values.tolist()))  # type: ignore[union-attr]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -16,6 +15,7 @@ from tiny import build_tokenizer
 
 from fastdpo import balance
 from fastdpo.adapters import (
+    adapted_parameters,
     add_lora,
     load_4bit,
     merged,
@@ -214,7 +214,6 @@ def test_a_model_without_a_balancing_loss_is_refused_one(family, changes, messag
 
 def test_another_balancing_loss_than_the_models_is_refused():
     model: Any = prepare_model(build("mixtral"))
-    model.num_experts_per_tok = 1  # read by the loss, but by no layer
     balance.check_balance(model)
     plain = type(model).forward
     model._fastdpo_plain_forward = lambda **kw: _doubled(plain(model, **kw))
@@ -241,16 +240,6 @@ def lora(base: Any, modules: Any = None, parameters: Any = None) -> Any:
     return add_lora(base, r=4, alpha=8.0, target_modules=modules, target_parameters=parameters)
 
 
-def adapted_names(model: Any) -> set[str]:
-    """Layers, and parameters of other modules, that an adapter stands around."""
-    found = set()
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            parameter = getattr(module, "parameter_name", "weight")
-            found.add(f"{name.replace('.base_layer', '')}.{parameter}")
-    return found
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_layers_are_the_experts_too(family, tmp_path):
     base = build(family)
@@ -262,7 +251,7 @@ def test_all_linear_layers_are_the_experts_too(family, tmp_path):
         if p.ndim >= 2 and not name.endswith("_bias") and "embed" not in name and "head" not in name
     }
     model = prepare_model(lora(base), layout="padded")
-    assert adapted_names(model) == wanted
+    assert adapted_parameters(model) == wanted
     line = trainable_share(model)
     assert "experts" in line and "frozen" not in line and "are trained" in line
 
@@ -303,7 +292,7 @@ def test_all_linear_layers_are_the_experts_too(family, tmp_path):
 def test_dense_layers_keep_the_names_that_peft_gives_to_experts():
     """To peft "up_proj" of DeepSeek-V3 is an expert's; here it is what the model calls so."""
     model = lora(build("deepseek_v3"), ["up_proj", "q_b_proj"])
-    assert adapted_names(model) == {
+    assert adapted_parameters(model) == {
         "model.layers.0.mlp.up_proj.weight",
         "model.layers.1.mlp.shared_experts.up_proj.weight",
         "model.layers.0.self_attn.q_b_proj.weight",
@@ -320,9 +309,9 @@ def test_what_stays_frozen_is_said(caplog):
     assert "routers" in trainable_share(model)
     chosen = lora(build("gpt_oss"), ["q_proj"], ["experts.down_proj"])
     assert "experts" in trainable_share(chosen) and "partly frozen" in trainable_share(chosen)
-    assert {n.split(".")[-1] for n in adapted_names(chosen)} == {"weight", "down_proj"}
+    assert {n.split(".")[-1] for n in adapted_parameters(chosen)} == {"weight", "down_proj"}
     only = lora(build("gpt_oss"), [], ["router.weight"])
-    assert {n.split(".", 3)[3] for n in adapted_names(only)} == {"mlp.router.weight"}
+    assert {n.split(".", 3)[3] for n in adapted_parameters(only)} == {"mlp.router.weight"}
 
 
 @pytest.mark.parametrize(
