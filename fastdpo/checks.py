@@ -8,6 +8,7 @@ import inspect
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Any
 
@@ -51,6 +52,13 @@ def require_number(
         wanted = "a finite number" + (f" {bounds}" if low > -1e300 else "")
         raise ValueError(f"{name} must be {wanted}, got {x}")
     return float(x)
+
+
+def is_default(config: Any, name: str) -> bool:
+    """Whether a field of a dataclass has its default value, as one that nothing uses must."""
+    field = next(field for field in fields(config) if field.name == name)
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return getattr(config, name) == default
 
 
 def require_device(name: str, x: Tensor, device: torch.device, other: str = "h_TD") -> None:

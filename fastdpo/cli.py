@@ -13,12 +13,13 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastdpo import __version__
+from fastdpo.checks import is_default
 from fastdpo.data import DataError
 from fastdpo.models import ModelError
 from fastdpo.rounds import IterateConfig
@@ -80,6 +81,8 @@ class DemoConfig:
 class PlanConfig(TrainingConfig):
     """Say what a training step takes and the longest pair that fits, without weights or a GPU.
 
+    ``--config`` takes the file of a whole run too: options of other stages in it are passed over.
+
     Attributes:
         model: folder or hub name; only its configuration is read.
         gpu_gib: memory of the GPU, in GiB.
@@ -130,6 +133,13 @@ def run_train(config: TrainConfig) -> None:
             raise ConfigError(
                 f"dataset={config.dataset} is a curriculum of {len(stages)} stages, each of which "
                 "starts where the one before ended; use fastdpo iterate"
+            )
+        longest = max(pair.num_tokens("padded") for pair in pairs) // 2
+        if config.max_length < longest and not is_default(config, "max_length"):
+            raise ConfigError(
+                f"max_length={config.max_length}, but dataset={config.dataset} has a side of "
+                f"{longest} tokens: what fastdpo pair wrote is taken as it is. Leave max_length "
+                "out, or give it to fastdpo sample"
             )
     else:
         found = tokenize_dataset(
@@ -323,9 +333,33 @@ COMMANDS = {
 }
 
 
+def _training_alone(path: str) -> str:
+    """The file of a run as YAML with what `plan` takes of it; what is no option at all stays in it,
+    and so is refused. Other files are left to the parser.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return path
+    if not isinstance(values, dict):
+        return path
+    known = {field.name for config_class, _ in COMMANDS.values() for field in fields(config_class)}
+    others = known - {field.name for field in fields(PlanConfig)}
+    return yaml.safe_dump({name: value for name, value in values.items() if name not in others})
+
+
 @cache
 def build_parser() -> Any:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import (
+        ActionConfigFile,  # type: ignore[reportPrivateImportUsage]
+        ArgumentParser,
+    )
+
+    class RunFile(ActionConfigFile):
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+            super().__call__(parser, cfg, _training_alone(values), option_string)
 
     parser = ArgumentParser(
         prog="fastdpo",
@@ -335,7 +369,8 @@ def build_parser() -> Any:
     commands = parser.add_subcommands(dest="command")
     for name, (config_class, _) in COMMANDS.items():
         command = ArgumentParser(description=config_class.__doc__.split("\n")[0])
-        command.add_argument("--config", action="config", help="YAML file of options")
+        action = RunFile if name == "plan" else "config"
+        command.add_argument("--config", action=action, help="YAML file of options")
         command.add_class_arguments(config_class)
         commands.add_subcommand(name, command, help=config_class.__doc__.split("\n")[0])
     return parser

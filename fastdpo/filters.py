@@ -35,6 +35,25 @@ def draw_key(seed: int, *place: int) -> str:
     return hashlib.sha256("/".join(map(str, (seed, *place))).encode()).hexdigest()
 
 
+def order(row: Row) -> tuple[float, float]:
+    """What a candidate is ranked by: its score, and among equal ones its score before shaping.
+
+    `fastdpo.pairing` gives rows whose scores were shaped an "unshaped" (`transforms.unshaped`).
+    """
+    return row["score"], row.get("unshaped", 0.0)
+
+
+def is_above(row: Row, other: Row) -> bool:
+    """Whether a candidate ranks above another.
+
+    Of equal scores after a length penalty, those of different lengths are a tie.
+    """
+    if row["score"] != other["score"]:
+        return row["score"] > other["score"]
+    lengths = [len(x["response_ids"]) for x in (row, other) if x.get("penalized")]
+    return order(row) > order(other) and len(set(lengths)) < 2
+
+
 # --------------------------------------------------------------------------------- responses
 def drop_truncated(rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
     """The candidates that ended by themselves, and how many were cut at the token limit.
@@ -87,16 +106,24 @@ def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
     return int((orders[0] * orders[1]).sum()) / (len(a) * (len(a) - 1))
 
 
-def consistency(rows: Sequence[Row], previous: Mapping[tuple[int, int], float]) -> dict[int, float]:
-    """How far two scorers agree on the ranking of each prompt's responses, in [0, 1].
+def consistency(rows: Sequence[Row], previous: Mapping[tuple[int, int], Any]) -> dict[int, float]:
+    """How far two reward models agree on the ranking of each prompt's responses, in [0, 1].
 
-    ``C = (tau + 1) / 2`` with Kendall's tau of the present scores (``score`` of `rows`) and those
-    of the round before (`previous`, by prompt_index and sample_index), of the same responses. By
-    prompt_index; a prompt with one response has none.
+    ``C = (tau + 1) / 2`` with Kendall's tau of the present scores (`order` of `rows`) and those of
+    the round before (`previous`, a number or an `order` by prompt_index and sample_index), of the
+    same responses. By prompt_index; a prompt with one response has none.
 
-    CREAM (arXiv 2410.12735), as in its released code, but for ties: there equal scores are ranked
-    by their place in the list, here they agree with nothing. The code also skips prompts without
-    moving on in the list of their values, so that pairs get the value of another prompt; not here.
+    CREAM (arXiv 2410.12735, Algorithm 1). Of models M0, M1 (the start of round 1) and so on, the
+    rewards that round t compares are
+
+        r(x, y) = log pi_t(y|x) - log pi_0(y|x)             the present ones, summed over tokens
+        log pi_{t-1}(y|x) - log pi_0(y|x)                   those before, from round 2 on
+        log pi_0(y|x) / |y|                                 those before in round 1
+
+    since M0 against itself says nothing: in its released code a model without a reference is ranked
+    by its mean log-probability. Equal scores agree with nothing, as in the paper's tau; its code
+    ranks them by their place in the list. The code also skips prompts without moving on in the list
+    of their values, so that pairs get the value of another prompt; not here.
     """
     groups: dict[int, list[Row]] = {}
     for row in rows:
@@ -105,8 +132,15 @@ def consistency(rows: Sequence[Row], previous: Mapping[tuple[int, int], float]) 
     for prompt_index, group in sorted(groups.items()):
         if len(group) > 1:
             before = [previous[prompt_index, row["sample_index"]] for row in group]
-            result[prompt_index] = (kendall_tau([row["score"] for row in group], before) + 1) / 2
+            tau = kendall_tau(_ranks(list(map(order, group))), _ranks(before))
+            result[prompt_index] = (tau + 1) / 2
     return result
+
+
+def _ranks(values: Sequence[Any]) -> list[float]:
+    """The place of each among the different values, from the lowest."""
+    places = {value: i for i, value in enumerate(sorted(set(values)))}
+    return [float(places[value]) for value in values]
 
 
 def smooth(pairs: Sequence[Row], agreement: Mapping[int, float], how: str) -> list[Row]:

@@ -1,18 +1,18 @@
 """Options of the stages of a round, shared by `fastdpo iterate` and the command of each stage."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fastdpo.pairing import Pairing, check_references
+from fastdpo.pairing import Pairing, check_references, check_shaping
 from fastdpo.remote import Remote, check_url
 from fastdpo.rewards import JUDGE_TEMPLATE
 from fastdpo.samplers import SamplingConfig
-from fastdpo.scoring import Scorer, load_scorer
-from fastdpo.trainer import ConfigError
+from fastdpo.scoring import Scorer, load_scorer, uses
+from fastdpo.trainer import ConfigError, require_used
 from fastdpo.transforms import Shaping, check_scorers
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,8 +78,9 @@ class ScoringOptions:
 
     Attributes:
         scorer: a Python function (module:function), a reward model, judge:NAME, an http(s) URL,
-            "answer", or "implicit"; or a list of them, whose scores are combined.
-        previous_model: for scorer "implicit" in the first round, the model before the start.
+            "answer", "implicit" or "likelihood"; or a list of them, whose scores are combined.
+        previous_model: for scorer "implicit" in the first round, the model before the start; with
+            ``consistency`` in all rounds, as in CREAM.
         judge_template: what a judge is asked; by default the template of `fastdpo.rewards`.
         scorer_dtype: of a reward model, a judge or the implicit reward's two models; by default the
             checkpoint's, and float32 for the last two.
@@ -103,6 +104,32 @@ class ScoringOptions:
     @property
     def scorers(self) -> list[str]:
         return [self.scorer] if isinstance(self.scorer, str) else list(self.scorer)
+
+    def check_used(self, specs: Sequence[str], measured: bool = False) -> None:
+        """Raise ConfigError where an option is set that none of these scorers uses.
+
+        `measured` says that models are compared on held-out prompts, `scorer_batch_size` at a time.
+        """
+        used = set().union(*map(uses, specs)) | ({"batch_size"} if measured else set())
+        servers = ("scorer_timeout", "scorer_retries", "scorer_concurrency", "scorer_api_key_env")
+        for need, names, otherwise in (
+            ("previous", ("previous_model",), "scorer be implicit"),
+            ("template", ("judge_template",), "a scorer be judge:NAME"),
+            ("dtype", ("scorer_dtype",), "a scorer be a model that is loaded here"),
+            ("batch_size", ("scorer_batch_size",), "a scorer be a model, or a URL of one's own"),
+            ("remote", servers, "a scorer be a URL"),
+        ):
+            for name in names:
+                require_used(self, name, need in used, otherwise)
+
+    def check_servers(self, specs: Sequence[str]) -> None:
+        """Raise RemoteError where the server of a scorer takes no connection, and ConfigError where
+        its key is missing."""
+        for spec in dict.fromkeys(specs):
+            if "remote" in uses(spec):
+                endpoint = self.load(spec).endpoint
+                assert endpoint is not None
+                endpoint.reach()
 
     def remote(self) -> Remote:
         """Raises ConfigError, naming the option, when one has an impossible value."""
@@ -151,7 +178,9 @@ class PairingOptions:
         pairing: best_worst, best_random, all_ranked, curriculum, nearest_margin or tree_siblings.
         scorer_weights: weight of each of several scorers.
         combine: "weighted", or "log_sigmoid" for a logical and of several scorers.
-        transform: of scores within a prompt: none, par, log_sigmoid or mean_std.
+        transform: of scores within a prompt: none, par, log_sigmoid or mean_std. It keeps their
+            order, so it needs what looks at gaps: min_gap, length_penalty, nearest_margin, or
+            all_ranked with max_pairs.
         transform_reference: what par and log_sigmoid compare a score with: "own", the prompt's
             samples, or "start", those of the model before training, as in the papers.
         length_penalty: subtracted from a score for each token; "auto" finds DICE's.
@@ -160,7 +189,8 @@ class PairingOptions:
         max_pairs: pairs of a prompt at most, of all_ranked and curriculum.
         equal_prompts: weigh a pair by 1 / (pairs of its prompt).
         drop_truncated, drop_duplicates: leave out responses that were cut, or are there twice.
-        consistency: none, mean or prompt: label smoothing by the round before (CREAM).
+        consistency: none, mean or prompt: label smoothing by the ranking of the round before
+            (CREAM), see `fastdpo.filters.consistency`.
         flip_share: turn round this share of pairs, the weakest by several scorers. As soft_label it
             needs labels that are not their own sum: combine=log_sigmoid, a length_penalty, or
             offline pairs.
@@ -242,6 +272,7 @@ class PairingOptions:
             )
         try:
             check_scorers(shaping, scorers)
+            check_shaping(self.rules(0), shaping, scorers)
             if self.transform_reference == "start":
                 check_references(self.rules(0), shaping)
         except ValueError as error:

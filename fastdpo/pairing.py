@@ -17,6 +17,7 @@ from typing import Any
 
 from fastdpo import filters
 from fastdpo.batch import TokenizedPair
+from fastdpo.checks import is_default
 from fastdpo.data import DataError, read_rows
 from fastdpo.filters import Measured, Row
 from fastdpo.rules import (
@@ -34,7 +35,7 @@ from fastdpo.rules import (
 )
 from fastdpo.scoring import check_scored
 from fastdpo.storage import check_rows, read_parts, write_json_atomic, write_jsonl_atomic
-from fastdpo.transforms import References, Shaping, check_scorers, shape
+from fastdpo.transforms import References, Shaping, check_scorers, shape, unshaped
 
 RULES = (
     "best_worst",
@@ -57,8 +58,9 @@ _OPTIONAL: dict[str, Callable[[Any], bool]] = {
 class Pairing:
     """How candidates become pairs; every option but `rule` is off by default.
 
-    Raises ValueError, naming the field, when one is out of its range, and when two of the options
-    that set label smoothing are on: tree_siblings, consistency, and flip_share or soft_label.
+    Raises ValueError, naming the field, when one is out of its range or has nothing to act on, and
+    when two of the options that set label smoothing are on: tree_siblings, consistency, and
+    flip_share or soft_label.
 
     Attributes:
         rule: one of `RULES`, the functions of `fastdpo.rules`.
@@ -112,6 +114,22 @@ class Pairing:
             ("max_difficulty", math.isfinite(self.max_difficulty or 0), "finite"),
             ("replay_share", 0 <= self.replay_share < 1, "in [0, 1)"),
             ("fresh_threshold", math.isfinite(self.fresh_threshold or 0), "finite"),
+            (
+                "target_margin",
+                self.rule == "nearest_margin" or is_default(self, "target_margin"),
+                "left out, or the rule be nearest_margin, which alone looks for a gap",
+            ),
+            (
+                "max_pairs",
+                self.rule in ("all_ranked", "curriculum") or self.max_pairs is None,
+                "left out, or the rule be all_ranked or curriculum; the others have a pair or none",
+            ),
+            (
+                "equal_prompts",
+                self.makes_several or not self.equal_prompts,
+                "left out, or the rule be all_ranked, curriculum (with max_pairs other than 1) or "
+                "tree_siblings; otherwise a prompt has one pair and all weigh the same",
+            ),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
@@ -123,6 +141,19 @@ class Pairing:
         chosen = [name for name, on in smoothing.items() if on]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} each say how far a label holds; choose one")
+
+    @property
+    def makes_several(self) -> bool:
+        """Whether a prompt may have more than one pair."""
+        if self.rule in ("all_ranked", "curriculum"):
+            return self.max_pairs != 1
+        return self.rule == "tree_siblings"
+
+    def looks_at_gaps(self, shaping: Shaping) -> bool:
+        """Whether anything depends on more than the order of a prompt's scores."""
+        widest = self.rule == "all_ranked" and self.max_pairs is not None
+        gaps = self.min_gap > 0 or self.rule == "nearest_margin" or widest
+        return gaps or shaping.length_penalty != 0
 
     @property
     def needs_model(self) -> bool:
@@ -152,6 +183,30 @@ def check_votes(pairing: Pairing, shaping: Shaping | None, offline: bool) -> Non
             "of scores; give combine=log_sigmoid, a length_penalty or offline pairs (replay) "
             "scored by all scorers, or leave out what does nothing"
         )
+
+
+def check_shaping(pairing: Pairing, shaping: Shaping | None, scorers: int) -> None:
+    """Raise ValueError where a part of `shaping` can change no pair.
+
+    A transform keeps the order of a prompt's scores, and so do, of a single scorer, combine
+    "log_sigmoid" and a positive weight. The loss doesn't see scores, so that matters only where
+    gaps do: see `Pairing.looks_at_gaps`. `fresh_threshold` compares weighted scores with a number.
+    """
+    if shaping is None or pairing.looks_at_gaps(shaping):
+        return
+    weight = shaping.weights[0] if shaping.weights and scorers == 1 else 1.0
+    scales = weight > 0 and weight != 1 and not pairing.fresh_threshold
+    for what, idle in (
+        (f"transform={shaping.transform}", shaping.transform != "none"),
+        (f"combine={shaping.combine} of one scorer", shaping.combine != "weighted" and scorers < 2),
+        (f"scorer_weights={shaping.weights} of one scorer", scales),
+    ):
+        if idle:
+            raise ValueError(
+                f"{what} changes no pair: it keeps the order of a prompt's scores, and nothing "
+                "looks at more than that. Leave it out, or give min_gap, a length_penalty, the "
+                "rule nearest_margin, or all_ranked with max_pairs"
+            )
 
 
 def check_references(pairing: Pairing, shaping: Shaping | None) -> None:
@@ -267,13 +322,14 @@ def pair(
     weights = check_scorers(shaping, len(folders))
     voted = pairing.replay_share > 0 and any(_has_votes(row, len(weights)) for row in replay)
     check_votes(pairing, shaping, offline=voted)
+    check_shaping(pairing, shaping, len(folders))
     rows, facts = scored_candidates(candidates_dir, folders, shaping, pairing, reference_scores)
     pairs, dropped = select(rows, pairing)
     if pairing.consistency != "none" and pairs:
         if shaping is not None and shaping.length_penalty == "auto":  # one penalty for both
             shaping = replace(shaping, length_penalty=facts["shaping"]["length_penalty"])
         previous, _ = scored_candidates(candidates_dir, before, shaping)
-        agreement = filters.consistency(rows, {_key(row): row["score"] for row in previous})
+        agreement = filters.consistency(rows, {_key(x): filters.order(x) for x in previous})
         pairs = filters.smooth(pairs, agreement, pairing.consistency)
         facts["consistency"] = statistics.fmean(agreement.values())
     pairs = _voted(pairs, pairing, weights, facts)
@@ -479,7 +535,8 @@ def scored_candidates(
     pairing: Pairing | None = None,
     reference_scores: tuple[Path, Sequence[Path]] | None = None,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Candidates in order, each with its final "score", and with "scores" where several gave one.
+    """Candidates in order, each with its final "score", and with "scores" where several gave one;
+    shaped ones with what `filters.order` and `is_above` take.
 
     Also returns what `shaping` found, under "shaping"; empty without it. A length penalty is found
     on the responses that `pairing` does not drop. `reference_scores` are as for `pair`.
@@ -509,7 +566,12 @@ def scored_candidates(
     final, facts = shape(
         rows, scores_K, shaping, paired=lambda row: _key(row) in kept, references_K=references_K
     )
-    return [{**row, "score": value} for row, value in zip(rows, final)], {"shaping": facts}
+    shaped = {"penalized": shaping.length_penalty != 0}
+    order = unshaped(scores_K, check_scorers(shaping, len(raw)))
+    return [
+        {**row, **shaped, "score": value, "unshaped": before}
+        for row, value, before in zip(rows, final, order)
+    ], {"shaping": facts}
 
 
 def _all_scores(

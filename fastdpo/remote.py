@@ -259,6 +259,23 @@ class Endpoint:
         finally:
             self.journal = None
 
+    def reach(self) -> None:
+        """Raise RemoteError unless something takes connections at the URL; asked once.
+
+        Behind a proxy that can't be told.
+        """
+        parts = urllib.parse.urlsplit(self.url)
+        host = parts.hostname or ""
+        if urllib.request.getproxies() and not _is_direct(host):
+            return
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection((host, port), min(self.remote.timeout, 10.0)).close()
+        except OSError as error:
+            raise RemoteError(
+                f"{self.url} can't be reached ({error}). Start the server, or mend the URL."
+            ) from None
+
     def ask_all(
         self,
         bodies: Sequence[Any],
@@ -364,9 +381,8 @@ class Endpoint:
         if key is not None:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         host = urllib.parse.urlsplit(self.url).hostname or ""
-        direct = host in ("localhost", "::1") or host.startswith("127.")  # never by a proxy
         try:
-            with _opener(direct).open(request, timeout=self.remote.timeout) as response:
+            with _opener(_is_direct(host)).open(request, timeout=self.remote.timeout) as response:
                 return response.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -402,6 +418,11 @@ class Endpoint:
     def excerpt(self, text: str) -> str:
         """A line to show of what a server said, without the key."""
         return _shortened(text, self.remote.key())
+
+
+def _is_direct(host: str) -> bool:
+    """Whether a host is never asked by a proxy."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _excerpt(error: urllib.error.HTTPError, key: str | None) -> str:

@@ -282,6 +282,33 @@ class ImplicitReward:
         return (new_R - old_R).tolist()
 
 
+def load_likelihood(
+    policy: str, device: torch.device | str | None, dtype: torch.dtype | None, batch_size: int
+) -> "Likelihood":
+    """The mean log-probability under a folder or hub name."""
+    model = load_packed(policy, device, dtype or torch.float32)
+    return Likelihood(model, batch_size, {"policy": weights_digest(model)[:16]})
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """log pi(y|x) / |y|, the mean over the response's tokens, in nats a token.
+
+    How CREAM (arXiv 2410.12735; its released code) ranks by a model that has no reference, which in
+    its first round is M0. A response without tokens scores 0.
+    """
+
+    policy: Any
+    batch_size: int
+    digests: dict[str, str]  # of the model's weights
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[float]:
+        """Rows are candidates, with prompt_ids and response_ids."""
+        logp_R = response_logps(self.policy, rows, batch_size=self.batch_size)
+        counts_R = torch.tensor([max(1, len(row["response_ids"])) for row in rows])
+        return (logp_R / counts_R).tolist()
+
+
 def response_logps(model: Any, rows: list[dict[str, Any]], *, batch_size: int = 8) -> Tensor:
     """Log-probability of each candidate given its prompt, in nats; 0 of one without tokens.
 

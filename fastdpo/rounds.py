@@ -53,7 +53,7 @@ from fastdpo.options import (
 from fastdpo.pairing import check_votes, load_pairs, pair, split_stages
 from fastdpo.samplers import SamplingConfig
 from fastdpo.sampling import open_sampler, sample
-from fastdpo.scoring import Scorer, score
+from fastdpo.scoring import Scorer, check_columns, score
 from fastdpo.storage import (
     file_digest,
     list_parts,
@@ -70,6 +70,7 @@ from fastdpo.trainer import (
     check_control,
     check_model,
     require,
+    require_used,
     train,
 )
 
@@ -130,6 +131,17 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
         for name in ("heldout", "extrapolation"):
             require(self, name, getattr(self, name) >= 0, ">= 0")
         require(self, "num_samples", self.num_samples >= 2, ">= 2, to have a best and a worst")
+        several = self.num_samples > 2
+        require_used(self, "pairing", several, "num_samples be > 2: two responses make one pair")
+        for name in ("eval_samples", "eval_scorer"):
+            require_used(self, name, self.heldout > 0, "heldout be > 0")
+        averaged = self.reference == "average"
+        require_used(self, "reference_decay", averaged, "reference be average")
+        for name, of_rounds in (
+            ("learning_rate", "round_learning_rates"), ("beta", "round_betas"),
+        ):  # fmt: skip
+            alone = getattr(self, of_rounds) is None
+            require_used(self, name, alone, f"{of_rounds} be left out, which says it of all rounds")
         require(self, "temperature", self.temperature > 0, "> 0, or all samples are the same")
         require(self, "max_prompts", self.max_prompts is None or self.max_prompts >= 1, ">= 1")
         require(self, "reference_decay", 0 <= self.reference_decay <= 1, "in [0, 1]")
@@ -151,10 +163,16 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
         self.shaping(len(self.scorers))
         self._check_scorers()
         self._check_pairing()
+        self.check_used(self.all_scorers, measured=self.heldout > 0)
         check_control(self, None if self.reference == "round" else self.reference)
 
     def _check_scorers(self) -> None:
         implicit = "implicit" in self.scorers
+        if "likelihood" in self.all_scorers:
+            raise ConfigError(
+                "scorer=likelihood is how the first round of consistency ranks by previous_model, "
+                "and not a scorer of iterate; use implicit, or fastdpo score"
+            )
         if implicit and self.previous_model is None:
             raise ConfigError(
                 "scorer=implicit needs previous_model, the model before the start: in the first "
@@ -170,10 +188,12 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
                 "transform_reference=start compares scores of several rounds, but scorer=implicit "
                 "is another function in each; leave one of them out"
             )
-        if self.consistency != "none" and not implicit:
+        if self.consistency != "none" and (self.scorers != ["implicit"] or self.length_penalty):
             raise ConfigError(
                 f"consistency={self.consistency} compares the rankings of two policies, so it "
-                "needs scorer=implicit; the scorers given do not change between rounds"
+                "needs scorer=implicit and nothing beside it, no other scorer and no "
+                "length_penalty: they do not change between rounds, or are on another scale than "
+                "the mean log-probability that the first round compares with"
             )
         several = self.rules(self.seed).needs_several_scorers
         if several and len(self.scorers) < 2:
@@ -212,6 +232,17 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
     def evaluated_by(self) -> str:
         return self.eval_scorer or self.scorers[0]
 
+    @property
+    def all_scorers(self) -> list[str]:
+        """Scorers of samples, and of held-out responses where there are any."""
+        return [*self.scorers, *([self.evaluated_by] if self.heldout else [])]
+
+    @property
+    def scores_offline(self) -> bool:
+        """Whether offline pairs are compared with fresh samples, or voted on by the scorers."""
+        votes = self.rules(0).needs_several_scorers
+        return self.fresh_threshold is not None or votes
+
     def training(self, index: int) -> TrainingConfig:
         """Options of training in round ``index``, from 1."""
 
@@ -245,11 +276,20 @@ def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, A
 def _check_inputs(config: IterateConfig) -> None:
     """Refuse what would fail later, before a folder is made."""
     tokenizer = load_tokenizer(config.model, config.chat_template)
-    split_prompts(config, tokenizer)
-    for spec in dict.fromkeys([*config.scorers, config.evaluated_by]):
-        config.load(spec, config.model, config.previous_model)
-    if config.replay is not None:
-        preference_rows(read_rows(config.replay))
+    prompts, held = split_prompts(config, tokenizer)
+    replayed = [] if config.replay is None else preference_rows(read_rows(config.replay))
+    offline_rows = replayed if config.scores_offline else []
+    config.check_servers(config.all_scorers)
+    for spec in dict.fromkeys(config.all_scorers):
+        scorer = config.load(spec, config.model, config.previous_model)
+        samples, evaluates = spec in config.scorers, spec == config.evaluated_by
+        rows = [
+            *(prompts if samples else []),
+            *(held if evaluates else []),
+            *(offline_rows if samples else []),
+        ]
+        check_columns(scorer, ((row.where, row.extra) for row in rows))
+        del scorer
     if config.reference not in _OWN_POLICIES:
         check_model(config.reference, tokenizer, config)
     check_model(config.model, tokenizer, config)
@@ -326,6 +366,8 @@ class _Run:
         self.checked: set[Path] = set()
 
     def run(self) -> list[dict[str, Any]]:
+        if f"round-{self.config.rounds:02d}/report" not in self.done:
+            self.config.check_servers(self.config.all_scorers)
         if self.config.replay_share:
             self._stage("offline", self._read_offline, makes=self.out / "offline" / "summary.json")
         start = self.config.model
@@ -333,6 +375,7 @@ class _Run:
         for index in range(1, self.config.rounds + 1):
             start = self._round(index, start)
             self._evaluate(index, start)
+        report.html(self.out)
         return report.summarize(self.out)
 
     # --- state -----------------------------------------------------------------------------------
@@ -392,6 +435,8 @@ class _Run:
         release()
         self.done.append(name)
         write_json_atomic(self.state_path, self._state(), checksum=True)
+        if name.endswith("/report"):  # which says what is done
+            report.html(self.out)
 
     def _provide(self, needs: list[Path]) -> None:
         for path in needs:
@@ -420,7 +465,7 @@ class _Run:
     # --- a round ---------------------------------------------------------------------------------
     def _round(self, index: int, start: str) -> str:
         config, folder, name = self.config, self._folder(index), f"round-{index:02d}"
-        candidates, previous = folder / "candidates", self._start_of(index - 1)
+        candidates, previous = folder / "candidates", self._before(index)
         scores, pairs = self._scores(folder), folder / "pairs.jsonl"
         implicit = [Path(start), Path(previous)] if "implicit" in config.scorers else []
         self._stage(
@@ -438,14 +483,14 @@ class _Run:
             needs=[candidates, *implicit],
         )
         joined = [candidates, *scores]
-        if self._compares_rounds(index):
-            joined += self._scores_before(folder)
-            earlier = self._start_of(index - 2)
+        if config.consistency != "none":
+            earlier, before = self._start_of(index - 1), folder / "scores-before"
+            joined.append(before)
             self._stage(
                 f"{name}/score-before",
-                lambda: self._score_before(candidates, folder, previous, earlier),
-                makes=[path for path in self._scores_before(folder) if path not in scores],
-                needs=[candidates, Path(previous), Path(earlier)],
+                lambda: self._score_before(candidates, before, earlier),
+                makes=before,
+                needs=[candidates, Path(earlier), Path(previous)],
             )
         if config.fresh_threshold is not None:
             self._answer_offline(index, start, previous)
@@ -482,8 +527,10 @@ class _Run:
         """What round ``index`` trained, before any extrapolation; the model for round 0."""
         return str(self._folder(index) / "policy") if index else self.config.model
 
-    def _compares_rounds(self, index: int) -> bool:
-        return self.config.consistency != "none" and index > 1
+    def _before(self, index: int) -> str:
+        """What the implicit reward of round ``index`` compares its policy with: as in DICE the
+        policy of the round before, or with consistency, as in CREAM, M0 in all rounds."""
+        return self._start_of(0 if self.config.consistency != "none" else index - 1)
 
     def _sample(
         self,
@@ -511,10 +558,10 @@ class _Run:
                 progress=self.progress,
             )
 
-    def _scores(self, folder: Path, name: str = "scores") -> list[Path]:
+    def _scores(self, folder: Path) -> list[Path]:
         """A folder for each scorer."""
         count = len(self.config.scorers)
-        return [folder / (f"{name}-{i + 1}" if count > 1 else name) for i in range(count)]
+        return [folder / (f"scores-{i + 1}" if count > 1 else "scores") for i in range(count)]
 
     def _score(self, candidates: Path, folders: list[Path], policy: str, previous: str) -> None:
         """Score with each scorer in turn, loaded for it alone."""
@@ -524,24 +571,16 @@ class _Run:
             del scorer
             release()
 
-    def _scores_before(self, folder: Path) -> list[Path]:
-        """Scores as of the round before: those of a scorer that stays the same are the present."""
-        found = zip(
-            self.config.scorers, self._scores(folder), self._scores(folder, "scores-before")
-        )
-        return [before if spec == "implicit" else now for spec, now, before in found]
-
-    def _score_before(self, candidates: Path, folder: Path, policy: str, previous: str) -> None:
-        for spec, path in zip(self.config.scorers, self._scores_before(folder)):
-            if spec == "implicit":
-                scorer = self.config.load(spec, policy, previous)
-                score(scorer, candidates, path, progress=self.progress)
+    def _score_before(self, candidates: Path, folder: Path, policy: str) -> None:
+        """Score as the round before would, whose policy this is; see `filters.consistency`."""
+        first = self._start_of(0)
+        scorer = self.config.load("likelihood" if policy == first else "implicit", policy, first)
+        score(scorer, candidates, folder, progress=self.progress)
 
     def _pair(self, index: int) -> None:
         config, folder = self.config, self._folder(index)
         rules = config.rules(config.seed + index)
-        if config.consistency != "none" and not self._compares_rounds(index):
-            rules = replace(rules, consistency="none")  # the first round has none before it
+        before = [] if config.consistency == "none" else [folder / "scores-before"]
         offline_rows, fresh = self._offline(index) if config.replay_share else ([], [])
         summary = pair(
             folder / "candidates",
@@ -549,7 +588,7 @@ class _Run:
             folder / "pairs.jsonl",
             pairing=rules,
             shaping=config.shaping(len(config.scorers)),
-            previous_scores=(self._scores_before(folder) if self._compares_rounds(index) else None),
+            previous_scores=before,
             reference_scores=self._references() if self._refers(index) else None,
             replay=offline_rows,
             fresh=fresh,
@@ -673,18 +712,12 @@ class _Run:
             progress=self.progress,
         )
 
-    @property
-    def _scores_offline(self) -> bool:
-        """Whether offline pairs are compared with fresh samples, or voted on by the scorers."""
-        votes = self.config.rules(0).needs_several_scorers
-        return self.config.fresh_threshold is not None or votes
-
     def _read_offline(self) -> None:
         """Tokenize the pairs to replay, and score them where their scores are used."""
         rows, dropped = self._offline_rows()
         folder = self.out / "offline"
         offline.write_candidates(rows, folder / "candidates")
-        if self._scores_offline:
+        if self.config.scores_offline:
             previous = str(self.config.previous_model)
             scores = self._scores(folder)
             self._score(folder / "candidates", scores, self.config.model, previous)
@@ -714,7 +747,7 @@ class _Run:
         """Offline pairs, and the scores of each round's fresh responses to their prompts."""
         config, folder = self.config, self.out / "offline"
         rows, _ = self._offline_rows()
-        if not self._scores_offline:
+        if not config.scores_offline:
             return rows, []
         weights = config.scorer_weights
         rows = offline.with_scores(rows, folder / "candidates", self._scores(folder), weights)
@@ -802,7 +835,6 @@ class _Run:
         config = self.config
         title = f"{config.evaluated_by}, beta={config.beta:g}, alpha={config.alpha}"
         report.plot(rows, self.out / "rounds.png", title=title)
-        report.html(self.out)
 
 
 def is_whole(path: Path) -> bool:

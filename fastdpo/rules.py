@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any
 
 from fastdpo.data import DataError
-from fastdpo.filters import Row, draw_key
+from fastdpo.filters import Row, draw_key, is_above, order
 
 Pairs = tuple[list[Row], dict[str, int]]  # pairs, and what was dropped by reason
 
@@ -33,7 +33,8 @@ def best_worst(rows: Sequence[Row], *, min_gap: float = 0.0) -> Pairs:
     """Pair the best and the worst response of every prompt; returns the pairs and what was dropped.
 
     What most iterative recipes do, among them Online-RLHF's ``max_min`` (arXiv 2405.07863) and
-    DICE (arXiv 2406.09760). Of equal scores the smallest sample_index counts.
+    DICE (arXiv 2406.09760). Of equal scores the smallest sample_index counts. Scores that shaping
+    rounded to the same value are not equal: `filters.order` tells them apart.
 
     This and all other rules: `rows` are candidates, each with its "score", in any order. Pairs come
     in order of prompt_index, with the columns prompt_index, prompt, prompt_ids, chosen, rejected,
@@ -80,7 +81,11 @@ def all_ranked(rows: Sequence[Row], *, min_gap: float = 0.0, max_pairs: int | No
     """
 
     def widest(pairs: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
-        return sorted(pairs, key=lambda pair: -_gap(pair))[:max_pairs]
+        def wide(pair: tuple[Row, Row]) -> tuple[float, float]:
+            chosen, rejected = map(order, pair)
+            return rejected[0] - chosen[0], rejected[1] - chosen[1]
+
+        return sorted(pairs, key=wide)[:max_pairs]
 
     return _pairs(rows, lambda group: list(combinations(group, 2)), min_gap, keep=widest)
 
@@ -102,7 +107,7 @@ def curriculum(rows: Sequence[Row], *, min_gap: float = 0.0, max_pairs: int | No
         return [pairs[stage * last // steps] for stage in range(count)]
 
     def propose(group: list[Row]) -> list[tuple[Row, Row]]:
-        others = sorted(group[1:], key=lambda row: (row["score"], row["sample_index"]))
+        others = sorted(group[1:], key=lambda row: (order(row), row["sample_index"]))
         return [(group[0], row) for row in others]
 
     pairs, dropped = _pairs(rows, propose, min_gap, keep=spread)
@@ -183,7 +188,7 @@ def family(row: Row) -> tuple[int, str]:
 
 
 def _best_and_worst(group: list[Row]) -> list[tuple[Row, Row]]:
-    return [(group[0], min(group, key=lambda row: (row["score"], row["sample_index"])))]
+    return [(group[0], min(group, key=lambda row: (order(row), row["sample_index"])))]
 
 
 def _gap(pair: tuple[Row, Row]) -> float:
@@ -193,9 +198,9 @@ def _gap(pair: tuple[Row, Row]) -> float:
 def _refusal(chosen: Row, rejected: Row, min_gap: float) -> str | None:
     """The reason why two responses can't be paired, or None."""
     gap = _gap((chosen, rejected))
-    if gap == 0:
+    if gap == 0 and not is_above(chosen, rejected):
         return "tie"
-    if gap <= min_gap:
+    if gap <= min_gap > 0:
         return "gap at most min_gap"
     return "identical responses" if chosen["response_ids"] == rejected["response_ids"] else None
 
@@ -269,7 +274,8 @@ def _pairs(
         if len(group) < 2:
             dropped["fewer than two responses"] += 1
             continue
-        group.sort(key=lambda row: -row["score"])  # stable: of equal scores by sample_index
+        # Stable: of equal scores by sample_index.
+        group.sort(key=order, reverse=True)
         good = []
         for proposal in propose(group):
             reason = _refusal(*proposal, min_gap)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from fastdpo.checks import is_default
 from fastdpo.models import ModelError
 from fastdpo.noise import random_state_kept
 from fastdpo.remote import check_url, check_variable
@@ -90,6 +91,9 @@ class SamplingConfig:
         if self.temperature == 0:
             allowed = "1 with temperature 0, where all samples are the same"
             _require("num_samples", self.num_samples, self.num_samples == 1, allowed)
+            _require(
+                "top_p", self.top_p, self.top_p == 1, "1 with temperature 0, which draws nothing"
+            )
         listed = isinstance(self.stop, list | tuple)
         strings = listed and all(isinstance(x, str) and x for x in self.stop)
         _require("stop", self.stop, strings, "a list of strings that aren't empty")
@@ -109,6 +113,15 @@ class SamplingConfig:
         positive = _is_number(self.server_timeout) and 0 < self.server_timeout < float("inf")
         _require("server_timeout", self.server_timeout, positive, "a finite number above 0")
         check_variable(self.api_key_env)
+        asks = self.backend == "server" or self.server_url is not None
+        for name, used, where in (
+            ("server_command", asks and self.server_url is None, "started"),
+            ("server_timeout", asks, "asked"),
+            ("api_key_env", asks, "asked"),
+        ):
+            idle = not used and not is_default(self, name)
+            allowed = f"left out where no server is {where} for samples, where it has no effect"
+            _require(name, getattr(self, name), not idle, allowed)
 
 
 def _is_number(value: Any) -> bool:

@@ -70,8 +70,8 @@ def open_sampler(
     GPU if there is one. They, vLLM and a server started here are made anew by each call, so none
     has the weights of an earlier round; a server that runs already must have the policy among its
     models, by name or path. `max_length` is the most tokens of a prompt with its response, by which
-    vLLM sizes its cache; default is the model's context. A server started here writes to
-    `log_path`, default a temporary file.
+    vLLM sizes its cache, and `sample` refuses longer ones; default is the model's context. A server
+    started here writes to `log_path`, default a temporary file.
 
     Raises:
         ModelError: the model or its backend can't be used; says why.
@@ -98,14 +98,19 @@ def _open(
         model = load_causal_lm(policy, dtype=dtype).to(device)
         sampler = model_sampler(model, tokenizer, config)
         sampler.policy = policy_digest(policy)
+        sampler.context = _shorter(max_length, sampler.context)
         return sampler
     ending, context = _of_folder(policy, tokenizer, config)
-    longest = min((x for x in (max_length, context) if x is not None), default=None)
+    longest = _shorter(max_length, context)
     if server:
         return open_server(
             policy, ending, config, dtype=dtype, max_length=longest, log_path=log_path
         )
     return VllmSampler(policy, ending, config, dtype=dtype, max_length=longest)
+
+
+def _shorter(*lengths: int | None) -> int | None:
+    return min((x for x in lengths if x is not None), default=None)
 
 
 def _of_folder(policy: str, tokenizer: Any, config: SamplingConfig) -> tuple[Ending, int | None]:
@@ -250,8 +255,8 @@ def _render_all(
         if context is not None and len(ids) + max_new_tokens > context:
             raise DataError(
                 f"{row.where}: the prompt has {len(ids)} tokens; with max_new_tokens="
-                f"{max_new_tokens} that is more than the model's context of {context}. "
-                "Shorten or remove the prompt, or lower max_new_tokens."
+                f"{max_new_tokens} that is more than max_length or the model's context, {context}. "
+                "Shorten or remove the prompt, lower max_new_tokens, or raise max_length."
             )
         result.append(ids)
     return result

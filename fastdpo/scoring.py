@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -32,6 +32,7 @@ from fastdpo.rewards import (
     RemoteScores,
     check_template,
     load_implicit,
+    load_likelihood,
     load_local_judge,
     load_reward_model,
     text_of,
@@ -61,6 +62,7 @@ class Scorer:
     whatever the policy, so policies are compared by it and not by them. `settings` is JSON that
     decides scores beside the name; it is kept in the plan, so it never holds a key. `endpoint` is
     the server that is asked, if there is one: its answers are kept until a part is complete.
+    `columns` are those of the prompts that it needs, see `check_columns`.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Scorer:
     compare: Callable[[list[Text], list[str], list[str]], list[float]] | None = None
     settings: dict[str, Any] = field(default_factory=dict, compare=False)
     endpoint: Endpoint | None = field(default=None, compare=False)
+    columns: tuple[str, ...] = ()
 
     def __call__(self, *inputs: Any) -> Any:
         return self.function(*inputs)
@@ -96,6 +99,7 @@ def load_scorer(
     - `http://.../pooling#model`: a reward model under vLLM, see `PooledScores`.
     - `answer`: 1 where the response gives the prompt's `answer`, see `right_answer`.
     - `implicit`: log-ratio of `policy` and `previous`, see `ImplicitReward`.
+    - `likelihood`: mean log-probability under `policy`, see `Likelihood`.
 
     What else has a colon and is no existing path is a function; modules in the working directory
     are found too. Servers are asked as `remote` says.
@@ -112,7 +116,7 @@ def load_scorer(
         raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
     remote = remote or Remote()
     if spec == "answer":
-        return Scorer(spec, right_answer, on="rows")
+        return Scorer(spec, right_answer, on="rows", columns=("answer",))
     if spec == "implicit":
         if policy is None or previous is None:
             raise ValueError(
@@ -121,6 +125,11 @@ def load_scorer(
             )
         reward = load_implicit(str(policy), str(previous), device, dtype, batch_size)
         return Scorer(spec, reward, on="rows", settings=reward.digests)
+    if spec == "likelihood":
+        if policy is None:
+            raise ValueError("scorer 'likelihood' needs policy, a folder or hub name")
+        likelihood = load_likelihood(str(policy), device, dtype, batch_size)
+        return Scorer(spec, likelihood, on="rows", settings=likelihood.digests)
     if spec.startswith("judge:"):
         check_template(judge_template)
         name = spec.removeprefix("judge:")
@@ -139,7 +148,7 @@ def load_scorer(
             pooled = PooledScores(endpoint, _required(model, spec))
             return Scorer(spec, pooled, endpoint=endpoint)
         return Scorer(spec, RemoteScores(endpoint, batch_size), endpoint=endpoint)
-    if ":" in spec and not Path(spec).exists():
+    if _is_function(spec):
         return Scorer(spec, _load_function(spec))
     reward_model = load_reward_model(spec, device, dtype, batch_size)
     folder = spec if Path(spec).exists() else spec.partition("#")[0]
@@ -149,6 +158,26 @@ def load_scorer(
 def _weights(name: str, model: Any) -> dict[str, str]:
     """What decides the scores of a model beside its name."""
     return {"weights": policy_digest(name), "dtype": dtype_name(model.dtype)}
+
+
+def uses(spec: str) -> set[str]:
+    """What `load_scorer` reads for a scorer beside its name: some of policy, previous, template,
+    dtype, batch_size and remote."""
+    if spec == "answer":
+        return set()
+    if spec in ("implicit", "likelihood"):
+        return {"policy", "dtype", "batch_size"} | ({"previous"} if spec == "implicit" else set())
+    if spec.startswith("judge:"):
+        url = _is_url(spec.removeprefix("judge:"))
+        return {"template"} | ({"remote"} if url else {"dtype", "batch_size"})
+    if _is_url(spec):
+        pooled = spec.partition("#")[0].rstrip("/").endswith("/pooling")
+        return {"remote"} if pooled else {"remote", "batch_size"}
+    return set() if _is_function(spec) else {"dtype", "batch_size"}
+
+
+def _is_function(spec: str) -> bool:
+    return ":" in spec and not Path(spec).exists()
 
 
 def _is_url(name: str) -> bool:
@@ -188,11 +217,19 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
     plan = {"scorer": scorer.name, "candidates": read_plan(rows_dir), "parts": len(parts)}
     if scorer.settings:
         plan["settings"] = scorer.settings
+    check_columns(scorer, _columns_of(parts) if scorer.columns else ())
     begin_stage(out_dir, plan)
     for path in tqdm(parts, desc="scoring", unit="part", disable=not progress):
         out_path = Path(out_dir) / path.name
         if not (out_path.exists() and _scored(out_path) == {_digest(path)}):
             _score_part(scorer, path, out_path)
+
+
+def _columns_of(parts: list[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for path in parts:
+        for i, row in enumerate(read_jsonl(path)):
+            if "extra" in row:  # what else is missing is said where it is scored
+                yield f"{path}:{i + 1} (prompt {row.get('prompt_index')})", row["extra"]
 
 
 def _score_part(scorer: Scorer, path: Path, out_path: Path) -> None:
@@ -202,6 +239,24 @@ def _score_part(scorer: Scorer, path: Path, out_path: Path) -> None:
         scored = _score_rows(scorer, rows, path)
     write_jsonl_atomic(out_path, [{**row, "candidates": _digest(path)} for row in scored])
     partial.unlink(missing_ok=True)
+
+
+def check_columns(scorer: Scorer, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raise DataError, naming row and column, where a prompt lacks what the scorer needs.
+
+    Rows are their places and their columns beside the prompt. Call it before samples are drawn.
+    """
+    if not scorer.columns:
+        return
+    for where, extra in rows:
+        for name in scorer.columns:
+            values = extra.get(name)
+            if values in (None, []) or (isinstance(values, list) and None in values):
+                raise DataError(
+                    f"{where}: scorer {scorer.name} needs the column {name!r}, which is "
+                    f"{'missing' if name not in extra else repr(values)}. Fill it in, remove the "
+                    "row, or use another scorer."
+                )
 
 
 def check_scored(candidates_dir: Path, scores_dir: Path) -> None:

@@ -21,9 +21,9 @@ from fastdpo.offline import offline_pairs
 from fastdpo.options import PairingOptions, SamplingOptions, ScoringOptions, dtype_of
 from fastdpo.pairing import check_votes, pair
 from fastdpo.sampling import open_sampler, sample
-from fastdpo.scoring import score
+from fastdpo.scoring import score, uses
 from fastdpo.storage import locked
-from fastdpo.trainer import ConfigError
+from fastdpo.trainer import ConfigError, require_used
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ class ScoreConfig(ScoringOptions):
         candidates: folder that ``fastdpo sample`` wrote.
         output_dir: gets the scores, a part for each part of candidates; resumed if it exists.
         policy: for scorer "implicit", the policy that sampled; ``previous_model`` is the one before
-            it.
+            it. For "likelihood", the model whose mean log-probability is the score.
     """
 
     candidates: str
@@ -82,6 +82,9 @@ class ScoreConfig(ScoringOptions):
                 "output_dir of its own, and give all of them to fastdpo pair"
             )
         self.remote()
+        self.check_used(self.scorers)
+        needs = "policy" in uses(self.scorers[0])
+        require_used(self, "policy", needs, "scorer be implicit or likelihood")
 
 
 @dataclass(kw_only=True)
@@ -140,7 +143,8 @@ class PairConfig(PairingOptions):
             raise ConfigError(str(error)) from error
         refers = self.transform_reference == "start"
         named = self.reference_candidates is not None and bool(self.reference_scores)
-        if refers != named:
+        given = self.reference_candidates is not None or bool(self.reference_scores)
+        if refers != named or refers != given:
             raise ConfigError(
                 f"transform_reference={self.transform_reference} with "
                 f"reference_candidates={self.reference_candidates} and "
@@ -150,11 +154,15 @@ class PairConfig(PairingOptions):
             raise ConfigError("fresh_threshold needs scored rounds; use fastdpo iterate")
         if (rules.needs_model or self.replay) and self.model is None:
             raise ConfigError("ches_keep, max_difficulty and replay need model, the policy")
-        if self.chat_template is not None and self.replay is None:
-            raise ConfigError(
-                f"chat_template={self.chat_template} renders offline pairs only; leave it out, or "
-                "give replay"
-            )
+        measures, replays = rules.needs_model, self.replay is not None
+        for names, used, otherwise in (
+            (("previous_scores",), compares, "consistency be given"),
+            (("model",), measures or replays, "ches_keep, max_difficulty or replay be given"),
+            (("max_length", "chat_template"), replays, "replay be given"),
+            (("max_tokens", "bf16"), measures, "ches_keep or max_difficulty be given"),
+        ):
+            for name in names:
+                require_used(self, name, used, otherwise)
 
 
 def run_sample(config: SampleConfig) -> None:

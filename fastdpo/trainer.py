@@ -46,6 +46,7 @@ from fastdpo.batch import (
     share_step,
 )
 from fastdpo.checkpoint import load_checkpoint, save_checkpoint
+from fastdpo.checks import is_default
 from fastdpo.control import LengthController
 from fastdpo.data import OVERLONG, counted, fit_to_budget
 from fastdpo.metrics import MetricsLog, read_metrics
@@ -183,6 +184,10 @@ class TrainingConfig:
             require(self, "router_aux_loss_coef", self.router_aux_loss_coef >= 0, ">= 0")
         if self.workspace_mib is not None:
             require(self, "workspace_mib", self.workspace_mib > 0, "> 0")
+        for name in ("lora_r", "lora_alpha", "lora_target_modules"):
+            require_used(self, name, self.use_peft, "use_peft be true")
+        cached = self.precompute_ref_log_probs or self.reference_cache is None
+        require_used(self, "reference_cache", cached, "precompute_ref_log_probs be true")
 
 
 def require(config: Any, name: str, holds: bool, wanted: str) -> None:
@@ -191,6 +196,12 @@ def require(config: Any, name: str, holds: bool, wanted: str) -> None:
     finite = not isinstance(value, float) or math.isfinite(value)
     if not (holds and finite):
         raise ConfigError(f"{name}={value} must be {wanted}")
+
+
+def require_used(config: Any, name: str, used: bool, otherwise: str) -> None:
+    """Raise a `ConfigError` where an option that nothing uses is not at its default."""
+    idle = not used and not is_default(config, name)
+    require(config, name, not idle, f"left out, where it has no effect, or {otherwise}")
 
 
 def check_model(name: str, tokenizer: Any, config: TrainingConfig) -> None:

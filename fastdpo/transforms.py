@@ -5,8 +5,9 @@
 In this order: `combine` makes one score of several, `transform` reshapes it within each prompt, and
 `penalize` takes off what length earned.
 
-A transform keeps the order of one prompt's scores, so by itself it changes which prompts pass
-`min_gap`, and margins and weights made of scores, but not which response is best or worst.
+A transform keeps the order of one prompt's scores, so it matters only where gaps do: to `min_gap`,
+to rules that look at gaps, and to a length penalty in its units. Where it rounds two scores to the
+same value, as PAR does 50 and 60 against 0, their order is still that of `unshaped`.
 """
 
 import math
@@ -38,8 +39,10 @@ class Shaping:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        if self.weights is not None and not (self.weights and all(map(_finite, self.weights))):
-            raise ValueError(f"weights must be a list of finite numbers, got {self.weights!r}")
+        if self.weights is not None and not (any(self.weights) and all(map(_finite, self.weights))):
+            raise ValueError(
+                f"weights must be a list of finite numbers, not all of them 0, got {self.weights!r}"
+            )
         penalty = self.length_penalty
         if penalty != "auto" and not (_finite(penalty) and penalty >= 0):  # type: ignore[operator]
             raise ValueError(
@@ -103,6 +106,7 @@ def shape(
     """
     groups = [row["prompt_index"] for row in rows]
     weights = check_scorers(shaping, len(raw))
+    order = unshaped(raw, weights)
     options: Any = {"weights": weights, "how": shaping.combine, "references_K": references_K}
     scores = combine(raw, groups, **options)
     references = None if references_K is None else _combined(references_K, options)
@@ -116,18 +120,24 @@ def shape(
         if row["response_ids"] and row["response"].strip() and paired(row)
     ]
     of_used = [lengths[i] for i in used], [groups[i] for i in used]
-    before = [scores[i] for i in used]
+    before, order = [scores[i] for i in used], [order[i] for i in used]
+    gap_before = length_gap(list(zip(before, order)), *of_used)
     if shaping.length_penalty == "auto":
-        alpha, gap = find_alpha(before, *of_used)
+        alpha, gap = find_alpha(before, *of_used, order=order)
     else:
         alpha = float(shaping.length_penalty)
-        gap = length_gap(penalize(before, of_used[0], alpha), *of_used)
+        gap = length_gap(list(zip(penalize(before, of_used[0], alpha), order)), *of_used)
     facts = {
         "length_penalty": alpha,
-        "length_gap_before": length_gap(before, *of_used),
+        "length_gap_before": gap_before,
         "length_gap": gap,
     }
     return penalize(scores, lengths, alpha), facts
+
+
+def unshaped(scores_K: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """`sum_k w_k s_k` of each response: the order of those whose final scores round to the same."""
+    return [sum(w * s for w, s in zip(weights, of_one)) for of_one in zip(*scores_K)]
 
 
 def _combined(references_K: Sequence[References], options: dict[str, Any]) -> References:
@@ -183,7 +193,7 @@ def combine(
         ]
     elif how != "weighted":
         raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {how!r}")
-    return [sum(w * s for w, s in zip(weights, of_one)) for of_one in zip(*scores_K)]
+    return unshaped(scores_K, weights)
 
 
 # Within a prompt
@@ -213,6 +223,9 @@ def transform(
     the prompt, so that the value is a response's expected win rate among them (0.5 where there are
     none), for "log_sigmoid" all of them.
 
+    No value is below that of a lower score, but rounding may make them equal: 1 is the nearest
+    float to sigmoid(37) and to all above.
+
     Raises ValueError when `how` is unknown, or a prompt has no references among those given.
     """
     if how not in TRANSFORMS:
@@ -225,8 +238,11 @@ def transform(
         if references is not None and not references.get(group):
             raise ValueError(f"references has no scores for prompt {group!r}; give at least one")
         given = None if references is None else references[group]
-        for i, value in zip(members, _TRANSFORM[how](own, given)):
-            result[i] = value
+        values, highest = _TRANSFORM[how](own, given), -math.inf
+        for place in sorted(range(len(own)), key=own.__getitem__):
+            # exp and log1p are within a rounding of right, which may turn two neighbours round.
+            highest = max(highest, values[place])
+            result[members[place]] = highest
     return result
 
 
@@ -282,12 +298,11 @@ def penalize(scores: Sequence[float], lengths: Sequence[int], alpha: float) -> l
     return [score - alpha * length for score, length in zip(scores, lengths)]
 
 
-def length_gap(
-    scores: Sequence[float], lengths: Sequence[int], groups: Sequence[Hashable]
-) -> float:
+def length_gap(scores: Sequence[Any], lengths: Sequence[int], groups: Sequence[Hashable]) -> float:
     """Length of the best response less that of the worst, on the mean over prompts.
 
-    Of equal scores the first counts. A prompt with one response isn't counted, one whose scores are
+    Scores are numbers, or tuples whose later entries order equal ones. Of equal scores the first
+    counts. A prompt with one response isn't counted, one whose scores are
     all the same counts as 0. 0 where there are no prompts.
     """
     gaps = []
@@ -305,6 +320,7 @@ def find_alpha(
     groups: Sequence[Hashable],
     *,
     high: float = 1.0,
+    order: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """The alpha in [0, `high`] for which best and worst responses are closest in mean length.
 
@@ -317,11 +333,13 @@ def find_alpha(
     so that nothing is tied by it. Of equally good alphas the smallest is taken; 0 where the best
     are not longer to begin with.
 
+    `order` says which of equal scores is the higher one, as `unshaped` does.
+
     Returns alpha, in scores per token, and the mean gap in tokens that it leaves. Short of zero at
     `high`, it stays there.
     """
     members = [x for x in _members(groups).values() if len(x) > 1]
-    gap = length_gap(scores, lengths, groups)
+    gap = length_gap(scores if order is None else list(zip(scores, order)), lengths, groups)
     if gap <= 0:
         return 0.0, gap
     falls: dict[float, int] = {}  # by alpha: how much the sum of gaps falls there

@@ -8,9 +8,9 @@ import sys
 # start as well.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import interpreter  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import interpreter
+import pytest
+import torch
 
 # Where Triton kernels cannot run, they are interpreted.
 if not torch.cuda.is_available() and interpreter.supported():

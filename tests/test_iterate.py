@@ -305,6 +305,7 @@ def test_several_scorers_are_combined(inputs, tmp_path):
         rounds=1,
         scorer_weights="[1.0,-0.5]",
         transform="mean_std",
+        min_gap=0.01,
     )
     assert main(argv) == 0
     folder = tmp_path / "round-01"
@@ -312,33 +313,103 @@ def test_several_scorers_are_combined(inputs, tmp_path):
     assert summary(tmp_path)["pairs"] > 0 and "shaping" in summary(tmp_path)
 
 
-def test_the_implicit_reward_and_its_consistency(inputs, tmp_path):
-    options = dict(
-        scorer="implicit", previous_model=str(inputs / "other"), consistency="prompt",
-        eval_scorer="test_iterate:vowels", rounds=2,
-    )  # fmt: skip
-    assert main(arguments(inputs, tmp_path, **options)) == 0
-    assert not (tmp_path / "round-01" / "scores-before").exists()
-    assert (tmp_path / "round-02" / "scores-before").is_dir()
-    pairs = [json.loads(line) for line in (tmp_path / "round-02" / "pairs.jsonl").open()]
-    assert all(0 <= pair["smoothing"] <= 1 for pair in pairs)
-    assert 0 <= summary(tmp_path, 2)["consistency"] <= 1
+def sums(name, rows):
+    """log pi(y|x) of each candidate in fp64, alone in its batch, by transformers' own logits."""
+    model = load_causal_lm(str(name), dtype=torch.float64).eval()
+    found = []
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        with torch.no_grad():
+            logp_TV = model(ids).logits[0].log_softmax(-1)
+        start = len(row["prompt_ids"])
+        found.append(sum(logp_TV[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])))
+    return found
 
 
-def test_only_what_changes_is_scored_as_of_the_round_before(inputs, tmp_path):
-    options = dict(
-        scorer="[test_iterate:vowels,implicit]", previous_model=str(inputs / "other"),
-        consistency="mean", eval_scorer="test_iterate:vowels", rounds=2,
-    )  # fmt: skip
-    assert main(arguments(inputs, tmp_path, **options)) == 0
-    found = sorted(path.name for path in (tmp_path / "round-02").glob("scores*"))
-    assert found == ["scores-1", "scores-2", "scores-before-2"]
-    assert 0 <= summary(tmp_path, 2)["consistency"] <= 1
+def agreement(now, before):
+    """(tau + 1) / 2 as in CREAM: signs of all pairs, ties 0."""
+
+    def sign(x):
+        return (x > 0) - (x < 0)
+
+    places = [(i, j) for i in range(len(now)) for j in range(i)]
+    tau = sum(sign(now[i] - now[j]) * sign(before[i] - before[j]) for i, j in places) / len(places)
+    return (tau + 1) / 2
+
+
+def test_consistency_compares_the_rewards_of_cream(inputs, tmp_path):
+    """r_t = log pi_t - log pi_0 in every round; before it r_{t-1}, or M0's mean log-prob."""
+    first = inputs / "other"
+    out = run(
+        inputs, tmp_path, scorer="implicit", previous_model=first, consistency="prompt", rounds=2
+    )
+    models = {1: inputs / "model", 2: out / "round-01" / "policy"}
+    for index, policy in models.items():
+        folder = out / f"round-{index:02d}"
+        rows = read_parts(folder / "candidates")
+        zero = sums(first, rows)
+        now = [a - b for a, b in zip(sums(policy, rows), zero)]
+        if index == 1:
+            before = [a / len(row["response_ids"]) for a, row in zip(zero, rows)]
+        else:
+            before = [a - b for a, b in zip(sums(models[1], rows), zero)]
+        for name, wanted in (("scores", now), ("scores-before", before)):
+            found = [row["score"] for row in read_parts(folder / name)]
+            assert found == pytest.approx(wanted, abs=1e-4)
+        pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+        means = []
+        for place in sorted({row["prompt_index"] for row in rows}):
+            of_prompt = [i for i, row in enumerate(rows) if row["prompt_index"] == place]
+            agreed = agreement([now[i] for i in of_prompt], [before[i] for i in of_prompt])
+            means.append(agreed)
+            for row in (row for row in pairs if row["prompt_index"] == place):
+                assert row["smoothing"] == pytest.approx(1 - agreed)
+                best = max(of_prompt, key=lambda i: now[i])
+                assert row["chosen_ids"] == rows[best]["response_ids"]
+        assert len(pairs) > 3 and len(set(means)) > 1  # or there is nothing to tell apart
+        assert summary(out, index)["consistency"] == pytest.approx(sum(means) / len(means))
+
+
+def test_the_stages_as_commands_score_for_consistency(inputs, tmp_path):
+    """Round 1 of CREAM by hand: the ranking of M0 is the scorer likelihood."""
+    first, model = inputs / "other", inputs / "model"
+    whole = run(
+        inputs, tmp_path / "run", scorer="implicit", previous_model=first, consistency="mean"
+    )
+    folder, out = whole / "round-01", tmp_path / "alone"
+    candidates = f"--candidates={folder / 'candidates'}"
+    now = ["--scorer=implicit", f"--policy={model}", f"--previous_model={first}"]
+    before = ["--scorer=likelihood", f"--policy={first}"]
+    for name, options in (("scores", now), ("scores-before", before)):
+        assert main(["score", candidates, *options, f"--output_dir={out / name}"]) == 0
+    assert main(["pair", candidates, f"--scores=[{out / 'scores'}]", "--consistency=mean",
+                 f"--previous_scores=[{out / 'scores-before'}]",
+                 f"--output={out / 'pairs.jsonl'}"]) == 0  # fmt: skip
+    assert (out / "pairs.jsonl").read_bytes() == (folder / "pairs.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("column", [None, 4])
+def test_what_a_scorer_needs_is_there_before_anything_is_sampled(inputs, tmp_path, capsys, column):
+    """Of training prompts, held-out ones, and of offline pairs that are scored."""
+    rows = [{"prompt": f"what is {i} + 1?", "answer": i + 1} for i in range(8)]
+    if column is not None:
+        rows[column]["answer"] = None
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = dict(scorer="answer", prompts=path)
+    if column is None:
+        offline = inputs / "offline.jsonl"
+        options |= dict(replay=offline, replay_share=0.5, fresh_threshold=0.5)
+    assert main(arguments(inputs, tmp_path / "out", **options)) == 2
+    error = capsys.readouterr().err
+    name = "prompts.jsonl:5" if column is not None else "offline.jsonl:1"
+    assert f"{name}: scorer answer needs the column 'answer', which is" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_scores_are_compared_with_those_of_the_start(inputs, tmp_path):
     """PAR, with the first round's samples as its reference in the second."""
-    options = dict(transform="par", rounds=2, heldout=0)
+    options = dict(transform="par", rounds=2, heldout=0, min_gap=1e-6)
     own = run(inputs, tmp_path / "own", **options)
     start = run(inputs, tmp_path / "start", transform_reference="start", **options)
     pairs = [
@@ -424,7 +495,13 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
         ({"scorer_api_key_env": "my key"}, "scorer_api_key_env"),
         ({"reference": "/nowhere/at-all"}, "at-all"),
         ({"transform": "cube"}, "transform"),
+        ({"transform": "par"}, "transform=par changes no pair"),
         ({"transform_reference": "start"}, "transform=par"),
+        ({"scorer": "answer"}, "prompts.jsonl:1: scorer answer needs the column 'answer'"),
+        ({"eval_scorer": "answer"}, "scorer answer needs the column 'answer'"),
+        ({"scorer": "judge:http://127.0.0.1:1/v1#m"}, "127.0.0.1:1/v1/chat/completions can't be"),
+        ({"eval_scorer": "http://127.0.0.1:1/score"}, "127.0.0.1:1/score can't be reached"),
+        ({"scorer": "likelihood"}, "scorer=likelihood"),
         ({"transform_reference": "end"}, "own or start"),
         ({"scorer": "https://host/score?api_key=1"}, "scorer: the URL has a query"),
         ({"eval_scorer": "judge:http://me:1@host#m"}, "eval_scorer: the URL has a name or key"),

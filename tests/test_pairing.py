@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from fastdpo import storage
 from fastdpo.data import DataError
+from fastdpo.filters import consistency
 from fastdpo.pairing import (
     RULES,
     Pairing,
@@ -213,6 +215,7 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
         for i, responses in enumerate(prompts)
         for j, (score, ids, cut, parent) in enumerate(responses)
     ]
+    max_pairs = max_pairs if rule in ("all_ranked", "curriculum") else None
     pairing = Pairing(
         rule=rule,
         min_gap=min_gap,
@@ -261,7 +264,7 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
     counts = Counter(row["prompt_index"] for row in pairs)
     if rule in ONE_A_UNIT - {"tree_siblings"}:
         assert set(counts.values()) <= {1}
-    elif max_pairs is not None and not tree:
+    elif max_pairs is not None:
         assert max(counts.values(), default=0) <= max_pairs
     if rule == "curriculum":
         for i in counts:
@@ -307,6 +310,13 @@ def test_a_prompt_that_loses_all_responses_is_counted():
         ({"min_gap": math.nan}, "min_gap"),
         ({"target_margin": 0.0}, "target_margin must be finite and > 0"),
         ({"max_pairs": 0}, "max_pairs must be >= 1, got 0"),
+        ({"target_margin": 2.0}, "target_margin must be left out, or the rule be nearest_margin"),
+        ({"max_pairs": 2}, "max_pairs must be left out, or the rule be all_ranked or curriculum"),
+        ({"equal_prompts": True}, "equal_prompts must be left out"),
+        (
+            {"rule": "all_ranked", "max_pairs": 1, "equal_prompts": True},
+            "equal_prompts must be left out",
+        ),
         ({"consistency": "avg"}, "consistency must be none, mean or prompt"),
         ({"flip_share": 1.1}, r"flip_share must be in \[0, 1\]"),
         ({"soft_label": -0.1}, "soft_label"),
@@ -324,7 +334,7 @@ def test_options_out_of_range(options, message):
 
 
 def test_what_options_need():
-    assert not Pairing(max_pairs=3, seed=-1).needs_model
+    assert not Pairing(rule="curriculum", max_pairs=3, seed=-1).needs_model
     assert Pairing(ches_keep=0.5).needs_model and Pairing(max_difficulty=0.0).needs_model
     assert Pairing(soft_label=0.1).needs_several_scorers and not Pairing().needs_several_scorers
 
@@ -510,7 +520,10 @@ def test_references_of_other_prompts_are_refused(tmp_path):
     ):
         folders = on_disk(tmp_path / str(i), rows, [1.0] * len(rows))
         with pytest.raises(DataError, match=message):
-            pair(candidates, scores, out, shaping=par, reference_scores=folders)
+            pair(
+                candidates, scores, out,
+                shaping=par, reference_scores=folders, pairing=Pairing(min_gap=0.1),
+            )  # fmt: skip
     own = (candidates, scores)
     for options, message in (
         ({"shaping": par, "reference_scores": (candidates, scores * 2)}, "1 scorers, got 2"),
@@ -521,14 +534,92 @@ def test_references_of_other_prompts_are_refused(tmp_path):
                 "shaping": par,
                 "reference_scores": own,
                 "previous_scores": scores,
-                "pairing": Pairing(consistency="mean"),
+                "pairing": Pairing(consistency="mean", min_gap=0.1),
             },
             "consistency=mean ranks .* reference_scores",
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            pair(candidates, scores, out, **options)
+            pair(candidates, scores, out, **{"pairing": Pairing(min_gap=0.1), **options})
     assert not out.exists()
+
+
+def test_shaping_that_can_change_no_pair_is_refused(tmp_path):
+    """A transform keeps the order, and the loss sees nothing else; so does one scorer's weight."""
+    candidates, scores = on_disk(tmp_path, group([0.0] * 3), [1.0, 2.0, 0.0], [5.0, 0.0, 1.0])
+    out = tmp_path / "pairs.jsonl"
+    par, both = Shaping(transform="par"), Shaping(combine="log_sigmoid")
+    idle = [(par, 1), (par, 2), (Shaping(transform="mean_std", weights=[1.0, -1.0]), 2)]
+    idle += [
+        (both, 1),
+        (Shaping(weights=[2.0]), 1),
+        (Shaping(combine="log_sigmoid", transform="par"), 2),
+    ]
+    for shaping, count in idle:
+        for rules in (
+            Pairing(),
+            Pairing(rule="all_ranked"),
+            Pairing(rule="curriculum", max_pairs=2),
+        ):
+            with pytest.raises(ValueError, match="changes no pair: it keeps the order"):
+                pair(candidates, scores[:count], out, shaping=shaping, pairing=rules)
+    assert not out.exists()
+    matters: list[tuple[Shaping, int, dict[str, Any]]] = [
+        (both, 2, {}),
+        (Shaping(weights=[-1.0]), 1, {}),
+        (Shaping(transform="par", length_penalty=0.1), 1, {}),
+        (par, 1, {"min_gap": 0.01}),
+        (par, 1, {"rule": "nearest_margin"}),
+        (par, 2, {"rule": "all_ranked", "max_pairs": 2}),
+    ]
+    for shaping, count, rules in matters:
+        assert pair(candidates, scores[:count], out, shaping=shaping, pairing=Pairing(**rules))
+
+
+@pytest.mark.parametrize(
+    ("shaping", "raw", "start"),
+    [
+        # sigmoid(50) and sigmoid(60) are both 1, sigmoid(-800) and sigmoid(-900) both 0.
+        (Shaping(transform="par"), [50.0, -800.0, 60.0, -900.0, 1.0], [0.0]),
+        # log sigmoid is 0 from 746 on.
+        (Shaping(transform="log_sigmoid"), [800.0, 1.0, 900.0, -5.0, -6.0], [0.0]),
+        (Shaping(combine="log_sigmoid"), [800.0, 1.0, 900.0, -5.0, -6.0], [0.0]),
+        # Of equal lengths a length penalty leaves the order of scores.
+        (Shaping(transform="par", length_penalty=2.0), [50.0, 0.0, 60.0, -900.0, -800.0], [0.0]),
+        (Shaping(transform="mean_std"), [1e-3, 0.0, 2e-3, -1e17, -1e18], None),
+    ],
+)  # fmt: skip
+def test_scores_that_a_transform_rounds_to_the_same_keep_their_order(tmp_path, shaping, raw, start):
+    candidates, scores = on_disk(tmp_path, group([0.0] * 5), raw)
+    out = tmp_path / "pairs.jsonl"
+    references = start and on_disk(tmp_path / "start", group([0.0]), start)
+    ranked = sorted(range(5), key=lambda i: -raw[i])
+    # A cap has no effect, but makes the rule one that looks at gaps.
+    rules = Pairing(rule="all_ranked", max_pairs=10)
+    summary = pair(
+        candidates, scores, out, pairing=rules, shaping=shaping, reference_scores=references
+    )
+    assert summary["dropped"] == {} and summary["pairs"] == 10
+    assert set(samples(storage.read_jsonl(out))) == set(combinations(ranked, 2))
+    widest = Pairing(rule="all_ranked", max_pairs=1)
+    pair(candidates, scores, out, pairing=widest, shaping=shaping, reference_scores=references)
+    assert samples(storage.read_jsonl(out)) == [(ranked[0], ranked[-1])]
+    rows, _ = scored_candidates(candidates, scores, shaping, reference_scores=references)
+    for rule in (best_worst, best_random):
+        assert samples(rule(rows)[0])[0][0] == ranked[0]
+    assert samples(best_worst(rows)[0]) == [(ranked[0], ranked[-1])]
+    assert samples(curriculum(rows)[0]) == [(ranked[0], other) for other in ranked[:0:-1]]
+    # Agreement with the raw scores is whole, and none with their reverse.
+    for sign, agreement in ((1.0, 1.0), (-1.0, 0.0)):
+        before = {(0, i): sign * value for i, value in enumerate(raw)}
+        assert consistency([{**x, "prompt_index": 0} for x in rows], before) == {0: agreement}
+
+
+def test_a_tie_after_the_length_penalty_is_one(tmp_path):
+    rows = [candidate(0, i, 0.0, [5] * n) for i, n in enumerate((2, 4))]
+    candidates, scores = on_disk(tmp_path, rows, [1.0, 2.0])
+    with pytest.raises(DataError, match="tie: 1"):
+        pair(candidates, scores, tmp_path / "pairs.jsonl", shaping=Shaping(length_penalty=0.5))
 
 
 def test_votes_that_can_change_no_label_are_refused(tmp_path):

@@ -11,6 +11,7 @@ import yaml
 from tiny import LLAMA, QWEN, build_tokenizer, save_tiny
 
 from fastdpo import recipes
+from fastdpo.cli import main
 from fastdpo.data import prompt_rows, read_rows
 from fastdpo.models import load_causal_lm, load_tokenizer
 from fastdpo.recipes import nectar
@@ -203,6 +204,25 @@ def test_storm_is_a_configuration():
     assert config.rounds == 3 and config.learning_rate == 5e-7
     assert config.model == "openchat/openchat-3.5-0106"
     assert config.scorer == "Nexusflow/Starling-RM-34B#01-ai/Yi-34B-Chat"
+
+
+@pytest.mark.parametrize("recipe", sorted(STORM.parent.glob("*.yaml")), ids=lambda path: path.name)
+def test_plan_takes_a_recipe(recipe, tmp_path, capsys):
+    model = save_tiny(LLAMA, tmp_path / "model")
+    command = ["plan", f"--config={recipe}", f"--model={model}"]
+    assert main(command) == 0
+    values = yaml.safe_load(recipe.read_text())
+    assert f"max_tokens={values['max_tokens']}, pairs of a prompt of" in capsys.readouterr().out
+    # No option at all is one of no command, and those of other stages stand in files only.
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text() + "\nround: 3\n")
+    for argv, name in (
+        (["plan", f"--config={other}"], "round"),
+        ([*command, "--prompts=x.jsonl"], "prompts"),
+    ):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert name in capsys.readouterr().err
 
 
 def test_storm_says_where_every_value_is_from():

@@ -71,6 +71,7 @@ def test_a_run_leaves_what_it_promises(finished):
     state = json.loads((finished / "state.json").read_text())
     assert state["done"][-1] == "round-02/report" and len(state["done"]) == 2 * 8 + 3
     assert (finished / "rounds.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Finished: 2 of 2 rounds." in (finished / "report.html").read_text()
     for index in (1, 2):
         folder = finished / f"round-{index:02d}"
         pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
@@ -107,6 +108,12 @@ def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, cap
     before = weights(out)
     assert main(arguments(inputs, out, rounds=3)) == 0
     assert "to go on" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "Finished: 3 of 3 rounds." in page
+    # A kill may come between the last stage and its page.
+    (out / "report.html").write_text("Unfinished")
+    assert main(arguments(inputs, out, rounds=3)) == 0
+    assert (out / "report.html").read_text() == page
     assert (out / "round-03" / "policy").is_dir()
     assert all(torch.equal(before[name], x) for name, x in weights(out).items())
 
@@ -262,8 +269,7 @@ EVERYTHING = {
     )),
     "alpha auto, LoRA, consistency": (1, dict(
         alpha="auto", use_peft="true", lora_r=4, learning_rate=1e-2, consistency="mean",
-        scorer="[implicit,test_rounds:vowels]", previous_model="{other}",
-        eval_scorer="test_rounds:vowels", length_penalty="auto",
+        scorer="implicit", previous_model="{other}", eval_scorer="test_rounds:vowels",
     )),
 }  # fmt: skip
 
@@ -309,7 +315,10 @@ def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_pa
     done = drive("fastdpo.trainer:packed_loss", 7, argv)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "killed" / "round-01" / "policy").exists()
+    page = tmp_path / "killed" / "report.html"
+    assert "Unfinished: 0 of 2 rounds, last stage done" in page.read_text()
     assert main(argv) == 0
+    assert "Finished: 2 of 2 rounds." in page.read_text()
     assert same(weights(tmp_path / "killed"), weights(finished))
 
 

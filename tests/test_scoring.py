@@ -1254,5 +1254,8 @@ def test_answers_score_candidates(tmp_path):
     assert run_score(load_scorer("answer"), tmp_path) == [1.0, 0.0]
     for extra in ({}, {"answer": None}, {"answer": []}, {"answer": [1, None]}):
         storage.write_jsonl_atomic(path, [candidate(3, 0, "4", extra=extra)])
-        with pytest.raises(DataError, match=r"prompt 3 has no answer"):
+        with pytest.raises(DataError, match=r"part-00000.jsonl:1 \(prompt 3\): .* column 'answer'"):
             run_score(load_scorer("answer"), tmp_path, "bad")
+        assert not (tmp_path / "bad").exists()
+        with pytest.raises(DataError, match=r"prompt 3 has no answer"):
+            right_answer([candidate(3, 0, "4", extra=extra)])
