@@ -267,7 +267,8 @@ class _Alone:
         vocab = min(table.weight.shape[0] for table in tables)
         self.padded = Layout("padded", classes)
         sizes = [(7, 5, 9), (11, 8, 4)]
-        if _has_experts(model):  # many tokens, so that most experts answer
+        experts = _has_experts(model)
+        if experts:  # many tokens, so that most of them answer
             sizes = [(21, 15, 27), (33, 24, 12)] * 2
         ids = [i * 7919 % vocab for i in range(sum(map(sum, sizes)))]
         self.pairs = _cut_into(ids, sizes)
@@ -293,6 +294,7 @@ class _Alone:
         half = any(x.dtype in (torch.bfloat16, torch.float16) for x in hidden)
         half = half or torch.is_autocast_enabled(device.type)
         self.tolerance = 0.05 if half else 1e-3
+        self.flips = experts and half
 
     def check_liger(self, model: nn.Module) -> None:
         """Refuse kernels that compute another function, before a layout is blamed for it."""
@@ -331,9 +333,16 @@ class _Alone:
         return head.packed_forward(model, batch, lambda h_TD, **_: h_TD)[batch.rows_N]
 
     def error(self, model: nn.Module, layout: Layout) -> float:
-        """Largest difference of a hidden state, relative to its size."""
+        """Largest difference of a hidden state, relative to its size.
+
+        In half precision rounding sends a token to another expert now and then; there it is the
+        median of a sequence, the largest of all sequences.
+        """
         difference = self.in_batch(model, layout).float() - self.hidden_ND
-        return float((difference.norm(dim=-1) / self.hidden_ND.norm(dim=-1)).max())
+        error_N = difference.norm(dim=-1) / self.hidden_ND.norm(dim=-1)
+        if self.flips:
+            error_N = torch.stack([x.median() for x in error_N.split(list(map(len, self.targets)))])
+        return float(error_N.max())
 
 
 def _evaluate(model: nn.Module) -> None:

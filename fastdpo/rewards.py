@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo import head
+from fastdpo import head, rope
 from fastdpo.batch import PackedPairs, TokenizedPair, pack_pairs, plan_batches
 from fastdpo.data import Text
 from fastdpo.models import load_causal_lm, load_tokenizer
@@ -107,7 +107,10 @@ def load_reward_model(
     if pad_id is None:
         batch_size = 1
     model = model.eval().to(_device(device))
-    return RewardModel(model, tokenizer, pad_id, batch_size, context, until_end=value_head)
+    by_length = bool(rope.attach(model))
+    return RewardModel(
+        model, tokenizer, pad_id, batch_size, context, until_end=value_head, by_length=by_length
+    )
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -154,6 +157,8 @@ class RewardModel:
     context: float
     # The published text of models with a v_head ends in the end token; templates add a line break.
     until_end: bool = False
+    # Its rotary frequencies depend on a row's length, which its positions tell (`fastdpo.rope`).
+    by_length: bool = False
 
     @torch.inference_mode()
     def __call__(self, prompts: list[Text], responses: list[str]) -> list[float]:
@@ -192,8 +197,10 @@ class RewardModel:
         # On the right: absolute positions then start at 0 in every row.
         ids = torch.tensor([x + [pad] * (width - len(x)) for x in batch])
         mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in batch])
-        device = self.model.device
-        return self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.by_length:
+            inputs["position_ids"] = (mask.cumsum(1) - 1) * mask
+        return self.model(**{k: x.to(self.model.device) for k, x in inputs.items()}).logits.float()
 
 
 # Log-probabilities on the packed route of training

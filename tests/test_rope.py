@@ -225,7 +225,7 @@ def test_pairs_laid_out_for_another_model_are_refused():
     for name in ("shared", "padded"):
         model = prepare_model(build(PHI3, torch.float32), layout=name)
         batch = pack_pairs(PAIRS, layout=name)
-        with pytest.raises(ValueError, match="layout=fastdpo.policy.layout_of"):
+        with pytest.raises(ValueError, match=r"layout=fastdpo\.policy\.layout_of"):
             packed_loss(model, batch, torch.zeros(2 * len(PAIRS)), beta=0.1, alpha=0.0)
 
 
@@ -239,8 +239,9 @@ def test_every_loss_is_log_2_while_nothing_is_learnt(tmp_path):
     losses, made = [], []
     for name, seed in (("first", 0), ("other plan", 1)):
         config = TrainingConfig(
-            batch_size=3, max_length=256, max_tokens=420, bf16=False, alpha=0.0, beta=0.5, seed=seed,
-            learning_rate=1e-12, num_train_epochs=3, reference_cache=str(tmp_path / "cache"),
+            batch_size=3, max_length=256, max_tokens=420, bf16=False, alpha=0.0, beta=0.5,
+            seed=seed, learning_rate=1e-12, num_train_epochs=3,
+            reference_cache=str(tmp_path / "cache"),
         )  # fmt: skip
         train(
             str(path), tokenizer, PAIRS, config, tmp_path / name, progress=False,
