@@ -603,7 +603,7 @@ def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
         return False
     try:
         first = tokenizer(text=prompt[:64], add_special_tokens=False)["input_ids"][:1]
-        if not first or first[0] not in special_ids(tokenizer):  # type: ignore[index]
+        if not first or tokenizer.decode(first, skip_special_tokens=True):  # no special token
             return True
         own = tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
     except Exception:  # told of by the rendering

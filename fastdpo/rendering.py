@@ -162,9 +162,8 @@ def last_token(ids: Sequence[int], tokenizer: Any) -> int:
 
     Templates write a line break after the end of a turn. It is trained on, as in TRL.
     """
-    special = set(tokenizer.all_special_ids)
     for place in range(len(ids) - 1, -1, -1):
-        if ids[place] in special or tokenizer.decode([ids[place]]).strip():
+        if tokenizer.decode([ids[place]]).strip():
             return place
     return -1
 
