@@ -56,8 +56,23 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 _MAMBA_2 = {"mamba_n_heads": 8}  # heads times their size are twice the hidden size
 _GEMMA_4 = {"head_dim": 16, "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]}
+_ASSISTANT = {
+    **_GEMMA_4, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+    "num_hidden_layers": 2, "num_kv_shared_layers": 2,
+}  # fmt: skip
 _HYBRID = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
-_DOTS_3 = {"kv_lora_rank": 32, "num_hidden_layers": 2, "n_routed_experts": 8}
+_DOTS_3 = {
+    "kv_lora_rank": 32, "num_hidden_layers": 2, "n_routed_experts": 8,
+    "layer_types": ["indexed_attention", "sliding_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "per_layer_config": {
+        1: {
+            "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 32,
+            "kv_lora_rank": 32, "head_dim": 32, "qk_nope_head_dim": 16, "v_head_dim": 16,
+            "qk_rope_head_dim": 16,
+        }
+    },
+}  # fmt: skip
 _QWEN_4 = {
     "layer_types": ["linear_attention", "full_attention"], "indexer_n_heads": 2,
     "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
@@ -83,7 +98,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA_2,
     "granitemoehybrid": _MAMBA_2,
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    "zamba": {"layers_block_type": _HYBRID, "num_hidden_layers": 5, "num_key_value_heads": 4},
+    "zamba": {
+        "layers_block_type": _HYBRID, "num_hidden_layers": 5, "num_key_value_heads": 4,
+        "attention_head_dim": 32, "attention_hidden_size": 128,
+    },
     "zamba2": {
         "layers_block_type": _HYBRID, "num_hidden_layers": 5, "num_key_value_heads": 4,
         "attention_head_dim": 32, "attention_hidden_size": 128, "n_mamba_heads": 8,
@@ -100,15 +118,25 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
     },
     "dbrx": {
-        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
-        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2},
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {
+            "hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2,
+        },
     },
     "gemma4_text": _GEMMA_4,
     "gemma4_unified_text": _GEMMA_4,
     "gemma4": {"text_config": _GEMMA_4},
     "gemma4_unified": {"text_config": _GEMMA_4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "gemma4_assistant": {"text_config": _ASSISTANT, "default text_config": _ASSISTANT},
+    "gemma4_unified_assistant": {"text_config": _ASSISTANT, "default text_config": _ASSISTANT},
     "dots3_note_text": _DOTS_3,
-    "dots3_note": {"text_config": _DOTS_3},
+    "dots3_note": {
+        "text_config": _DOTS_3,
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "blt": {"encoder_hash_byte_group_vocab": 64},
     "qwen4_exp_text": _QWEN_4,
     "qwen4_exp": {"text_config": _QWEN_4},
 }  # fmt: skip
