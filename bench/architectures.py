@@ -32,8 +32,8 @@ _SIZES: dict[int | float, str] = {
     2: """num_key_value_heads num_kv_heads kv_n_heads n_head_kv swa_num_key_value_heads num_hidden_layers
         n_layer n_layers num_layers decoder_layers encoder_layers linear_num_key_heads
         num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k num_query_groups
-        index_n_heads num_encoder_layers num_decoder_layers num_local_layers""",
-    16: """head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim swa_head_dim linear_key_head_dim
+        num_encoder_layers num_decoder_layers num_local_layers""",
+    16: """index_n_heads head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim swa_head_dim linear_key_head_dim
         linear_value_head_dim linear_head_dim mamba_head_dim mamba_d_head kv_channels
         attention_head_dim attention_head_size d_head index_head_dim chunk_size mamba_chunk_size
         ssm_state_size state_size mamba_d_state d_state query_pre_attn_scalar global_head_dim

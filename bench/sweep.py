@@ -12,6 +12,7 @@ written to ``bench/ARCHITECTURES.md``.  Each model has a process of its own.
 import argparse
 import copy
 import importlib.metadata
+import json
 import logging
 import multiprocessing
 import os
@@ -214,12 +215,30 @@ def _child(case: Case, pipe: Connection) -> None:
     pipe.send(try_case(case))
 
 
-def run(chosen: Sequence[Case], jobs: int = 2, seconds: float = SECONDS) -> dict[str, dict[str, Outcome]]:
-    """Outcomes of each case, `jobs` at a time; one that dies or takes too long is a crash."""
+def run(
+    chosen: Sequence[Case], jobs: int = 2, seconds: float = SECONDS, log: Path | None = None
+) -> dict[str, dict[str, Outcome]]:
+    """Outcomes of each case, `jobs` at a time; one that dies or takes too long is a crash.
+
+    `log` keeps them, a JSON line a case; a case that it has already is not run again.
+    """
     try_case(Case("llama", "llama", {}))  # imports once, before the forks, what takes seconds
     context = multiprocessing.get_context("fork")
     found: dict[str, dict[str, Outcome]] = {}
-    queue, live = list(chosen), {}
+    if log and log.exists():
+        for line in log.read_text().splitlines():
+            row = json.loads(line)
+            found[row["name"]] = {k: Outcome(*x) for k, x in row["outcomes"].items()}
+
+    def done(case: Case, outcomes: dict[str, Outcome], started: float) -> None:
+        found[case.name] = outcomes
+        _print(len(found), len(chosen), case, outcomes, time.monotonic() - started)
+        if log:
+            with log.open("a") as file:
+                file.write(json.dumps({"name": case.name, "outcomes": outcomes}) + "\n")
+
+    queue = [case for case in chosen if case.name not in found]
+    live: dict[Any, tuple[Case, Any, float]] = {}
     while queue or live:
         while queue and len(live) < jobs:
             case = queue.pop(0)
@@ -229,21 +248,20 @@ def run(chosen: Sequence[Case], jobs: int = 2, seconds: float = SECONDS) -> dict
             theirs.close()
             live[ours] = case, process, time.monotonic()
         for pipe in wait(list(live), timeout=1.0):
-            case, process, started = live.pop(pipe)  # type: ignore[arg-type]
+            case, process, started = live.pop(pipe)
             try:
-                found[case.name] = pipe.recv()  # type: ignore[union-attr]
+                outcomes = pipe.recv()  # type: ignore[union-attr]
             except EOFError:
                 process.join()
-                found[case.name] = {"": Outcome(CRASH, f"exit code {process.exitcode}")}
+                outcomes = {"": Outcome(CRASH, f"exit code {process.exitcode}")}
             process.join()
-            _print(len(found), len(chosen), case, found[case.name], time.monotonic() - started)
+            done(case, outcomes, started)
         for pipe, (case, process, started) in list(live.items()):
             if time.monotonic() - started > seconds:
                 process.kill()
                 process.join()
                 del live[pipe]
-                found[case.name] = {"": Outcome(CRASH, f"not done after {seconds:.0f} s")}
-                _print(len(found), len(chosen), case, found[case.name], seconds)
+                done(case, {"": Outcome(CRASH, f"not done after {seconds:.0f} s")}, started)
     return {case.name: found[case.name] for case in chosen}
 
 
@@ -306,12 +324,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", help="model types or variants (all)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help=f"the table ({TABLE.name}, of all models)")
+    parser.add_argument("--log", type=Path, help="JSON lines of outcomes; goes on where they end")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     chosen = [case for case in cases() if not args.names or case.name in args.names]
     if unknown := set(args.names) - {case.name for case in chosen}:
         raise SystemExit(f"no such model type: {', '.join(sorted(unknown))}")
-    found = run(chosen, args.jobs)
+    found = run(chosen, args.jobs, log=args.log)
     print(dict(Counter(total(x) for x in found.values())))
     out = args.out or (None if args.names else TABLE)
     if out:
