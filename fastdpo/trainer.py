@@ -184,7 +184,7 @@ class TrainingConfig:
             require(self, "router_aux_loss_coef", self.router_aux_loss_coef >= 0, ">= 0")
         if self.workspace_mib is not None:
             require(self, "workspace_mib", self.workspace_mib > 0, "> 0")
-        for name in ("lora_r", "lora_alpha", "lora_target_modules"):
+        for name in ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters"):
             require_used(self, name, self.use_peft, "use_peft be true")
         cached = self.precompute_ref_log_probs or self.reference_cache is None
         require_used(self, "reference_cache", cached, "precompute_ref_log_probs be true")

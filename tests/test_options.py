@@ -32,6 +32,12 @@ IDLE: list[tuple[tuple[type, ...], dict[str, Any], str, dict[str, Any]]] = [
     (TRAINING, dict(lora_r=4), "lora_r", dict(use_peft=True)),
     (TRAINING, dict(lora_alpha=4.0), "lora_alpha", dict(use_peft=True)),
     (TRAINING, dict(lora_target_modules=["q_proj"]), "lora_target_modules", dict(use_peft=True)),
+    (
+        TRAINING,
+        dict(lora_target_parameters=["experts.up"]),
+        "lora_target_parameters",
+        dict(use_peft=True),
+    ),
     (TRAINING, dict(target_length=9.0), "target_length", dict(alpha="auto")),
     (
         TRAINING,
@@ -134,6 +140,7 @@ ALWAYS = {
     "sample_dtype", "server_url", "scorer", "reference", "extrapolation", "round_learning_rates",
     "round_betas", "pairing", "length_penalty", "min_gap", "drop_truncated", "drop_duplicates",
     "ches_keep", "max_difficulty",
+    "router_aux_loss_coef",  # depends on the model, which says so
 }  # fmt: skip
 
 
