@@ -341,7 +341,8 @@ class _Alone:
         difference = self.in_batch(model, layout).float() - self.hidden_ND
         error_N = difference.norm(dim=-1) / self.hidden_ND.norm(dim=-1)
         if self.flips:
-            error_N = torch.stack([x.median() for x in error_N.split(list(map(len, self.targets)))])
+            sides = [x for pair in self.pairs for x in (pair.chosen_ids, pair.rejected_ids)]
+            error_N = torch.stack([x.median() for x in error_N.split(list(map(len, sides)))])
         return float(error_N.max())
 
 
