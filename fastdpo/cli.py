@@ -108,6 +108,9 @@ class DoctorConfig:
     """Say what this machine will use and what is missing."""
 
 
+RENDERED = "rendered.json"  # when the rows were rendered, where a template asked for the time
+
+
 def _quiet_loading() -> None:
     """Keep transformers' bars for loading shards from drowning those of the stages."""
     from transformers.utils import logging
@@ -116,16 +119,22 @@ def _quiet_loading() -> None:
 
 
 def run_train(config: TrainConfig) -> None:
+    from fastdpo.clock import KEY, rendering_at
     from fastdpo.control import LengthController
     from fastdpo.data import preference_rows, read_rows, tokenize_dataset
-    from fastdpo.models import load_tokenizer
+    from fastdpo.models import check_start, load_tokenizer
     from fastdpo.pairing import load_pairs, split_stages
     from fastdpo.rounds import response_lengths
-    from fastdpo.storage import locked, read_json
+    from fastdpo.storage import locked, read_json, write_json_atomic
     from fastdpo.trainer import train
 
     _quiet_loading()
+    for name in (config.model, config.reference):
+        if name is not None:
+            check_start(name)
     tokenizer = load_tokenizer(config.model, config.chat_template)
+    out = Path(config.output_dir)
+    clock = None
     rows = read_rows(config.dataset, config.split)
     if {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys():
         pairs = load_pairs(Path(config.dataset))
@@ -142,19 +151,21 @@ def run_train(config: TrainConfig) -> None:
                 "out, or give it to fastdpo sample"
             )
     else:
-        found = tokenize_dataset(
-            preference_rows(rows),
-            tokenizer,
-            max_length=config.max_length,
-            overlong=config.overlong,
-        )
+        with rendering_at(_rendered_at(out / RENDERED)) as clock:
+            found = tokenize_dataset(
+                preference_rows(rows),
+                tokenizer,
+                max_length=config.max_length,
+                overlong=config.overlong,
+            )
         print(found)
         pairs = found.pairs
-    out = Path(config.output_dir)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir={out} is a file; name a folder")
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(out) if first else nullcontext():
+        if first and clock is not None and clock.read:
+            write_json_atomic(out / RENDERED, {KEY: clock.time})
         metrics = train(
             config.model,
             tokenizer,
@@ -174,6 +185,18 @@ def run_train(config: TrainConfig) -> None:
     _save_config(config, out)
     print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     print(f"policy: {out / 'policy'}")
+
+
+def _rendered_at(path: Path) -> str:
+    """When the run's rows were rendered first, now if they were not; alike on all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    from fastdpo.clock import KEY, now
+    from fastdpo.storage import read_json
+
+    time = [read_json(path)[KEY] if path.is_file() else now()]
+    broadcast_object_list(time)
+    return time[0]
 
 
 def run_iterate(config: IterateConfig) -> None:

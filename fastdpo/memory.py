@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from fastdpo import attention, balance, head, longcontext, ops, policy
 from fastdpo.batch import LAYOUTS, Layout, PackedPairs, Segments, TokenizedPair, pack_pairs
 from fastdpo.gemm import Products, has_native_bf16
-from fastdpo.models import ModelError
+from fastdpo.models import ModelError, check_folder, refuse_quantized
 from fastdpo.objectives import lr_dpo
 from fastdpo.passes import Call, Pairs
 from fastdpo.plan import PROJECT_MAX_D
@@ -129,15 +130,19 @@ def _configuration(model: Any) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
     if isinstance(model, PreTrainedConfig):
+        refuse_quantized(model, type(model).__name__)
         return type(model).from_dict(model.to_dict())
+    check_folder(str(model))
     try:
-        return AutoConfig.from_pretrained(str(model))
+        found = AutoConfig.from_pretrained(str(model))
     except (OSError, ValueError, ImportError) as error:
         short = " ".join(str(error).split())[:300]
         raise ModelError(
             f"config.json of model={str(model)!r} cannot be had (a folder with that one file is "
             f"enough): {short}"
         ) from error
+    refuse_quantized(found, str(model))
+    return found
 
 
 # -------------------------------------------------------------------------------------- what fits
@@ -216,6 +221,8 @@ class Fit:
             found = option.estimate
             host = f" and {_gib(found.host)} of CPU memory" if found.host else ""
             rows.append(f"2 x {option.longest:>6}{most}  {what}: {_gib(found.peak)}{host}")
+        if not find_spec("peft"):
+            rows.append("use_peft is left out: it needs peft, pip install 'fastdpo[peft]'")
         return "\n".join(rows)
 
 
@@ -258,6 +265,8 @@ def longest_pair(model: Any, config: TrainingConfig, gpu_gib: float) -> Fit:
         if changes and (not wanted or any(wanted == option.changes for option in options)):
             continue
         changed = replace(config, **wanted)
+        if changed.use_peft and not config.use_peft and not find_spec("peft"):
+            continue  # its layers are peft's
         if changed.use_peft and not config.use_peft and "precompute_ref_log_probs" in wanted:
             continue
         simulation = _Simulation(_configuration(configuration), changed, "cuda")

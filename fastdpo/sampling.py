@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastdpo.clock import KEY, rendering_at
 from fastdpo.data import DataError, PromptRow, render_prompt
 from fastdpo.models import ModelError, load_causal_lm
 from fastdpo.samplers import (
@@ -43,7 +44,7 @@ from fastdpo.samplers import (
     policy_digest,
 )
 from fastdpo.server import open_server
-from fastdpo.storage import begin_stage, part_path, write_json_atomic, write_jsonl_atomic
+from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -170,7 +171,8 @@ def sample(
                 f"{name}={mine!r} is not the sampler's, {its!r}; open it with this one"
             )
     with closing(sampler) if owned else nullcontext():
-        prompt_ids = _render_all(sampler.context, tokenizer, prompts, config.max_new_tokens)
+        with rendering_at((read_plan(out_dir) or {}).get(KEY)) as clock:
+            prompt_ids = _render_all(sampler, tokenizer, prompts, config.max_new_tokens)
         starts = range(0, len(prompts), config.batch_prompts)
         seeds = [_part_seed(config.seed, round_index, part) for part in range(len(starts))]
         plan = {
@@ -183,6 +185,8 @@ def sample(
             "parts": len(starts),
             "seeds": seeds,
         }
+        if clock.read:
+            plan[KEY] = clock.time
         begin_stage(out_dir, plan)
         undone = [part for part in range(len(starts)) if not part_path(out_dir, part).exists()]
 
@@ -239,10 +243,10 @@ def _each(work: Callable[[int], list[int]], parts: list[int], at_once: int) -> I
 
 
 def _render_all(
-    context: int | None, tokenizer: Any, prompts: Sequence[PromptRow], max_new_tokens: int
+    sampler: Sampler, tokenizer: Any, prompts: Sequence[PromptRow], max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of all prompts, checked before the first is sampled."""
-    result = []
+    result, context = [], sampler.context
     for row in prompts:
         try:
             ids = render_prompt(
@@ -252,6 +256,12 @@ def _render_all(
             raise DataError(f"{row.where}: {error}") from error
         if not ids:
             raise DataError(f"{row.where}: the prompt has no tokens. Fill it in or remove the row.")
+        if sampler.vocab is not None and max(ids) >= sampler.vocab:
+            raise DataError(
+                f"{row.where}: the prompt has token {max(ids)} "
+                f"({tokenizer.convert_ids_to_tokens(max(ids))!r}), but the model has embeddings "
+                f"for {sampler.vocab} only. Remove the row, or use the model's own tokenizer."
+            )
         if context is not None and len(ids) + max_new_tokens > context:
             raise DataError(
                 f"{row.where}: the prompt has {len(ids)} tokens; with max_new_tokens="

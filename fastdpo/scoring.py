@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastdpo.clock import KEY, rendering_at
 from fastdpo.data import DataError, Text
 from fastdpo.remote import Endpoint, Remote, check_url
 from fastdpo.rewards import (
@@ -218,11 +219,15 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
     if scorer.settings:
         plan["settings"] = scorer.settings
     check_columns(scorer, _columns_of(parts) if scorer.columns else ())
-    begin_stage(out_dir, plan)
-    for path in tqdm(parts, desc="scoring", unit="part", disable=not progress):
-        out_path = Path(out_dir) / path.name
-        if not (out_path.exists() and _scored(out_path) == {_digest(path)}):
-            _score_part(scorer, path, out_path)
+    known = read_plan(out_dir) or {}
+    with rendering_at(known.get(KEY)) as clock:  # scorers may render by templates too
+        if KEY in known or not known:
+            plan[KEY] = clock.time
+        begin_stage(out_dir, plan)
+        for path in tqdm(parts, desc="scoring", unit="part", disable=not progress):
+            out_path = Path(out_dir) / path.name
+            if not (out_path.exists() and _scored(out_path) == {_digest(path)}):
+                _score_part(scorer, path, out_path)
 
 
 def _columns_of(parts: list[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -123,6 +123,7 @@ class ServerSampler:
         self.config, self.ending, self.dtype = config, ending, dtype
         self.policy: str | None = None
         self.context: int | None = None
+        self.vocab: int | None = None  # the server refuses other tokens
         self.at_once = max(1, _SEQUENCES // (config.num_samples * config.batch_prompts))
         self._local, self._stop = local, _Running(local)
         self._model = ""

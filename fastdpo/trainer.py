@@ -14,7 +14,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
@@ -50,7 +50,13 @@ from fastdpo.checks import is_default
 from fastdpo.control import LengthController
 from fastdpo.data import OVERLONG, counted, fit_to_budget
 from fastdpo.metrics import MetricsLog, read_metrics
-from fastdpo.models import ModelError, load_causal_lm, save_policy
+from fastdpo.models import (
+    ModelError,
+    check_start,
+    load_causal_lm,
+    refuse_quantized,
+    save_policy,
+)
 from fastdpo.ops import PreferenceLoss
 from fastdpo.policy import check_range, layout_of, packed_loss, prepare_model
 from fastdpo.ref_logps import cache_key, pairs_digest, weights_digest
@@ -204,27 +210,42 @@ def require_used(config: Any, name: str, used: bool, otherwise: str) -> None:
     require(config, name, not idle, f"left out, where it has no effect, or {otherwise}")
 
 
-def check_model(name: str, tokenizer: Any, config: TrainingConfig) -> None:
-    """Refuse a model or options that `train` would refuse, before samples are drawn for it."""
+def check_model(
+    name: str,
+    tokenizer: Any,
+    config: TrainingConfig,
+    tokens: Iterable[tuple[str, Sequence[int]]],
+) -> None:
+    """Refuse a model or options that `train` would refuse, before samples are drawn for it.
+
+    Args:
+        tokens: what training will see beside samples, with its places. It is looked at only where
+            the tokenizer has tokens that the model has not: nothing is wrong if none occurs.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = prepare_policy(load_start(name, config, device), config)
-    what = "max_length"
-    check_range(model, len(tokenizer) - 1, config.max_length, "the tokenizer's", what)
+    model: Any = prepare_policy(load_start(name, config, device), config)
+    check_range(model, 0, config.max_length, "", "max_length")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        for where, ids in tokens:
+            check_range(model, max(ids, default=0), 0, f"{where}: the", "")
 
 
 def load_start(start: Any, config: TrainingConfig, device: torch.device) -> Any:
     """The model that training starts from, on its device, as the options have its weights.
 
     Raises:
-        ModelError: it cannot be loaded; or, in memory, has adapters or another dtype.
+        ModelError: it cannot be loaded or is quantized; or, in memory, has adapters or another
+            dtype.
     """
     dtype = getattr(torch, config.dtype)
     if isinstance(start, str | Path):
+        check_start(str(start))
         return (load_4bit if config.load_in_4bit else load_causal_lm)(str(start), dtype=dtype).to(
             device
         )
     if config.load_in_4bit:
         raise ConfigError("load_in_4bit=True needs a model by name, not one in memory")
+    refuse_quantized(start.config, type(start).__name__)
     if getattr(start, "peft_config", None):
         raise ModelError(
             f"this {type(start).__name__} has adapters; merge them (peft's merge_and_unload), and "
@@ -526,7 +547,9 @@ class _Round:
                 whole = merged(str(self.start), self.out / "adapter", torch.float32)
             else:
                 whole = merged_in_place(model.cpu(), torch.float32)
-        save_policy(whole, self.tokenizer, self.out / "policy")
+        start: Any = self.start
+        start = start if isinstance(start, str | Path) else start.name_or_path
+        save_policy(whole, self.tokenizer, self.out / "policy", start=str(start))
 
     def _claim_folder(self) -> None:
         """Write what this run is, or refuse a folder that holds another one."""
@@ -553,7 +576,10 @@ class _Round:
                 )
 
     def _plan(self, epoch: int) -> list[list[list[int]]]:
-        """Micro-batches of pair indices for each step of an epoch, of this process."""
+        """Micro-batches of pair indices for each step of an epoch, of this process.
+
+        It has none in a step of fewer pairs than processes.
+        """
         config, world = self.config, self.accelerator.num_processes
         fit = {"max_tokens": config.max_tokens, "padded": self.layout == "padded"}
         steps = plan_steps(
@@ -565,11 +591,6 @@ class _Round:
         for step in steps:
             pairs = list(chain.from_iterable(step))
             mine = share_step(pairs, self.lengths, world)[self.accelerator.process_index]
-            if len(pairs) < world:
-                raise ConfigError(
-                    f"a step of {len(pairs)} pairs leaves one of {world} processes "
-                    "without a pair; use fewer processes or more pairs"
-                )
             plan = plan_batches([self.lengths[i] for i in mine], **fit)
             own.append([[mine[i] for i in batch] for batch in plan])
         return own
@@ -706,13 +727,15 @@ class _Round:
         )
         step_pairs, all_tokens, all_batches, all_routed = accelerator.reduce(counts, "sum").tolist()  # type: ignore[union-attr]
         sums: dict[str, Tensor] = {}
-        for position, index in enumerate(batches):
+        # Every process takes part in the sum of gradients: one without a pair adds zeros to it.
+        idle = [] if batches else [[min(range(len(self.pairs)), key=self.lengths.__getitem__)]]
+        for position, index in enumerate(batches or idle):
             batch = self._batch(index)
             if ref_logp_P2 is not None:
                 ref_logp_S = ref_logp_P2[index].reshape(-1).to(batch.target_N.device)
             else:
                 ref_logp_S = self._reference_logp(reference or model, batch)
-            last = position == len(batches) - 1
+            last = position == len(batches or idle) - 1
             with accelerator.no_sync(model) if not last else nullcontext():
                 # Gradients are averaged over processes, so each divides by its share.
                 share = step_pairs / accelerator.num_processes
@@ -720,13 +743,14 @@ class _Round:
                 weight = self._routed(index) * accelerator.num_processes / all_routed
                 coef = self.aux_loss_coef * weight
                 result = self._loss(model, batch, ref_logp_S, share, coef)
-                accelerator.backward(result.loss)
-            metrics = {"loss": result.loss.detach(), **result.metrics}
+                loss = 0.0 * result.loss if idle else result.loss
+                accelerator.backward(loss)
+            metrics = {"loss": loss.detach(), **result.metrics}
             metrics[_COVARIANCE] = _covariance(result, ref_logp_S)
-            of_pairs = len(index) / own_pairs
+            of_pairs = len(index) / max(own_pairs, 1)
             for name, value in metrics.items():
                 factor = 1.0 if name in _SUMS else weight if name == "aux_loss" else of_pairs
-                sums[name] = sums.get(name, 0.0) + value * factor
+                sums[name] = sums.get(name, 0.0) + value * (0.0 if idle else factor)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         row = {name: float(value) for name, value in sums.items()}
         row["grad_norm"] = float(norm)  # type: ignore[arg-type]
