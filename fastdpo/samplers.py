@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from fastdpo import rope
 from fastdpo.checks import is_default
 from fastdpo.models import ModelError
 from fastdpo.noise import random_state_kept
@@ -314,6 +315,7 @@ class GenerateSampler:
 
     def __init__(self, model: Any, tokenizer: Any, config: SamplingConfig) -> None:
         self.model: Any = model
+        rope.attach(model)  # a row's frequencies are its own, whatever else is in the batch
         self.config, self.context = config, context_of(model.config)
         vocab = model.get_input_embeddings().weight.shape[0]
         self.vocab: int | None = vocab

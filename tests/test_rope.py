@@ -272,3 +272,30 @@ def test_frequencies_through_a_checkpoint_of_the_module_itself():
     loss = checkpoint(scaled, x, use_reentrant=False)
     module(x, torch.arange(100)[None])  # the next batch comes before the backward
     assert torch.equal(torch.autograd.grad(loss, x)[0], wanted)
+
+
+@pytest.mark.parametrize("of", [PHI3, DYNAMIC], ids=lambda of: of.name)
+def test_rows_of_a_sampled_batch_and_of_a_reward_model(of):
+    from transformers import AutoModelForSequenceClassification
+
+    from fastdpo.rewards import RewardModel
+    from fastdpo.samplers import GenerateSampler, SamplingConfig
+
+    short, long = ids(9, 4), ids(150, 5)
+    config = SamplingConfig(num_samples=1, temperature=0, max_new_tokens=6)
+
+    def sampled(*prompts):
+        sampler = GenerateSampler(build(of, torch.float32), build_tokenizer(), config)
+        return [outputs[0].ids for outputs in sampler.generate(list(prompts), 1, seed=0)]
+
+    assert sampled(short, long) == sampled(short) + sampled(long)
+    settings = build(of).config
+    settings.num_labels = 1
+    torch.manual_seed(0)
+    plain = AutoModelForSequenceClassification.from_config(settings).double().eval()
+    wanted = [copy.deepcopy(plain)(torch.tensor([x])).logits.item() for x in (short, long)]
+    by_length = bool(rope.attach(plain))
+    model = RewardModel(plain, None, 0, 2, math.inf, by_length=by_length)
+    with torch.no_grad():
+        found = model._logits([short, long]).flatten().tolist()
+    assert by_length and found == pytest.approx(wanted, rel=1e-5)
