@@ -55,7 +55,11 @@ _SKIP = {"transformers_version", "architectures", "id2label", "label2id", "model
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 _MAMBA_2 = {"mamba_n_heads": 8}  # heads times their size are twice the hidden size
-_GEMMA_4 = {"head_dim": 16, "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA_4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _ASSISTANT = {
     **_GEMMA_4, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
     "num_hidden_layers": 2, "num_kv_shared_layers": 2,

@@ -65,7 +65,9 @@ def _rope(kind: str, **rest: Any) -> dict[str, Any]:
 
 
 _ORIGINAL = {"original_max_position_embeddings": architectures.ORIGINAL}
-_LONGROPE = _rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8, **_ORIGINAL) | _ORIGINAL
+_LONGROPE = (
+    _rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8, **_ORIGINAL) | _ORIGINAL
+)
 VARIANTS = [
     Case("llama, rope linear", "llama", _rope("linear")),
     Case("llama, rope dynamic", "llama", _rope("dynamic") | {"max_position_embeddings": 60}),
@@ -80,7 +82,7 @@ VARIANTS = [
     Case("gemma3, cap that its code leaves out", "gemma3", {"text_config": {"final_logit_softcapping": 5.0}}),
     Case("granite, scale", "granite", {"logits_scaling": 4.0}),
     Case("hyperclovax, scale", "hyperclovax", {"logits_scaling": 4.0}),
-    Case("minicpm3, scale", "minicpm3", {"logits_scaling": 4.0}),
+    Case("minicpm3, scale", "minicpm3", {"dim_model_base": 16}),
     Case("falcon_h1, scale", "falcon_h1", {"lm_head_multiplier": 0.25}),
     Case("mpt, scale that its code leaves out", "mpt", {"logit_scale": 0.25}),
     Case("recurrent_gemma, cap", "recurrent_gemma", {"logits_soft_cap": 5.0}),
@@ -96,7 +98,9 @@ def cases() -> list[Case]:
     return [Case(name, name, {}) for name in architectures.model_types()] + VARIANTS
 
 
-def random_pairs(vocab: int, lengths: Sequence[tuple[int, int, int]] = LENGTHS) -> list[TokenizedPair]:
+def random_pairs(
+    vocab: int, lengths: Sequence[tuple[int, int, int]] = LENGTHS
+) -> list[TokenizedPair]:
     generator = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> list[int]:
@@ -122,9 +126,13 @@ def try_case(case: Case, layouts: Sequence[str] = LAYOUTS) -> dict[str, Outcome]
         try:
             want = _one_by_one(plain, pairs, ref_logp_S)
         except Exception as error:
-            return {"": Outcome(NOT_BUILT, f"its own forward needs more than tokens: {_line(error)}")}
+            return {
+                "": Outcome(NOT_BUILT, f"its own forward needs more than tokens: {_line(error)}")
+            }
         bound = _own_error(plain, pairs, ref_logp_S, want)
-    return {layout: _try_layout(plain, layout, pairs, ref_logp_S, want, bound) for layout in layouts}
+    return {
+        layout: _try_layout(plain, layout, pairs, ref_logp_S, want, bound) for layout in layouts
+    }
 
 
 Numbers = tuple[Tensor, dict[str, Tensor]]
@@ -155,7 +163,9 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def _own_error(plain: Any, pairs: Sequence[TokenizedPair], ref_logp_S: Tensor, want: Numbers) -> float:
+def _own_error(
+    plain: Any, pairs: Sequence[TokenizedPair], ref_logp_S: Tensor, want: Numbers
+) -> float:
     """Rounding of the model's own fp32: how far sums in another order are from the same."""
     other = copy.deepcopy(plain)
     with torch.no_grad():

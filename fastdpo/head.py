@@ -65,7 +65,8 @@ def head_settings(config: Any) -> dict[str, float | None]:
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = {getattr(x, "model_type", None) for x in (config, text)}
-    known = inspect.signature(type(text)).parameters
+    # MiniCPM3's is a property.
+    known = {*inspect.signature(type(text)).parameters, *dir(type(text))}
 
     def values(names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
         for name in names:
