@@ -111,6 +111,8 @@ IDLE: list[tuple[tuple[type, ...], dict[str, Any], str, dict[str, Any]]] = [
     ((PairConfig,), dict(transform="par", min_gap=0.1, transform_reference="start"),
      "transform_reference", START),
     ((PairConfig,), dict(fresh_threshold=0.0), "fresh_threshold", dict(fresh_threshold=None)),
+    ((PairConfig,), dict(chat_template="t"), "chat_template",
+     dict(replay="r", replay_share=0.5, model="q")),
     ((PairConfig,), dict(max_tokens=9), "max_tokens", dict(max_difficulty=1.0, model="q")),
     ((PairConfig,), dict(bf16=False), "bf16", dict(ches_keep=0.5, model="q")),
     (PAIRING, dict(replay="r"), "replay", dict(replay_share=0.5, model="q")),
@@ -139,7 +141,7 @@ ALWAYS = {
     "num_samples", "max_new_tokens", "temperature", "stop", "batch_prompts", "sampler",
     "sample_dtype", "server_url", "scorer", "reference", "extrapolation", "round_learning_rates",
     "round_betas", "pairing", "length_penalty", "min_gap", "drop_truncated", "drop_duplicates",
-    "ches_keep", "max_difficulty",
+    "ches_keep", "max_difficulty", "chat_template",
     "router_aux_loss_coef",  # depends on the model, which says so
 }  # fmt: skip
 
