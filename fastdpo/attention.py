@@ -202,8 +202,8 @@ def sdpa(
 ) -> Tensor:  # fmt: skip
     """Scaled-dot-product attention a segment; in blocks of queries where it needs a mask."""
     groups = q_THd.shape[1] // k_KHd.shape[1]
-    if groups > 1:
-        # Grouped heads would materialize all scores on CUDA, and on CPUs before torch 2.9.
+    if groups > 1 and (q_THd.is_cuda or softcap is not None):
+        # On CUDA, grouped heads outside flash attention would materialize all scores.
         k_KHd, v_KHd = (x.repeat_interleave(groups, 1) for x in (k_KHd, v_KHd))
     sizes_q, sizes_k = (
         [b - a for a, b in pairwise(bounds)] for bounds in (segments.bounds_q, segments.bounds_k)
@@ -228,7 +228,7 @@ def _attend(
         window = None
     if queries == keys and window is None and softcap is None:
         # is_causal is aligned at the start, which is only the same for as many keys as queries.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     out = []
     for start in range(0, queries, _BLOCK):
         stop = min(start + _BLOCK, queries)
@@ -264,8 +264,8 @@ def _masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float | None
 ) -> Tensor:
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    # Gemma 2's soft cap on the scores, which SDPA lacks.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    # Gemma 2's soft cap on the scores, which SDPA lacks; heads are expanded already.
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap) + mask
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v

@@ -621,7 +621,6 @@ class _Simulation:
 
         config = self.config
         model = AutoModelForCausalLM.from_config(configuration, dtype=getattr(torch, config.dtype))
-        model.tie_weights()  # transformers 5.0 leaves that out where tensors have no content
         if config.load_in_4bit:
             _quantize(model)
         model = with_adapters(model, config)

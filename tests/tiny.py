@@ -37,7 +37,9 @@ def _family(name: str, config: str, **extra: Any) -> Family:
 
 LLAMA = _family("llama", "LlamaConfig")
 QWEN = _family("qwen3", "Qwen3Config", tie_word_embeddings=True)
-GEMMA = _family("gemma2", "Gemma2Config", sliding_window=8, query_pre_attn_scalar=8)
+GEMMA = _family(  # eager, because transformers before 5.22 gives it SDPA, which drops its soft cap
+    "gemma2", "Gemma2Config", sliding_window=8, query_pre_attn_scalar=8, attn_implementation="eager"
+)
 GEMMA3 = _family(
     "gemma3", "Gemma3TextConfig", sliding_window=8, query_pre_attn_scalar=8,
     layer_types=["sliding_attention", "full_attention"],
