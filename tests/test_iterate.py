@@ -180,7 +180,7 @@ def test_tied_weights_count_once_when_combined(tmp_path):
 
 # ------------------------------------------------------------------------------- training
 def test_rates_and_betas_of_each_round(inputs, tmp_path):
-    options = dict(round_learning_rates="[1e-3,1e-4]", round_betas="[0.1,0.3]")
+    options = dict(round_learning_rates="[1e-3,1e-4]", round_betas="[0.1,0.3]", learning_rate=1e-6)
     argv = arguments(inputs, tmp_path, scorer="test_iterate:vowels", rounds=3, **options)
     assert main(argv) == 0
     config = [json.loads((tmp_path / f"round-0{i}" / "run.json").read_text()) for i in (1, 2, 3)]
