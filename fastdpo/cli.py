@@ -189,12 +189,14 @@ def run_train(config: TrainConfig) -> None:
 
 def _rendered_at(path: Path) -> str:
     """When the run's rows were rendered first, now if they were not; alike on all processes."""
+    from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
 
     from fastdpo.clock import KEY, now
     from fastdpo.storage import read_json
 
     time = [read_json(path)[KEY] if path.is_file() else now()]
+    Accelerator()  # joins the processes by the launcher's settings, which the next call does not read
     broadcast_object_list(time)
     return time[0]
 
