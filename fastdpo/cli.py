@@ -196,7 +196,7 @@ def _rendered_at(path: Path) -> str:
     from fastdpo.storage import read_json
 
     time = [read_json(path)[KEY] if path.is_file() else now()]
-    Accelerator()  # joins the processes by the launcher's settings, which the next call does not read
+    Accelerator()  # joins the processes as they were launched; the next call alone does not
     broadcast_object_list(time)
     return time[0]
 
