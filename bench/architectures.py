@@ -29,13 +29,13 @@ _SIZES: dict[int | float, str] = {
         encoder_attention_heads swa_num_attention_heads linear_num_value_heads mamba_num_heads
         mamba_n_heads linear_num_heads num_encoder_attention_heads num_decoder_attention_heads
         index_topk_blocks""",
-    2: """num_key_value_heads num_kv_heads kv_n_heads n_head_kv swa_num_key_value_heads num_hidden_layers
-        n_layer n_layers num_layers decoder_layers encoder_layers linear_num_key_heads
-        num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k num_query_groups
+    2: """num_key_value_heads num_kv_heads kv_n_heads n_head_kv swa_num_key_value_heads
+        num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
+        linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k num_query_groups
         num_encoder_layers num_decoder_layers num_local_layers""",
-    16: """index_n_heads head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim swa_head_dim linear_key_head_dim
-        linear_value_head_dim linear_head_dim mamba_head_dim mamba_d_head kv_channels
-        attention_head_dim attention_head_size d_head index_head_dim chunk_size mamba_chunk_size
+    16: """index_n_heads head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim swa_head_dim
+        linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim mamba_d_head
+        kv_channels attention_head_dim attention_head_size d_head index_head_dim chunk_size mamba_chunk_size
         ssm_state_size state_size mamba_d_state d_state query_pre_attn_scalar global_head_dim
         hidden_size_per_layer_input head_dim_global dim_head laurel_rank d_kv rotary_dim""",
     8: """num_experts n_routed_experts num_local_experts moe_num_experts num_experts_total
@@ -45,9 +45,9 @@ _SIZES: dict[int | float, str] = {
     WINDOW: """sliding_window sliding_window_size attention_window_size window_size local_attention
         attention_chunk_size keep_window_size index_topk""",
     ORIGINAL: "original_max_position_embeddings",
-    1: """n_group num_expert_group n_groups topk_group first_k_dense_replace num_nextn_predict_layers
-        n_shared_experts num_shared_experts mamba_n_groups max_window_layers type_vocab_size
-        num_kv_shared_layers""",
+    1: """n_group num_expert_group n_groups topk_group first_k_dense_replace
+        num_nextn_predict_layers n_shared_experts num_shared_experts mamba_n_groups max_window_layers
+        type_vocab_size num_kv_shared_layers""",
 }
 _SIZE = {name: size for size, names in _SIZES.items() for name in names.split()}
 # Whole configurations of other modalities, and what has nothing to do with sizes.
@@ -115,7 +115,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"],
+    },
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "lfm2_moe": {
         "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,

@@ -46,7 +46,6 @@ PHI4_MINI = Case(
 )  # fmt: skip
 # Sides of rotary thresholds, windows and chunks, in steps of other pairs each epoch.
 LENGTHS = ((20, 90, 50), (9, 14, 31), (40, 25, 12), (8, 30, 60), (30, 31, 29), (5, 70, 6))
-BF16_BOUND = 1e-6
 
 
 def cases() -> list[Case]:
@@ -63,17 +62,6 @@ def runs() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "LoRA", {"bf16": False, "use_peft": True, "lora_r": 2}
     yield "cached", {"bf16": False, "seed": 1, "max_tokens": 300}
     yield "cached, bf16", {"bf16": True, "seed": 1, "max_tokens": 300}
-
-
-def bound(bf16: bool, pairs: list[TokenizedPair], cached: bool) -> float:
-    """How far from log 2 rounding may take a loss.
-
-    In one packing policy and reference round the same and z is 0; beta times the difference of two
-    sums of log-probs, of up to 90 tokens near -6, is half of what a loss may move by.  In another
-    packing each product has its own rounding.
-    """
-    tokens = max(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
-    return BF16_BOUND if bf16 and not cached else tokens * 8 * torch.finfo(torch.float32).eps
 
 
 def worst(
@@ -124,8 +112,9 @@ def table(found: dict[str, dict[str, float | str]]) -> str:
     lines = [
         "# Every loss is log 2",
         "",
-        f"Written by `python -m bench.log2` with {versions}: three epochs at learning rate 1e-12, the",
-        "largest distance of a step's loss from log 2. `-`: the layout is refused.",
+        f"Written by `python -m bench.log2` with {versions}:",
+        "three epochs at learning rate 1e-12, the largest distance of a step's loss from log 2.",
+        "`-`: the layout is refused.",
         "",
         f"| family | {' | '.join(columns)} |",
         "|---" * (1 + len(columns)) + "|",
@@ -138,7 +127,7 @@ def table(found: dict[str, dict[str, float | str]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run, print and write."""
-    from transformers import PreTrainedTokenizerFast
+    import transformers
 
     parser = argparse.ArgumentParser(
         "python -m bench.log2", description=__doc__,
@@ -149,25 +138,27 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    transformers.logging.disable_progress_bar()
     found = {}
     for case in cases():
         if args.names and case.name not in args.names:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            found[case.name] = try_case(case, Path(folder), _tokenizer(PreTrainedTokenizerFast))
+            found[case.name] = try_case(case, Path(folder), tokenizer())
         print(case.name, found[case.name], flush=True)
     if not args.names:
         TABLE.write_text(table(found))
 
 
-def _tokenizer(kind: Any) -> Any:
+def tokenizer() -> Any:
     """Words that are numbers; the pairs are tokens already."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2}
     words |= {str(i): i for i in range(3, architectures.VOCAB)}
-    return kind(
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>",
         eos_token="</s>",
     )  # fmt: skip

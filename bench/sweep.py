@@ -79,7 +79,10 @@ VARIANTS = [
     Case("phi3, rope longrope", "phi3", _LONGROPE),
     Case("phi3, window", "phi3", {"sliding_window": architectures.WINDOW}),
     Case("gemma3_text, cap", "gemma3_text", {"final_logit_softcapping": 5.0}),
-    Case("gemma3, cap that its code leaves out", "gemma3", {"text_config": {"final_logit_softcapping": 5.0}}),
+    Case(
+        "gemma3, cap that its code leaves out", "gemma3",
+        {"text_config": {"final_logit_softcapping": 5.0}},
+    ),
     Case("granite, scale", "granite", {"logits_scaling": 4.0}),
     Case("hyperclovax, scale", "hyperclovax", {"logits_scaling": 4.0}),
     Case("minicpm3, scale", "minicpm3", {"dim_model_base": 16}),
@@ -118,7 +121,6 @@ def try_case(case: Case, layouts: Sequence[str] = LAYOUTS) -> dict[str, Outcome]
     vocab = min(architectures.VOCAB, case.changes.get("unpadded_vocab_size", architectures.VOCAB))
     pairs = random_pairs(vocab)
     ref_logp_S = torch.linspace(-900, -300, 2 * len(pairs), dtype=torch.float64)
-    bound = 1e-6  # models keep rotary embeddings, norms and an eager softmax in fp32
     try:
         want = _one_by_one(plain, pairs, ref_logp_S)
     except Exception:
@@ -126,20 +128,16 @@ def try_case(case: Case, layouts: Sequence[str] = LAYOUTS) -> dict[str, Outcome]
         try:
             want = _one_by_one(plain, pairs, ref_logp_S)
         except Exception as error:
-            return {
-                "": Outcome(NOT_BUILT, f"its own forward needs more than tokens: {_line(error)}")
-            }
-        bound = _own_error(plain, pairs, ref_logp_S, want)
-    return {
-        layout: _try_layout(plain, layout, pairs, ref_logp_S, want, bound) for layout in layouts
-    }
+            reason = f"its own forward needs more than tokens: {_line(error)}"
+            return {"": Outcome(NOT_BUILT, reason)}
+    return {x: _try_layout(plain, x, pairs, ref_logp_S, want) for x in layouts}
 
 
 Numbers = tuple[Tensor, dict[str, Tensor]]
 
 
 def _one_by_one(plain: Any, pairs: Sequence[TokenizedPair], ref_logp_S: Tensor) -> Numbers:
-    """Log-probs of sequences and gradients of the loss, each sequence by the model's own forward."""
+    """Log-probs of sequences and gradients of the loss, a sequence at a time by its own forward."""
     sums = []
     for pair in pairs:
         for response in (pair.chosen_ids, pair.rejected_ids):
@@ -163,15 +161,18 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def _own_error(
-    plain: Any, pairs: Sequence[TokenizedPair], ref_logp_S: Tensor, want: Numbers
-) -> float:
-    """Rounding of the model's own fp32: how far sums in another order are from the same."""
-    other = copy.deepcopy(plain)
-    with torch.no_grad():
-        for p in other.parameters():  # one unit in the last place, half of them up
-            p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint_like(p, -1, 2))
-    return 8 * _error(_one_by_one(other, pairs, ref_logp_S), want)
+def _bound(plain: Any, pairs: Sequence[TokenizedPair], ref_logp_S: Tensor, want: Numbers) -> float:
+    """What rounding may change: rotary embeddings, norms and softmaxes are fp32 in many models.
+
+    So no more than the model's own error in fp32.  For a model that has no fp64 that is the error
+    which one unit in the last place of its weights makes.
+    """
+    other = copy.deepcopy(plain).float()
+    if next(plain.parameters()).dtype == torch.float32:
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint_like(p, -1, 2))
+    return min(1e-4, max(1e-6, 2 * _error(_one_by_one(other, pairs, ref_logp_S), want)))
 
 
 def _error(found: Numbers, want: Numbers) -> float:
@@ -192,7 +193,6 @@ def _error(found: Numbers, want: Numbers) -> float:
 
 def _try_layout(
     plain: Any, layout: str, pairs: Sequence[TokenizedPair], ref_logp_S: Tensor, want: Numbers,
-    bound: float,
 ) -> Outcome:  # fmt: skip
     try:
         model = prepare_model(copy.deepcopy(plain), layout=layout)
@@ -207,7 +207,7 @@ def _try_layout(
     except Exception as error:
         return Outcome(CRASH, _line(error))
     error = _error((result.logp_S, _gradients(model)), want)
-    if error > bound:
+    if error > 1e-6 and error > (bound := _bound(plain, pairs, ref_logp_S, want)):
         return Outcome(WRONG, f"relative error {error:.2g}, bound {bound:.2g}", error)
     return Outcome(EQUAL, "", error)
 
@@ -221,8 +221,8 @@ def _line(error: BaseException) -> str:
 def _child(case: Case, pipe: Connection) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    sys.stderr = open(os.devnull, "w")
-    pipe.send(try_case(case))
+    with open(os.devnull, "w") as sys.stderr:
+        pipe.send(try_case(case))
 
 
 def run(
@@ -306,8 +306,9 @@ def table(found: dict[str, dict[str, Outcome]]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Written by `python -m bench.sweep` with {versions}. Tiny models with random weights; log-probs and",
-        "gradients of pairs in one batch against the model's own forward, a sequence at a time.",
+        f"Written by `python -m bench.sweep` with {versions}.",
+        "Tiny models with random weights; log-probs and gradients of pairs in one batch against the",
+        "model's own forward, a sequence at a time. Outcomes to rounding.",
         "`fastdpo` takes the first of shared, packed and padded that is not refused.",
         "",
         f"{sum(counts.values())} model types: "

@@ -248,9 +248,19 @@ def _first_exact(model: Any, alone: "_Alone", layouts: Sequence[Layout]) -> Layo
 
 
 def _refuse_state(model: Any, layout: str) -> None:
-    """Refuse to pack models that carry a state from token to token, whatever a probe shows."""
+    """Refuse what no short probe shows: a state from token to token, keys chosen from a whole row.
+
+    Such a state only forbids to pack; Doge's choice of keys forbids every batch.
+    """
     base = head.base_of(model)
-    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+    config = base.config.get_text_config()
+    kept = getattr(config, "keep_window_size", None)
+    if kept:
+        raise ValueError(
+            f"its attention keeps {kept} keys of a whole row (keep_window_size), padding and other "
+            "sequences among them"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
     if layout == "padded" or not (base._is_stateful or kinds - _ATTENTION):
         return
     what = ", ".join(sorted(kinds - _ATTENTION)) or "a recurrent state"
