@@ -489,7 +489,12 @@ class _Round:
         """The reference where it is another model than the start, ready for the same pairs."""
         if self.other_reference is None:
             return None
-        off = {"use_peft": False, "load_in_4bit": False, "router_aux_loss_coef": 0.0}
+        off: dict[str, Any] = {
+            field.name: field.default
+            for field in fields(TrainingConfig)
+            if field.name in ("use_peft", "load_in_4bit") or field.name.startswith("lora_")
+        }
+        off["router_aux_loss_coef"] = 0.0
         config = replace(self.config, **off)
         device = self.accelerator.device
         model = load_start(self.other_reference, config, device)
