@@ -177,7 +177,8 @@ def test_the_cap_of_attention_is_kept_from_sdpa(layout, monkeypatch, tmp_path):
     plain.set_attn_implementation("sdpa")
     model = prepare_model(copy.deepcopy(plain), layout=layout)
     assert layout_of(model) == layout
-    found = packed_loss(model, pack_pairs(pairs, layout=layout), zeros_S, beta=0.1, alpha=0.0).logp_S
+    batch = pack_pairs(pairs, layout=layout)
+    found = packed_loss(model, batch, zeros_S, beta=0.1, alpha=0.0).logp_S
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     plain.save_pretrained(tmp_path)
     monkeypatch.undo()
