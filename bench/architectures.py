@@ -16,38 +16,39 @@ ORIGINAL = 60  # the length that a rotary embedding was trained for, where it ha
 
 _SIZES: dict[int | float, str] = {
     VOCAB: "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size",
-    64: """hidden_size d_model n_embd embedding_size embedding_dim emb_dim dim input_embedding_size
-        output_embedding_size hidden_size_global attention_hidden_size word_embed_proj_dim lru_width
-        feed_forward_size embed_dim""",
+    64: """hidden_size d_model n_embd embedding_size embedding_dim emb_dim dim
+        input_embedding_size output_embedding_size hidden_size_global attention_hidden_size
+        word_embed_proj_dim lru_width feed_forward_size embed_dim""",
     96: """intermediate_size ffn_dim ffn_hidden_size d_ff dff dim_ff d_inner decoder_ffn_dim
         encoder_ffn_dim n_inner intermediate_size_mlp dense_intermediate_size mlp_dim
         shared_intermediate_size""",
-    32: """moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size kv_lora_rank
-        q_lora_rank moe_shared_expert_intermediate_size shared_experts_intermediate_size o_lora_rank
-        mamba_d_ssm""",
+    32: """moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size
+        kv_lora_rank q_lora_rank moe_shared_expert_intermediate_size
+        shared_experts_intermediate_size o_lora_rank mamba_d_ssm""",
     4: """num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads
         encoder_attention_heads swa_num_attention_heads linear_num_value_heads mamba_num_heads
         mamba_n_heads linear_num_heads num_encoder_attention_heads num_decoder_attention_heads
         index_topk_blocks""",
     2: """num_key_value_heads num_kv_heads kv_n_heads n_head_kv swa_num_key_value_heads
         num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
-        linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k num_query_groups
-        num_encoder_layers num_decoder_layers num_local_layers""",
+        linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k
+        num_query_groups num_encoder_layers num_decoder_layers num_local_layers""",
     16: """index_n_heads head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim swa_head_dim
         linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim mamba_d_head
-        kv_channels attention_head_dim attention_head_size d_head index_head_dim chunk_size mamba_chunk_size
-        ssm_state_size state_size mamba_d_state d_state query_pre_attn_scalar global_head_dim
-        hidden_size_per_layer_input head_dim_global dim_head laurel_rank d_kv rotary_dim""",
+        kv_channels attention_head_dim attention_head_size d_head index_head_dim chunk_size
+        mamba_chunk_size ssm_state_size state_size mamba_d_state d_state query_pre_attn_scalar
+        global_head_dim hidden_size_per_layer_input head_dim_global dim_head laurel_rank d_kv
+        rotary_dim""",
     8: """num_experts n_routed_experts num_local_experts moe_num_experts num_experts_total
         index_block_size mamba_headdim time_step_rank mamba_dt_rank""",
-    512: """max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length
-        max_target_positions n_positions""",
-    WINDOW: """sliding_window sliding_window_size attention_window_size window_size local_attention
-        attention_chunk_size keep_window_size index_topk""",
+    512: """max_position_embeddings n_positions n_ctx max_seq_len context_length
+        model_max_length max_target_positions n_positions""",
+    WINDOW: """sliding_window sliding_window_size attention_window_size window_size
+        local_attention attention_chunk_size keep_window_size index_topk""",
     ORIGINAL: "original_max_position_embeddings",
     1: """n_group num_expert_group n_groups topk_group first_k_dense_replace
-        num_nextn_predict_layers n_shared_experts num_shared_experts mamba_n_groups max_window_layers
-        type_vocab_size num_kv_shared_layers""",
+        num_nextn_predict_layers n_shared_experts num_shared_experts mamba_n_groups
+        max_window_layers type_vocab_size num_kv_shared_layers""",
 }
 _SIZE = {name: size for size, names in _SIZES.items() for name in names.split()}
 # Whole configurations of other modalities, and what has nothing to do with sizes.

@@ -137,7 +137,7 @@ Numbers = tuple[Tensor, dict[str, Tensor]]
 
 
 def _one_by_one(plain: Any, pairs: Sequence[TokenizedPair], ref_logp_S: Tensor) -> Numbers:
-    """Log-probs of sequences and gradients of the loss, a sequence at a time by its own forward."""
+    """Log-probs of sequences and gradients of the loss, one at a time by its own forward."""
     sums = []
     for pair in pairs:
         for response in (pair.chosen_ids, pair.rejected_ids):
@@ -307,8 +307,8 @@ def table(found: dict[str, dict[str, Outcome]]) -> str:
         "# Architectures",
         "",
         f"Written by `python -m bench.sweep` with {versions}.",
-        "Tiny models with random weights; log-probs and gradients of pairs in one batch against the",
-        "model's own forward, a sequence at a time. Outcomes to rounding.",
+        "Tiny models with random weights; log-probs and gradients of pairs in one batch against",
+        "the model's own forward, a sequence at a time, to rounding.",
         "`fastdpo` takes the first of shared, packed and padded that is not refused.",
         "",
         f"{sum(counts.values())} model types: "

@@ -1,5 +1,7 @@
 """What models do between hidden states and logits: read from configurations, proved by a probe."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -10,15 +12,17 @@ from fastdpo.head import head_settings
 from fastdpo.models import ModelError
 
 VOCAB = 320
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, pad_token_id=0, bos_token_id=1,
     eos_token_id=2, initializer_range=0.2,
 )  # fmt: skip
-MAMBA = dict(
+MAMBA: dict[str, Any] = dict(
     mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=16
 )
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+VISION: dict[str, Any] = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+)
 
 
 def config(name, **extra):
