@@ -157,15 +157,15 @@ def test_all_rounds_are_rendered_by_one_clock(dated, tmp_path, monkeypatch):
     options = dict(
         model=model, scorer="test_starts:vowels", heldout=2, max_length=128, max_tokens=400,
         replay=offline, replay_share=0.5, fresh_threshold=-9, batch_prompts=2, num_samples=2,
-        max_new_tokens=8,
+        max_new_tokens=8, rounds=1,
     )  # fmt: skip
 
     def run():
         return main(arguments(inputs, tmp_path / "run", **options))
 
     set_to(*BEFORE)
-    # In the second round, in the middle of its samples.
-    interrupted(monkeypatch, GenerateSampler, "generate", 9, run)
+    # In the middle of the first round's samples.
+    interrupted(monkeypatch, GenerateSampler, "generate", 3, run)
     set_to(*AFTER)
     assert run() == 0
     tokenizer, found = load_tokenizer(str(model)), set()
@@ -289,9 +289,10 @@ COUNTS = {
     "one in the last step": (9, {}),
     "one in all": (1, {}),
     "reference in each step": (5, dict(precompute_ref_log_probs=False)),
-    "another reference": (5, dict(reference=True)),
-    "adapters": (5, dict(use_peft=True, lora_r=4, learning_rate=1e-2)),
-    "adapters, another reference": (5, dict(use_peft=True, lora_r=4, reference=True)),
+    "adapters, another reference": (
+        5,
+        dict(use_peft=True, lora_r=4, learning_rate=1e-2, reference=True),
+    ),
 }
 
 
@@ -299,7 +300,7 @@ def train_all(model, folder):
     for name, (count, changes) in COUNTS.items():
         options: dict[str, Any] = dict(
             batch_size=4, learning_rate=1e-3, bf16=False, max_length=64, max_tokens=128,
-            reference_cache=None, gradient_checkpointing=False, num_train_epochs=2, warmup_ratio=0,
+            reference_cache=None, gradient_checkpointing=False, warmup_ratio=0,
         ) | changes  # fmt: skip
         reference = model if options.pop("reference", False) else None
         tokenizer, config = load_tokenizer(str(model)), TrainingConfig(**options)
