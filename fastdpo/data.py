@@ -231,11 +231,13 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 def _arrow_rows(dataset: Any) -> list[dict[str, Any]]:
     """The rows as they were before Arrow, less the null keys that it gave their structs."""
     features = dataset.features
-    return [
-        # A null prompt is one that another row has, and this one has within its responses.
-        {k: _as_written(v, features[k]) for k, v in row.items() if k != "prompt" or v is not None}
-        for row in dataset.to_list()
-    ]
+    rows = [{k: _as_written(v, features[k]) for k, v in row.items()} for row in dataset.to_list()]
+    for row in rows:
+        # A prompt that another row has, and this one within its conversations.
+        within = all(isinstance(row.get(side), list) for side in ("chosen", "rejected"))
+        if within and row.get("prompt", "") is None:
+            del row["prompt"]
+    return rows
 
 
 def _as_written(value: Any, feature: Any) -> Any:
@@ -324,6 +326,7 @@ def prompt_key(prompt: Text) -> str:
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, list) and all(
         isinstance(x, dict) and x.keys() == {"type", "text"} for x in content
@@ -603,7 +606,7 @@ def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
         return False
     try:
         first = tokenizer(text=prompt[:64], add_special_tokens=False)["input_ids"][:1]
-        if not first or tokenizer.decode(first, skip_special_tokens=True):  # no special token
+        if not first or first[0] not in special_ids(tokenizer):
             return True
         own = tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
     except Exception:  # told of by the rendering
@@ -958,7 +961,7 @@ class _Renderer:
         if not row.append_eos:
             return ids, False
         last = last_token(ids, self.tokenizer)
-        if last >= 0 and self._is_end(ids[last], row, options, prompt):
+        if last >= 0 and self._is_end(ids[last], row, options, prompt, after):
             return once(ids, self.tokenizer, self.ends), False
         if after.strip() and self._decode(prompt).rstrip().endswith(after.strip()):
             raise DataError(
@@ -1000,11 +1003,21 @@ class _Renderer:
         )
 
     def _is_end(
-        self, token: int, row: PreferenceRow, options: dict[str, Any], prompt: list[int]
+        self,
+        token: int,
+        row: PreferenceRow,
+        options: dict[str, Any],
+        prompt: list[int],
+        after: str,
     ) -> bool:
-        """Whether a token ends a turn: a special one, unless the template begins turns with it."""
+        """Whether a token ends a turn: a special one that the template wrote `after` the text of
+        the response, unless it begins turns with it."""
         if token in self.ends or token not in self.special or isinstance(row.prompt, str):
             return token in self.ends
+        tokenizer = self.tokenizer
+        others = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+        if token in others or self._decode([token]).strip() not in after:
+            return False
         alone = self.ids(row.prompt, options, add_generation_prompt=False)
         opening = prompt[_common_prefix_length(alone, prompt) :]
         if token in (opening or prompt[last_token(prompt, self.tokenizer) :]):

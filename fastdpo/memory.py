@@ -644,9 +644,9 @@ class _Simulation:
         reasons = []
         for layout in wanted:
             try:
+                policy._refuse_state(model, layout)
                 if layout != "padded":
                     attention.use_packed_attention(model)
-                    policy._refuse_state(model, layout)
                     if self.device == "cuda":
                         _use_attention_on_cuda(model)
                 return Layout(layout)

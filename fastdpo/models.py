@@ -86,7 +86,9 @@ def check_folder(name: str) -> None:
         return
     if path.exists():
         raise ModelError(f"model={name!r} is a file; name the folder of the model")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+    # "runs/policy" beside a folder "runs" is a path.
+    if not is_hub_name or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
         raise ModelError(
             f"the folder model={name!r} does not exist; name a folder that does, or a model of the "
             "hub as owner/model"

@@ -12,6 +12,7 @@ those of several scorers for `flip_share` and `soft_label`. Fresh samples are of
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -84,8 +85,11 @@ def offline_pairs(
         sides = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
         if not rows[place].append_eos:
             if isinstance(rows[place].prompt, str) and isinstance(placed[place].prompt, list):
-                # As messages they got an end that the strings haven't.
-                sides = {side: ids[: last_token(ids, tokenizer)] for side, ids in sides.items()}
+                # As messages they may have got an end that the strings haven't.
+                sides = {
+                    side: _less_after(ids, getattr(rows[place], side), tokenizer)
+                    for side, ids in sides.items()
+                }
             finish = {side: _finish(ids, tokenizer) for side, ids in sides.items()}
         else:
             finish = dict.fromkeys(sides, "stop")
@@ -204,6 +208,15 @@ def _added(
         total = sum(w * x for w, x in zip(weights, scores))
         result.append({**same[0], "score": total, "scores": scores})
     return result
+
+
+def _less_after(ids: list[int], text: Any, tokenizer: Any) -> list[int]:
+    """The tokens up to where they hold the text of a response, without what a template added."""
+
+    def holds(count: int) -> bool:
+        return text.strip() in tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+
+    return ids[: bisect_left(range(len(ids)), True, key=holds)]
 
 
 def _usable(

@@ -52,7 +52,7 @@ def is_empty(text: str | list[Message], marks: Sequence[str | None] = ()) -> boo
     given = [text] if isinstance(text, str) else [x for message in text for _, x in texts(message)]
     for mark in filter(None, marks):
         given = [x.replace(mark, "") for x in given]
-    return not any(given)
+    return not any(text.strip() for text in given)
 
 
 def trace(messages: list[Message], opening: str, rendered: str) -> tuple[Lost | None, str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastdpo import head, rope
 from fastdpo.batch import PackedPairs, TokenizedPair, pack_pairs, plan_batches
 from fastdpo.data import Text
-from fastdpo.models import load_causal_lm, load_tokenizer
+from fastdpo.models import check_folder, load_causal_lm, load_tokenizer
 from fastdpo.ops import linear_logp
 from fastdpo.policy import check_range, layout_of, prepare_model
 from fastdpo.ref_logps import weights_digest
@@ -61,6 +61,7 @@ def load_reward_model(
     tokenizer_name = name
     if "#" in name and not Path(name).exists():
         name, _, tokenizer_name = name.partition("#")
+    check_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         value_head = "v_head.weight" in _tensor_names(name)

@@ -420,6 +420,8 @@ class _Run:
         config = {**asdict(self.config), "content of prompts": digest.hexdigest()}
         if self.config.replay is not None and Path(self.config.replay).is_file():
             config["content of replay"] = file_digest(Path(self.config.replay))
+        template = json.dumps(self.tokenizer.chat_template)
+        config["content of chat_template"] = hashlib.sha256(template.encode()).hexdigest()
         return {"config": config, "done": self.done, KEY: self.clock.time}
 
     def _open_state(self) -> list[str]:

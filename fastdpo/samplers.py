@@ -402,6 +402,11 @@ class ContinuousSampler:
             raise ModelError(
                 f"{type(model).__name__} has no continuous batching; set backend to 'generate'"
             )
+        if rope.attach(model):
+            raise ModelError(
+                f"the rotary frequencies of {type(model).__name__} depend on a sequence's length, "
+                "and continuous batching gives one set to all; set backend to 'generate'"
+            )
         self.model: Any = model
         self.config, self.context = config, context_of(model.config)
         self.vocab: int | None = model.get_input_embeddings().weight.shape[0]

@@ -38,6 +38,7 @@ from fastdpo.adapters import (
 from fastdpo.attention import has_flash_attn, use_own_attention
 from fastdpo.batch import (
     LAYOUTS,
+    Layout,
     PackedPairs,
     TokenizedPair,
     pack_pairs,
@@ -380,6 +381,7 @@ class _Round:
         self.control = control or LengthController(config.target_length)
         self.response_lengths = lengths
         self.too_long = {"pairs_dropped": 0, "pairs_truncated": 0}
+        self.layout: Any = None
         self.alpha = 0.0 if config.alpha == "auto" else float(config.alpha)
 
     def run(self) -> dict[str, float]:
@@ -505,17 +507,20 @@ class _Round:
 
     def _fit_pairs(self, model: nn.Module) -> None:
         """Bring every pair within the budget, by the rule of the config."""
-        config = self.config
+        config, before = self.config, self.layout
         self.layout = layout_of(model)
         fitted = fit_to_budget(
             self.pairs, config.max_tokens, layout=self.layout, overlong=config.overlong
         )
+        changed = bool(fitted.dropped_at or fitted.truncated_at)
+        if before is not None and before.key != self.layout.key:
+            self._check_reference_layout(before, changed)
         if self.accelerator.is_main_process:
-            # Called twice where the reference is another model; what fits then fits again.
+            # Called twice where the reference is another model; what fits it fits the policy.
             self.too_long["pairs_dropped"] += len(fitted.dropped_at)
             self.too_long["pairs_truncated"] += len(fitted.truncated_at)
             write_json_atomic(self.out / FITTED, self.too_long)
-        if self.accelerator.is_main_process and (fitted.dropped_at or fitted.truncated_at):
+        if self.accelerator.is_main_process and changed:
             print(
                 f"over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
                 f"{counted(fitted.truncated_at)} truncated"
@@ -527,6 +532,21 @@ class _Round:
         ]
         what = "a response with its prompt"
         check_range(model, max(map(max, sides)), max(map(len, sides)), "the pairs'", what)
+
+    def _check_reference_layout(self, reference: Layout, changed: bool) -> None:
+        """Refuse another reference that computed other pairs than the policy gets, or would have
+        to compute them in a layout that is not its own."""
+        if changed or not self.config.precompute_ref_log_probs:
+            raise ConfigError(
+                f"reference={self.other_reference} computes pairs as {reference.key} and the model "
+                f"as {self.layout.key}, which "
+                + (
+                    f"fit max_tokens={self.config.max_tokens} otherwise; raise max_tokens, or set "
+                    "layout=padded"
+                    if changed
+                    else "one batch cannot be; set precompute_ref_log_probs=true"
+                )
+            )
 
     def _tell_plan(self, model: nn.Module, steps: list[list[list[int]]]) -> None:
         if not self.progress:

@@ -20,6 +20,7 @@ from fastdpo.data import (
     prompt_rows,
     read_rows,
     render_prompt,
+    takes_as_chat,
     tokenize_dataset,
     tokenize_pair,
 )
@@ -392,11 +393,16 @@ def test_offline_responses_that_do_not_end_are_not_called_finished():
     assert found([chat], tok)[1] == whole
     endless = tokenizer(ENDLESS, "<|user|>", "<|assistant|>")
     assert found([chat], endless) == [("x", "length"), cut]
+    # A template that ends no turn leaves nothing to cut off a string, one that ends it twice two.
+    plain = [{"prompt": "p", "chosen": "xy z", "rejected": "y", "append_eos": False}]
+    assert found(plain, endless) == [("xy z", "length"), cut]
+    twice = CHATML.replace("<|im_end|>", "<|end|><|im_end|>")
+    assert found(plain, tokenizer(twice, "<|end|>")) == [("xy z", "length"), cut]
 
 
 def test_a_prompt_is_the_same_however_it_is_written(tmp_path):
     parts = [u([{"type": "text", "text": "h"}, {"type": "text", "text": "i"}])]
-    same = ["hi", [u("hi")], parts, [{"content": "hi", "role": "user"}]]
+    same = ["hi", [u("hi")], parts, [{"content": "hi", "role": "user", "name": None}]]
     assert len({prompt_key(x) for x in same}) == 1
     assert len({prompt_key(x) for x in ["hi", "Hi", [a("hi")], [u("h"), u("i")]]}) == 4
     # Held out one way, none is trained on the other way.
@@ -410,6 +416,49 @@ def test_a_prompt_is_the_same_however_it_is_written(tmp_path):
         return {prompt_key(row.prompt) for row in rows}
 
     assert train and held and not keys(train) & keys(held)
+
+
+def test_special_text_of_a_response_is_no_end():
+    tok = tokenizer(ENDLESS, "<|user|>", "<|assistant|>")
+    for last in ("<|im_start|>", "<|pad|>", "<s>"):
+        row = {"prompt": [u("p")], "chosen": [a(f"x {last}")], "rejected": [a("y")]}
+        _, (_, chosen, rejected) = tokenized(row, tok, told=1)
+        assert (chosen, rejected) == (f"x {last}<|im_end|>", "y<|im_end|>")
+
+
+def test_a_response_of_blanks_is_empty():
+    tok = tokenizer(CHATML.replace("m.content", "m.content | trim"))
+    row = {"prompt": [u("p")], "chosen": [a("x")], "rejected": [a(" \n")]}
+    (checked,) = preference_rows(Rows("here", [row]))
+    assert tokenize_pair(checked, tok, None) == "empty response"
+
+
+def test_a_prompt_that_is_null_is_not_made_up(tmp_path):
+    from datasets import Dataset
+
+    rows = [
+        {"prompt": "p", "chosen": "x", "rejected": "y"},
+        {"prompt": None, "chosen": "The answer is 4.", "rejected": "The answer is 5."},
+    ]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    with pytest.raises(DataError, match=r"row 1 .*prompt is null"):
+        preference_rows(read_rows(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("prompt", ["hello there", "你好", "\nhello"])
+def test_a_prompt_of_a_sentencepiece_tokenizer_is_chat(prompt):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<s>", "</s>", "▁", *sorted({*"hello there你好\nuserasitn<|>"} - {" "})]
+    core = Tokenizer(models.BPE({x: i for i, x in enumerate(letters)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+    core.decoder = decoders.Metaspace()  # type: ignore[assignment]
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+    tok.chat_template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>{% endfor %}"
+    assert takes_as_chat(prompt, tok)
 
 
 def test_chat_template_is_an_option_of_training(tmp_path, capsys):

@@ -15,18 +15,19 @@ import torch
 from safetensors.torch import load_file
 from test_rounds import arguments
 from test_trainer import random_pairs
-from tiny import CHAT_TEMPLATE, LLAMA, build_tokenizer, save_tiny
+from tiny import CHAT_TEMPLATE, LLAMA, MAMBA, build_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import chat_template_utils
 
 from fastdpo import trainer
+from fastdpo.batch import TokenizedPair
 from fastdpo.cli import main
 from fastdpo.memory import longest_pair
 from fastdpo.metrics import read_metrics
 from fastdpo.models import ModelError, check_folder, combine, load_tokenizer
 from fastdpo.samplers import GenerateSampler
 from fastdpo.storage import read_parts
-from fastdpo.trainer import TrainingConfig, load_start, train
+from fastdpo.trainer import ConfigError, TrainingConfig, load_start, train
 
 DATED = "Today is {{ strftime_now('%d %b %Y, %H:%M') }}.\n" + CHAT_TEMPLATE
 FAST = ["--bf16=false", "--batch_size=2", "--max_length=256", "--max_tokens=1024", "--save_steps=1",
@@ -355,6 +356,27 @@ def test_processes_without_a_pair_change_nothing(model, tmp_path):
 
 
 # --------------------------------------------------------------------------------- what is saved
+@pytest.mark.parametrize(
+    "families, change, problem",
+    [
+        ((LLAMA, MAMBA), {"precompute_ref_log_probs": False}, "set precompute_ref_log_probs=true"),
+        ((MAMBA, LLAMA), {"max_tokens": 24}, "fit max_tokens=24 otherwise; raise max_tokens"),
+    ],
+)
+def test_a_reference_that_takes_pairs_otherwise_is_refused(families, change, problem, tmp_path):
+    """Its log-probs would be of other pairs, or of sequences that see each other."""
+    start, other = (save_tiny(x, tmp_path / x.name) for x in families)
+    pairs = [TokenizedPair([5] * 4, [6] * 4, [7] * 9), TokenizedPair([5] * 4, [6] * 2, [7] * 8)]
+    options = {"bf16": False, "max_length": 64, "max_tokens": 64, "reference_cache": None}
+    tokenizer = load_tokenizer(str(start))
+    config = TrainingConfig(**(options | change))
+    with pytest.raises(ConfigError, match=problem):
+        train(
+            str(start), tokenizer, pairs, config, tmp_path / "o", reference=str(other),
+            progress=False,
+        )  # fmt: skip
+
+
 def test_what_is_saved_is_what_was_loaded(model, tmp_path):
     tokenizer = build_tokenizer()
     tokenizer.pad_token = None
