@@ -109,7 +109,7 @@ def random_pairs(
     def ids(count: int) -> list[int]:
         return torch.randint(3, vocab - 1, (count,), generator=generator).tolist()
 
-    return [TokenizedPair(*map(ids, sizes)) for sizes in lengths]
+    return [TokenizedPair(ids(a), ids(b), ids(c)) for a, b, c in lengths]
 
 
 def try_case(case: Case, layouts: Sequence[str] = LAYOUTS) -> dict[str, Outcome]:
