@@ -346,6 +346,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or (None if args.names else TABLE)
     if out:
         out.write_text(table(found))
+    if any(total(x) in (WRONG, CRASH) for x in found.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
