@@ -221,7 +221,7 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
     check_columns(scorer, _columns_of(parts) if scorer.columns else ())
     known = read_plan(out_dir) or {}
     with rendering_at(known.get(KEY)) as clock:  # scorers may render by templates too
-        if KEY in known or not known:
+        if scorer.endpoint is None and (KEY in known or not known):  # a server's are its own
             plan[KEY] = clock.time
         begin_stage(out_dir, plan)
         for path in tqdm(parts, desc="scoring", unit="part", disable=not progress):

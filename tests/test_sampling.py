@@ -732,7 +732,7 @@ def server_rows_of(server: Any, folder: Path, tokenizer: Any, out: Path):
 def test_prompts_that_the_server_has_no_room_for_are_refused_first(folder, tokenizer, tmp_path):
     with (
         serve(folder, max_len=20) as server,
-        pytest.raises(DataError, match=r"here, row 0.* model's context of 20"),
+        pytest.raises(DataError, match=r"here, row 0.* model's context, 20"),
     ):
         server_rows(server, tokenizer, tmp_path, max_new_tokens=15)
     assert not list(tmp_path.iterdir()) and server.bodies == []
