@@ -48,11 +48,14 @@ def texts(message: Message) -> Iterator[tuple[str, str]]:
 
 
 def is_empty(text: str | list[Message], marks: Sequence[str | None] = ()) -> bool:
-    """Whether there is nothing in a response but the `marks` of a beginning and an end."""
+    """Whether there is nothing in a response but the `marks` of a beginning and an end.
+
+    Blanks are nothing in messages, of which templates strip them.
+    """
     given = [text] if isinstance(text, str) else [x for message in text for _, x in texts(message)]
     for mark in filter(None, marks):
         given = [x.replace(mark, "") for x in given]
-    return not any(text.strip() for text in given)
+    return not any(given if isinstance(text, str) else (x.strip() for x in given))
 
 
 def trace(messages: list[Message], opening: str, rendered: str) -> tuple[Lost | None, str]:

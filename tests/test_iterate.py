@@ -545,9 +545,8 @@ def test_the_stages_as_commands_give_what_iterate_gives(inputs, plain, tmp_path)
     assert same(trained, weights(plain, 1))
 
 
-def test_the_report_command(plain, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(plain, out)
+def test_the_report_command(inputs, tmp_path, capsys):
+    out = run(inputs, tmp_path / "run", heldout=3)
     (out / "report.html").unlink()
     assert main(["report", f"--output_dir={out}"]) == 0
     page = (out / "report.html").read_text()

@@ -368,7 +368,9 @@ def test_sampling_errors_come_before_any_sample(model, tokenizer, tmp_path):
     (short,) = run_sample(model, tokenizer, tmp_path / "a", ["!"], num_samples=1)
     room = 256 - len(short["prompt_ids"])
     run_sample(model, tokenizer, tmp_path / "ok", ["!"], max_new_tokens=room, num_samples=1)
-    with pytest.raises(DataError, match=rf"here, row 0 .*max_new_tokens={room + 1} .* context, 256"):
+    with pytest.raises(
+        DataError, match=rf"here, row 0 .*max_new_tokens={room + 1} .* context, 256"
+    ):
         run_sample(model, tokenizer, tmp_path / "b", ["!"], max_new_tokens=room + 1)
     with pytest.raises(DataError, match="here, row 1 "):
         run_sample(model, tokenizer, tmp_path / "b", ["!", "!?" * 99], max_new_tokens=room)
