@@ -122,7 +122,7 @@ def run_train(config: TrainConfig) -> None:
     from fastdpo.clock import KEY, rendering_at
     from fastdpo.control import LengthController
     from fastdpo.data import preference_rows, read_rows, tokenize_dataset
-    from fastdpo.models import check_start, load_tokenizer
+    from fastdpo.models import check_start, load_tokenizer, stop_ids
     from fastdpo.pairing import load_pairs, split_stages
     from fastdpo.rounds import response_lengths
     from fastdpo.storage import locked, read_json, write_json_atomic
@@ -157,6 +157,7 @@ def run_train(config: TrainConfig) -> None:
                 tokenizer,
                 max_length=config.max_length,
                 overlong=config.overlong,
+                stop_ids=stop_ids(config.model, tokenizer),
             )
         print(found)
         pairs = found.pairs

@@ -19,7 +19,7 @@ import csv
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import StringIO
@@ -653,9 +653,13 @@ def tokenize_dataset(
     *,
     max_length: int | None,
     overlong: str = "truncate",
+    stop_ids: Collection[int] | None = None,
     progress: bool = True,
 ) -> TokenizedPairs:
     """Tokenize all pairs, in order, by the rules of `tokenize_pair`.
+
+    `stop_ids` are the tokens that end the model's generation (`fastdpo.models.stop_ids`); None: not
+    known, and not compared with what ends the responses.
 
     `overlong` says what happens to a pair with a side, prompt + response, over `max_length` tokens:
 
@@ -667,8 +671,9 @@ def tokenize_dataset(
     The last two leave pairs aside that are dropped whatever their length (no prompt token, empty or
     identical responses): those count by that reason and don't stop anything.
 
-    Dropped and truncated pairs are named by their rows. One warning tells of prompts that lost
-    tokens, and one of responses that the chat template didn't end.
+    Dropped and truncated pairs are named by their rows. One warning each tells of prompts that lost
+    tokens, of messages that the chat template gave no beginning token, and of responses that it
+    didn't end or ended in none of `stop_ids`.
 
     Raises DataError when a row can't be rendered or no pair is left, and ValueError when
     `max_length` < 2 or `overlong` is none of the three.
@@ -684,6 +689,7 @@ def tokenize_dataset(
     truncated_at: list[str] = []
     lost_at: list[str] = []
     ended_at: list[str] = []
+    unbegun_at: list[str] = []
     renderer = _Renderer(tokenizer)
     for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
         split = _split_pair(row, renderer)
@@ -694,6 +700,8 @@ def tokenize_dataset(
         pairs.append(pair)
         if split.ended:
             ended_at.append(row.where)
+        if isinstance(row.prompt, list) and not _starts_with(split.prompt_ids, renderer.prefix):
+            unbegun_at.append(row.where)
         if max_length is not None and split.num_tokens > max_length:
             truncated_at.append(row.where)
         if split.lost_ids:
@@ -715,6 +723,17 @@ def tokenize_dataset(
         )
     if ended_at:
         _warn_of_ends(ended_at, len(pairs), tokenizer)
+    if unbegun_at:
+        begin = tokenizer.decode(renderer.prefix)
+        warnings.warn(
+            f"{len(unbegun_at)} of {len(pairs)} pairs: the chat template doesn't begin with "
+            f"{begin!r}, which the tokenizer puts before every text; the first is {unbegun_at[0]}. "
+            "They are trained on as rendered, as chats are generated. Where the model was made "
+            f"with {begin!r}, give a template that writes it (chat_template).",
+            stacklevel=2,
+        )
+    if stop_ids is not None:
+        _warn_of_stops({x: at for x, at in renderer.ends.items() if x not in stop_ids}, tokenizer)
     return TokenizedPairs(pairs, dropped_at, truncated_at)
 
 
@@ -809,6 +828,18 @@ def _warn_of_ends(places: list[str], total: int, tokenizer: Any) -> None:
     )
 
 
+def _warn_of_stops(ends: dict[int, str], tokenizer: Any) -> None:
+    for token, where in ends.items():
+        name = tokenizer.decode([token])
+        warnings.warn(
+            f"the chat template ends a turn of the assistant with {name!r} (token {token}), at "
+            f"which the model doesn't stop to generate; the first such row is {where}. Add {token} "
+            "to eos_token_id in the generation_config.json of the model, or give a template that "
+            f"ends turns with {tokenizer.eos_token!r} (chat_template).",
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True)
 class _SplitPair:
     """Token ids before truncation. `lost_ids` ended the prompt alone, but not within a side;
@@ -901,9 +932,9 @@ class _Renderer:
         return special_ids(self.tokenizer)
 
     @cached_property
-    def ends(self) -> set[int]:
-        """Tokens known to end a response."""
-        return {x for x in [self.tokenizer.eos_token_id] if x is not None}
+    def ends(self) -> dict[int, str]:
+        """Tokens known to end a response, and the row where each was found."""
+        return {x: "" for x in [self.tokenizer.eos_token_id] if x is not None}
 
     def ids(self, text: Text, options: dict[str, Any], **extra: bool) -> list[int]:
         """Ids of a string, or of messages through the chat template with `options`.
@@ -912,7 +943,7 @@ class _Renderer:
         """
         if isinstance(text, str):
             ids = self._call(lambda: self._plain(text))
-            return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+            return ids if _starts_with(ids, self.prefix) else self.prefix + ids
         encoded = self._template(text, options, tokenize=True, return_dict=True, **extra)
         ids = encoded["input_ids"]
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
@@ -1022,7 +1053,7 @@ class _Renderer:
         opening = prompt[_common_prefix_length(alone, prompt) :]
         if token in (opening or prompt[last_token(prompt, self.tokenizer) :]):
             return False
-        self.ends.add(token)
+        self.ends[token] = row.where
         return True
 
     def _decode(self, ids: list[int]) -> str:
@@ -1053,6 +1084,10 @@ class _Renderer:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:45]} ... {text[-10:]}")
+
+
+def _starts_with(ids: Sequence[int], prefix: Sequence[int]) -> bool:
+    return ids[: len(prefix)] == prefix
 
 
 def _common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:

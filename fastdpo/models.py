@@ -60,6 +60,42 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+def load_config(name: str) -> Any:
+    """Configuration of a folder or hub name.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    check_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model={name!r} cannot be loaded: {_short(error)}") from error
+
+
+def stop_ids(name: str, tokenizer: Any) -> list[int]:
+    """The tokens at which generation stops, by the files of a folder or hub name and a tokenizer.
+
+    Raises:
+        ModelError: the configuration cannot be loaded.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        settings = GenerationConfig.from_pretrained(name)
+    except OSError:  # a model needn't have one
+        settings = GenerationConfig.from_model_config(load_config(name))
+    return end_ids(settings.eos_token_id, tokenizer.eos_token_id)
+
+
+def end_ids(*ids: int | list[int] | None) -> list[int]:
+    """End tokens from several places, each once."""
+    lists = [[x] if isinstance(x, int) else list(x) for x in ids if x is not None]
+    return list(dict.fromkeys(i for one in lists for i in one))
+
+
 def _read_template(path: str) -> str:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
@@ -101,14 +137,7 @@ def check_start(name: str) -> None:
     Raises:
         ModelError: there is none of this name, or `refuse_quantized`.
     """
-    from transformers import AutoConfig
-
-    check_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model={name!r} cannot be loaded: {_short(error)}") from error
-    refuse_quantized(config, name)
+    refuse_quantized(load_config(name), name)
 
 
 def refuse_quantized(config: Any, name: str) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ def offline_pairs(
     max_length: int | None,
     exclude: Sequence[PromptRow] = (),
     max_new_tokens: int | None = None,
+    stop_ids: Collection[int] | None = None,
     progress: bool = True,
 ) -> tuple[list[Row], dict[str, int]]:
     """Preference data as rows of pairs, tokenized as samples are; and what was dropped by reason.
@@ -52,7 +53,7 @@ def offline_pairs(
     A pair with a side, prompt + response, over `max_length` tokens is dropped. So is one whose
     prompt is among `exclude`, by its messages or by its tokens, as those held out to evaluate on;
     and with `max_new_tokens`, one whose prompt leaves no room in `max_length` for a fresh sample of
-    so many tokens. The other reasons are those of `tokenize_dataset`.
+    so many tokens. The other reasons, and `stop_ids`, are those of `tokenize_dataset`.
 
     prompt_index is the place in `rows`, scores are None, source is "offline", extra has the data's
     other columns, and prompt_row is what `prompt_rows` takes. The finish reason of a response is
@@ -77,6 +78,7 @@ def offline_pairs(
         tokenizer,
         max_length=max_length,
         overlong="drop",
+        stop_ids=stop_ids,
         progress=progress,
     )
     pairs = []

@@ -44,7 +44,7 @@ from fastdpo.data import (
     render_prompt,
 )
 from fastdpo.heldout import against_start, heldout_row, kl_to_start
-from fastdpo.models import check_start, combine, load_causal_lm, load_tokenizer
+from fastdpo.models import check_start, combine, load_causal_lm, load_tokenizer, stop_ids
 from fastdpo.options import (
     PairingOptions,
     SamplingOptions,
@@ -397,8 +397,7 @@ class _Run:
         self.checked: set[Path] = set()
 
     def run(self) -> list[dict[str, Any]]:
-        if f"round-{self.config.rounds:02d}/report" not in self.done:
-            self.config.check_servers(self.config.all_scorers)
+        self.config.check_servers(self._scorers_left())
         if self.config.replay_share:
             self._stage("offline", self._read_offline, makes=self.out / "offline" / "summary.json")
         start = self.config.model
@@ -408,6 +407,14 @@ class _Run:
             self._evaluate(index, start)
         report.html(self.out)
         return report.summarize(self.out)
+
+    def _scorers_left(self) -> list[str]:
+        """Those of stages that are not done."""
+        config, last = self.config, f"round-{self.config.rounds:02d}"
+        answers = [f"{last}/offline-score"] if config.fresh_threshold is not None else []
+        left = {f"{last}/score", *answers} - {*self.done}
+        heldout = config.heldout and f"{last}/eval-score" not in self.done
+        return [*(config.scorers if left else []), *([config.evaluated_by] if heldout else [])]
 
     # --- state -----------------------------------------------------------------------------------
     def _state(self) -> dict[str, Any]:
@@ -742,6 +749,7 @@ class _Run:
             max_length=self.config.max_length,
             exclude=self.heldout,
             max_new_tokens=self.config.max_new_tokens if fresh else None,
+            stop_ids=stop_ids(self.config.model, self.tokenizer),
             progress=self.progress,
         )
 

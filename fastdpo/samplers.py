@@ -24,7 +24,7 @@ import torch
 
 from fastdpo import rope
 from fastdpo.checks import is_default
-from fastdpo.models import ModelError
+from fastdpo.models import ModelError, end_ids
 from fastdpo.noise import random_state_kept
 from fastdpo.remote import check_url, check_variable
 
@@ -212,12 +212,6 @@ class Sampler(Protocol):
     def close(self) -> None:
         """Give back memory and processes, and end calls of `generate` that wait."""
         ...
-
-
-def end_ids(*ids: int | list[int] | None) -> list[int]:
-    """End tokens from several places, each once."""
-    lists = [[x] if isinstance(x, int) else list(x) for x in ids if x is not None]
-    return list(dict.fromkeys(i for one in lists for i in one))
 
 
 def context_of(model_config: Any) -> int | None:

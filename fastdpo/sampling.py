@@ -31,7 +31,7 @@ import torch
 
 from fastdpo.clock import KEY, rendering_at
 from fastdpo.data import DataError, PromptRow, render_prompt
-from fastdpo.models import ModelError, load_causal_lm
+from fastdpo.models import load_causal_lm, load_config, stop_ids
 from fastdpo.samplers import (
     Ending,
     Output,
@@ -39,7 +39,6 @@ from fastdpo.samplers import (
     SamplingConfig,
     VllmSampler,
     context_of,
-    end_ids,
     model_sampler,
     policy_digest,
 )
@@ -116,19 +115,8 @@ def _shorter(*lengths: int | None) -> int | None:
 
 def _of_folder(policy: str, tokenizer: Any, config: SamplingConfig) -> tuple[Ending, int | None]:
     """End tokens and context of a model whose weights vLLM loads."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        model_config = AutoConfig.from_pretrained(policy, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model={policy!r} cannot be loaded: {reason}") from error
-    try:
-        own = GenerationConfig.from_pretrained(policy)
-    except OSError:  # a model needn't have one
-        own = GenerationConfig.from_model_config(model_config)
-    ends = end_ids(own.eos_token_id, tokenizer.eos_token_id)
-    return Ending(ends, config.stop, tokenizer), context_of(model_config)
+    model_config = load_config(policy)
+    return Ending(stop_ids(policy, tokenizer), config.stop, tokenizer), context_of(model_config)
 
 
 def sample(

@@ -16,7 +16,7 @@ import torch
 
 from fastdpo import filters
 from fastdpo.data import preference_rows, prompt_rows, read_rows
-from fastdpo.models import load_causal_lm, load_tokenizer
+from fastdpo.models import load_causal_lm, load_tokenizer, stop_ids
 from fastdpo.offline import offline_pairs
 from fastdpo.options import PairingOptions, SamplingOptions, ScoringOptions, dtype_of
 from fastdpo.pairing import check_votes, pair
@@ -199,7 +199,12 @@ def run_pair(config: PairConfig) -> None:
     if config.replay_share:
         rows = preference_rows(read_rows(str(config.replay)))
         tokenizer = load_tokenizer(str(config.model), config.chat_template)
-        replay, dropped = offline_pairs(rows, tokenizer, max_length=config.max_length)
+        replay, dropped = offline_pairs(
+            rows,
+            tokenizer,
+            max_length=config.max_length,
+            stop_ids=stop_ids(str(config.model), tokenizer),
+        )
         for reason, count in dropped.items():
             print(f"offline pairs dropped, {count}: {reason}")
 

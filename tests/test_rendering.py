@@ -24,7 +24,7 @@ from fastdpo.data import (
     tokenize_dataset,
     tokenize_pair,
 )
-from fastdpo.models import ModelError, load_tokenizer
+from fastdpo.models import ModelError, load_tokenizer, stop_ids
 from fastdpo.offline import offline_pairs
 from fastdpo.rounds import IterateConfig, split_prompts
 
@@ -230,9 +230,60 @@ def test_strings_begin_and_end_once_whatever_the_tokenizer_adds(around):
 
 
 def test_a_template_and_a_message_write_one_beginning():
-    tok = tokenizer("{{ bos_token }}" + CHATML.replace("<|im_start|>{{ m.role }}\n", ""))
+    template = "{{ bos_token }}" + CHATML.replace("<|im_start|>{{ m.role }}\n", "")
+    tok = tokenizer(template, around="<s> $A")
     row = {"prompt": [u("<s>hi")], "chosen": [a("x")], "rejected": [a("y")]}
-    assert tokenized(row, tok)[1][0].startswith("<s>hi")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenized(row, tok)[1][0].startswith("<s>hi")
+
+
+def test_a_template_without_the_beginning_of_its_tokenizer_is_told_of():
+    row = {"prompt": [u("hi")], "chosen": [a("x")], "rejected": [a("y")]}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = preference_rows(Rows("here", [row] * 2))
+        tokenize_dataset(rows, tokenizer(around="<s> $A"), max_length=None, progress=False)
+        tokenize_dataset(rows, tokenizer(), max_length=None, progress=False)  # it puts none either
+    (message,) = [str(x.message) for x in caught]
+    assert message.startswith("2 of 2 pairs: the chat template doesn't begin with '<s>'")
+    assert "the first is here, row 0" in message and "chat_template" in message
+
+
+def test_an_end_that_does_not_stop_the_model_is_told_of(tmp_path):
+    from transformers import GenerationConfig
+
+    from fastdpo.cli import main
+
+    model, data = save_tiny(LLAMA, tmp_path / "model"), tmp_path / "pairs.jsonl"
+    row = {"prompt": [u("hi")], "chosen": [a("yes")], "rejected": [a("no")]}
+    data.write_text(json.dumps(row) + "\n")
+    tok = load_tokenizer(str(model))
+    tok.eos_token = "<|pad|>"
+    tok.save_pretrained(model)
+    rows = preference_rows(read_rows(data))
+
+    def told(work):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+        return [str(x.message) for x in caught if "doesn't stop" in str(x.message)]
+
+    def tokenize():
+        stops = stop_ids(str(model), tok)
+        tokenize_dataset(rows, tok, max_length=None, stop_ids=stops, progress=False)
+
+    assert told(tokenize) == []  # token 2 is in the model's generation config
+    GenerationConfig(eos_token_id=0).save_pretrained(model)
+    (message,) = told(tokenize)
+    assert "'<|im_end|>' (token 2)" in message and "pairs.jsonl:1" in message
+    command = [
+        "train", "--model", str(model), "--dataset", str(data), "--output_dir", str(tmp_path / "o"),
+        "--bf16", "false", "--max_tokens", "999", "--reference_cache", "null",
+    ]  # fmt: skip
+    assert told(lambda: main(command)) == [message]
+    (model / "generation_config.json").unlink()
+    assert stop_ids(str(model), tok) == [2, 0]
 
 
 def test_a_rendered_prompt_is_not_rendered_again():
