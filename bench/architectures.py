@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastdpo.attention import keep_softcap
+
 VOCAB = 320  # of tests/tiny.py's tokenizer
 WINDOW = 24
 ORIGINAL = 60  # the length that a rotary embedding was trained for, where it has one
@@ -249,6 +251,7 @@ def build(model_type: str, seed: int = 0, **changes: Any) -> Any:
     settings = config(model_type, **changes)
     # Grouped products of experts have no fp64.
     model = AutoModelForCausalLM.from_config(settings, experts_implementation="eager").double()
+    keep_softcap(model)  # as models are loaded
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -140,6 +140,23 @@ def check_start(name: str) -> None:
     refuse_quantized(load_config(name), name)
 
 
+def check_generation_config(model: Any) -> None:
+    """Refuse settings of generation with which transformers would not save the policy.
+
+    Raises:
+        ModelError: says what is wrong with them.
+    """
+    settings = model.generation_config
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings.save_pretrained(folder)
+    except ValueError as error:
+        raise ModelError(
+            "transformers would refuse to save the policy with the model's generation_config.json; "
+            f"correct that file: {_short(error)}"
+        ) from error
+
+
 def refuse_quantized(config: Any, name: str) -> None:
     """Refuse a model by its configuration where its weights are quantized.
 

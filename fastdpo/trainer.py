@@ -53,6 +53,7 @@ from fastdpo.data import OVERLONG, counted, fit_to_budget
 from fastdpo.metrics import MetricsLog, read_metrics
 from fastdpo.models import (
     ModelError,
+    check_generation_config,
     check_start,
     load_causal_lm,
     refuse_quantized,
@@ -235,18 +236,20 @@ def load_start(start: Any, config: TrainingConfig, device: torch.device) -> Any:
     """The model that training starts from, on its device, as the options have its weights.
 
     Raises:
-        ModelError: it cannot be loaded or is quantized; or, in memory, has adapters or another
-            dtype.
+        ModelError: it cannot be loaded, is quantized or could not be saved; or, in memory, has
+            adapters or another dtype.
     """
     dtype = getattr(torch, config.dtype)
     if isinstance(start, str | Path):
         check_start(str(start))
-        return (load_4bit if config.load_in_4bit else load_causal_lm)(str(start), dtype=dtype).to(
-            device
-        )
+        load = load_4bit if config.load_in_4bit else load_causal_lm
+        model = load(str(start), dtype=dtype)
+        check_generation_config(model)
+        return model.to(device)
     if config.load_in_4bit:
         raise ConfigError("load_in_4bit=True needs a model by name, not one in memory")
     refuse_quantized(start.config, type(start).__name__)
+    check_generation_config(start)
     if getattr(start, "peft_config", None):
         raise ModelError(
             f"this {type(start).__name__} has adapters; merge them (peft's merge_and_unload), and "

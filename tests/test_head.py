@@ -89,7 +89,10 @@ def build(settings):
 @pytest.mark.parametrize("name", CASES)
 def test_settings_are_those_of_the_models_code(name, bf16):
     make, scale, softcap = CASES[name]
-    settings = make()
+    try:
+        settings = make()
+    except AttributeError as error:
+        pytest.skip(str(error))  # a model that came later than this transformers
     assert head_settings(settings) == {"scale": scale, "softcap": softcap}
     model = build(settings)
     head.attach(model)
@@ -164,6 +167,8 @@ def test_rows_that_fill_a_head_up_are_no_tokens():
     """Inkling's logits end at `unpadded_vocab_size`."""
     from bench import architectures
 
+    if "inkling_text" not in architectures.model_types():
+        pytest.skip("this transformers has no inkling_text")
     model = architectures.build("inkling_text", unpadded_vocab_size=300).float().eval()
     head.attach(model)
     with torch.no_grad():

@@ -336,8 +336,6 @@ def test_rows_from_arrow_are_those_of_json(tmp_path, monkeypatch):
 def test_nulls_that_were_written_as_json_stay(tmp_path):
     import datasets
 
-    if not hasattr(datasets, "Json"):
-        pytest.skip("this version of datasets has no Json")
     kept = [{"prompt": "p", "meta": [{"a": None}, {"b": 1}]}]
     features = datasets.Features({"prompt": datasets.Value("string"), "meta": [datasets.Json()]})
     datasets.Dataset.from_list(kept, features=features).to_parquet(str(tmp_path / "x.parquet"))

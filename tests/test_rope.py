@@ -92,7 +92,7 @@ PAIRS = [
 def build(of, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     model = of.build(VOCAB).to(dtype).eval()
-    # Grouped products are not for fp64, and for no CPU before torch 2.9.
+    # Grouped products are not for fp64.
     model.config._experts_implementation = "eager"
     return model
 

@@ -3,9 +3,11 @@ embeddings, the date in a template, steps of fewer pairs than processes, files b
 """
 
 import datetime
+import inspect
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 from typing import Any
 
@@ -186,6 +188,14 @@ SCHEMES = {
 }
 
 
+def dequantizes(scheme):
+    if scheme == "compressed-tensors":  # by which transformers, its configuration knows
+        from transformers import CompressedTensorsConfig
+
+        return "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
+    return scheme in ("fp8", "mxfp4")
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_quantized_start_is_refused_by_its_configuration(model, tmp_path, scheme, capsys):
     """There are no weights, so nothing can have been loaded."""
@@ -207,7 +217,7 @@ def test_a_quantized_start_is_refused_by_its_configuration(model, tmp_path, sche
         assert main(command) == 2
         said = capsys.readouterr().err
         assert "has quantized weights" in said and "load_in_4bit=true" in said
-        assert (scheme in ("fp8", "mxfp4", "compressed-tensors")) == ("dequantize=True" in said)
+        assert dequantizes(scheme) == ("dequantize=True" in said)
         assert not out.exists()
 
 
@@ -386,7 +396,9 @@ def test_what_is_saved_is_what_was_loaded(model, tmp_path):
               "chat_template.json": "{}"}  # fmt: skip
     for name, text in beside.items():
         (start / name).write_text(text)
-    (start / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 7}')
+    (start / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 0.6, "top_k": 7}'
+    )
     write(tmp_path / "prompts.jsonl", [{"prompt": f"tell me {i}"} for i in range(6)])
     options = dict(
         model=start, scorer="test_starts:vowels", heldout=0, reference="average", use_peft="true",
@@ -407,6 +419,25 @@ def test_what_is_saved_is_what_was_loaded(model, tmp_path):
         assert AutoTokenizer.from_pretrained(folder).pad_token is None
         generation = json.loads((folder / "generation_config.json").read_text())
         assert (generation["temperature"], generation["top_k"]) == (0.6, 7)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_could_not_be_saved_is_refused_before_the_work(model, tmp_path, by_name):
+    start = shutil.copytree(model, tmp_path / "start")
+    (start / "generation_config.json").write_text('{"temperature": 0.5}')
+    memory = AutoModelForCausalLM.from_pretrained(start)
+    memory.generation_config.temperature = 0.5 if by_name else 0.6
+    try:
+        memory.save_pretrained(tmp_path / "saved")
+    except ValueError as error:
+        assert "temperature" in str(error)
+    else:
+        assert by_name  # transformers of today saves what it has loaded
+        return
+    config = TrainingConfig(reference_cache=None, bf16=False)
+    given: Any = start if by_name else memory
+    with pytest.raises(ModelError, match=r"generation_config.json; correct .*temperature"):
+        train(given, build_tokenizer(), random_pairs(2), config, tmp_path / "m", progress=False)
 
 
 def test_files_given_with_the_policy_win(model, tmp_path):
