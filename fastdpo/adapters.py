@@ -289,7 +289,7 @@ def load_4bit(name: str, dtype: torch.dtype) -> Any:
         raise ModelError(
             "load_in_4bit=True needs the bitsandbytes package: pip install 'fastdpo[qlora]'"
         ) from error
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -297,13 +297,7 @@ def load_4bit(name: str, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=quantization
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        short = " ".join(str(error).split())[:300]
-        raise ModelError(f"model={name!r} cannot be loaded in 4 bits: {short}") from error
+    model = load_causal_lm(name, dtype=dtype, quantization_config=quantization)
     module: Any
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):  # type: ignore[attr-defined]

@@ -56,7 +56,8 @@ def packed_attention(
         (1, T, heads, head_dim), as transformers' attention functions do.
 
     Raises:
-        ValueError: no segments were given, or the model needs attention sinks or dropout.
+        ValueError: no segments were given, or the model needs a mask of its own, attention sinks
+            or dropout.
     """
     sliding_window = sliding_window or None  # Qwen2-MoE writes 0 for no window
     if _windows is not None:
@@ -66,6 +67,8 @@ def packed_attention(
             f"attention {NAME!r} serves packed pairs only and got no segments; for anything "
             "else call model.set_attn_implementation('sdpa') first"
         )
+    if attention_mask is not None:
+        raise ValueError("the model makes a mask of its own, which packed attention does not take")
     if s_aux is not None:
         raise ValueError("attention sinks (s_aux) are not supported with packed pairs")
     if dropout:

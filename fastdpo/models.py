@@ -193,21 +193,43 @@ def _dequantized(scheme: str) -> str:
     )
 
 
-def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
+def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """Causal language model of a folder or hub name, on the CPU; remote code is never run.
 
+    Args:
+        options: further ones of transformers' ``from_pretrained``.
+
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or has not all of its weights.
     """
     from transformers import AutoModelForCausalLM
 
     check_folder(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **options
+        )
+        model, loading = loaded
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"model={name!r} cannot be loaded: {_short(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"model={name!r} lacks {len(missing)} weights of a {type(model).__name__}, the first "
+            f"is {missing[0]}; name the folder of a whole causal language model"
+        )
     keep_softcap(model)
     return model
+
+
+def warn_of_lost_weights(name: str, model: Any) -> None:
+    """Say that the policy will not have all that its start has: only the text model is trained."""
+    kinds = load_config(name).architectures or []
+    if kinds and type(model).__name__ not in kinds:
+        _log.warning(
+            "model=%s is a %s, of which the %s is trained and saved; other weights of it, as of "
+            "images, will not be in the policy",
+            name, " or ".join(kinds), type(model).__name__,
+        )  # fmt: skip
 
 
 def _short(error: Exception) -> str:

@@ -220,6 +220,7 @@ def _first_exact(model: Any, alone: "_Alone", layouts: Sequence[Layout]) -> Layo
             with windows, rope.received() as positions:
                 error = alone.error(model, layout)
             alone.check_positions(positions, layout)
+            alone.check_in_fp32(model, layout)
         # A model that was not made for packed rows can fail in any way.
         except _FAILURES as problem:
             reasons.append(f"{layout}: {' '.join(str(problem).split())[:200]}")
@@ -305,6 +306,10 @@ class _Alone:
         half = half or torch.is_autocast_enabled(device.type)
         self.tolerance = 0.05 if half else 1e-3
         self.flips = experts and half
+        self.in_fp32: _Alone | None = None
+        if self.flips and all(p.dtype == torch.float32 for p in model.parameters()):
+            with torch.autocast(device.type, enabled=False):
+                self.in_fp32 = _Alone(model, classes)
 
     def check_liger(self, model: nn.Module) -> None:
         """Refuse kernels that compute another function, before a layout is blamed for it."""
@@ -333,6 +338,18 @@ class _Alone:
             rows = positions.reshape(-1, *positions.shape[-2:]).cpu()
             if wanted_BT is not None and not all(torch.equal(row, wanted_BT) for row in rows):
                 raise ValueError("it counts positions itself, by which its frequencies are chosen")
+
+    def check_in_fp32(self, model: nn.Module, layout: Layout) -> None:
+        """Refuse what rounding may hide from `error`: in fp32 no token has other experts."""
+        if self.in_fp32 is None:
+            return
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            error = self.in_fp32.error(model, layout)
+        if not error < self.in_fp32.tolerance:
+            raise ValueError(
+                f"pairs are not isolated, in fp32 hidden states differ by {error:.2g} of their "
+                "size from those of each sequence alone"
+            )
 
     def in_batch(
         self, model: nn.Module, layout: Layout, pairs: list[TokenizedPair] | None = None

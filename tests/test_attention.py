@@ -242,6 +242,8 @@ def test_the_call_of_varlen_attn(gqa, kv_heads, window, monkeypatch):
 
     fake = new if gqa else old
     installed = inspect.signature(varlen.varlen_attn).parameters
+    if "window_size" not in installed:
+        pytest.skip("the varlen_attn of this torch takes no window, and is not used")
     assert set(inspect.signature(fake).parameters) <= set(installed) | {"enable_gqa"}
     monkeypatch.setattr(varlen, "varlen_attn", fake)
     monkeypatch.setattr(

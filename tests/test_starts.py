@@ -13,13 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_rounds import arguments
 from test_trainer import random_pairs
 from tiny import CHAT_TEMPLATE, LLAMA, MAMBA, build_tokenizer, save_tiny
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    MllamaForConditionalGeneration,
+)
 from transformers.utils import chat_template_utils
 
+from bench import architectures
 from fastdpo import trainer
 from fastdpo.batch import TokenizedPair
 from fastdpo.cli import main
@@ -438,6 +445,27 @@ def test_what_could_not_be_saved_is_refused_before_the_work(model, tmp_path, by_
     given: Any = start if by_name else memory
     with pytest.raises(ModelError, match=r"generation_config.json; correct .*temperature"):
         train(given, build_tokenizer(), random_pairs(2), config, tmp_path / "m", progress=False)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_a_start_without_all_its_weights_is_refused(model, tmp_path, load_in_4bit):
+    """transformers draws those that are missing."""
+    start = shutil.copytree(model, tmp_path / "start")
+    weights = load_file(start / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    config = TrainingConfig(use_peft=load_in_4bit, load_in_4bit=load_in_4bit)
+    with pytest.raises(ModelError, match=r"lacks 1 .* model.layers.1.mlp.up_proj.weight; name"):
+        load_start(str(start), config, torch.device("cpu"))
+
+
+def test_the_text_model_of_a_larger_start_is_said_to_be_all_that_is_kept(tmp_path, caplog):
+    settings = architectures.config("mllama")
+    MllamaForConditionalGeneration(settings).save_pretrained(tmp_path)
+    load_start(str(tmp_path), TrainingConfig(), torch.device("cpu"))
+    [record] = [x for x in caplog.records if x.name == "fastdpo.models"]
+    said = record.getMessage()
+    assert "is a MllamaForConditionalGeneration, of which the MllamaForCausalLM" in said
 
 
 def test_files_given_with_the_policy_win(model, tmp_path):

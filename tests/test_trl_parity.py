@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_rope import DYNAMIC, PHI3, SWITCH, alone
 from tiny import GEMMA, LLAMA, MIXTRAL, OPT, QWEN
 
 from fastdpo.batch import TokenizedPair, pack_pairs
@@ -170,6 +171,33 @@ def test_bf16_starts_at_log_2_with_a_separate_reference(family, tmp_path):
     logged, _ = trl_options.train(trainer)
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert set(kinds) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("of", [PHI3, DYNAMIC], ids=lambda of: of.name)
+def test_rotary_frequencies_are_those_of_each_sequence_alone(of, tmp_path):
+    """TRL's own depend on the longest sequence of a batch."""
+    rows = trl_options.rows(BATCH)
+    for i, row in enumerate(rows):
+        row["chosen"][0]["content"] = "long walks " * (1 + 9 * i)
+    more: dict[str, Any] = {"train_dataset": trl_options.Dataset.from_list(rows)}
+    trainer = make_trainer(Trainer, of, tmp_path, more=more)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["attention_mask"].sum(-1).min() < SWITCH < batch["attention_mask"].sum(-1).max()
+    pairs = []
+    sides = list(zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]))
+    for chosen, rejected in zip(sides[:BATCH], sides[BATCH:]):
+        ids = [ids[mask == 1].tolist() for ids, mask, _ in (chosen, rejected)]
+        start = int(chosen[2].argmax())
+        pairs.append(TokenizedPair(ids[0][:start], ids[0][start:], ids[1][start:]))
+    want_S = alone(trl_options.load(tmp_path / "model"), pairs).view(-1, 2).T
+    found_S = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch))
+    torch.testing.assert_close(found_S.float(), want_S.float(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_learned_prompt_would_hide_the_lengths_of_sequences(tmp_path):
+    more = trl_options.prompt("PromptTuningConfig")
+    with pytest.raises(ModelError, match="which a learned prompt hides"):
+        make_trainer(Trainer, PHI3, tmp_path, more=more)
 
 
 def test_dropout_of_plain_numbers_is_disabled_too(tmp_path):

@@ -14,7 +14,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from fastdpo import head, policy
+from fastdpo import attention, head, policy, rope
 from fastdpo.checks import require_number
 from fastdpo.models import ModelError
 from fastdpo.ops import LinearDPOLoss, PreferenceLoss
@@ -105,6 +105,7 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
     def __init__(self, *args: Any, alpha: float = 0.01, **kwargs: Any) -> None:
         self.alpha = require_number("alpha", alpha)
         self.length_regularized_loss: LinearDPOLoss | None = None
+        self._needs_positions = False
         _check_options(inspect.signature(DPOTrainer).bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
         self._fuse_heads()
@@ -126,6 +127,15 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             plain = head.base_of(self.accelerator.unwrap_model(model))
             if options.disable_dropout:  # TRL leaves those that are plain numbers
                 policy._disable_dropout(plain)
+            attention.keep_softcap(plain)
+            if rope.attach(plain):
+                configs = getattr(self.accelerator.unwrap_model(model), "peft_config", {}).values()
+                if any(config.is_prompt_learning for config in configs):
+                    raise ModelError(
+                        f"{type(plain).__name__} chooses its rotary frequencies by a sequence's "
+                        "length, which a learned prompt hides; train another kind of adapter"
+                    )
+                self._needs_positions = True
             with self.accelerator.autocast():
                 policy.fuse_head(plain)
         self.length_regularized_loss = LinearDPOLoss(beta=self.beta, alpha=self.alpha)
@@ -149,7 +159,7 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             results.append(loss_of(h, w_VD, targets, ref_logp_S=ref_logp_S, **settings))
             return results[0]
 
-        outputs = model(**_model_inputs(inputs), head_call=head.HeadCall(loss))
+        outputs = model(**self._model_inputs(inputs), head_call=head.HeadCall(loss))
         outputs.metrics = results[0].metrics  # accelerate's conversion keeps the entries only
         return outputs
 
@@ -191,12 +201,18 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # the logits that compute_metrics takes, as TRL makes them
-            return loss, model(**_model_inputs(inputs))
+            return loss, model(**self._model_inputs(inputs))
 
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a batch holds for the model, images and token types included.
 
-def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a batch holds for the model, images and token types included."""
-    return {k: v for k, v in inputs.items() if k not in _NO_INPUT} | {"use_cache": False}
+        Where rotary frequencies depend on a sequence's length, its positions say where it ends.
+        """
+        given = {k: v for k, v in inputs.items() if k not in _NO_INPUT} | {"use_cache": False}
+        if self._needs_positions:
+            mask = inputs["attention_mask"]
+            given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) * mask
+        return given
 
 
 def _check_options(given: dict[str, Any]) -> None:
