@@ -146,6 +146,13 @@ _OWN: dict[str, dict[str, Any]] = {
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "qwen4_exp_text": _QWEN_4,
     "qwen4_exp": {"text_config": _QWEN_4},
 }  # fmt: skip

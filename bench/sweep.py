@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bench import architectures
+from bench.measure import where
 from fastdpo import reference
 from fastdpo.batch import LAYOUTS, TokenizedPair, pack_pairs
 from fastdpo.models import ModelError
@@ -40,6 +41,7 @@ BETA, ALPHA = 0.1, 0.02
 # Tokens of prompt, chosen and rejected: on both sides of windows, chunks and rotary thresholds,
 # and the third pair's two sides on different ones.
 LENGTHS = ((20, 90, 50), (9, 14, 31), (40, 25, 12))
+_SAME = ("versions", "git", "dirty")  # what outcomes of an earlier run have to be from
 EQUAL, REFUSED, NOT_BUILT, WRONG, CRASH = "equal", "refused", "not built", "wrong", "crash"
 
 
@@ -91,6 +93,10 @@ VARIANTS = [
     Case("recurrent_gemma, cap", "recurrent_gemma", {"logits_soft_cap": 5.0}),
     Case("xlstm, cap", "xlstm", {"output_logit_soft_cap": 5.0}),
     Case("inkling_text, padded vocabulary", "inkling_text", {"unpadded_vocab_size": 300}),
+    Case(
+        "minimax_m3_vl_text, sparse", "minimax_m3_vl_text",
+        {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_topk_blocks": 2},
+    ),
     Case("mistral, window", "mistral", {"sliding_window": architectures.WINDOW}),
     Case("qwen2, window", "qwen2", {"use_sliding_window": True, "max_window_layers": 0}),
 ]  # fmt: skip
@@ -118,8 +124,9 @@ def try_case(case: Case, layouts: Sequence[str] = LAYOUTS) -> dict[str, Outcome]
         plain = architectures.build(case.model_type, **case.changes).eval()
     except Exception as error:
         return {"": Outcome(NOT_BUILT, _line(error))}
-    vocab = min(architectures.VOCAB, case.changes.get("unpadded_vocab_size", architectures.VOCAB))
-    pairs = random_pairs(vocab)
+    text = vars(plain.config.get_text_config())
+    sizes = (text.get(name) for name in ("vocab_size", "unpadded_vocab_size"))
+    pairs = random_pairs(min(filter(None, sizes), default=architectures.VOCAB))
     ref_logp_S = torch.linspace(-900, -300, 2 * len(pairs), dtype=torch.float64)
     try:
         want = _one_by_one(plain, pairs, ref_logp_S)
@@ -128,8 +135,7 @@ def try_case(case: Case, layouts: Sequence[str] = LAYOUTS) -> dict[str, Outcome]
         try:
             want = _one_by_one(plain, pairs, ref_logp_S)
         except Exception as error:
-            reason = f"its own forward needs more than tokens: {_line(error)}"
-            return {"": Outcome(NOT_BUILT, reason)}
+            return {"": _try_unable(plain, _line(error))}
     return {x: _try_layout(plain, x, pairs, ref_logp_S, want) for x in layouts}
 
 
@@ -212,6 +218,17 @@ def _try_layout(
     return Outcome(EQUAL, "", error)
 
 
+def _try_unable(plain: Any, reason: str) -> Outcome:
+    """Of a model whose own forward or backward fails on tokens, preparing it has to fail too."""
+    try:
+        prepare_model(plain)
+    except ModelError as error:
+        return Outcome(REFUSED, _line(error))
+    except Exception as error:
+        return Outcome(CRASH, _line(error))
+    return Outcome(NOT_BUILT, f"its own forward or backward fails on tokens: {reason}")
+
+
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, ModelError) else f"{type(error).__name__}: {text}"
@@ -230,14 +247,16 @@ def run(
 ) -> dict[str, dict[str, Outcome]]:
     """Outcomes of each case, `jobs` at a time; one that dies or takes too long is a crash.
 
-    `log` keeps them, a JSON line a case; a case that it has already is not run again.
+    `log` keeps them, a JSON line a case; a case that it has already from the same versions and
+    commit, without changes, is not run again.
     """
     try_case(Case("llama", "llama", {}))  # imports once, before the forks, what takes seconds
     context = multiprocessing.get_context("fork")
     found: dict[str, dict[str, Outcome]] = {}
-    if log and log.exists():
-        for line in log.read_text().splitlines():
-            row = json.loads(line)
+    here = {k: v for k, v in where(torch.device("cpu")).items() if k in _SAME}
+    for line in log.read_text().splitlines() if log and log.exists() else ():
+        row = json.loads(line)
+        if not here["dirty"] and here == {k: row[k] for k in _SAME}:
             found[row["name"]] = {k: Outcome(*x) for k, x in row["outcomes"].items()}
 
     def done(case: Case, outcomes: dict[str, Outcome], started: float) -> None:
@@ -245,7 +264,7 @@ def run(
         _print(len(found), len(chosen), case, outcomes, time.monotonic() - started)
         if log:
             with log.open("a") as file:
-                file.write(json.dumps({"name": case.name, "outcomes": outcomes}) + "\n")
+                file.write(json.dumps({"name": case.name, "outcomes": outcomes, **here}) + "\n")
 
     queue = [case for case in chosen if case.name not in found]
     live: dict[Any, tuple[Case, Any, float]] = {}

@@ -3,6 +3,7 @@
 import pytest
 
 from bench import architectures, log2, sweep
+from fastdpo.batch import LAYOUTS
 
 # Model -> the first layout that it has.
 SAMPLE = {
@@ -26,6 +27,7 @@ SAMPLE = {
     "mixtral": "shared",
     "qwen3_moe": "shared",
     "mamba": "padded",
+    "qwen3_next": "padded",
 }
 
 
@@ -34,9 +36,10 @@ def test_a_layout_gives_the_numbers_of_each_sequence_alone(name):
     case = next(case for case in sweep.cases() if case.name == name)
     if case.model_type not in architectures.model_types():
         pytest.skip(f"this transformers has no {case.model_type}")
-    layout = SAMPLE[name]
-    outcome = sweep.try_case(case, [layout])
+    *others, layout = LAYOUTS[: LAYOUTS.index(SAMPLE[name]) + 1]
+    outcome = sweep.try_case(case, [*others, layout])
     assert outcome[layout].kind == sweep.EQUAL, outcome
+    assert {outcome[x].kind for x in others} <= {sweep.REFUSED}, outcome
 
 
 def test_a_choice_of_keys_from_a_whole_row_is_refused():

@@ -276,6 +276,10 @@ def test_what_packed_attention_refuses():
     query = torch.randn(1, 2, segments.bounds_q[-1], 8)
     with pytest.raises(ValueError, match="got no segments"):
         attention.packed_attention(torch.nn.Module(), query, query, query, None)
+    with pytest.raises(ValueError, match="makes a mask of its own"):
+        attention.packed_attention(
+            torch.nn.Module(), query, query, query, torch.zeros(()), segments=segments
+        )
     for unserved in ({"s_aux": torch.zeros(2)}, {"dropout": 0.1}):
         with pytest.raises(ValueError, match=r"sinks|dropout=0.1"):
             attention.packed_attention(
