@@ -32,6 +32,7 @@ from fastdpo.rendering import (
     Lost,
     cause,
     is_empty,
+    is_in,
     last_token,
     once,
     own_prefix,
@@ -626,7 +627,8 @@ def tokenize_pair(
     so a prompt can lose its last tokens.
 
     Other than in TRL, a text begins with one beginning token and a response ends in one end token,
-    whatever the tokenizer adds and the text brings. Responses that a chat template doesn't end get
+    whatever the tokenizer adds and the text brings: where several stand there, the first one at
+    which the model stops. Responses that a chat template doesn't end get
     the tokenizer's end token, with a warning. A special token that the template writes after the
     response, other than those that begin a turn, is an end; whitespace after it is kept, as in TRL.
     With `append_eos` false in the row, responses end as they are written or rendered.
@@ -672,8 +674,8 @@ def tokenize_dataset(
     identical responses): those count by that reason and don't stop anything.
 
     Dropped and truncated pairs are named by their rows. One warning each tells of prompts that lost
-    tokens, of messages that the chat template gave no beginning token, and of responses that it
-    didn't end or ended in none of `stop_ids`.
+    tokens, of messages that the chat template gave no beginning token or left out, and of responses
+    that it didn't end or ended in none of `stop_ids`.
 
     Raises DataError when a row can't be rendered or no pair is left, and ValueError when
     `max_length` < 2 or `overlong` is none of the three.
@@ -690,7 +692,8 @@ def tokenize_dataset(
     lost_at: list[str] = []
     ended_at: list[str] = []
     unbegun_at: list[str] = []
-    renderer = _Renderer(tokenizer)
+    kept: list[PreferenceRow] = []
+    renderer = _Renderer(tokenizer, stop_ids)
     for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
         split = _split_pair(row, renderer)
         pair = split if isinstance(split, str) else _within(split, max_length, overlong)
@@ -698,6 +701,7 @@ def tokenize_dataset(
             dropped_at.setdefault(str(pair), []).append(row.where)
             continue
         pairs.append(pair)
+        kept.append(row)
         if split.ended:
             ended_at.append(row.where)
         if isinstance(row.prompt, list) and not _starts_with(split.prompt_ids, renderer.prefix):
@@ -732,8 +736,9 @@ def tokenize_dataset(
             f"with {begin!r}, give a template that writes it (chat_template).",
             stacklevel=2,
         )
+    warn_of_unread(kept, [pair.prompt_ids for pair in pairs], tokenizer)
     if stop_ids is not None:
-        _warn_of_stops({x: at for x, at in renderer.ends.items() if x not in stop_ids}, tokenizer)
+        _warn_of_stops(renderer.ends, stop_ids, tokenizer)
     return TokenizedPairs(pairs, dropped_at, truncated_at)
 
 
@@ -828,14 +833,32 @@ def _warn_of_ends(places: list[str], total: int, tokenizer: Any) -> None:
     )
 
 
-def _warn_of_stops(ends: dict[int, str], tokenizer: Any) -> None:
+def _warn_of_stops(ends: dict[int, str], stop_ids: Collection[int], tokenizer: Any) -> None:
     for token, where in ends.items():
-        name = tokenizer.decode([token])
+        if token in stop_ids or not where:
+            continue
+        stops = ", ".join(repr(tokenizer.decode([x])) for x in stop_ids)
         warnings.warn(
-            f"the chat template ends a turn of the assistant with {name!r} (token {token}), at "
-            f"which the model doesn't stop to generate; the first such row is {where}. Add {token} "
-            "to eos_token_id in the generation_config.json of the model, or give a template that "
-            f"ends turns with {tokenizer.eos_token!r} (chat_template).",
+            f"responses end with {tokenizer.decode([token])!r} (token {token}), at which the model "
+            f"doesn't stop to generate, by its generation config ({stops}); the first such row is "
+            f"{where}. Add {token} to eos_token_id in the generation_config.json of the model, or "
+            "give a template that ends turns with what stops it (chat_template).",
+            stacklevel=3,
+        )
+
+
+def warn_of_unread(
+    rows: Sequence[PreferenceRow | PromptRow], ids: Sequence[list[int]], tokenizer: Any
+) -> None:
+    """Warn once of messages and tools of prompts that the chat template left out of their `ids`."""
+    renderer = _Renderer(tokenizer)
+    found = ((row.where, renderer.unread(row, x)) for row, x in zip(rows, ids))
+    places = [f"{where}: {unread}" for where, unread in found if unread]
+    if places:
+        warnings.warn(
+            f"{len(places)} of {len(rows)} prompts: the chat template leaves out what they say; "
+            f"the first is {places[0]}. The model never sees it. Give a template that renders it "
+            "(chat_template), or write the rows without it.",
             stacklevel=3,
         )
 
@@ -920,8 +943,11 @@ def _truncate(split: _SplitPair, max_length: int | None) -> TokenizedPair | str:
 class _Renderer:
     """Texts to token ids by one tokenizer, and what was found out about it on the way."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", stop_ids: Collection[int] | None = None
+    ) -> None:
         self.tokenizer: Any = tokenizer
+        self.stop_ids = frozenset(stop_ids or ())
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -933,7 +959,7 @@ class _Renderer:
 
     @cached_property
     def ends(self) -> dict[int, str]:
-        """Tokens known to end a response, and the row where each was found."""
+        """Tokens known to end a response, and the first row that ends in each."""
         return {x: "" for x in [self.tokenizer.eos_token_id] if x is not None}
 
     def ids(self, text: Text, options: dict[str, Any], **extra: bool) -> list[int]:
@@ -993,7 +1019,10 @@ class _Renderer:
             return ids, False
         last = last_token(ids, self.tokenizer)
         if last >= 0 and self._is_end(ids[last], row, options, prompt, after):
-            return once(ids, self.tokenizer, self.ends), False
+            ids = once(ids, self.tokenizer, self.ends, self.stop_ids)
+            end = ids[last_token(ids, self.tokenizer)]
+            self.ends[end] = self.ends.get(end) or row.where
+            return ids, False
         if after.strip() and self._decode(prompt).rstrip().endswith(after.strip()):
             raise DataError(
                 f"the chat template writes {_short(after)} after {name} as it does before it, "
@@ -1002,7 +1031,40 @@ class _Renderer:
             )
         if self.tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end token. Set tokenizer.eos_token.")
-        return [*ids, self.tokenizer.eos_token_id], True
+        end = self.tokenizer.eos_token_id
+        self.ends[end] = self.ends[end] or row.where
+        return [*ids, end], True
+
+    def unread(self, row: PreferenceRow | PromptRow, ids: list[int]) -> str | None:
+        """What a template leaves out of a prompt: a message, or a tool; None: nothing.
+
+        Turns of the assistant are not looked at: templates cut the reasoning off earlier ones.
+        """
+        if isinstance(row.prompt, str):
+            return None
+        given = [
+            ("content", text)
+            for message in row.prompt
+            if message.get("role") != "assistant"
+            for name, text in texts(message)
+            if name == "content"
+        ]
+        for tool in row.tools or ():
+            function = tool.get("function", tool) if isinstance(tool, dict) else None
+            if isinstance(function, dict) and isinstance(function.get("name"), str):
+                given.append(("tools", function["name"]))
+        rendered = self._decode(ids)
+        lost = next((x for x in given if not is_in(x[1], rendered)), None)
+        if lost is None:
+            return None
+        # A tokenizer may not give the text back: ask the text.
+        options = {"tools": row.tools, **row.chat_template_kwargs}
+        rendered = self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
+        lost = next((x for x in given if not is_in(x[1], rendered)), None)
+        if lost is None:
+            return None
+        reason = cause(Lost(0, *lost), str(self.tokenizer.chat_template))
+        return f"{lost[0]} {_short(lost[1])} ({reason})"
 
     def _after_text(
         self, row: PreferenceRow, options: dict[str, Any], name: str, ids: list[int]

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +72,39 @@ def load_config(name: str) -> Any:
     check_folder(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model={name!r} cannot be loaded: {_short(error)}") from error
+    except Exception as error:  # a configuration's own checks can raise anything
+        raise ModelError(
+            f"model={name!r} cannot be loaded: {type(error).__name__}: {_short(error)}"
+        ) from error
 
 
 def stop_ids(name: str, tokenizer: Any) -> list[int]:
-    """The tokens at which generation stops, by the files of a folder or hub name and a tokenizer.
+    """The tokens at which generation stops, by the files of a folder or hub name.
+
+    As in transformers those of the generation config; the tokenizer's where it has none.
 
     Raises:
-        ModelError: the configuration cannot be loaded.
+        ModelError: the configuration cannot be loaded, or its end tokens are no token ids.
     """
     from transformers import GenerationConfig
 
     try:
-        settings = GenerationConfig.from_pretrained(name)
-    except OSError:  # a model needn't have one
-        settings = GenerationConfig.from_model_config(load_config(name))
-    return end_ids(settings.eos_token_id, tokenizer.eos_token_id)
+        try:
+            settings = GenerationConfig.from_pretrained(name)
+        except OSError:  # a model needn't have one
+            settings = GenerationConfig.from_model_config(load_config(name))
+        own = settings.eos_token_id
+        found = end_ids(tokenizer.eos_token_id if own is None else own)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"generation_config.json of model={name!r} cannot be used: {_short(error)}"
+        ) from error
+    if not all(type(x) is int for x in found):
+        raise ModelError(
+            f"eos_token_id={own!r} in the configuration of model={name!r} must be a token id or a "
+            "list of them"
+        )
+    return found
 
 
 def end_ids(*ids: int | list[int] | None) -> list[int]:
@@ -146,7 +163,9 @@ def check_generation_config(model: Any) -> None:
     Raises:
         ModelError: says what is wrong with them.
     """
-    settings = model.generation_config
+    settings = getattr(model, "generation_config", None)
+    if settings is None:  # a model that cannot generate has none
+        return
     try:
         with tempfile.TemporaryDirectory() as folder:
             settings.save_pretrained(folder)
@@ -214,24 +233,31 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: 
         raise ModelError(
             f"model={name!r} cannot be loaded: {type(error).__name__}: {_short(error)}"
         ) from error
+    kind = type(model).__name__
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
-            f"model={name!r} lacks {len(missing)} weights of a {type(model).__name__}, the first "
-            f"is {missing[0]}; name the folder of a whole causal language model"
+            f"model={name!r} lacks {len(missing)} weights of a {kind}, the first is {missing[0]}; "
+            "name the folder of a whole causal language model"
+        )
+    unused = sorted(loading["unexpected_keys"])
+    layers = {x for x, layer in model.named_modules() if list(layer.parameters(recurse=False))}
+    if wrong := [x for x in unused if x.rpartition(".")[0] in layers]:
+        raise ModelError(
+            f"model={name!r} has {len(wrong)} weights that its configuration leaves out of their "
+            f"layers, the first is {wrong[0]}; correct its config.json"
+        )
+    if unused:
+        _warn_once(
+            f"{len(unused)} weights of model={name}, the first is {unused[0]}, are no part of a "
+            f"{kind}: they are not used, and will not be in the policy"
         )
     keep_softcap(model)
     return model
 
 
-def warn_of_lost_weights(name: str, model: Any) -> None:
-    """Say that the policy will not have all that its start has: only the text model is trained."""
-    kinds = load_config(name).architectures or []
-    if kinds and type(model).__name__ not in kinds:
-        _log.warning(
-            "model=%s is a %s, of which the %s is trained and saved; other weights of it, as of "
-            "images, will not be in the policy",
-            name, " or ".join(kinds), type(model).__name__,
-        )  # fmt: skip
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
 
 
 def _short(error: Exception) -> str:

@@ -38,7 +38,8 @@ def texts(message: Message) -> Iterator[tuple[str, str]]:
             yield name, value
     content = message.get("content")
     for part in content if isinstance(content, list) else [content]:
-        text = part.get(part.get("type")) if isinstance(part, dict) else part
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get(kind) if isinstance(part, dict) and kind in TEXT_PARTS else part
         if isinstance(text, str):
             yield "content", text
     for call in message.get("tool_calls") or ():
@@ -113,6 +114,11 @@ def _find(text: str, name: str, whole: str, at: int, start: int) -> int | None:
     return at if at > start or pieces[-1] == "</think>" else None
 
 
+def is_in(text: str, rendered: str) -> bool:
+    """Whether a text stands in a rendering, in any notation."""
+    return any(form in rendered for form in _notations(text.strip()))
+
+
 def _notations(text: str) -> list[str]:
     """A string of a tool call as it is, in JSON, in JSON within JSON, and in Python."""
     coded = json.dumps(text, ensure_ascii=False)[1:-1]
@@ -177,15 +183,20 @@ def special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
-def once(ids: list[int], tokenizer: Any, ends: Collection[int]) -> list[int]:
-    """`ids` with the end token that stands there several times in a row, but for whitespace, once.
+def once(
+    ids: list[int], tokenizer: Any, ends: Collection[int], stop_ids: Collection[int] = ()
+) -> list[int]:
+    """`ids` with one end token, where several stand at the end with but whitespace between them.
 
-    A response that brings its end token gets another from a template.
+    A response that brings its end token gets another from a template, and Phi-3's writes one after
+    a turn and one after the conversation.  Different ones are one end where the model stops at the
+    first of them, which is one of `stop_ids`.
     """
     while True:
         last = last_token(ids, tokenizer)
         before = last_token(ids[:last], tokenizer) if last > 0 else -1
-        if before < 0 or ids[last] not in ends or ids[before] != ids[last]:
+        same = before >= 0 and (ids[before] == ids[last] or ids[before] in stop_ids)
+        if not same or ids[last] not in ends:
             return ids
         ids = ids[: before + 1] + ids[last + 1 :]
 

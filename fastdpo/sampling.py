@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdpo.clock import KEY, rendering_at
-from fastdpo.data import DataError, PromptRow, render_prompt
-from fastdpo.models import load_causal_lm, load_config, stop_ids
+from fastdpo.data import DataError, PromptRow, render_prompt, warn_of_unread
+from fastdpo.models import end_ids, load_causal_lm, load_config, stop_ids
 from fastdpo.samplers import (
     Ending,
     Output,
@@ -116,7 +116,8 @@ def _shorter(*lengths: int | None) -> int | None:
 def _of_folder(policy: str, tokenizer: Any, config: SamplingConfig) -> tuple[Ending, int | None]:
     """End tokens and context of a model whose weights vLLM loads."""
     model_config = load_config(policy)
-    return Ending(stop_ids(policy, tokenizer), config.stop, tokenizer), context_of(model_config)
+    ends = end_ids(stop_ids(policy, tokenizer), tokenizer.eos_token_id)
+    return Ending(ends, config.stop, tokenizer), context_of(model_config)
 
 
 def sample(
@@ -257,6 +258,7 @@ def _render_all(
                 "Shorten or remove the prompt, lower max_new_tokens, or raise max_length."
             )
         result.append(ids)
+    warn_of_unread(prompts, result, tokenizer)
     return result
 
 

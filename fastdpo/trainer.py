@@ -58,7 +58,6 @@ from fastdpo.models import (
     load_causal_lm,
     refuse_quantized,
     save_policy,
-    warn_of_lost_weights,
 )
 from fastdpo.ops import PreferenceLoss
 from fastdpo.policy import check_range, layout_of, packed_loss, prepare_model
@@ -246,7 +245,6 @@ def load_start(start: Any, config: TrainingConfig, device: torch.device) -> Any:
         load = load_4bit if config.load_in_4bit else load_causal_lm
         model = load(str(start), dtype=dtype)
         check_generation_config(model)
-        warn_of_lost_weights(str(start), model)
         return model.to(device)
     if config.load_in_4bit:
         raise ConfigError("load_in_4bit=True needs a model by name, not one in memory")

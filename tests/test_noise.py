@@ -109,6 +109,19 @@ def test_experts_that_serve_a_limited_number_of_tokens_are_refused(bf16):
         prepare_model(model, bf16=bf16)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_deep_mixture_whose_rounding_chooses_other_experts_is_exact(bf16):
+    """Among 48 layers of 128 experts, of which 8 answer, fp32 finds a near tie."""
+    of = family(
+        "qwen3_moe", "Qwen3MoeConfig", hidden_size=128, moe_intermediate_size=16,
+        num_hidden_layers=48, num_experts=128, num_experts_per_tok=8, head_dim=32,
+        norm_topk_prob=True, initializer_range=0.1, vocab_size=2000,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = of.build(2000)
+    assert layout_of(prepare_model(model, bf16=bf16)) == "shared"
+
+
 AFMOE = family(
     "afmoe", "AfmoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
     num_dense_layers=1, head_dim=16, layer_types=["sliding_attention", "full_attention"],

@@ -6,11 +6,13 @@ import re
 import warnings
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny import LLAMA, save_tiny
 
+from fastdpo import sampling
 from fastdpo.data import (
     DataError,
     PromptRow,
@@ -283,7 +285,69 @@ def test_an_end_that_does_not_stop_the_model_is_told_of(tmp_path):
     ]  # fmt: skip
     assert told(lambda: main(command)) == [message]
     (model / "generation_config.json").unlink()
-    assert stop_ids(str(model), tok) == [2, 0]
+    assert stop_ids(str(model), tok) == [2]
+    # The tokenizer's own end, where generation doesn't stop at it.
+    tok.eos_token = "<|im_end|>"
+    tok.save_pretrained(model)
+    GenerationConfig(eos_token_id=0).save_pretrained(model)
+    assert told(tokenize) == [message]
+
+
+def test_the_first_of_two_ends_is_where_the_model_stops():
+    """Phi-3's template ends a turn and the conversation, Cohere's an answer and the turn."""
+    ending = "{% if not add_generation_prompt %}<|eot|>{% endif %}"
+    tok = tokenizer(CHATML + ending, "<|eot|>")
+    tok.eos_token = "<|eot|>"
+    row = {"prompt": [u("hi")], "chosen": [a("yes")], "rejected": [a("no")]}
+    rows = preference_rows(Rows("here", [row]))
+    end, last = tok.convert_tokens_to_ids(["<|im_end|>", "<|eot|>"])
+    for stops, wanted in (
+        ([end, last], "yes<|im_end|>"),
+        ([last], "yes<|im_end|>\n<|eot|>"),
+        (None, "yes<|im_end|>\n<|eot|>"),
+    ):
+        (pair,) = tokenize_dataset(rows, tok, max_length=None, stop_ids=stops, progress=False).pairs
+        assert tok.decode(pair.chosen_ids) == wanted
+    tok.eos_token = "<|im_end|>"
+
+
+SYSTEM = """content ' Be "brief". ' (the template leaves it out"""
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "template", "told"),
+    [
+        ({}, CHATML, None),
+        ({"tools": [WEATHER]}, CHATML, "tools 'weather' (the template never reads 'tools')"),
+        ({"tools": [WEATHER]}, "{{ tools | tojson }}" + CHATML, None),
+        ({}, CHATML.replace("m.content", "'' if m.role == 'system' else m.content"), SYSTEM),
+        ({}, CHATML.replace("m.content", "m.content | trim | tojson"), None),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_of_a_prompt_is_told_of(change, template, told, tmp_path):
+    system = {"role": "system", "content": ' Be "brief". '}
+    earlier = a("<think>so</think>It is.")  # the reasoning of an earlier turn may go
+    row = {"prompt": [system, u("hi"), earlier, u("and?")], "chosen": [a("x")],
+           "rejected": [a("y")], **change}  # fmt: skip
+    tok = tokenizer(template.replace("m.content }}", "m.content.split('</think>')[-1] }}"))
+
+    def warned(work):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+        return [str(x.message) for x in caught if "leaves out" in str(x.message)]
+
+    rows = Rows("here", [row, row])
+    pairs = preference_rows(rows)
+    found = warned(lambda: tokenize_dataset(pairs, tok, max_length=None, progress=False))
+    sampler: Any = SimpleNamespace(context=None, vocab=None)
+    asked = prompt_rows(rows)
+    assert warned(lambda: sampling._render_all(sampler, tok, asked, 5)) == found
+    assert len(found) == (told is not None)
+    if told:
+        assert found[0].startswith("2 of 2 prompts")
+        assert f"the first is here, row 0 (counting from 0): {told}" in found[0]
 
 
 def test_a_rendered_prompt_is_not_rendered_again():
