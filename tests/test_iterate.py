@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_rounds import ENVIRONMENT, TESTS, arguments, same, weights
+from test_scoring import Server, counted
 from tiny import LLAMA, _family, save_tiny
 
+from fastdpo import rounds
 from fastdpo.cli import main
 from fastdpo.models import ModelError, combine, load_causal_lm, load_tokenizer
 from fastdpo.storage import read_parts
@@ -522,6 +524,27 @@ def test_impossible_options_end_before_there_is_a_folder(
     assert main(arguments(inputs, tmp_path / "out", **options)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_asks_only_servers_that_it_still_needs(inputs, tmp_path, capsys, monkeypatch):
+    def interrupted_in(name):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rounds, name, interrupt)
+            assert main(options) == 130
+
+    with Server(counted) as server:
+        url = f"{server.url}/score"
+        options = arguments(inputs, tmp_path / "out", scorer=url, rounds=1, heldout=0)
+        interrupted_in("sample")
+    assert main(options) == 2  # before a sample is drawn for it
+    assert "can't be reached" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/round-01/candidates/part*"))
+    with Server(counted, port=server.port):
+        interrupted_in("pair")
+    assert main(options) == 0
 
 
 # ------------------------------------------------------------------------------- stages
