@@ -17,7 +17,7 @@ Message = dict[str, Any]
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that templates read it by
 _THINK = re.compile(r"(</?think>)")
-TEXT_PARTS = ("text", "thinking")  # parts of a content that are text, by type
+_MEDIA = ("image", "audio", "video")  # parts of a content that are no text, by type
 
 
 class Lost(NamedTuple):
@@ -39,8 +39,8 @@ def texts(message: Message) -> Iterator[tuple[str, str]]:
     content = message.get("content")
     for part in content if isinstance(content, list) else [content]:
         kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get(kind) if isinstance(part, dict) and kind in TEXT_PARTS else part
-        if isinstance(text, str):
+        text = part.get(kind) if isinstance(part, dict) else part
+        if isinstance(text, str) and kind not in _MEDIA:
             yield "content", text
     for call in message.get("tool_calls") or ():
         function = call.get("function", call) if isinstance(call, dict) else {}
