@@ -343,9 +343,10 @@ def curve_panels(left, right, rows: list[dict]) -> None:
 
 def label(row: dict) -> str:
     """The variant's name; what the default workspace was, since it is another on other devices."""
-    if row["variant"] != FASTDPO.name or row["workspace_mib"] is None:
+    workspace_mib = row.get("workspace_mib")  # whole steps have none
+    if row["variant"] != FASTDPO.name or workspace_mib is None:
         return row["variant"]
-    return f"{FASTDPO.name} (default, {row['workspace_mib']:.0f} MiB)"
+    return f"{FASTDPO.name} (default, {workspace_mib:.0f} MiB)"
 
 
 def bars(axis, rows: list[dict], values: list[float], title: str) -> None:
