@@ -3,7 +3,7 @@
 For each head: the forward of one block, without and with a stash, by a tile of each size that is
 folded and by the fused kernel with each tile; then the backward from the stash with each size of
 fp32 tile.  All candidates of a head are interleaved, and each is checked first.  The fastest of a
-column is what `plan.PROJECT_MAX_D`, `plan._TILE_BYTES` and `project.HOPPER` should say.
+column is what `plan._TILE_BYTES` and `project.HOPPER` should say.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from fastdpo.plan import MIB, make_plan
 from .measure import interleaved_ms, where
 from .variants import SHAPES, Problem, make_problem
 
-TILE_MIB = (16, 32, 64, 128)
+TILE_MIB = (32, 64, 128, 512)
 KERNEL_TILES = (
-    (128, 128, 64, 8, 4),
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 3, 128),  # two programs a multiprocessor
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
-    (64, 256, 64, 8, 4),
-    (128, 128, 128, 8, 3),
+    (128, 256, 64, 8, 3, True),
+    (128, 256, 64, 8, 3, False),
+    (256, 128, 64, 8, 3, True),
+    (128, 128, 64, 8, 4, True),
+    (128, 128, 64, 8, 4, False),
+    (64, 256, 64, 4, 4, True),
 )
-LOGP_LIMIT = 2e-5
+LOGP_LIMIT = 1e-4  # a wide head's fp32 product is off by more than half of it
 
 
-def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[int, ...] | None):
+def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[Any, ...] | None):
     """A streamer that folds tiles of a size, or projects with a kernel's tile."""
     from fastdpo.fused import FusedStreamer
     from fastdpo.kernels.project import Tile
@@ -47,16 +46,18 @@ def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[int, ...] | Non
         def projects(self, h_ND: Tensor) -> bool:
             return kernel_tile is not None
 
+        def kernel_tile(self, *, stats: bool = False) -> Tile:
+            assert kernel_tile is not None
+            return Tile(*kernel_tile)
+
     N, D, V, _, softcap = problem.shape
     plan = make_plan(
         [0, N], D, V, itemsize=4, workspace_bytes=8192 * MIB, need_head=True, need_h=True, T=N,
         fused_itemsize=problem.h_ND.element_size(),
     )  # fmt: skip
     head = Head(problem.w_VD.detach(), None, 1.0, softcap)
-    streamer = Forced(head, replace(plan, tile_bytes=int(tile_mib * MIB)))
-    if kernel_tile is not None:
-        streamer.kernel_tile = Tile(*kernel_tile)
-    return streamer
+    size = int(tile_mib * MIB)
+    return Forced(head, replace(plan, tile_bytes=size, grad_tile_bytes=size))
 
 
 def candidates(problem: Problem) -> dict[str, Callable[[], Any]]:

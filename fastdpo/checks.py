@@ -124,9 +124,7 @@ def check_head(
     return scale, softcap
 
 
-def check_targets(
-    h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bool = False
-) -> None:
+def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bool = False) -> None:
     """Targets (N,) int64 in [0, V) or -100; rows (N,) int64 in [0, T)."""
     require_tensor("target_N", target, 1, "(N,)")
     if target.dtype != torch.int64:

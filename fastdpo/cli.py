@@ -269,7 +269,7 @@ def run_report(config: ReportConfig) -> None:
 
 
 def run_plan(config: PlanConfig) -> None:
-    from fastdpo.memory import estimate, longest_pair
+    from fastdpo.memory import estimate, longest_pair, usable_bytes
 
     prompt = max(1, config.max_length // 4)
     response = config.max_length - prompt
@@ -277,8 +277,10 @@ def run_plan(config: PlanConfig) -> None:
         f"a full micro-batch of max_tokens={config.max_tokens}, pairs of a prompt of {prompt} and "
         f"responses of {response} tokens:"
     )
-    print(estimate(config.model, config, prompt=prompt, response=response))
-    print(longest_pair(config.model, config, config.gpu_gib))
+    gpu_gib = config.gpu_gib
+    usable_bytes(gpu_gib)  # it may be no memory of a GPU
+    print(estimate(config.model, config, prompt=prompt, response=response, gpu_gib=gpu_gib))
+    print(longest_pair(config.model, config, gpu_gib))
 
 
 def run_doctor(config: DoctorConfig) -> None:

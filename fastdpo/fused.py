@@ -408,9 +408,7 @@ class FusedStreamer:
         h_TD = _rows_in_memory(rows.h_TD)
         return scatter.gather(h_TD, rows.rows_N[start:stop]), rows.target_N[start:stop]
 
-    def add_rows(
-        self, rows: Rows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor
-    ) -> None:
+    def add_rows(self, rows: Rows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
         """Add a block's gradient to the hidden rows it came from."""
         if rows.rows_N is None:
             rows.scatter(total_TD, start, stop, dh_ND)

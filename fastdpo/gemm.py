@@ -37,9 +37,7 @@ def has_native_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def fp32_product(
-    a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False
-) -> Tensor:
+def fp32_product(a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
     """``a @ b`` of fp16, bf16 or fp32 matrices, accumulated and returned in fp32.
 
     The result is written to ``out`` where given, or added to it.

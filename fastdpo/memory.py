@@ -32,7 +32,7 @@ from fastdpo.gemm import Products, has_native_bf16
 from fastdpo.models import ModelError, check_folder, refuse_quantized
 from fastdpo.objectives import lr_dpo
 from fastdpo.passes import Call, Pairs
-from fastdpo.plan import PROJECT_MAX_D
+from fastdpo.plan import default_workspace_mib
 from fastdpo.streaming import Block, Grads, Head, Needs, Rows, Stash
 from fastdpo.trainer import ConfigError, TrainingConfig, with_adapters
 
@@ -103,6 +103,7 @@ def estimate(
     prompt: int,
     response: int,
     device: str = "cuda",
+    gpu_gib: float = 24.0,
 ) -> Estimate:
     """Peak memory of a step on pairs of ``prompt`` tokens and two responses of ``response`` tokens.
 
@@ -112,6 +113,7 @@ def estimate(
     Args:
         model: folder (only its config.json is read) or hub name, or a transformers configuration.
         device: "cuda" or "cpu", the target; it need not be here.
+        gpu_gib: memory of the GPU, in GiB, of which the head's default workspace is a part.
 
     Raises:
         ConfigError: an argument has an impossible value.
@@ -122,7 +124,8 @@ def estimate(
             raise ConfigError(f"{name}={value!r} must be a positive number of tokens")
     if device not in _ALIGNED:
         raise ConfigError(f"device={device!r} must be one of {', '.join(_ALIGNED)}")
-    return _Simulation(_configuration(model), config, device).step(prompt, response)
+    gpu_gib = gpu_gib if device == "cuda" else 0.0
+    return _Simulation(_configuration(model), config, gpu_gib).step(prompt, response)
 
 
 def _configuration(model: Any) -> Any:
@@ -269,7 +272,7 @@ def longest_pair(model: Any, config: TrainingConfig, gpu_gib: float) -> Fit:
             continue  # its layers are peft's
         if changed.use_peft and not config.use_peft and "precompute_ref_log_probs" in wanted:
             continue
-        simulation = _Simulation(_configuration(configuration), changed, "cuda")
+        simulation = _Simulation(_configuration(configuration), changed, gpu_gib)
         options.append(Option(wanted, *_longest(simulation, usable, limit, guess)))
     if not any(option.longest for option in options):
         least = min(options, key=lambda option: option.estimate.peak)
@@ -475,8 +478,12 @@ class _FusedSizes:
         self.head, self.plan = head, plan
         self.V, self.D = head.w_VD.shape
 
-    def _tile(self) -> Tensor:
-        return self.head.w_VD.new_empty(self.plan.tile_bytes, dtype=torch.uint8)
+    def _bytes(self, size: int) -> Tensor:
+        return self.head.w_VD.new_empty(size, dtype=torch.uint8)
+
+    def _grad_tile(self, into: Grads) -> None:
+        if into.w is not None and into.w.dtype != torch.float32:  # else the product adds to it
+            self._bytes(min(self.plan.grad_tile_bytes, 4 * self.V * self.D))
 
     def _matrix(self, rows: int, columns: int) -> Tensor:
         return self.head.w_VD.new_empty(rows, -(-columns // 64) * 64)
@@ -484,39 +491,45 @@ class _FusedSizes:
     def forward(self, h_ND: Tensor, target_N: Tensor, *, keep: bool, **_: Any) -> Block:
         rows = len(h_ND)
         stash = self._matrix(rows, self.V) if keep else None
-        if self.D <= PROJECT_MAX_D:  # two fp32 sums a tile of 128 columns
-            scratch = h_ND.new_empty(rows, 2 * -(-self.V // 128), dtype=torch.float32)
-        else:
-            scratch = self._tile()
-        del scratch
+        # A tile that is folded, or two fp32 sums a tile of 128 columns that is not kept.
+        self._bytes(max(self.plan.tile_bytes, rows * 8 * -(-self.V // 128)))
         logp, lse, shift, own = (h_ND.new_empty(rows, dtype=torch.float32) for _ in range(4))
         return Block(logp, lse, shift, stash, own)
 
     def backward(
         self, block: Block, h_ND: Tensor, target_N: Tensor, coef_N: Tensor, needs: Needs,
-        into: Grads, *, final: bool,
+        into: Grads, *, final: bool, rows: Rows | None = None,
     ) -> Tensor | None:  # fmt: skip
         scaled_ND = torch.empty_like(h_ND) if into.w is not None else None
         if scaled_ND is not None:
-            self._tile()
+            self._grad_tile(into)
         if not needs.h:
             return None
-        return h_ND.new_empty(h_ND.shape, dtype=torch.float32)
+        dh_ND = h_ND.new_empty(h_ND.shape, dtype=torch.float32)
+        return dh_ND if rows is None else self.place(rows, dh_ND, None)
 
     def recompute_backward(
         self, blocks: Any, rows: Rows, coef_N: Tensor, needs: Needs, into: Grads, ref: Any = None
     ) -> None:
         h_ND, _ = rows.block(0, coef_N.shape[0])
-        width = self.plan.vocab_chunk if needs.head else self.V
-        count = len(h_ND) if needs.head else max(stop - start for start, stop, _ in blocks)
-        kept = [torch.empty_like(h_ND), self._matrix(count, width), self._tile()]
-        kept += [h_ND.new_empty(h_ND.shape, dtype=torch.float32) for _ in range(2)]
-        del kept[1:4]
+        scaled_ND = torch.empty_like(h_ND)
+        stash_NC = self._matrix(len(h_ND), self.plan.vocab_chunk)
+        dh_ND = h_ND.new_empty(h_ND.shape, dtype=torch.float32)
+        self._grad_tile(into)
+        del scaled_ND, stash_NC
         if needs.h:
-            into.h = self.place(rows, kept[-1], None)
+            into.h = self.place(rows, dh_ND, None)
 
-    def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None) -> Tensor:
+    def place(
+        self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool = False
+    ) -> Tensor:
         return torch.empty_like(rows.h_TD)
+
+    def rows_of(self, rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return rows.block(start, stop)
+
+    def add_rows(self, rows: Rows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
+        total_TD[start:stop]
 
 
 class _FusedCall(Call):
@@ -571,10 +584,11 @@ def _quantize(model: nn.Module) -> None:
 
 # -------------------------------------------------------------------------------------- simulation
 class _Simulation:
-    """One model with one set of options on a target device; any number of steps."""
+    """One model with one set of options, on a GPU of ``gpu_gib`` or a CPU (0); many steps."""
 
-    def __init__(self, configuration: Any, config: TrainingConfig, device: str) -> None:
-        self.config, self.device = config, device
+    def __init__(self, configuration: Any, config: TrainingConfig, gpu_gib: float) -> None:
+        self.config, self.gpu_gib = config, gpu_gib
+        self.device = device = "cuda" if gpu_gib else "cpu"
         # What these find out once is for real calls.
         has_native_bf16()
         Products(torch.float32, torch.device("cpu"))
@@ -776,7 +790,7 @@ class _Simulation:
         fused = config.impl == "triton" or (config.impl == "auto" and on_cuda)
         workspace_mib = config.workspace_mib
         if workspace_mib is None:
-            workspace_mib = 1024.0 if on_cuda else 256.0
+            workspace_mib = default_workspace_mib(int(self.gpu_gib * GIB))
         call = ops._make_call(
             h_TD, w_VD, bias_V, batch.target_N, batch.rows_N, scale, softcap, workspace_mib, edges,
             fused=fused,
@@ -789,7 +803,7 @@ class _Simulation:
         lengths_S, numbers_P = torch.empty(S), torch.empty(S // 2)
         pairs = _SizedPairs(
             lr_dpo(config.beta), edges, lengths_S,
-            torch.empty(S, dtype=torch.float64), numbers_P, numbers_P, numbers_P, 1.0,
+            torch.empty(S, dtype=torch.float64), numbers_P, numbers_P, numbers_P, 1.0, h_TD.device,
         )  # fmt: skip
         return ops._LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)[0]  # type: ignore[index]
 

@@ -36,7 +36,7 @@ from fastdpo.passes import (
     score,
     token_backward,
 )
-from fastdpo.plan import MIB, Plan, make_plan
+from fastdpo.plan import MIB, Plan, default_workspace_mib, make_plan
 from fastdpo.streaming import IGNORE, Head, Needs
 
 METRICS = (
@@ -50,7 +50,6 @@ METRICS = (
     "lengths/rejected",
     "length_margin",
 )
-LEAST_WORKSPACE_MIB = 256.0
 STATS = frozenset({"entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref"})
 
 
@@ -368,14 +367,6 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
-def default_workspace_mib(device: torch.device) -> float:
-    """1/32 of a GPU's memory, and at least what a CPU gets."""
-    if device.type == "cpu":
-        return LEAST_WORKSPACE_MIB
-    total = torch.cuda.get_device_properties(device).total_memory
-    return max(LEAST_WORKSPACE_MIB, float(total // (32 * MIB)))
-
-
 def _make_call(
     h_TD: Tensor,
     w_VD: Tensor,
@@ -392,7 +383,10 @@ def _make_call(
 ) -> Call | None:
     """Leave ignored targets out where that costs no synchronization, and plan the call."""
     if workspace_mib is None:
-        workspace_mib = default_workspace_mib(h_TD.device)
+        memory_bytes = 0
+        if h_TD.is_cuda:
+            memory_bytes = torch.cuda.get_device_properties(h_TD.device).total_memory
+        workspace_mib = default_workspace_mib(memory_bytes)
     workspace_mib = checks.require_number(
         "workspace_mib", workspace_mib, low=0, high=2**40, open_low=True
     )

@@ -236,9 +236,7 @@ def frozen_forward(
     streamer = call.streamer(w_VD, bias_V)
     rows = Rows(h_TD, call.rows_N, call.target_N)
     dtype = h_TD.dtype if call.plan.in_place else streamer.acc_dtype
-    unit_ND = torch.empty(
-        call.target_N.shape[0], h_TD.shape[1], dtype=dtype, device=h_TD.device
-    )
+    unit_ND = torch.empty(call.target_N.shape[0], h_TD.shape[1], dtype=dtype, device=h_TD.device)
     call.blocks = []
     for start, stop in call.plan.spans:
         h_ND, target_N = streamer.rows_of(rows, start, stop)

@@ -34,6 +34,15 @@ _TILE_BYTES = 64 * MIB
 _TILE_SHARE = 4  # at most one part in so many of the workspace
 
 
+LEAST_WORKSPACE_MIB = 256.0
+_MEMORY_SHARE = 32
+
+
+def default_workspace_mib(memory_bytes: int) -> float:
+    """1/32 of a GPU's memory, and at least what a CPU gets, whose memory counts as 0."""
+    return max(LEAST_WORKSPACE_MIB, float(memory_bytes // (_MEMORY_SHARE * MIB)))
+
+
 @dataclass(frozen=True)
 class Group:
     """Consecutive pairs that are scored together, and their blocks of rows.

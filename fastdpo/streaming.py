@@ -360,9 +360,10 @@ class Streamer:
     ) -> Tensor | None:
         """Add the head's gradients of ``sum coef * logp`` to ``into``; return that of the rows.
 
-        That is ``h_ND``'s, or that of all hidden rows.  With ``final`` this block is the whole call: each chunk of the weight's gradient is then
-        one product, rounded into ``into.w``, and needs no accumulator; the rows of targets are
-        rounded again when their own entries are added.
+        That is ``h_ND``'s, or that of all hidden rows.  With ``final`` this block is the whole
+        call: each chunk of the weight's gradient is then one product, rounded into ``into.w``, and
+        needs no accumulator; the rows of targets are rounded again when their own entries are
+        added.
         """
         assert block.stash is not None
         h_ND = _clean(h_ND, target_N)

@@ -114,7 +114,8 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations in the backward.
         bf16: compute in bf16 under autocast.
         save_steps: optimizer steps between checkpoints.
-        workspace_mib: bound on the head's tiles and stash; default 1024 on a GPU, 256 on a CPU.
+        workspace_mib: bound on the head's tiles and stash; default 1/32 of a GPU's memory
+            and at least 256, which is a CPU's.
         impl: of the head: "triton", "torch", or "auto" for what the device has.
         activation_offloading: keep what the backward needs in CPU memory.
         mlp_tile_tokens: tokens that go through an MLP at a time; bounds its activations.

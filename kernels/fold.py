@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pointwise import ASSERTING, IGNORE, LOWEST, OPTIONS, kept, logits, row_shift, softplus
+from .pointwise import (
+    ASSERTING,
+    IGNORE,
+    LOWEST,
+    OPTIONS,
+    kept,
+    logits,
+    row_shift,
+    slope,
+    softplus,
+)
 
 # Logits above a row's shift that are still taken relative to it: exponentials, their squares and
 # the sums of either stay finite in fp32, and the kept ones in the stash's dtype.
@@ -292,8 +302,8 @@ def merge_kernel(
     tl.store(lse_ptr + n, lse, mask=row)
     tl.store(logp_ptr + n, tl.where(scored, -softplus(against), 0.0), mask=row)
     miss = 1.0 / (1.0 + tl.exp(-against))
-    if HAS_SOFTCAP:  # d logit / d (uncapped logit)
-        miss *= 1.0 - (t / softcap) * (t / softcap)
+    if HAS_SOFTCAP:
+        miss *= slope(t, softcap)
     tl.store(own_ptr + n, tl.where(scored, miss, 0.0), mask=row)
     tl.store(top_shift_ptr + n, shift, mask=row)
     if mean_out_ptr is not None:

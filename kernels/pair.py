@@ -303,8 +303,9 @@ def pair_losses(
     lengths_S = torch.empty(S, dtype=torch.int64, device=device)
     pair_kernel[(1,)](
         logp_N, ref_logp_N, ref_logp_S, target_N, bounds_S1, lengths_S, margin_P, smoothing_P,
-        weight_P, logp_S, ref_S, slope_S, coef_N, totals, loss, means, S // 2, *_two(objective.beta),
-        *_two(objective.alpha), *_two(num_pairs), KIND=_CODES[objective.kind],
-        NORMALIZED=objective.length_normalized, BLOCK=1024, num_warps=4, **ASSERTING,
+        weight_P, logp_S, ref_S, slope_S, coef_N, totals, loss, means, S // 2,
+        *_two(objective.beta), *_two(objective.alpha), *_two(num_pairs),
+        KIND=_CODES[objective.kind], NORMALIZED=objective.length_normalized, BLOCK=1024,
+        num_warps=4, **ASSERTING,
     )  # fmt: skip
     return PairResult(loss, means, lengths_S, totals, logp_S, ref_S, slope_S, coef_N)

@@ -46,9 +46,16 @@ def softplus(x):
 def logits(a, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Logits of the biased products ``a``: scaled, then capped."""
     z = a * scale
-    if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
+    if HAS_SOFTCAP:  # a product, since a division takes registers
+        z = softcap * tanh(z * (1.0 / softcap))
     return z
+
+
+@triton.jit
+def slope(z, softcap):
+    """d logit / d (uncapped logit) of a capped logit."""
+    u = z * (1.0 / softcap)
+    return 1.0 - u * u
 
 
 @triton.jit
@@ -65,6 +72,6 @@ def row_shift(top_N, first_shift_ptr, n, row, limit, FIRST: tl.constexpr):
 @triton.jit
 def kept(e, z, scored, softcap, HAS_SOFTCAP: tl.constexpr):
     """What the backward reads: exponentials times the cap's slope, zeros in ignored rows."""
-    if HAS_SOFTCAP:  # d logit / d (uncapped logit)
-        e *= 1.0 - (z / softcap) * (z / softcap)
+    if HAS_SOFTCAP:
+        e *= slope(z, softcap)
     return tl.where(scored, e, 0.0)

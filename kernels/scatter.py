@@ -119,8 +119,8 @@ def row_sums_kernel(
     else:
         first = tl.load(start_ptr + offset + i)
         known = (first >= 0) & (first < N)
-        token = tl.load(order_ptr + first, mask=known, other=0)
-        known &= tl.load(index_ptr + token, mask=known, other=-1) == offset + i
+        leader = tl.load(order_ptr + first, mask=known, other=0)
+        known &= tl.load(index_ptr + leader, mask=known, other=-1) == offset + i
         last = first + tl.load(size_ptr + first, mask=known, other=0)
         if ACCUMULATE and base_ptr is None:  # a row to which nothing is added is left alone
             column &= known
@@ -191,9 +191,9 @@ def factors_kernel(
     if own_ptr is not None:
         tl.store(own_out_ptr + n, scaled(tl.load(own_ptr + n), coef), mask=here)
     if out_ptr is not None:
-        x = tl.load(x_ptr + n * x_stride + d, mask=d < D, other=0.0)
-        x = scaled(x, row)
-        tl.store(out_ptr + n * out_stride + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
+        inside = d < D
+        x = scaled(tl.load(x_ptr + n * x_stride + d, mask=inside, other=0.0), row)
+        tl.store(out_ptr + n * out_stride + d, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -209,9 +209,7 @@ def scale_rows_kernel(
 
 
 @triton.jit
-def gather_kernel(
-    out_ptr, x_ptr, rows_ptr, T, D, out_stride, x_stride, BLOCK_D: tl.constexpr
-):
+def gather_kernel(out_ptr, x_ptr, rows_ptr, T, D, out_stride, x_stride, BLOCK_D: tl.constexpr):
     """``out[n] = x[rows[n]]``."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

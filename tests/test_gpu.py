@@ -361,14 +361,13 @@ def run(p: Problem, way: Way, **options: Any) -> tuple[Any, dict[str, Tensor]]:
 
 @pytest.fixture(params=["fused", "fold"])
 def projection(request, monkeypatch):
-    """The two ways of the projection, whatever the head's width."""
-    from fastdpo import fused, plan
+    """The two ways of the projection."""
     from fastdpo.kernels import project
 
     if request.param == "fused" and not project.feeds_from_descriptors(DEVICE):
         pytest.skip("this device folds tiles")
-    for module in (fused, plan):
-        monkeypatch.setattr(module, "PROJECT_MAX_D", 2**30 if request.param == "fused" else 0)
+    if request.param == "fold":
+        monkeypatch.setattr(project, "feeds_from_descriptors", lambda device: False)
     return request.param
 
 
@@ -677,7 +676,7 @@ def test_a_long_pair_with_a_frozen_head_takes_less_than_a_gib():
         result.loss.backward()
         assert h_TD.grad is not None
         beyond = taken() - h_TD.grad.numel() * h_TD.grad.element_size()
-    assert result.plan.route == "recompute"
+    assert result.plan.route == "frozen" and result.plan.in_place
     assert beyond <= 2**30, f"{beyond / MIB:.0f} MiB"
     # The gradients of a few rows, from one whole row of logits each in fp64.
     coef_S = torch.tensor([-1.0, 1.0], dtype=torch.float64, device=DEVICE) * BETA
@@ -689,7 +688,8 @@ def test_a_long_pair_with_a_frozen_head_takes_less_than_a_gib():
     g_RV = torch.zeros_like(z_RV).scatter_(1, target_N[rows, None], 1.0) - z_RV.softmax(1)
     g_RV *= coef_S[(rows >= N // 2).long()][:, None]
     assert h_TD.grad[rows].any(1).all()
-    assert relative_error(h_TD.grad[rows], g_RV @ w_VD.double()) <= FLOOR[BF16]
+    # Unit gradients in the memory of the gradient are rounded, then scaled and rounded again.
+    assert relative_error(h_TD.grad[rows], g_RV @ w_VD.double()) <= 2**0.5 * FLOOR[BF16]
 
 
 # ---------------------------------------------------------------------- no waiting, compile, graphs
@@ -932,12 +932,13 @@ print("survived", flush=True)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("target[7] = 500", "target_N must be 0 <= target < V=500 or -100"),
-        ("target[7] = -1", "target_N must be 0 <= target < V=500 or -100"),
-        ("rows[7] = 64", "rows_N must be 0 <= row < T=64"),
+        ("target[7] = 500", "target_N must be 0 <= target < V or -100"),
+        ("target[7] = -1", "target_N must be 0 <= target < V or -100"),
+        ("rows[7] = 64", "rows_N must be 0 <= row < T"),
+        ("ref[1] = float('nan')", "ref_logp_S must be finite"),
         ("target[:30] = -100", "a response is empty"),
     ],
-    ids=["target", "negative", "row", "empty"],
+    ids=["target", "negative", "row", "reference", "empty"],
 )
 def test_bad_values_trip_an_assert_that_names_them(change, message):
     done = python(BAD_INPUT.format(change=change))
@@ -951,17 +952,18 @@ EVERY_KERNEL = """
 import torch
 import test_gpu
 from dataclasses import replace
-from fastdpo import fused, linear_kl, plan
+from fastdpo import linear_kl
+from fastdpo.kernels import project
 
 shape = test_gpu.{shape!r}
 p, other = test_gpu.make(shape), test_gpu.make(shape, seed=3)
-for plan.PROJECT_MAX_D in (0, 2048):
-    fused.PROJECT_MAX_D = plan.PROJECT_MAX_D
+for project.feeds_from_descriptors in (lambda device: False, project.feeds_from_descriptors):
     for route in {routes}:
         test_gpu.run(p, test_gpu.WAYS[route])
-    q = replace(p.leaves(), ref_logp_S=None)
-    stats = ("entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref")
-    test_gpu.dpo(q, stats=stats, ref_h_TD=other.h_TD, ref_w_VD=other.w_VD).loss.backward()
+    stats = ("entropy", "mean_logit", "top1", "log_sum_sq_probs")
+    for stats in (stats, (*stats, "kl_ref")):
+        q = replace(p.leaves(), ref_logp_S=None)
+        test_gpu.dpo(q, stats=stats, ref_h_TD=other.h_TD, ref_w_VD=other.w_VD).loss.backward()
     q = p.leaves()
     linear_kl(q.h_TD, q.w_VD, other.h_TD, other.w_VD, impl="triton", **q.head).sum().backward()
 {finish}

@@ -40,7 +40,7 @@ from checks import (
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdpo import LinearDPOLoss, fused, linear_logp, linear_preference_loss, ops, reference
+from fastdpo import LinearDPOLoss, linear_logp, linear_preference_loss, ops, reference
 from fastdpo.kernels import fold, pair, pointwise, project, scatter, support
 from fastdpo.kernels.fold import HeadShape, Partials
 from fastdpo.objectives import (
@@ -66,6 +66,7 @@ HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
 U = 2.0**-24  # largest relative error of one rounding to fp32
 NAN = float("nan")
+PLAIN = HeadShape()
 INF = float("inf")
 
 
@@ -222,7 +223,7 @@ def assert_merged(
     target_N: Tensor,
     tolerance: float,
     terms: int = 16,
-    head: HeadShape = HeadShape(),
+    head: HeadShape = PLAIN,
 ) -> None:
     """Everything `merge` returns, against the logits in fp64.
 
@@ -1074,7 +1075,7 @@ def test_pair_of_few_among_many():
 def test_pair_of_extreme_margins(name, z):
     """A loss of 1e-5 or 1e-17 has all its digits, and nothing overflows."""
     objective, tokens = PAIR_OBJECTIVES[name], pair_tokens((2, 3), False)
-    logp_N, _, target_N, bounds_S1, lengths_S = tokens
+    logp_N, _, target_N, bounds_S1, _ = tokens
     ref_S = reference.sequence_sums(logp_N.double(), bounds_S1)
     ref_S -= torch.tensor([z / 0.1, -1.5 * z / 0.1])
     found = pair.pair_losses(
@@ -1095,7 +1096,9 @@ WAYS = {
 }
 FROZEN = {
     "forward": lambda plan: plan.route == "forward" and len(list(plan.spans)) > 2,
-    "frozen": lambda plan: plan.route == "frozen" and not plan.in_place and len(list(plan.spans)) > 2,
+    "frozen": lambda plan: (
+        plan.route == "frozen" and not plan.in_place and len(list(plan.spans)) > 2
+    ),
     "frozen-in-place": lambda plan: plan.in_place and len(list(plan.spans)) > 2,
 }
 ALL_ROUTES: dict[str, Callable[[Plan], bool]] = {**ROUTES, **FROZEN}

@@ -81,17 +81,24 @@ KERNELS = {
         "pointwise.py",
         "test_fold_against",
         [
-            mask(
-                "if HAS_SOFTCAP:\n        z = softcap", "if not HAS_SOFTCAP:\n        z = softcap"
-            ),
+            mask("if HAS_SOFTCAP:  # a product", "if not HAS_SOFTCAP:  # a product"),
             scale("z = a * scale", "z = a"),
             scale("z = softcap * tanh(", "z = tanh("),
             sign("z = a * scale", "z = -a * scale"),
         ],
     ),
+    "slope": Kernel(
+        "pointwise.py",
+        "test_fold_against or test_keep_",
+        [
+            mask("return 1.0 - u * u", "return tl.where(z > 0.0, 1.0 - u * u, 1.0)"),
+            scale("u = z * (1.0 / softcap)", "u = z"),
+            sign("return 1.0 - u * u", "return 1.0 + u * u"),
+        ],
+    ),
     "row_shift": Kernel(
         "pointwise.py",
-        "test_fold_settles or test_project_gives",
+        "test_fold_settles or test_project_gives or test_project_against",
         [
             mask("top_N > first_N + limit", "top_N > first_N"),
             mask("tl.where(top_N > first_N + limit, top_N, first_N)", "first_N"),
@@ -104,9 +111,9 @@ KERNELS = {
         "test_fold_against or test_keep_",
         [
             mask("return tl.where(scored, e, 0.0)", "return e"),
-            mask("if HAS_SOFTCAP:  # d logit", "if not HAS_SOFTCAP:  # d logit"),
-            scale("(z / softcap) * (z / softcap)", "(z / softcap)"),
-            sign("e *= 1.0 - (z", "e *= 1.0 + (z"),
+            mask("if HAS_SOFTCAP:\n        e *=", "if not HAS_SOFTCAP:\n        e *="),
+            scale("e *= slope(z, softcap)", "e *= 2.0 * slope(z, softcap)"),
+            sign("e *= slope(z, softcap)", "e *= -slope(z, softcap)"),
         ],
     ),
     # ----------------------------------------------------------------------------------- fold.py
@@ -156,7 +163,7 @@ KERNELS = {
         "fold.py",
         "test_keep_",
         [
-            mask("scored = target >= 0", "scored = row"),
+            mask("scored = target >= 0\n        e =", "scored = row\n        e ="),
             mask("== (target - first_column)[:, None], 0.0, e)", "== target[:, None], 0.0, e)"),
             mask(
                 "mask=inside)\n\n\n@triton.jit\ndef cross_kernel",
@@ -197,10 +204,25 @@ KERNELS = {
             mask("tl.where(scored & (t >= top), 1.0, 0.0)", "tl.where(t >= top, 1.0, 0.0)"),
             mask("tl.where(scored, mean / V, 0.0)", "mean / V"),
             mask("tl.where(own > 0.0, own * (t - shift), 0.0)", "own * (t - shift)"),
+            mask("tl.where(scored, miss, 0.0)", "miss"),
+            mask("moved = row & (lowest < shift)", "moved = row & (lowest > shift)"),
+            mask("if HAS_SOFTCAP:\n        miss", "if not HAS_SOFTCAP:\n        miss"),
+            mask('tl.where(inside, s, float("inf")), 0))', "s, 0))"),
+            mask("inside = moved[:, None] &", "inside = row[:, None] &"),
             mask(
-                "scored, 1.0 / (1.0 + tl.exp(-against)), 0.0)",
-                "row, 1.0 / (1.0 + tl.exp(-against)), 0.0)",
+                "inside = moved[:, None] & (v < V)[None, :]",
+                "inside = moved[:, None] & (v < V + 1)[None, :]",
             ),
+            scale("tile = (v // width)", "tile = (v // BLOCK_V)"),
+            scale(
+                "* tl.exp(s - shift[:, None])\n                tl.store",
+                "* 2.0 * tl.exp(s - shift[:, None])\n                tl.store",
+            ),
+            sign(
+                "* tl.exp(s - shift[:, None])\n                tl.store",
+                "* tl.exp(shift[:, None] - s)\n                tl.store",
+            ),
+            scale("miss *= slope(t, softcap)", "miss *= 2.0 * slope(t, softcap)"),
             scale("mean / V", "mean"),
             scale("squares * down * down", "squares * down"),
             scale("q * factor * factor", "q * factor"),
@@ -215,18 +237,6 @@ KERNELS = {
             sign("lse = shift + tl.log(total)", "lse = shift - tl.log(total)"),
         ],
     ),
-    "settle_kernel": Kernel(
-        "fold.py",
-        "test_settle_ or test_fold_settles",
-        [
-            mask("if lowest < top:", "if lowest > top:"),
-            mask("inside = v < V\n            shift", "inside = v < V + 1\n            shift"),
-            mask('mask=k < K, other=float("inf")', 'mask=k < K - 1, other=float("inf")'),
-            scale("(v // width)", "(v // BLOCK)"),
-            scale("e * tl.exp(shift - top)", "2.0 * e * tl.exp(shift - top)"),
-            sign("e * tl.exp(shift - top)", "e * tl.exp(top - shift)"),
-        ],
-    ),
     # -------------------------------------------------------------------------------- project.py
     "half_logits": Kernel(
         "project.py",
@@ -238,31 +248,81 @@ KERNELS = {
             sign("a += tl.load(bias_ptr", "a -= tl.load(bias_ptr"),
         ],
     ),
-    "project_kernel": Kernel(
+    "shift_kernel": Kernel(
+        "project.py",
+        "test_shifts_",
+        [
+            mask("LOWEST), mask=n < N)", "LOWEST))"),
+            mask("tl.maximum(tl.max(z, 1), LOWEST)", "tl.max(z, 1)"),
+            scale(
+                "acc = tl.dot(h_desc.load([m0, k * BLOCK_K])", "acc = tl.dot(h_desc.load([m0, 0])"
+            ),
+            scale("w_desc.load([0, k * BLOCK_K]).T", "w_desc.load([BLOCK_V, k * BLOCK_K]).T"),
+            sign("tl.maximum(tl.max(z, 1), LOWEST)", "tl.maximum(-tl.min(z, 1), LOWEST)"),
+        ],
+    ),
+    "fold_half": Kernel(
+        "project.py",
+        "test_project_",
+        [
+            mask("    e = tl.where(own, 0.0, e)\n", ""),
+            mask("tl.where((c < left)[None, :], z, 0.0)", "z"),
+            mask("tl.where(e > 0.0, e * (z - shift_N[:, None]), 0.0)", "e"),
+            scale("tl.sum(e * e, 1)", "tl.sum(e, 1)"),
+            scale("e = tl.exp(z - shift_N[:, None])", "e = tl.exp2(z - shift_N[:, None])"),
+            scale("stash_desc.store([m0, v0], e.to(", "stash_desc.store([m0, v0], 2.0 * e.to("),
+            sign("rest_N = tl.sum(e, 1)", "rest_N = -tl.sum(e, 1)"),
+            sign("e * (z - shift_N[:, None]), 0.0)", "e * (z + shift_N[:, None]), 0.0)"),
+            sign("own_z_N = tl.sum(", "own_z_N = -tl.sum("),
+        ],
+    ),
+    "project_tile": Kernel(
         "project.py",
         "test_project_",
         [
             mask("scored = (target >= 0)[:, None]", "scored = row[:, None]"),
             mask("(own_c >= 0) & (own_c < V - v0)", "row & (own_c < V - v0)"),
-            mask("own1 = c1[None, :] == own_c[:, None]", "own1 = c0[None, :] == own_c[:, None]"),
+            mask("& (own_c < BLOCK_V)", ""),
             mask(
-                "e0 = tl.where(own0, 0.0, tl.exp(z0 - shift_N[:, None]))\n        rest_N",
-                "e0 = tl.exp(z0 - shift_N[:, None])\n        rest_N",
+                "e1 = tl.where(c1[None, :] == own_c[:, None]",
+                "e1 = tl.where(c0[None, :] == own_c[:, None]",
             ),
-            mask("tl.store(rest_ptr + at, rest_N, mask=row)", "tl.store(rest_ptr + at, rest_N)"),
-            mask("group_m = tl.minimum(num_m - first_m, GROUP)", "group_m = GROUP"),
+            mask("rest0 + rest1, mask=row)", "rest0 + rest1)"),
+            mask("mean0 + mean1, mask=row)", "mean0 + mean1)"),
+            mask("squares0 + squares1, mask=row)", "squares0)"),
+            mask("entropy0 + entropy1, mask=row)", "entropy0)"),
+            mask("group_m = tl.minimum(tl.cdiv(N, BLOCK_M) - first_m, GROUP)", "group_m = GROUP"),
             scale("c1 = HALF + tl.arange(0, HALF)", "c1 = tl.arange(0, HALF)"),
-            scale("h_desc.load([m0, k * BLOCK_K])", "h_desc.load([m0, 0])"),
+            scale("h = h_desc.load([m0, k * BLOCK_K])", "h = h_desc.load([m0, 0])"),
             scale("w_desc.load([first_column + v0,", "w_desc.load([v0,"),
-            scale("stash_desc.store([m0, v0], e0", "stash_desc.store([m0, v0], 2.0 * e0"),
             scale(
-                "e0 = tl.where(own0, 0.0, tl.exp(z0 - shift_N[:, None]))\n        stash_desc",
-                "e0 = tl.where(own0, 0.0, tl.exp2(z0 - shift_N[:, None]))\n        stash_desc",
+                "e0 = tl.where(c0[None, :] == own_c[:, None], 0.0, tl.exp(",
+                "e0 = tl.where(c0[None, :] == own_c[:, None], 0.0, tl.exp2(",
             ),
+            scale("stash_desc.store([m0, v0 + HALF], e1", "stash_desc.store([m0, v0], e1"),
+            scale("stash_desc, m0, v0 + HALF, scored", "stash_desc, m0, v0, scored"),
+            scale("tl.store(top_ptr + at, top_N", "tl.store(top_ptr + at, 2.0 * top_N"),
             sign("acc = tl.dot(h, w.T, acc)", "acc = tl.dot(h, w.T, -acc)"),
             sign("target - first_column - v0", "target + first_column - v0"),
-            sign("rest_N += tl.sum(e1, 1)", "rest_N -= tl.sum(e1, 1)"),
-            sign("own_z_N += tl.sum(", "own_z_N -= tl.sum("),
+            sign("tl.max(z0, 1), tl.max(z1, 1))", "tl.max(z0, 1), -tl.min(z1, 1))"),
+        ],
+    ),
+    "project_kernel": Kernel(
+        "project.py",
+        "test_project_",
+        [
+            mask(
+                "tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=True)",
+                "tl.range(tl.program_id(0), units - 1, tl.num_programs(0), flatten=True)",
+            ),
+            scale(
+                "tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=True)",
+                "tl.range(tl.program_id(0), units, 2 * tl.num_programs(0), flatten=True)",
+            ),
+            sign(
+                "tl.program_id(0), h_desc, w_desc",
+                "tl.num_programs(0) - tl.program_id(0), h_desc, w_desc",
+            ),
         ],
     ),
     # -------------------------------------------------------------------------------- scatter.py
@@ -277,11 +337,29 @@ KERNELS = {
             sign("x.to(tl.float32) * scale)", "-x.to(tl.float32) * scale)"),
         ],
     ),
+    "order_kernel": Kernel(
+        "scatter.py",
+        "test_order_",
+        [
+            mask("same = (m < N)[None, :] & (other == own)", "same = other == own"),
+            mask("mask=(before == 0) & (index >= 0))", "mask=before == 0)"),
+            mask("tl.store(order_ptr + place, n, mask=inside)", "tl.store(order_ptr + place, n)"),
+            mask("(m < N)[None, :] & (other < own) | earlier", "(other < own) | earlier"),
+            scale("tl.store(size_ptr + place, size", "tl.store(size_ptr + place, before"),
+            sign("m[None, :] < n[:, None]", "m[None, :] > n[:, None]"),
+            sign("(other < own) | earlier", "(other > own) | earlier"),
+        ],
+    ),
     "row_sums_kernel": Kernel(
         "scatter.py",
         "test_row_sums_",
         [
             mask("token = j < last", "token = j < last + 1"),
+            mask("known = (first >= 0) & (first < N)", "known = first < N"),
+            mask("known = (first >= 0) & (first < N)", "known = first >= 0"),
+            mask("mask=known, other=-1) == offset + i", "mask=known, other=-1) >= 0"),
+            mask("        if ACCUMULATE and base_ptr is None:", "        if ACCUMULATE:"),
+            scale("tl.load(start_ptr + offset + i)", "tl.load(start_ptr + i)"),
             mask(
                 "tile = token[:, None] & column[None, :]", "tile = token[:, None] & (column | True)"
             ),
@@ -311,6 +389,35 @@ KERNELS = {
                 "tl.load(scale_ptr + n) * tl.load(gain_ptr)",
             ),
             sign("scaled(x, tl.load(scale_ptr + n)", "scaled(x, -tl.load(scale_ptr + n)"),
+        ],
+    ),
+    "factors_kernel": Kernel(
+        "scatter.py",
+        "test_factors_",
+        [
+            mask(
+                "tl.load(target_ptr + n) < 0, 0.0, coef)",
+                "tl.load(target_ptr + n) < -200, 0.0, coef)",
+            ),
+            mask("tl.where(coef == 0.0, 0.0, row * down)", "row * down"),
+            mask("x.to(out_ptr.dtype.element_ty), mask=inside)", "x.to(out_ptr.dtype.element_ty))"),
+            scale("coef *= tl.load(upstream_ptr)", "coef += tl.load(upstream_ptr)"),
+            scale("0.0, coef) * scale", "0.0, coef)"),
+            scale("other=0.0), row)", "other=0.0), coef)"),
+            sign("row = -coef", "row = coef"),
+            sign(
+                "tl.load(shift_ptr + n) - tl.load(lse_ptr + n)",
+                "tl.load(lse_ptr + n) - tl.load(shift_ptr + n)",
+            ),
+        ],
+    ),
+    "gather_kernel": Kernel(
+        "scatter.py",
+        "test_gathered",
+        [
+            mask("inside = (d < D) & valid", "inside = (d < D - 1) & valid"),
+            scale("x_ptr + row * x_stride", "x_ptr + n * x_stride"),
+            sign("row = tl.load(rows_ptr + n)", "row = T - 1 - tl.load(rows_ptr + n)"),
         ],
     ),
     "column_sums_kernel": Kernel(
@@ -346,6 +453,11 @@ KERNELS = {
                 "slope = tl.where(z < 0.0, -1.0, 0.0 * z)",
             ),
             mask("inside = n < stop\n        total", "inside = n < stop + 1\n        total"),
+            mask(
+                "(tl.load(target_ptr + n, mask=inside, other=-1) >= 0).to(tl.int64)",
+                "inside.to(tl.int64)",
+            ),
+            scale("(total / P).to(tl.float32)", "total.to(tl.float32)"),
             mask("scored = tl.load(target_ptr + n, mask=inside, other=-1) >= 0", "scored = inside"),
             scale("slope = 2.0 * (z - 0.5)", "slope = (z - 0.5)"),
             scale("slope_w = -a * (1.0 - a)", "slope_w = -a"),
@@ -377,8 +489,8 @@ KERNELS = {
             ),
             sign("(1.0 - eps) * slope - eps", "(1.0 - eps) * slope + eps"),
             sign("slope_l = -slope * share_l", "slope_l = slope * share_l"),
-            sign("chosen - rejected)", "chosen + rejected)"),
-            sign("alpha * (length_w - length_l)", "alpha * (length_w + length_l)"),
+            sign("chosen - rejected, P)", "chosen + rejected, P)"),
+            sign("alpha * (tokens_w - tokens_l)", "alpha * (tokens_w + tokens_l)"),
             sign("(ratio_w > ratio_l)", "(ratio_w < ratio_l)"),
         ],
     ),
