@@ -1,9 +1,9 @@
 """Whole steps of both trainers agree before they are timed; every failure is a row."""
 
-import contextlib
 import json
 import math
 import multiprocessing
+import tempfile
 import threading
 from pathlib import Path
 
@@ -20,23 +20,27 @@ STEPS, BATCH = 2, 2
 class Threaded(step.Worker):
     """A worker that is a thread, so that a test doesn't import everything once a variant."""
 
-    def __init__(self, job, folder):
-        self.folder = Path(folder) / str(len(list(Path(folder).iterdir())))
-        self.folder.mkdir()
+    def __init__(self, variant, folder):
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
         self.conn, theirs = multiprocessing.Pipe()
 
         def work():
-            with contextlib.suppress(Exception):  # told through the pipe
-                step_worker.work(theirs, {**job, "folder": str(self.folder)})
+            step_worker.serve(theirs)
             theirs.close()
 
-        self.thread = threading.Thread(target=work)
-        self.thread.start()
+        self.process = threading.Thread(target=work)
+        self.process.start()
+        self.alive = True
 
-    def stop(self):
-        with contextlib.suppress(OSError):
-            self.conn.send(step.STOP)
-        self.thread.join()
+    def begin(self, job):
+        """One after another: loading sets the default dtype of all threads."""
+        self.job = job
+
+    def receive(self):
+        if self.job is not None:
+            super().begin(self.job)
+            self.job = None
+        return super().receive()
 
 
 def source_rows(count=16):
@@ -68,8 +72,9 @@ def arguments(model, folder, *more):
 EXACT = ("--dtype", "float32", "--no-autocast")
 
 
-def rows_of(*command, start: type[step.Worker] = Threaded):
-    return list(step.run(step.parse(list(command)), start))
+def rows_of(*command, worker: type[step.Worker] = Threaded):
+    with step.crew_of(worker) as crew:
+        return list(step.run(step.parse(list(command)), crew))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +217,7 @@ class Canned:
 def canned(monkeypatch):
     monkeypatch.setattr(Canned, "alive", [], raising=False)
     monkeypatch.setattr(Canned, "changes", {}, raising=False)
-    pairs = [step.random_pair(4, 3, 50, seed) for seed in range(8)]
+    pairs = [step.random_pair(4, 3, 3, 50, seed) for seed in range(8)]
     return {"pairs": pairs, "batch_size": 2, "seed": 0, "dtype": "bfloat16", "autocast": True}
 
 
@@ -246,9 +251,7 @@ def test_disagreement_in_fp32_is_found_before_any_time(canned, where, value, mes
 
 
 def test_rounding_passes_and_more_does_not(canned, monkeypatch):
-    monkeypatch.setattr(step, "check", lambda job, variants, start: iter(()))
     Canned.changes.update({("fastdpo", 2, "loss"): 0.73, ("fastdpo (packed)", 2, "loss"): 0.83})
-    monkeypatch.setattr(step, "limits_of", lambda job: step.ROUNDED)
     found = results_of(canned)
     assert found["fastdpo"].note is None
     note = found["fastdpo (packed)"].note
@@ -278,7 +281,8 @@ def test_no_more_processes_than_there_is_memory_for(canned, monkeypatch, at_once
 
 def test_a_process_that_dies_is_out_of_memory_probably(tmp_path, model):
     job = {**step.job_of(step.parse(["--lengths", "4/4"]), str(model)), "variant": "fastdpo"}
-    worker = step.Worker({**job, "pairs": []}, tmp_path)
+    worker = step.Worker("fastdpo", tmp_path)
+    worker.begin({**job, "pairs": []})
     worker.process.kill()
     with pytest.raises(step.Failed, match="out of memory, probably"):
         worker.receive()
@@ -293,19 +297,24 @@ def test_the_longest_pair_is_bisected(limit):
         tried.append(n)
         return None if n <= limit else "out of memory"
 
-    found, why = step.longest(fits)
+    *before, (found, why) = step.longest(fits)
+    assert all(note == step.SO_FAR and fits(n) is None for n, note in before)
     assert found == (limit // 1024 * 1024 or None)
     assert why == f"{(found or 0) + 1024:,} does not: out of memory"
-    assert len(tried) == len(set(tried)) < 16
-    assert step.longest(lambda n: None, most=4096) == (4096, "not tried over 4,096 positions")
+    assert len(set(tried)) == len(tried) - len(before) < 16
+    assert [*step.longest(lambda n: None, most=4096)][-1] == (
+        4096,
+        "not tried over 4,096 positions",
+    )
+    if found:  # a search goes on from what is known
+        assert [*step.longest(fits, good=found)][-1] == (found, why)
 
 
-def test_the_longest_pair_needs_a_gpu(capsys):
+def test_the_longest_pair_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(SystemExit):
-        step.parse(["--longest", "--shape", "llama-3-8b"])
-    assert "--longest needs a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--longest needs a GPU"):
+        rows_of("--longest", "--shape", "llama-3-8b")
 
 
 def test_the_table_of_longest_pairs():
@@ -376,7 +385,7 @@ def test_shapes_are_of_the_size_their_names_say():
 @pytest.mark.slow
 def test_in_processes_of_their_own_in_bf16(model, tmp_path):
     more = ("--learning-rate", "1e-4", "--threads", "1", "--gradient-checkpointing")
-    found = rows_of(*arguments(model, tmp_path, *more), start=step.Worker)
+    found = rows_of(*arguments(model, tmp_path, *more), worker=step.Worker)
     ran = [row for row in found if row["variant"] not in step.ABSENT]
     assert [row["note"] for row in ran] == [None] * len(step.VARIANTS)
     assert all(row["x_trl"] > 0 and row["off_fp32"] and row["interleaved"] for row in ran)
