@@ -140,12 +140,12 @@ def shape_model(name: str) -> str:
     )  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Whole or absent, without checksums: every load of many would compute them again.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        unfinished = Path(scratch) / name
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+    unfinished = folder.with_name(f".{name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
     del model
     release()  # the device is the workers'
     return str(folder)
@@ -1026,9 +1026,13 @@ def model_of(args: argparse.Namespace) -> str:
 
 
 @contextlib.contextmanager
-def crew_of(worker: Callable[[str, Path], Any] = Worker) -> Iterator[Crew]:
+def crew_of(
+    worker: Callable[[str, Path], Any] = Worker, inside: Path | None = None
+) -> Iterator[Crew]:
     """Processes and a folder for them, and neither afterwards."""
-    with tempfile.TemporaryDirectory(prefix="fastdpo-bench-") as scratch:
+    if inside is not None:
+        inside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fastdpo-bench-", dir=inside) as scratch:
         crew = Crew(Path(scratch), worker)
         try:
             yield crew
