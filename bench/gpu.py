@@ -238,6 +238,7 @@ def run_stage(
         print(line_of(row), flush=True)
 
     with ExitStack() as stack:
+        stack.callback(shutil.rmtree, out / SCRATCH, ignore_errors=True)
         crew = cache(lambda: stack.enter_context(step.crew_of(work.worker, out / SCRATCH)))
         items = STAGES[name].items(work, complete_lines(path), crew)
         for i, item in enumerate(items):
@@ -277,7 +278,13 @@ def child(name: str, plan: Callable[[], Work], out: Path, deadline: float, outpu
     sys.exit(run_stage(name, plan(), out, deadline))
 
 
-def in_process(name: str, plan: Callable[[], Work], out: Path, deadline: float) -> int | None:
+def in_process(
+    name: str,
+    plan: Callable[[], Work],
+    out: Path,
+    deadline: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> int | None:
     """Run a stage to its end or to the deadline; its exit code, None where it was stopped."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -287,7 +294,8 @@ def in_process(name: str, plan: Callable[[], Work], out: Path, deadline: float) 
     reader = Thread(target=tee, args=(ours, out / LOG), daemon=True)
     reader.start()
     try:
-        process.join(max(0.0, deadline - time.monotonic()))
+        while process.is_alive() and clock() < deadline:
+            process.join(0.2)
         return process.exitcode
     finally:
         with suppress(ProcessLookupError):

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 
 from .measure import DTYPES, attempt, inputs, timed_ms, warm_ms
+from .report import grouped, latest_build, markdown_table, setting
 from .variants import Shape, Variant, step
 
 OP = "profile"
+BEGIN, END = "<!-- profile:begin -->", "<!-- profile:end -->"
 CALLS = 5
+SHOWN = 10  # kernels in a table; the rest is one line
 
 
 def run(
@@ -57,11 +60,9 @@ def run(
 
 def kernels(call: Callable[[], None], device: torch.device) -> dict[str, tuple[float, float]]:
     """Launches and milliseconds of one call by kernel; of PyTorch's operators on a CPU."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
-    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     warm_ms(call, device)
     with profile(activities=activities) as profiled:
@@ -72,7 +73,7 @@ def kernels(call: Callable[[], None], device: torch.device) -> dict[str, tuple[f
     found = {}
     for event in profiled.key_averages():
         us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if event.device_type == kind and us > 0:
+        if us > 0 and (event.device_type.name == "CUDA") == on_gpu:
             found[event.key] = event.count / CALLS, us / 1e3 / CALLS
     return found
 
@@ -98,3 +99,30 @@ def line(row: dict) -> str:
         f"{row['host_ms']:.2f} ms of the host"
     )
     return f"{row['ms']:9.3f} ms in {row['launches']:4g} launches  {name[:90]}"
+
+
+def markdown(rows: list[dict], plots: list[str]) -> str:
+    """A table for each head and variant, the largest kernel first."""
+    rows, parts = latest_build(rows), []
+    key = ("N", "D", "V", "softcap", "dtype", "variant", "pass")
+    for found in grouped(rows, key).values():
+        *kernels, total = {row["kernel"]: row for row in found}.values()
+        if total["kernel"] is not None:  # it was stopped before the end
+            continue
+        what = f"{total['variant']}, {total['dtype']}, {total['pass']}, N = {total['N']:,}, "
+        what += f"D = {total['D']:,}, V = {total['V']:,}"
+        if total["note"]:
+            parts.append(f"**{what}**: {total['note']}")
+            continue
+        parts.append(
+            f"**{what}: {total['call_ms']:.3g} ms a call, kernels {total['ms']:.3g} ms in "
+            f"{total['launches']:g} launches, host {total['host_ms']:.3g} ms** {setting(total)}"
+        )
+        body = [
+            [row["kernel"], f"{row['launches']:g}", f"{row['ms']:.3g}"] for row in kernels[:SHOWN]
+        ]
+        if rest := kernels[SHOWN:]:
+            sums = (sum(row[name] for row in rest) for name in ("launches", "ms"))
+            body.append([f"{len(rest)} others", *(f"{x:.3g}" for x in sums)])
+        parts.append(markdown_table(["kernel", "launches", "ms"], ["---", "---:", "---:"], body))
+    return "\n\n".join(parts)

@@ -17,8 +17,10 @@ from torch import Tensor
 from fastdpo import linear_kl, linear_logp, linear_preference_loss, objectives, reference
 
 from .measure import DTYPES, attempt, max_error, relative
+from .report import grouped, latest_build, markdown_table, number, setting
 
 OP, LAST_CASE = "smoke", "kl"
+BEGIN, END = "<!-- smoke:begin -->", "<!-- smoke:end -->"
 BETA, ALPHA = 0.3, 0.02
 ROUTES = ("frozen", "stash", "grouped", "recompute")
 STATS = ("entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref")
@@ -28,7 +30,7 @@ SHRINK = 0.8  # of one workspace to the next
 LOGP_LIMIT, LOSS_LIMIT, STATS_LIMIT = 2e-5, 1e-3, 1e-4
 GRADIENT_LIMIT = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2e-5}
 FACTOR = {"bf16": 1.0, "fp16": 1024.0, "fp32": 1.0}  # fp16 gradients below 6e-5 lose digits
-ERRORS = (
+ERRORS: tuple[str, ...] = (
     "loss_rel_err", "logp_max_err", "stats_max_err", "dh_rel_err", "dw_rel_err", "dbias_rel_err",
 )  # fmt: skip
 
@@ -150,7 +152,7 @@ class Cases:
         self.head, self.device, self.impl = head, device, impl
         self.batch, self.other = make(head, device), make(head, device, seed=3)
         self.gold, self.factor = Gold(self.batch), FACTOR[head.dtype]
-        self.limits = dict.fromkeys(ERRORS, GRADIENT_LIMIT[head.dtype])
+        self.limits: dict[str, float] = dict.fromkeys(ERRORS, GRADIENT_LIMIT[head.dtype])
         self.limits |= {"loss_rel_err": LOSS_LIMIT, "stats_max_err": STATS_LIMIT}
         self.limits["logp_max_err"] = self.gold.logp_limit
 
@@ -295,3 +297,22 @@ def line(row: dict) -> str:
     errors = "  ".join(f"{k.split('_')[0]} {row[k]:.1e}" for k in ERRORS if row[k] is not None)
     what = f"{row['head']}, {row['dtype']}: {row['case']} {row['route'] or ''}"
     return f"{verdict}  {what:<50} {errors}  {row['note'] or ''}".rstrip()
+
+
+def markdown(rows: list[dict], plots: list[str]) -> str:
+    """One line a head: how many cases passed and the largest errors; then what failed."""
+    rows = latest_build(rows)
+    # A case that was measured again, for instance after a stop, counts once.
+    key = ("head", "dtype", "case", "route", "workspace_mib")
+    rows = [found[-1] for found in grouped(rows, key).values()]
+    titles = ["head", "dtype", "N", "D", "V", "passed", *(name.split("_")[0] for name in ERRORS)]
+    body, failed = [], []
+    for (head, dtype, *sizes), found in grouped(rows, ("head", "dtype", "N", "D", "V")).items():
+        right = sum(row["passed"] for row in found)
+        errors = ([r[name] for r in found if r[name] is not None] for name in ERRORS)
+        worst = [number(max(x, default=None), ".1e") for x in errors]
+        body.append([head, dtype, *map(str, sizes), f"{right} of {len(found)}", *worst])
+        failed += [f"- {line(row)}" for row in found if not row["passed"]]
+    table = markdown_table(titles, ["---", "---", *["---:"] * (len(titles) - 2)], body)
+    heading = f"**Every op on every route, largest errors against fp64** {setting(rows[0])}"
+    return "\n\n".join(filter(None, [heading, table, "\n".join(failed)]))

@@ -209,7 +209,7 @@ def read_lengths(where_from: str, vocab: int, max_length: int, seed: int) -> lis
     path, name = lengths_file(where_from)
     counts = json.loads(path.read_text())[name]["lengths"]
     kept = [x for x in counts if x[0] + max(x[1:]) <= max_length]
-    return [random_pair(*x, vocab, seed + i) for i, x in enumerate(kept)]
+    return [random_pair(p, c, r, vocab, seed + i) for i, (p, c, r) in enumerate(kept)]
 
 
 def lengths_file(text: str) -> tuple[Path, str]:
@@ -989,8 +989,8 @@ def pairs_of(args: argparse.Namespace, model: str) -> list[TokenizedPair]:
             pairs = read_lengths(args.lengths, vocab, args.max_length, args.seed)
             return sample(pairs, count, args.seed)
         prompt, response = map(int, args.lengths.split("/"))
-        sizes = prompt, response, response
-        return [random_pair(*sizes, vocab, args.seed + i) for i in range(count)]
+        seeds = range(args.seed, args.seed + count)
+        return [random_pair(prompt, response, response, vocab, seed) for seed in seeds]
     pairs = read_pairs(args.dataset, model, args.max_length)[: args.pairs]
     return sample(pairs, count, args.seed)
 
