@@ -302,7 +302,7 @@ def in_process(
             os.killpg(process.pid or 0, signal.SIGKILL)
         process.kill()
         process.join()
-        reader.join(5)
+        reader.join(2)  # a process with a session of its own may hold the pipe
         shutil.rmtree(out / SCRATCH, ignore_errors=True)
 
 

@@ -262,7 +262,7 @@ def run(
             row = cases.row(common, "dpo", cases.loss(margin, wanted, workspace_mib))
             if "workspace_mib" in (row["note"] or ""):  # it is too small
                 break
-            if (way := (wanted, row["route"] or row["note"])) not in taken:
+            if (way := (wanted, row["route"] or row["note"][:24])) not in taken:
                 taken[way] = workspace_mib
                 yield row
     for (wanted, _), workspace_mib in taken.items():

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import needs_kernels
 from threaded import Threaded
 from tiny import LLAMA, save_tiny
 
 from bench import gpu, measure, report, smoke, step
 from bench.targets import Job
 from bench.variants import FASTDPO, FLOOR, TRAIN, Shape
+from fastdpo import objectives
 
 CPU = torch.device("cpu")
 SHAPE = Shape(N=16, D=8, V=40, pairs=2)
@@ -116,6 +118,16 @@ def test_the_smoke_takes_every_route_and_sees_a_wrong_result(folder, monkeypatch
 def test_the_smoke_of_other_dtypes(dtype):
     head = HEAD._replace(dtype=dtype, bias=False, scale=1.0, softcap=None)
     assert all(row["passed"] for row in smoke.run(head, CPU, {}, "torch"))
+
+
+@needs_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
+def test_the_smoke_of_the_kernels():
+    cases = smoke.Cases(HEAD, CPU, "triton")
+    loss = cases.loss(objectives.lr_dpo(), "h w bias", None)
+    for name, call in (("dpo", loss), ("logp", cases.logp), ("kl", cases.kl)):
+        row = cases.row({}, name, call)
+        assert row["passed"], row["note"]
 
 
 def test_the_profile_adds_up(folder):
