@@ -372,7 +372,10 @@ def in_groups(
     at_once: int,
     start: Callable[[dict[str, Any]], Any],
 ) -> Iterator[Result]:
-    """Where not all fit, each group has the first variant again, as the yardstick of its ratios."""
+    """Where not all fit, each group has the first variant again, as the yardstick of its ratios.
+
+    What runs out of memory beside others is tried by itself.
+    """
     yardstick = YARDSTICK if YARDSTICK in variants else next(iter(variants), YARDSTICK)
     waiting = sorted(variants, key=lambda name: name != yardstick)
     known: list[dict[str, Any]] = []  # the yardstick's steps
@@ -386,6 +389,10 @@ def in_groups(
         group.run(rounds)
         for result in group.results(yardstick, known):
             if result.variant in again:
+                continue
+            if result.note == OUT_OF_MEMORY and len(group.steps) > 1:
+                # It may fit by itself; from then on nothing is beside another.
+                at_once, waiting = 1, [*waiting, result.variant]
                 continue
             if result.variant == yardstick and result.note is None:
                 known = result.steps

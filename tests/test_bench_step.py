@@ -251,6 +251,22 @@ def test_no_more_processes_than_there_is_memory_for(canned, monkeypatch, at_once
     assert found["fastdpo (padded)"].interleaved == (most > 1)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_runs_out_of_memory_beside_others_is_tried_alone(canned, monkeypatch, alone):
+    receive = Canned.receive
+
+    def crowded(worker):
+        if worker.name == "fastdpo" and (len(Canned.alive) > 1 or not alone):
+            raise step.Failed(step.OUT_OF_MEMORY)
+        return receive(worker)
+
+    monkeypatch.setattr(Canned, "receive", crowded)
+    found = results_of({**canned, "dtype": "float32", "autocast": False})
+    assert found["fastdpo"].note == (None if alone else step.OUT_OF_MEMORY)
+    assert found["fastdpo"].ratios == [2.0] * 2 * alone and not found["fastdpo"].interleaved
+    assert all(x.interleaved for name, x in found.items() if name != "fastdpo")
+
+
 def test_a_process_that_dies_is_out_of_memory_probably(tmp_path, model):
     job = {**step.job_of(step.parse(["--lengths", "4/4"]), str(model)), "variant": "fastdpo"}
     worker = step.Worker("fastdpo", tmp_path)
