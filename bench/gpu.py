@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ from .variants import FASTDPO, FASTDPO_LARGE, TRAIN, Shape, Variant
 PLACE = KEY[:5]  # device, threads, versions, commit, local changes
 LOG, SCRATCH = "log.txt", ".scratch"
 LENGTHS = ROOT / "bench" / "lengths.json"
-BROKEN = 3  # exit code of a stage that can go on in another process only
+FAILED, BROKEN = 1, 3  # exit codes of a stage; a broken one can go on in another process only
 # Rough estimates, in seconds, with room for compilation. They decide what is started, not for how
 # long it may run.
 START_S = 15  # a process, its imports, the device
@@ -231,8 +232,8 @@ STAGES = {
 def run_stage(
     name: str, work: Work, out: Path, deadline: float, clock: Callable[[], float] = time.monotonic
 ) -> int:
-    """Measure what fits; the exit code."""
-    path, started = out / f"{name}.jsonl", clock()
+    """Measure what fits; the exit code. A part that fails costs no other."""
+    path, started, code = out / f"{name}.jsonl", clock(), 0
 
     def write(row: dict) -> None:
         with path.open("a") as file:
@@ -258,7 +259,10 @@ def run_stage(
                     write(error.row)
                 print(f"stopped: {error}", flush=True)
                 return BROKEN
-    return 0
+            except Exception:
+                traceback.print_exc(file=sys.stdout)
+                code = FAILED
+    return code
 
 
 def line_of(row: dict) -> str:
@@ -362,7 +366,7 @@ def measure(
             if code is None:
                 tell(f"{name}: stopped, its rows so far are in {path.name}")
             elif code not in (0, BROKEN):
-                tell(f"{name}: failed with exit code {code}")
+                tell(f"{name}: failed, exit code {code}")
             if code != BROKEN:
                 break
     rows = complete_lines(out / "targets.jsonl")

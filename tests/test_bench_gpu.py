@@ -207,12 +207,14 @@ def test_within_a_stage_only_parts_that_fit_are_started(tmp_path, monkeypatch, c
 
         return gpu.Item(name, seconds, rows)
 
-    parts = [part("a", 30), part("b", 60), part("c", 10)]
+    wrong = gpu.Item("wrong", 1, lambda: iter([{}["missing"]]))
+    parts = [part("a", 30), part("b", 60), wrong, part("c", 10)]
     stage = gpu.Stage("", lambda work, known, crew: parts)
     monkeypatch.setitem(gpu.STAGES, "profile", stage)
-    assert gpu.run_stage("profile", EMPTY, tmp_path, 150.0, clock) == 0
+    assert gpu.run_stage("profile", EMPTY, tmp_path, 150.0, clock) == gpu.FAILED
     assert [row["note"] for row in rows_in(tmp_path)["profile"]] == ["a", "c"]
-    assert "b: not started, wants 60 s of 20 s" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "b: not started, wants 60 s of 20 s" in text and "KeyError: 'missing'" in text
 
 
 def made_up(common, head, note=None):

@@ -347,6 +347,22 @@ def test_random_pairs_have_the_lengths_asked_for(model):
     assert pairs == step.pairs_of(args, str(model))
 
 
+def test_token_counts_of_pairs_are_kept_in_a_file(model, tmp_path, capsys):
+    file = f"{tmp_path / 'lengths.json'}:public"
+    command = arguments(model, tmp_path, "--write-lengths", file)
+    for _ in range(2):  # the same file comes again
+        assert step.main(command) == 0
+    real = step.read_pairs(str(tmp_path / "public.jsonl"), str(model), 64)
+    found = step.read_lengths(file, 50, 64, seed=0)
+    assert sorted(map(step.lengths, found)) == sorted(map(step.lengths, real))
+    assert max(max(pair.chosen_ids) for pair in found) < 50
+    longest = max(max(step.lengths(pair)) for pair in real)
+    assert len(step.read_lengths(file, 50, longest - 1, seed=0)) < len(real)
+    args = step.parse(["--lengths", file, "--batch-size", "2", "--steps", "1"])
+    assert len(step.pairs_of(args, str(model))) == 6
+    assert step.data_name(args) == "random, lengths of public"
+
+
 @pytest.mark.parametrize(
     "command",
     [
