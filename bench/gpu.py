@@ -308,7 +308,7 @@ def in_process(
             os.killpg(process.pid or 0, signal.SIGKILL)
         process.kill()
         process.join()
-        reader.join(2)  # a process with a session of its own may hold the pipe
+        reader.join(2)  # a process of another group may hold the pipe
         shutil.rmtree(out / SCRATCH, ignore_errors=True)
 
 

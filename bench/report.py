@@ -373,9 +373,11 @@ def main(arguments: list[str] | None = None) -> int:
     text = wanted = "" if args.readme is None else args.readme.read_text()
     for kind, paths in by_kind.items():
         draw, block, markers = kinds[kind]
-        plots = [path.with_suffix(".svg") for path in paths] if draw else []
+        # There is nothing to draw of the longest pairs.
+        drawn = [x for x in paths if any(row.get("op") != step.LONGEST for row in load([x]))]
+        plots = [path.with_suffix(".svg") for path in drawn] if draw else []
         if not args.check:
-            for results, picture in zip(paths, plots):
+            for results, picture in zip(drawn, plots):
                 draw(load([results]), [picture] + [picture.with_suffix(".png")] * args.png)
         if args.readme is None:
             print(block(load(paths), [path.name for path in plots]))

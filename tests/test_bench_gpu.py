@@ -143,8 +143,12 @@ def test_the_report_makes_tables_and_plots_of_the_folder(folder, tmp_path, capsy
     copy.mkdir()
     for path in folder.iterdir():
         (copy / path.name).write_text(path.read_text())
+    (row, *_) = rows_in(folder)["step"]
+    found = {"op": step.LONGEST, "budget_gib": 24, "longest": 4096, "note": ""}
+    (copy / "longest.jsonl").write_text(json.dumps({**row, **found}) + "\n")
     assert report.main([str(copy)]) == 0
     text = capsys.readouterr().out
+    assert "| fastdpo | 2 x 4,096 |" in text
     count = len(rows_in(folder)["smoke"])
     assert f"| tiny | bf16 | 30 | 16 | 60 | {count} of {count} |" in text
     assert "| kernel | launches | ms |" in text and "others |" in text
