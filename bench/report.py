@@ -1,6 +1,7 @@
 """`python -m bench.report RESULTS.jsonl --readme README.md`: tables in the README, and plots.
 
 Everything between the two markers comes from the results; `--check` exits 1 where it doesn't.
+GPUs come before CPUs.
 
 A head measured at one number of tokens has a table with a line a variant, and bars; on a GPU its
 last column is the time over fastdpo's. A head measured at several has a table a pass with a line
@@ -65,11 +66,12 @@ def grouped(rows: list[dict], names: tuple[str, ...]) -> dict[tuple, list[dict]]
 
 
 def latest_build(rows: list[dict]) -> list[dict]:
-    """Rows of the last commit and versions only."""
+    """Rows of the last commit and versions only, by their dates: the files' order says nothing."""
 
     def build(row: dict) -> tuple:
         return row["git"], row["dirty"], row["versions"]
 
+    rows = sorted(rows, key=lambda row: row["utc"])
     return [row for row in rows if build(row) == build(rows[-1])]
 
 
@@ -197,21 +199,28 @@ def speedup(peer: dict | None, by_name: dict[str, dict]) -> str:
 def setting(row: dict) -> str:
     """Where, with which versions."""
     versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items() if v)
-    commit = (row["git"] or "no commit")[:12] + (", with local changes" if row["dirty"] else "")
-    return f"on {row['device']} ({versions}; {commit}; {row['utc'][:10]})"
+    return f"on {row['device']} ({versions}; {commit(row)}; {row['utc'][:10]})"
 
 
-def heading(row: dict, batch: str) -> str:
-    """What was run, where, with which versions."""
-    versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items() if v)
-    commit = (row["git"] or "no commit")[:12] + (", with local changes" if row["dirty"] else "")
+def heading(row: dict, tokens: str) -> str:
+    """What was run."""
+    batch = f"N = {tokens} tokens in {row['pairs']} pair{'s' * (row['pairs'] != 1)}"
     softcap = f", softcap {row['softcap']:g}" if row.get("softcap") else ""
+    return f"**{row['dtype']}, {batch}, D = {row['D']:,}, V = {row['V']:,}{softcap}**"
+
+
+def place(row: dict) -> str:
+    """Where it was run, with which versions."""
+    versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items() if v)
     threads = "" if on_gpu(row) else f"{row['threads']} threads, "
     return (
-        f"**{row['dtype']}, {batch}, D = {row['D']:,}, V = {row['V']:,}{softcap}** on "
-        f"{row['device']}, {threads}median of {row['rounds']} interleaved rounds ({versions}; "
-        f"{commit}; {row['utc'][:10]})"
+        f" on {row['device']}, {threads}median of {row['rounds']} interleaved rounds ({versions}; "
+        f"{commit(row)}; {row['utc'][:10]})"
     )
+
+
+def commit(row: dict) -> str:
+    return (row["git"] or "no commit")[:12] + (", with local changes" if row["dirty"] else "")
 
 
 def on_gpu(row: dict) -> bool:
@@ -235,20 +244,29 @@ def slice_note(rows: list[dict]) -> str:
 
 
 def markdown(rows: list[dict], plots: list[str]) -> str:
-    """The block between the markers."""
+    """The block between the markers; a CPU's tables are folded where there are a GPU's."""
+    gpu, cpu = (tables([row for row in rows if on_gpu(row) == where]) for where in (True, False))
+    if gpu and cpu:
+        cpu = ["<details><summary>On a CPU</summary>", *cpu, "</details>"]
+    drawn = [f"![Time and peak memory of each variant]({plot})" for plot in plots]
+    return "\n\n".join(gpu + cpu + drawn)
+
+
+def tables(rows: list[dict]) -> list[str]:
+    """Headings and tables; one of the same run as the table above it doesn't repeat where."""
+    parts, above = [], ""
     singles, grids = groups(rows)
-    parts = []
-    for found in singles:
-        row = found[0]
-        parts += [heading(row, f"N = {row['N']:,} tokens in {row['pairs']} pairs"), table(found)]
-        parts += filter(None, [slice_note(found)])
-    for grid in grids:
-        least, most, pairs = grid[0]["N"], grid[-1]["N"], grid[0]["pairs"]
-        parts.append(heading(grid[-1], f"N = {least:,} to {most:,} tokens in {pairs} pairs"))
-        for (pass_,), found in grouped(grid, ("pass",)).items():
-            parts += [f"{pass_}, times over {FASTDPO.name}'s", grid_table(found)]
-    parts += [f"![Time and peak memory of each variant]({plot})" for plot in plots]
-    return "\n\n".join(parts)
+    for found in singles + grids:
+        here, least, most = place(found[-1]), found[0]["N"], found[-1]["N"]
+        tokens = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        parts.append(heading(found[0], tokens) + ("" if here == above else here))
+        above = here
+        if least == most:
+            parts += filter(None, [table(found), slice_note(found)])
+            continue
+        for (pass_,), of_pass in grouped(found, ("pass",)).items():
+            parts += [f"{pass_}, times over {FASTDPO.name}'s", grid_table(of_pass)]
+    return parts
 
 
 def insert(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
@@ -270,7 +288,9 @@ def plot(rows: list[dict], paths: list[Path]) -> None:
         drawn = [(bar_panels, timed_rows(found)) for found in singles]
         drawn += [(curve_panels, timed_rows(found)) for found in grids]
         drawn = [(draw, found) for draw, found in drawn if found]
-        figure = Figure(figsize=(10, 0.6 + 3 * max(1, len(drawn))), layout="constrained")
+        figure = Figure(figsize=(10, 0.9 + 3 * max(1, len(drawn))), layout="constrained")
+        places = dict.fromkeys(f"{row['device']}; {commit(row)}" for row in rows)
+        figure.suptitle("\n".join(places), fontsize=9)
         if drawn:
             axes = figure.subplots(len(drawn), 2, squeeze=False)
             for (left, right), (draw, found) in zip(axes, drawn):
@@ -330,10 +350,18 @@ def curve_panels(left, right, rows: list[dict]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
 
 
+def label(row: dict) -> str:
+    """The variant's name; what the default workspace was, since it is another on other devices."""
+    workspace_mib = row.get("workspace_mib")  # whole steps have none
+    if row["variant"] != FASTDPO.name or workspace_mib is None:
+        return row["variant"]
+    return f"{FASTDPO.name} (default, {workspace_mib:.0f} MiB)"
+
+
 def bars(axis, rows: list[dict], values: list[float], title: str) -> None:
     """One panel."""
     colors = [COLORS[row["kind"]] for row in rows]
-    drawn = axis.barh([row["variant"] for row in rows], values, color=colors)
+    drawn = axis.barh([label(row) for row in rows], values, color=colors)
     axis.bar_label(drawn, fmt="%.4g", padding=3, fontsize=8)
     axis.set_title(title, fontsize=9, loc="left")
     axis.tick_params(labelsize=8)
@@ -373,6 +401,8 @@ def main(arguments: list[str] | None = None) -> int:
     text = wanted = "" if args.readme is None else args.readme.read_text()
     for kind, paths in by_kind.items():
         draw, block, markers = kinds[kind]
+        if kind is None:
+            paths = sorted(paths, key=lambda path: not any(map(on_gpu, load([path]))))
         # There is nothing to draw of the longest pairs.
         drawn = [x for x in paths if any(row.get("op") != step.LONGEST for row in load([x]))]
         plots = [path.with_suffix(".svg") for path in drawn] if draw else []

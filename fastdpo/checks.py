@@ -1,7 +1,8 @@
 """Validation of the ops' arguments: one clear error that names the argument, before any work.
 
 Shapes, dtypes and devices are checked everywhere; values only where looking at them costs no
-synchronization, that is for tensors on the CPU.  Elsewhere wrong values trip a device assert.
+synchronization, that is for tensors on the CPU.  Elsewhere wrong values trip a device assert: one
+of the kernel that reads them anyway (``in_kernel``), or one of PyTorch.
 """
 
 import inspect
@@ -123,7 +124,9 @@ def check_head(
     return scale, softcap
 
 
-def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any) -> None:
+def check_targets(
+    h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bool = False
+) -> None:
     """Targets (N,) int64 in [0, V) or -100; rows (N,) int64 in [0, T)."""
     require_tensor("target_N", target, 1, "(N,)")
     if target.dtype != torch.int64:
@@ -145,7 +148,10 @@ def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any) -> None:
         require_device("rows_N", rows, h_TD.device)
         if rows.shape[0] != N:
             raise ValueError(f"rows_N has {rows.shape[0]} entries but target_N has {N}")
-        _check_range("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
+        if not (in_kernel and rows.is_cuda):
+            _check_range("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
+    if in_kernel and target.is_cuda:
+        return
     valid = ((target >= 0) & (target < V)) | (target == IGNORE)
     _check_range("target_N", target, valid, f"0 <= target < V={V} or -100")
 
@@ -235,6 +241,7 @@ def check_vector(
     *,
     low: float = -math.inf,
     high: float = math.inf,
+    in_kernel: bool = False,
 ) -> Tensor:
     """A finite float vector with one entry a sequence or pair."""
     require_tensor(name, x, 1, f"({letter},)")
@@ -245,6 +252,8 @@ def check_vector(
         raise ValueError(f"{name} must have {letter}={count} entries, got {x.shape[0]}")
     if x.requires_grad:
         raise ValueError(f"{name} must not require a gradient; detach it")
+    if in_kernel and x.is_cuda:
+        return x
     valid = x.isfinite() & (x >= low) & (x <= high)
     wanted = "finite" + (f" and in [{low:g}, {high:g}]" if low > -1e300 else "")
     if x.device.type != "cpu":

@@ -1,19 +1,19 @@
 """The head through the Triton kernels: the blocks of `fastdpo.streaming`, on a GPU.
 
 Products whose result is a plain matrix are the matrix library's; the kernels do the rest in one
-pass each.  The projection goes one of two ways, by the head's width: a bounded fp32 tile that a
-kernel folds, or, for a narrow head, one kernel that folds in registers.  The width at which one
-takes over from the other is an estimate that no GPU has confirmed yet (`python -m bench.tune`).
-Policy and reference of like sizes take the same way, so they agree to the bit, unless one of them
-is asked for statistics, which only the fold takes.
+pass each.  The projection is one kernel that folds its tiles in registers, where a copy engine
+feeds it (Hopper and newer, bf16 and fp16); elsewhere, and where a statistic needs the logits of two
+heads at once, it is a bounded fp32 tile that another kernel folds.  Policy and reference of like
+sizes take the same way, so they agree to the bit, unless one call asks for statistics and the other
+does not.
 
 Nothing here waits for the device, so a call can be captured in a CUDA graph.
 
-Legend: N rows of the block, D hidden, V vocabulary, C columns of a tile, R rows of a tile, K tiles.
+Legend: N rows of the block, D hidden, V vocabulary, C columns of a tile, R rows of a tile, K tiles,
+T hidden rows.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from fastdpo.gemm import fp32_product
 from fastdpo.kernels import fold, pair, project, scatter
 from fastdpo.objectives import kind_of
 from fastdpo.passes import Call, Pairs, Scored
-from fastdpo.plan import PROJECT_MAX_D, Plan
+from fastdpo.plan import Plan
 from fastdpo.streaming import IGNORE, Block, Grads, Head, Needs, Rows
 
 
@@ -37,8 +37,11 @@ def padded(columns: int) -> int:
 
 
 def tiles(total: int, most: int) -> list[slice]:
-    """At most ``most`` wide, and if it can be in whole tiles of a matrix product."""
-    width = most // 256 * 256 or most
+    """At most ``most`` wide, of like widths, and if it can be in whole tiles of a product."""
+    count = -(-total // (most // 256 * 256 or most))
+    width = -(-total // count)
+    if most >= 256:
+        width = -(-width // 256) * 256
     return [slice(i, min(i + width, total)) for i in range(0, total, width)]
 
 
@@ -50,12 +53,8 @@ class _Tokens:
     by_target: scatter.Segments | None
     row_N: Tensor
     own_N: Tensor | None  # None where no target has an entry of its own
-
-    @cached_property
-    def scaled(self) -> tuple[Tensor, Tensor]:
-        """``row * h`` over a power of two, which keeps fp16 in range; and that power."""
-        gain = scatter.gain_of(self.row_N)
-        return scatter.scaled_rows(self.h_ND, self.row_N, gain), gain
+    scaled_ND: Tensor | None  # ``row * h``, in fp16 over `gain`, which keeps it in range
+    gain: Tensor | None
 
 
 class FusedStreamer:
@@ -71,7 +70,6 @@ class FusedStreamer:
         self.shape = fold.HeadShape(head.scale, head.softcap)
         self.V, self.D = head.w_VD.shape
         self.limit = fold.LIMITS[head.w_VD.dtype]
-        self.kernel_tile = project.tile_for(head.w_VD.device)
 
     # ------------------------------------------------------------------------------------- forward
     def forward(
@@ -85,58 +83,65 @@ class FusedStreamer:
     ) -> Block:
         """Log-probs of a block; with ``keep`` also the stash its backward reads.
 
-        ``ref`` is the reference head and its hidden rows, streamed beside the policy's.
+        ``ref`` is the reference head and its hidden rows.  They come after the policy's, beside
+        them only for a statistic that needs the logits of both.
         """
         h_ND = _rows_in_memory(h_ND)
         stash_NV = None
         if keep:
             stash_NV = matrix(len(h_ND), self.V, h_ND.dtype, h_ND.device)
-        ref_streamer, ref_h_ND = ref or (None, None)
         ref_partials = cross_KN = None
-        if not stats and self.projects(h_ND):
-            partials = self._project(h_ND, target_N, stash_NV)
-            if ref_streamer is not None and ref_h_ND is not None:
-                ref_partials = ref_streamer._alone(_rows_in_memory(ref_h_ND), target_N)
+        if "kl_ref" in stats:
+            assert ref is not None
+            partials, ref_partials, cross_KN = self._fold(h_ND, target_N, stats, stash_NV, ref)
         else:
-            partials, ref_partials, cross_KN = self._fold(
-                h_ND, target_N, stats, stash_NV, ref_streamer, ref_h_ND
-            )
-        merged = fold.merge(partials, target_N, self.V)
-        if stash_NV is not None:
-            fold.settle(stash_NV, partials, merged.shift_N)
-        own_N = merged.miss_N
-        if self.head.softcap is not None:
-            own_N = own_N * (1.0 - (partials.target_z_N / self.head.softcap).square())
-        block = Block(merged.logp_N, merged.lse_N, merged.shift_N, stash_NV, own_N, merged.stats)
-        if ref_partials is not None:
-            ref_merged = fold.merge(ref_partials, target_N, self.V)
-            block.ref_logp_N, block.ref_lse_N = ref_merged.logp_N, ref_merged.lse_N
-            if cross_KN is not None:
-                down_KN = (ref_partials.shift_KN - ref_merged.lse_N).exp()
-                kl_N = (down_KN * cross_KN).sum(0) - ref_merged.lse_N + merged.lse_N
-                block.stats["kl_ref"] = torch.where(target_N == IGNORE, 0.0, kl_N)
+            partials = self._partials(h_ND, target_N, stats, stash_NV)
+        merged = fold.merge(partials, target_N, self.V, self.shape, stash_NV)
+        block = Block(
+            merged.logp_N, merged.lse_N, merged.shift_N, stash_NV, merged.own_N, merged.stats
+        )
+        if ref is None:
+            return block
+        streamer, ref_h_ND = ref
+        if ref_partials is None:
+            ref_h_ND = _rows_in_memory(ref_h_ND)
+            ref_partials = streamer._partials(ref_h_ND, target_N, frozenset(), None, bool(stats))
+        ref_merged = fold.merge(ref_partials, target_N, self.V)
+        block.ref_logp_N, block.ref_lse_N = ref_merged.logp_N, ref_merged.lse_N
+        if cross_KN is not None:
+            down_KN = (ref_partials.shift_KN - ref_merged.lse_N).exp()
+            kl_N = (down_KN * cross_KN).sum(0) - ref_merged.lse_N + merged.lse_N
+            block.stats["kl_ref"] = torch.where(target_N == IGNORE, 0.0, kl_N)
         return block
 
     def projects(self, h_ND: Tensor) -> bool:
         """Whether one kernel makes and folds the logits."""
         w_VD = self.head.w_VD
-        narrow = self.D <= PROJECT_MAX_D and project.feeds_from_descriptors(w_VD.device)
-        return narrow and project.can_project(h_ND, w_VD)
+        return project.feeds_from_descriptors(w_VD.device) and project.can_project(h_ND, w_VD)
 
-    def _alone(self, h_ND: Tensor, target_N: Tensor) -> fold.Partials:
-        """The partials of a reference."""
-        if self.projects(h_ND):
-            return self._project(h_ND, target_N, None)
-        return self._fold(h_ND, target_N, frozenset(), None, None, None)[0]
-
-    def _project(self, h_ND: Tensor, target_N: Tensor, stash_NV: Tensor | None) -> fold.Partials:
-        tile, head = self.kernel_tile, self.head
-        partials = fold.Partials.empty(target_N, self.V, tile.v, frozenset())
+    def _partials(
+        self,
+        h_ND: Tensor,
+        target_N: Tensor,
+        stats: frozenset[str],
+        stash_NV: Tensor | None,
+        with_stats: bool = False,
+    ) -> fold.Partials:
+        """The partials of one head; ``with_stats`` if they are compared to some with statistics."""
+        if not self.projects(h_ND):
+            return self._fold(h_ND, target_N, stats, stash_NV, None)[0]
+        head = self.head
+        tile = self.kernel_tile(stats=with_stats or bool(stats))
+        partials = fold.Partials.empty(target_N, self.V, tile.v, stats)
+        shift_N = project.row_shifts(h_ND, head.w_VD, head.bias_V, self.shape)
         project.project(
-            h_ND, head.w_VD, head.bias_V, self.shape, target_N, tile=tile, partials=partials,
-            stash_NC=stash_NV, limit=self.limit,
+            h_ND, head.w_VD, head.bias_V, self.shape, target_N, shift_N, tile=tile,
+            partials=partials, stash_NC=stash_NV, limit=self.limit,
         )  # fmt: skip
         return partials
+
+    def kernel_tile(self, *, stats: bool = False) -> project.Tile:
+        return project.tile_for(self.head.w_VD.device, stats=stats)
 
     def _fold(
         self,
@@ -144,17 +149,15 @@ class FusedStreamer:
         target_N: Tensor,
         stats: frozenset[str],
         stash_NV: Tensor | None,
-        ref: "FusedStreamer | None",
-        ref_h_ND: Tensor | None,
+        ref: "tuple[FusedStreamer, Tensor] | None",
     ) -> tuple[fold.Partials, fold.Partials | None, Tensor | None]:
-        """Partials of policy and reference, and the cross term of their KL if asked for."""
+        """Partials of policy and, where it is given, reference with the cross term of their KL."""
         width, row_tiles = self._tiles(len(h_ND), 1 if ref is None else 2)
         partials = fold.Partials.empty(target_N, self.V, width, stats)
         ref_partials = cross_KN = None
         if ref is not None:
             ref_partials = fold.Partials.empty(target_N, self.V, width, frozenset())
-            if "kl_ref" in stats:
-                cross_KN = torch.empty_like(ref_partials.shift_KN)
+            cross_KN = torch.empty_like(ref_partials.shift_KN)
         for rows in row_tiles:
             for k, v0 in enumerate(range(0, self.V, width)):
                 columns = slice(v0, min(v0 + width, self.V))
@@ -163,19 +166,19 @@ class FusedStreamer:
                     product, bias, self.shape, target_N[rows], v0, partials, rows,
                     None if stash_NV is None else stash_NV[rows, columns], self.limit,
                 )  # fmt: skip
-                if ref is None or ref_h_ND is None or ref_partials is None:
+                if ref is None or ref_partials is None or cross_KN is None:
                     del product  # before the next is made, so that it takes the same memory
                     continue
-                ref_product, ref_bias = ref._products(ref_h_ND[rows], columns)
+                streamer, ref_h_ND = ref
+                ref_product, ref_bias = streamer._products(ref_h_ND[rows], columns)
                 fold.fold(
-                    ref_product, ref_bias, ref.shape, target_N[rows], v0, ref_partials, rows, None,
-                    self.limit,
+                    ref_product, ref_bias, streamer.shape, target_N[rows], v0, ref_partials, rows,
+                    None, self.limit,
                 )  # fmt: skip
-                if cross_KN is not None:
-                    fold.cross(
-                        product, bias, ref_product, ref_bias, self.shape,
-                        ref_partials.shift_KN[k, rows], cross_KN[k, rows],
-                    )  # fmt: skip
+                fold.cross(
+                    product, bias, ref_product, ref_bias, self.shape,
+                    ref_partials.shift_KN[k, rows], cross_KN[k, rows],
+                )  # fmt: skip
                 del product, ref_product
         return partials, ref_partials, cross_KN
 
@@ -212,33 +215,55 @@ class FusedStreamer:
         into: Grads,
         *,
         final: bool,
+        rows: Rows | None = None,
+        upstream: Tensor | None = None,
     ) -> Tensor | None:
-        """Add the head's gradients of ``sum coef * logp`` to ``into``; return that of the rows.
+        """Add the head's gradients of ``upstream * sum coef * logp`` to ``into``.
 
-        With ``final`` the head's gradients are written, not added.
+        With ``final`` they are written, not added.  The result is the gradient of ``h_ND`` in fp32,
+        or that of all hidden rows, in their dtype, where the block has all of their tokens.
         """
-        h_ND = _rows_in_memory(h_ND)
-        coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).float()
-        row_N = (block.max_KN - block.lse_N).exp_().mul_(coef_N).mul_(-self.head.scale)
-        row_N = torch.where(coef_N == 0.0, 0.0, row_N)  # an ignored row may not be finite
-        own_N = block.own_N * coef_N * self.head.scale
-        if into.w is not None or into.bias is not None:
-            tokens = self._tokens(h_ND, target_N, row_N, own_N)
-            self._head_grads(block.stash, slice(0, self.V), tokens, into, accumulate=not final)
+        tokens = self._tokens(
+            _rows_in_memory(h_ND), target_N, coef_N, upstream, into, block.max_KN, block.lse_N,
+            block.own_N,
+        )  # fmt: skip
+        self._head_grads(block.stash, slice(0, self.V), tokens, into, add=not final)
         if not needs.h:
             return None
-        dh_ND = fp32_product(block.stash, self.head.w_VD)
-        self._row_grads(dh_ND, dh_ND, row_N, target_N, own_N)
-        return dh_ND
+        product_ND = fp32_product(block.stash, self.head.w_VD)
+        if rows is None:
+            self._row_grads(product_ND, product_ND, tokens, target_N)
+            return product_ND
+        return self._placed(rows, product_ND, tokens, target_N)
 
     def _tokens(
-        self, h_ND: Tensor, target_N: Tensor, row_N: Tensor, own_N: Tensor | None
+        self,
+        h_ND: Tensor,
+        target_N: Tensor,
+        coef_N: Tensor,
+        upstream: Tensor | None,
+        into: Grads,
+        shift_N: Tensor | None,
+        lse_N: Tensor | None,
+        own_N: Tensor | None,
+        sign: float = 1.0,
     ) -> "_Tokens":
-        segments = None if own_N is None else scatter.Segments.of(target_N, self.V)
-        return _Tokens(h_ND, segments, row_N, own_N)
+        scale = sign * self.head.scale
+        in_range = h_ND.dtype != torch.float16
+        row_N, own_N, scaled_ND = scatter.factors(
+            target_N, coef_N.float().contiguous(), upstream, shift_N, lse_N, own_N, scale,
+            h_ND if into.w is not None and in_range else None,
+        )  # fmt: skip
+        gain = segments = None
+        if into.w is not None and not in_range:
+            gain = scatter.gain_of(row_N)
+            scaled_ND = scatter.scaled_rows(h_ND, row_N, gain)
+        if own_N is not None and (into.w is not None or into.bias is not None):
+            segments = scatter.Segments.of(target_N, self.V)
+        return _Tokens(h_ND, segments, row_N, own_N, scaled_ND, gain)
 
     def _head_grads(
-        self, stash_NC: Tensor, columns: slice, tokens: "_Tokens", into: Grads, *, accumulate: bool
+        self, stash_NC: Tensor, columns: slice, tokens: "_Tokens", into: Grads, *, add: bool
     ) -> None:
         """Gradients of some columns of the head: kept numbers and the targets' own."""
         if into.bias is not None:
@@ -252,34 +277,48 @@ class FusedStreamer:
                 )  # fmt: skip
         if into.w is None:
             return
-        scaled_ND, gain = tokens.scaled
-        most = max(16, self.plan.tile_bytes // (4 * self.D))
-        for part in tiles(columns.stop - columns.start, most):
-            rows = slice(columns.start + part.start, columns.start + part.stop)
+        assert tokens.scaled_ND is not None
+        h_ND = None if tokens.own_N is None else tokens.h_ND
+        w_CD = into.w[columns]
+        if w_CD.dtype == torch.float32 and tokens.gain is None:  # the product is the sum itself
+            fp32_product(stash_NC.T, tokens.scaled_ND, w_CD, add=add)
+            if h_ND is not None:
+                scatter.row_sums(
+                    w_CD, segments=tokens.by_target, offset=columns.start, accumulate=True,
+                    b_ND=h_ND, b_scale_N=tokens.own_N,
+                )  # fmt: skip
+            return
+        for part in tiles(len(w_CD), max(16, self.plan.grad_tile_bytes // (4 * self.D))):
             scatter.row_sums(
-                into.w[rows], segments=tokens.by_target, offset=rows.start, accumulate=accumulate,
-                base_ID=fp32_product(stash_NC[:, part].T, scaled_ND), base_factor=gain,
-                b_ND=None if tokens.own_N is None else tokens.h_ND, b_scale_N=tokens.own_N,
+                w_CD[part], segments=tokens.by_target, offset=columns.start + part.start,
+                accumulate=add, base_ID=fp32_product(stash_NC[:, part].T, tokens.scaled_ND),
+                base_factor=tokens.gain, b_ND=h_ND, b_scale_N=tokens.own_N,
             )  # fmt: skip
 
     def _row_grads(
         self,
-        out_ND: Tensor,
+        out_ID: Tensor,
         product_ND: Tensor,
-        row_N: Tensor,
+        tokens: "_Tokens",
         target_N: Tensor,
-        own_N: Tensor | None,
-        *,
-        accumulate: bool = False,
+        segments: scatter.Segments | None = None,
     ) -> None:
-        """``row * product + own * w[target]``; without ``own`` the first term."""
-        w_VD, index_N = self.head.w_VD, target_N
+        """``row * product + own * w[target]`` of each token, or summed; no ``own``, first term."""
+        w_VD, index_N, own_N = self.head.w_VD, target_N, tokens.own_N
         if own_N is not None and w_VD.stride(1) != 1:
             w_VD, index_N = w_VD[target_N.clamp(min=0)], None
         scatter.row_sums(
-            out_ND, a_ND=product_ND, a_scale_N=row_N, accumulate=accumulate,
+            out_ID, segments=segments, a_ND=product_ND, a_scale_N=tokens.row_N,
             b_ND=None if own_N is None else w_VD, b_scale_N=own_N, b_index_N=index_N,
         )  # fmt: skip
+
+    def _placed(
+        self, rows: Rows, product_ND: Tensor, tokens: "_Tokens", target_N: Tensor
+    ) -> Tensor:
+        """The gradient of all hidden rows, each summed in fp32 and rounded once."""
+        out_TD = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
+        self._row_grads(out_TD, product_ND, tokens, target_N, _by_row(rows))
+        return out_TD
 
     def recompute_backward(
         self,
@@ -289,24 +328,20 @@ class FusedStreamer:
         needs: Needs,
         into: Grads,
         ref: "tuple[FusedStreamer, Rows] | None" = None,
+        upstream: Tensor | None = None,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp.
 
-        With a frozen head, whole rows at a time; else whole columns, whose gradient is then
-        complete at once.  With ``ref`` they are those of ``sum coef * KL(ref || policy)``.
+        Whole columns at a time, whose gradient is then complete at once.  With ``ref`` they are
+        those of ``sum coef * KL(ref || policy)``.
         """
-        if not needs.head and ref is None:
-            self._recompute_rows(blocks, rows, coef_N, needs, into)
-            return
-        h_ND, target_N = rows.block(0, coef_N.shape[0])
+        h_ND, target_N = self.rows_of(rows, 0, coef_N.shape[0])
         h_ND = _rows_in_memory(h_ND)
-        coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).float()
         lse_N = torch.cat([block.lse_N for _, _, block in blocks])
-        own_N, row_N = None, coef_N * self.head.scale
+        own_N, sign = None, -1.0
         if ref is None:
-            own_N = torch.cat([block.own_N for _, _, block in blocks]) * row_N
-            row_N = -row_N
-        tokens = self._tokens(h_ND, target_N, row_N, own_N)
+            own_N, sign = torch.cat([block.own_N for _, _, block in blocks]), 1.0
+        tokens = self._tokens(h_ND, target_N, coef_N, upstream, into, None, None, own_N, sign)
         dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if needs.h else None
         width = self.plan.vocab_chunk
         stash_NC = matrix(len(h_ND), width, h_ND.dtype, h_ND.device)
@@ -317,15 +352,11 @@ class FusedStreamer:
                 self._keep(h_ND, target_N, lse_N, columns, kept_NC)
             else:
                 self._keep_difference(h_ND, lse_N, columns, kept_NC, *ref, blocks)
-            self._head_grads(kept_NC, columns, tokens, into, accumulate=False)
+            self._head_grads(kept_NC, columns, tokens, into, add=False)
             if dh_ND is not None:
-                product_ND = fp32_product(kept_NC, self.head.w_VD[columns])
-                # The targets' own entries belong to no columns in particular: the first turn's.
-                own = own_N if v0 == 0 else None
-                self._row_grads(dh_ND, product_ND, row_N, target_N, own, accumulate=v0 > 0)
-                del product_ND
+                fp32_product(kept_NC, self.head.w_VD[columns], dh_ND, add=v0 > 0)
         if dh_ND is not None:
-            into.h = self.place(rows, dh_ND, None)
+            into.h = self._placed(rows, dh_ND, tokens, target_N)
 
     def _keep_difference(
         self,
@@ -338,7 +369,7 @@ class FusedStreamer:
         blocks: list[tuple[int, int, Block]],
     ) -> None:
         """Probabilities of some columns, less the reference's."""
-        ref_h_ND, _ = ref_rows.block(0, len(h_ND))
+        ref_h_ND, _ = self.rows_of(ref_rows, 0, len(h_ND))
         found = [block.ref_lse_N for _, _, block in blocks if block.ref_lse_N is not None]
         ref_lse_N = torch.cat(found)
         width, row_tiles = self._tiles(len(h_ND), 2)
@@ -351,35 +382,14 @@ class FusedStreamer:
                 fold.keep(product, bias, self.shape, None, lse_N[rows], v0, kept_RC, other)
                 del product, other
 
-    def _recompute_rows(
-        self,
-        blocks: list[tuple[int, int, Block]],
-        rows: Rows,
-        coef_N: Tensor,
-        needs: Needs,
-        into: Grads,
-    ) -> None:
-        # The plan comes here only where token i has hidden row i, so a block's are finished.
-        assert rows.rows_N is None
-        into.h = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
-        for start, stop, _ in blocks:
-            h_ND, target_N = rows.block(start, stop)
-            block = self.forward(h_ND, target_N, keep=True)
-            coef = coef_N[start:stop]
-            dh_ND = self.backward(block, h_ND, target_N, coef, needs, Grads(), final=False)
-            assert dh_ND is not None
-            into.h[start:stop] = dh_ND
-            del block, dh_ND  # before the next stash is made
-
     def _keep(
         self, h_ND: Tensor, target_N: Tensor, lse_N: Tensor, columns: slice, kept_NC: Tensor
     ) -> None:
         """Probabilities of some columns of finished rows."""
         if self.projects(h_ND):
             project.project(
-                h_ND, self.head.w_VD, self.head.bias_V, self.shape, target_N,
-                tile=self.kernel_tile, columns=(columns.start, columns.stop), lse_N=lse_N,
-                stash_NC=kept_NC,
+                h_ND, self.head.w_VD, self.head.bias_V, self.shape, target_N, lse_N,
+                tile=self.kernel_tile(), columns=(columns.start, columns.stop), stash_NC=kept_NC,
             )  # fmt: skip
             return
         width, row_tiles = self._tiles(len(h_ND))
@@ -391,14 +401,40 @@ class FusedStreamer:
                 fold.keep(product, bias, self.shape, target_N[rows], lse_N[rows], v0, kept_RC)
                 del product
 
-    def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None) -> Tensor:
-        """``x * scale`` of each token summed into its hidden row in fp32, and rounded once."""
-        out_TD = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
-        segments = None
-        if rows.rows_N is not None:
-            segments = scatter.Segments.of(rows.rows_N, len(out_TD))
-        scatter.row_sums(out_TD, segments=segments, a_ND=x_ND, a_scale_N=scale_N)
+    def rows_of(self, rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Hidden rows and targets of a block."""
+        if rows.rows_N is None:
+            return rows.block(start, stop)
+        h_TD = _rows_in_memory(rows.h_TD)
+        return scatter.gather(h_TD, rows.rows_N[start:stop]), rows.target_N[start:stop]
+
+    def add_rows(
+        self, rows: Rows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor
+    ) -> None:
+        """Add a block's gradient to the hidden rows it came from."""
+        if rows.rows_N is None:
+            rows.scatter(total_TD, start, stop, dh_ND)
+            return
+        segments = scatter.Segments.of(rows.rows_N[start:stop], len(total_TD))
+        scatter.row_sums(total_TD, segments=segments, a_ND=dh_ND, accumulate=True)
+
+    def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool) -> Tensor:
+        """``x * scale`` of each token summed into its hidden row in fp32, and rounded once.
+
+        With ``reuse`` the memory of ``x_ND`` becomes that of the result, where it can.
+        """
+        out_TD = x_ND
+        if not reuse or x_ND.dtype != rows.h_TD.dtype or rows.rows_N is not None:
+            out_TD = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
+        scatter.row_sums(out_TD, segments=_by_row(rows), a_ND=x_ND, a_scale_N=scale_N)
         return out_TD
+
+
+def _by_row(rows: Rows) -> scatter.Segments | None:
+    """Which tokens each hidden row predicts; None if token i has row i."""
+    if rows.rows_N is None:
+        return None
+    return scatter.Segments.of(rows.rows_N, len(rows.h_TD))
 
 
 def _rows_in_memory(h_ND: Tensor) -> Tensor:
@@ -446,7 +482,9 @@ def score_pairs(
     first, last = part
     assert call.bounds_S1 is not None
     start = pairs.edges[2 * first]
-    bounds_S1 = call.bounds_S1[2 * first : 2 * last + 1] - start
+    bounds_S1 = call.bounds_S1[2 * first : 2 * last + 1]
+    if start:
+        bounds_S1 = bounds_S1 - start
     kind = kind_of(pairs.objective)
     objective: Any = pairs.objective
     if kind is None:  # the kernel sums its sequences all the same
@@ -465,21 +503,20 @@ def score_pairs(
         logp_N,
         call.target_N[start : pairs.edges[2 * last]],
         bounds_S1,
-        pairs.lengths_S[2 * first : 2 * last],
         known,
         ref_logp_S=ref_S,
         ref_logp_N=ref_logp_N,
-        margin_P=pairs.margin_P[first:last].contiguous(),
-        smoothing_P=pairs.smoothing_P[first:last].contiguous(),
-        weight_P=pairs.weight_P[first:last].contiguous(),
+        margin_P=_part(pairs.margin_P, first, last),
+        smoothing_P=_part(pairs.smoothing_P, first, last),
+        weight_P=_part(pairs.weight_P, first, last),
         num_pairs=pairs.num_pairs,
         want_coef=slopes,
     )
+    pairs.results.append(result)
     if kind is not None:
-        totals = result.totals
-        pairs.totals = totals if pairs.totals is None else pairs.totals + totals
-        loss, slope_S, coef_N = totals[0], result.slope_S, result.coef_N
-        return Scored(loss, result.logp_S, result.ref_logp_S, slope_S, coef_N)
+        return Scored(
+            result.totals[0], result.logp_S, result.ref_logp_S, result.slope_S, result.coef_N
+        )
     everything = slice(first, last)
     if not slopes:
         loss_P = pairs.loss(result.logp_S, result.ref_logp_S, everything)
@@ -489,3 +526,7 @@ def score_pairs(
     size = pairs.edges[2 * last] - start
     coef_N = torch.repeat_interleave(slope_S, bounds_S1.diff(), output_size=size)
     return Scored(loss, result.logp_S, result.ref_logp_S, slope_S, coef_N)
+
+
+def _part(x_P: Tensor | None, first: int, last: int) -> Tensor | None:
+    return None if x_P is None else x_P[first:last].contiguous()

@@ -37,13 +37,20 @@ def has_native_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def fp32_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of fp16, bf16 or fp32 matrices, accumulated and returned in fp32."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b)
+def fp32_product(
+    a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False
+) -> Tensor:
+    """``a @ b`` of fp16, bf16 or fp32 matrices, accumulated and returned in fp32.
+
+    The result is written to ``out`` where given, or added to it.
+    """
     if a.device.type == "cpu":  # where kernels are interpreted
-        return torch.mm(a.float(), b.float())
-    return torch.mm(a, b, out_dtype=torch.float32)
+        a, b = a.float(), b.float()
+    if a.dtype == torch.float32:
+        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    if add:
+        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 class Products:

@@ -29,6 +29,7 @@ from fastdpo.passes import (
     forward_blocks,
     frozen_forward,
     grouped_pass,
+    join,
     kl_backward,
     ref_logps,
     rounded,
@@ -49,6 +50,7 @@ METRICS = (
     "lengths/rejected",
     "length_margin",
 )
+LEAST_WORKSPACE_MIB = 256.0
 STATS = frozenset({"entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref"})
 
 
@@ -151,15 +153,20 @@ def _once(backward: Callable) -> Callable:
     return run
 
 
+def _is_last_backward() -> bool:
+    """Whether autograd lets go of the graph after this backward; False where torch cannot say."""
+    autograd = getattr(torch._C, "_autograd", None)
+    graph_is_kept = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    return graph_is_kept is not None and not graph_is_kept()
+
+
 def _free_unless_retained(ctx: Any) -> None:
     """Let go of the stash and the finished gradients as autograd lets go of saved tensors.
 
     They live outside `save_for_backward` so that a stash can be lent again; a loss that is kept
     for logging must not keep them.
     """
-    autograd = getattr(torch._C, "_autograd", None)
-    graph_is_kept = getattr(autograd, "_get_current_graph_task_keep_graph", None)
-    if graph_is_kept is not None and not graph_is_kept():
+    if _is_last_backward():
         ctx.call.blocks, ctx.grads = [], None
 
 
@@ -182,7 +189,7 @@ class _LinearLogp(torch.autograd.Function):
     def backward(ctx, dlogp_N):
         call: Call = ctx.call
         coef_N = dlogp_N if call.keep_N is None else dlogp_N[call.keep_N]
-        grads = token_backward(call, ctx.saved_tensors[:4], coef_N)
+        grads = token_backward(call, ctx.saved_tensors[:4], coef_N, reuse=_is_last_backward())
         _free_unless_retained(ctx)
         return *grads, None
 
@@ -214,7 +221,8 @@ def linear_logp(
         bias_V: bias of the head, (V,).
         scale: factor on the logits (Cohere, Granite).
         softcap: soft cap on the logits (Gemma 2), in logits.
-        workspace_mib: bound on tiles and stash in MiB; default 1,024 on a GPU and 256 on a CPU.
+        workspace_mib: bound on tiles and stash in MiB; default 256 on a CPU, on a GPU 1/32 of its
+            memory and at least 256.  A result's ``plan`` says what it was.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -233,7 +241,7 @@ def linear_logp(
         )  # fmt: skip
     fused = checks.choose_impl(impl, h_TD) == "triton"
     scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
-    checks.check_targets(h_TD, w_VD.shape[0], target_N, rows_N)
+    checks.check_targets(h_TD, w_VD.shape[0], target_N, rows_N, in_kernel=fused)
     call = _make_call(
         h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, None, fused=fused
     )
@@ -315,17 +323,20 @@ def linear_kl(
         raise ValueError("there is no row to compare: h_TD, or rows_N, is empty")
     # The streams gather a target anyway; the first token is as good as any.
     target_N = torch.zeros(N, dtype=torch.int64, device=h_TD.device)
-    checks.check_targets(h_TD, w_VD.shape[0], target_N, rows_N)
+    checks.check_targets(h_TD, w_VD.shape[0], target_N, rows_N, in_kernel=fused)
     if ref_h_TD is None:
         raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
-    ref = _check_reference(h_TD, w_VD, None, ref_h_TD, ref_w_VD, ref_bias_V, (0, scale, softcap))
+    ref = _check_reference(
+        h_TD, w_VD, None, ref_h_TD, ref_w_VD, ref_bias_V, (0, scale, softcap), in_kernel=fused
+    )
     call = _make_call(
         h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, None, fused=fused
     )
     assert call is not None
     call.ref, call.stats = ref, frozenset({"kl_ref"})
     # Nothing is kept: the difference of two softmaxes needs both log-sum-exps first.
-    call.plan = replace(call.plan, route="recompute" if any(call.needs) else "forward")
+    route, plan = "recompute" if any(call.needs) else "forward", call.plan
+    call.plan = replace(plan, route=route, grad_tile_bytes=plan.tile_bytes)
     if call.plan.route == "forward":
         with torch.no_grad(), _plainly(h_TD.device):
             forward_blocks(call, h_TD, w_VD, bias_V)
@@ -357,6 +368,14 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
+def default_workspace_mib(device: torch.device) -> float:
+    """1/32 of a GPU's memory, and at least what a CPU gets."""
+    if device.type == "cpu":
+        return LEAST_WORKSPACE_MIB
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(LEAST_WORKSPACE_MIB, float(total // (32 * MIB)))
+
+
 def _make_call(
     h_TD: Tensor,
     w_VD: Tensor,
@@ -373,7 +392,7 @@ def _make_call(
 ) -> Call | None:
     """Leave ignored targets out where that costs no synchronization, and plan the call."""
     if workspace_mib is None:
-        workspace_mib = 256.0 if h_TD.device.type == "cpu" else 1024.0
+        workspace_mib = default_workspace_mib(h_TD.device)
     workspace_mib = checks.require_number(
         "workspace_mib", workspace_mib, low=0, high=2**40, open_low=True
     )
@@ -390,6 +409,7 @@ def _make_call(
         checks.check_lengths([b - a for a, b in pairwise(edges)])
     if fused:  # the kernels read neighbouring elements
         target_N = target_N.contiguous()
+        rows_N = None if rows_N is None else rows_N.contiguous()
     grad = torch.is_grad_enabled()
     needs = Needs(
         h=grad and h_TD.requires_grad,
@@ -432,7 +452,7 @@ class _LinearPreference(torch.autograd.Function):
             ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND, call.target_N, call.rows_N)
         ctx.coef_N = coef_N
         ctx.mark_non_differentiable(logp_S, ref_S)
-        return loss.to(torch.promote_types(h_TD.dtype, torch.float32)), logp_S, ref_S
+        return _returned(loss, h_TD, pairs), logp_S, ref_S
 
     @staticmethod
     @_once
@@ -442,10 +462,17 @@ class _LinearPreference(torch.autograd.Function):
         if ctx.grads is not None:
             grads = rounded(ctx.grads, saved[0].dtype, dloss, fused=ctx.call.fused)
         else:
-            coef_N = (ctx.coef_N * dloss).to(torch.promote_types(dloss.dtype, torch.float32))
-            grads = token_backward(ctx.call, saved[:4], coef_N)
+            reuse = _is_last_backward()
+            grads = token_backward(ctx.call, saved[:4], ctx.coef_N, dloss, reuse=reuse)
         _free_unless_retained(ctx)
         return *grads, None, None
+
+
+def _returned(loss: Tensor, h_TD: Tensor, pairs: Pairs) -> Tensor:
+    """The loss in the accumulator's dtype, as the kernel left it where it made all of it."""
+    if len(pairs.results) == 1 and kind_of(pairs.objective) is not None:
+        return pairs.results[0].loss
+    return loss.to(torch.promote_types(h_TD.dtype, torch.float32))
 
 
 def linear_preference_loss(
@@ -517,15 +544,19 @@ def linear_preference_loss(
     fused = checks.choose_impl(impl, h_TD) == "triton"
     scale, softcap = checks.check_head(h_TD, w_VD, bias_V, scale, softcap)
     V = w_VD.shape[0]
-    checks.check_targets(h_TD, V, target_N, rows_N)
+    checks.check_targets(h_TD, V, target_N, rows_N, in_kernel=fused)
     edges = checks.check_bounds(bounds_S1, target_N)
     S, device = len(edges) - 1, h_TD.device
     wanted = _check_stats(stats, ref_h_TD is not None)
     checks.check_objective(objective)
     ref = _check_reference(
-        h_TD, w_VD, ref_logp_S, ref_h_TD, ref_w_VD, ref_bias_V, (S, scale, softcap)
+        h_TD, w_VD, ref_logp_S, ref_h_TD, ref_w_VD, ref_bias_V, (S, scale, softcap),
+        in_kernel=fused,
+    )  # fmt: skip
+    known = fused and kind_of(objective) is not None  # what is left out need not be made
+    pair_values = _check_pair_values(
+        objective, margin_P, smoothing_P, weight_P, S // 2, device, neutral=not known
     )
-    pair_values = _check_pair_values(objective, margin_P, smoothing_P, weight_P, S // 2, device)
     count = float(S // 2)
     if num_pairs is not None:
         count = checks.require_number("num_pairs", num_pairs, low=0, open_low=True)
@@ -539,17 +570,19 @@ def linear_preference_loss(
     if fused:
         from fastdpo.fused import count_scored, device_bounds
 
+        lengths_S = None
         with _plainly(device):
             call.bounds_S1 = device_bounds(edges, device)
-        lengths_S = count_scored(target_N, call.bounds_S1)
+            if not known or getattr(objective, "length_normalized", False):
+                lengths_S = count_scored(target_N, call.bounds_S1)
     elif device.type == "cpu":
         lengths_S = torch.tensor([b - a for a, b in pairwise(edges)])
     else:
         scored = (target_N != IGNORE).long().split([b - a for a, b in pairwise(edges)])
         lengths_S = torch.stack([part.sum() for part in scored])
-    if fused or device.type != "cpu":
+    if not fused and device.type != "cpu":
         checks.check_device_lengths(lengths_S)
-    pairs = Pairs(objective, edges, lengths_S, ref_logp_S, *pair_values, count)
+    pairs = Pairs(objective, edges, lengths_S, ref_logp_S, *pair_values, count, device)
     if call.plan.route == "forward":
         with torch.no_grad(), _plainly(h_TD.device):
             logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
@@ -557,9 +590,11 @@ def linear_preference_loss(
             slopes = not torch.is_inference_mode_enabled()
             scored = score(call, pairs, logp_N, ref_logps(call), slopes=slopes)
             logp_S, ref_S = scored.logp_S, scored.ref_logp_S
-            loss = scored.loss.to(torch.promote_types(h_TD.dtype, torch.float32))
+            loss = _returned(scored.loss, h_TD, pairs)
     else:
         loss, logp_S, ref_S = _LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)  # type: ignore[misc]
+    if fused:
+        lengths_S = pairs.lengths_S = join([result.lengths_S for result in pairs.results])
     metrics = _metrics(pairs, logp_S, ref_S)
     entries = {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": lengths_S}
     return PreferenceLoss(entries, metrics, call.token_stats(), call.plan)
@@ -745,6 +780,8 @@ def _check_reference(
     ref_w_VD: Any,
     ref_bias_V: Any,
     shared: tuple[int, float, float | None],
+    *,
+    in_kernel: bool,
 ) -> tuple[Head, Tensor] | None:
     """Exactly one form of reference, with the policy's sizes."""
     S, scale, softcap = shared
@@ -753,7 +790,7 @@ def _check_reference(
     if ref_h_TD is None:
         if ref_w_VD is not None or ref_bias_V is not None:
             raise ValueError("ref_w_VD and ref_bias_V belong to ref_h_TD, which is missing")
-        checks.check_vector("ref_logp_S", ref_logp_S, S, "S", h_TD.device)
+        checks.check_vector("ref_logp_S", ref_logp_S, S, "S", h_TD.device, in_kernel=in_kernel)
         if ref_logp_S.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"ref_logp_S must be float32 or float64, got {ref_logp_S.dtype}, which rounds the "
@@ -784,17 +821,21 @@ def _check_pair_values(
     weight_P: Any,
     P: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Margin, smoothing and weight of each pair as fp64, with their neutral values for None."""
+    *,
+    neutral: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Margin, smoothing and weight of each pair as fp64; ``neutral`` values for None if wanted."""
     separate = hasattr(objective, "margin") and not objective.margin  # type: ignore[attr-defined]
     if separate and (margin_P is not None or smoothing_P is not None):
         raise ValueError(
             "margin_P and smoothing_P need an objective of the margin (lr_dpo, hinge, ipo, ...)"
         )
 
-    def value(name: str, x: Any, neutral: float, low: float, high: float) -> Tensor:
+    def value(name: str, x: Any, default: float, low: float, high: float) -> Tensor | None:
+        if x is None and not neutral:
+            return None
         if x is None:
-            return torch.full((P,), neutral, dtype=torch.float64, device=device)
+            return torch.full((P,), default, dtype=torch.float64, device=device)
         return checks.check_vector(name, x, P, "P", device, low=low, high=high).double()
 
     inf = float("inf")
@@ -807,8 +848,11 @@ def _check_pair_values(
 
 @torch.no_grad()
 def _metrics(pairs: Pairs, logp_S: Tensor, ref_S: Tensor) -> dict[str, Tensor]:
-    if pairs.totals is not None:
-        return dict(zip(METRICS, (pairs.totals[1:] / (len(pairs.edges) // 2)).float()))
+    if kind_of(pairs.objective) is not None and pairs.results:
+        if len(pairs.results) == 1:
+            return dict(zip(METRICS, pairs.results[0].means.unbind()))
+        totals = torch.stack([result.totals for result in pairs.results]).sum(0)
+        return dict(zip(METRICS, (totals[1:] / (len(pairs.edges) // 2)).float().unbind()))
     beta = getattr(pairs.objective, "beta", 1.0)
     alpha = getattr(pairs.objective, "alpha", 0.0)
     reward_S = beta * (logp_S.double() - ref_S.double())

@@ -65,7 +65,7 @@ class Call:
         return x_N.new_zeros(self.num_targets).index_copy_(0, self.keep_N, x_N)
 
     def collect(self, name: Callable[[Block], Tensor | None]) -> Tensor:
-        return torch.cat([x for _, _, block in self.blocks if (x := name(block)) is not None])
+        return join([x for _, _, block in self.blocks if (x := name(block)) is not None])
 
     def token_stats(self) -> dict[str, Tensor]:
         return {
@@ -74,19 +74,29 @@ class Call:
         }
 
 
+def join(parts: list[Tensor]) -> Tensor:
+    """One after the other; of a single one no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 @dataclass
 class Pairs:
-    """The per-pair side of a call: everything the objective reads beside the log-probs."""
+    """The per-pair side of a call: everything the objective reads beside the log-probs.
+
+    ``lengths_S``, and margin, smoothing and weight with their neutral values, are None where only
+    a kernel would read them.
+    """
 
     objective: ObjectiveFn
     edges: list[int]
-    lengths_S: Tensor
+    lengths_S: Any
     ref_logp_S: Tensor | None
-    margin_P: Tensor
-    smoothing_P: Tensor
-    weight_P: Tensor
+    margin_P: Any
+    smoothing_P: Any
+    weight_P: Any
     num_pairs: float
-    totals: Tensor | None = None  # sums of the loss and the metrics, where a kernel makes them
+    device: torch.device
+    results: list[Any] = field(default_factory=list)  # what a kernel found of some pairs each
 
     @property
     def sizes(self) -> list[int]:
@@ -137,7 +147,7 @@ class Pairs:
 
     def unit_signs(self) -> Tensor:
         """Token coefficient of each sequence up to its pair's scalar; only margin objectives."""
-        sign_S = torch.ones_like(self.lengths_S, dtype=torch.float64)
+        sign_S = torch.ones(len(self.sizes), dtype=torch.float64, device=self.device)
         if self.is_margin:
             sign_S[1::2] = -1.0
             if getattr(self.objective, "length_normalized", False):
@@ -201,7 +211,7 @@ def forward_blocks(call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
     rows = Rows(h_TD, call.rows_N, call.target_N)
     call.blocks = []
     for start, stop in call.plan.spans:
-        h_ND, target_N = rows.block(start, stop)
+        h_ND, target_N = streamer.rows_of(rows, start, stop)
         ref = _ref_block(call, start, stop)
         keep = call.plan.route == "stash"
         block = streamer.forward(h_ND, target_N, keep=keep, stats=call.stats, ref=ref)
@@ -214,8 +224,9 @@ def _ref_block(call: Call, start: int, stop: int) -> Any:
     if call.ref is None:
         return None
     head, h_TD = call.ref
-    h_ND, _ = Rows(h_TD, call.rows_N, call.target_N).block(start, stop)
-    return call.streamer_of(head), h_ND
+    streamer = call.streamer_of(head)
+    h_ND, _ = streamer.rows_of(Rows(h_TD, call.rows_N, call.target_N), start, stop)
+    return streamer, h_ND
 
 
 def frozen_forward(
@@ -224,12 +235,13 @@ def frozen_forward(
     """Log-probs, and d logp / d h of each scored token, (N, D): the head itself has no gradient."""
     streamer = call.streamer(w_VD, bias_V)
     rows = Rows(h_TD, call.rows_N, call.target_N)
+    dtype = h_TD.dtype if call.plan.in_place else streamer.acc_dtype
     unit_ND = torch.empty(
-        call.target_N.shape[0], h_TD.shape[1], dtype=streamer.acc_dtype, device=h_TD.device
+        call.target_N.shape[0], h_TD.shape[1], dtype=dtype, device=h_TD.device
     )
     call.blocks = []
     for start, stop in call.plan.spans:
-        h_ND, target_N = rows.block(start, stop)
+        h_ND, target_N = streamer.rows_of(rows, start, stop)
         ref = _ref_block(call, start, stop)
         block = streamer.forward(h_ND, target_N, keep=True, stats=call.stats, ref=ref)
         ones_N = torch.ones_like(block.logp_N)
@@ -242,9 +254,17 @@ def frozen_forward(
 
 
 def token_backward(
-    call: Call, saved: tuple[Tensor | None, ...], coef_N: Tensor
+    call: Call,
+    saved: tuple[Tensor | None, ...],
+    coef_N: Tensor,
+    upstream: Tensor | None = None,
+    *,
+    reuse: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``sum coef * logp`` by the frozen, stash or recompute route."""
+    """Gradients of ``upstream * sum coef * logp`` by the frozen, stash or recompute route.
+
+    With ``reuse`` nobody will ask for them again, so what was kept may be overwritten.
+    """
     h_TD, w_VD, bias_V, unit_ND = saved
     assert h_TD is not None and w_VD is not None
     rows = Rows(h_TD, call.rows_N, call.target_N)
@@ -254,17 +274,22 @@ def token_backward(
         into.w = torch.empty_like(w_VD, memory_format=_ROWS)
     if bias_V is not None and call.needs.bias:
         into.bias = torch.zeros_like(bias_V, dtype=streamer.acc_dtype)
+    more = {}
+    if upstream is not None and call.fused and unit_ND is None:
+        more["upstream"] = upstream  # a kernel multiplies
+    elif upstream is not None:
+        coef_N = (coef_N * upstream).to(streamer.acc_dtype)
     if unit_ND is not None:
-        coef_N = torch.where(call.target_N == IGNORE, 0.0, coef_N).to(unit_ND.dtype)
-        into.h = streamer.place(rows, unit_ND, coef_N)
+        coef_N = torch.where(call.target_N == IGNORE, 0.0, coef_N).to(streamer.acc_dtype)
+        into.h = streamer.place(rows, unit_ND, coef_N, reuse=reuse)
     elif call.plan.route == "stash":
         (start, stop, block), *_ = call.blocks
-        h_ND, target_N = rows.block(start, stop)
-        dh_ND = streamer.backward(block, h_ND, target_N, coef_N, call.needs, into, final=True)
-        if dh_ND is not None:
-            into.h = streamer.place(rows, dh_ND, None)
+        h_ND, target_N = streamer.rows_of(rows, start, stop)
+        into.h = streamer.backward(
+            block, h_ND, target_N, coef_N, call.needs, into, final=True, rows=rows, **more
+        )
     else:
-        streamer.recompute_backward(call.blocks, rows, coef_N, call.needs, into)
+        streamer.recompute_backward(call.blocks, rows, coef_N, call.needs, into, **more)
     return rounded(into, h_TD.dtype, fused=call.fused)
 
 
@@ -288,12 +313,14 @@ def kl_backward(
 
 
 def _new_grads(
-    call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, *, w: bool = False
+    call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, *, w: bool = True
 ) -> Grads:
+    """Accumulators; the kernels write the weight's before they add to it, so it is not cleared."""
     acc = torch.promote_types(h_TD.dtype, torch.float32)
+    new = torch.empty_like if call.fused else torch.zeros_like
     return Grads(
         h=torch.zeros_like(h_TD, dtype=acc, memory_format=_ROWS) if call.needs.h else None,
-        w=torch.zeros_like(w_VD, dtype=acc, memory_format=_ROWS) if w and call.needs.w else None,
+        w=new(w_VD, dtype=acc, memory_format=_ROWS) if w and call.needs.w else None,
         bias=torch.zeros_like(bias_V, dtype=acc)
         if bias_V is not None and call.needs.bias
         else None,
@@ -328,11 +355,7 @@ def grouped_pass(
     streamer = call.streamer(w_VD, bias_V)
     rows = Rows(h_TD, call.rows_N, call.target_N)
     first_is_unit = call.plan.groups[0].unit
-    # The first group of the kernels writes the weight's gradient, so it need not be cleared.
-    writes = call.fused and not first_is_unit
-    total = _new_grads(call, h_TD, w_VD, bias_V, w=not (first_is_unit or writes))
-    if writes and call.needs.w:
-        total.w = torch.empty_like(w_VD, dtype=streamer.acc_dtype, memory_format=_ROWS)
+    total = _new_grads(call, h_TD, w_VD, bias_V, w=not first_is_unit)
     if first_is_unit:  # its buffers become the total, so none are needed beside them
         total.bias = None
     call.blocks = []
@@ -341,15 +364,15 @@ def grouped_pass(
         run = _unit_group if group.unit else _stash_group
         parts.append(run(call, pairs, group, streamer, rows, total))
     loss = torch.stack([part.loss for part in parts]).sum()
-    logp_S = torch.cat([part.logp_S for part in parts])
-    return loss, logp_S, torch.cat([part.ref_logp_S for part in parts]), total
+    logp_S = join([part.logp_S for part in parts])
+    return loss, logp_S, join([part.ref_logp_S for part in parts]), total
 
 
 def _stash_group(
     call: Call, pairs: Pairs, group: Group, streamer: Any, rows: Rows, total: Grads
 ) -> Scored:
     start, stop = group.rows
-    h_ND, target_N = rows.block(start, stop)
+    h_ND, target_N = streamer.rows_of(rows, start, stop)
     ref = _ref_block(call, start, stop)
     block = streamer.forward(h_ND, target_N, keep=True, stats=call.stats, ref=ref)
     call.blocks.append((start, stop, block))
@@ -359,7 +382,7 @@ def _stash_group(
     dh_ND = streamer.backward(block, h_ND, target_N, scored.coef_N, call.needs, total, final=final)
     block.stash = None
     if total.h is not None and dh_ND is not None:
-        rows.scatter(total.h, start, stop, dh_ND)
+        streamer.add_rows(rows, total.h, start, stop, dh_ND)
     return scored
 
 
@@ -380,7 +403,7 @@ def _unit_group(
     offset, middle = group.rows[0], group.rows[0] + sizes[0]
     head, empty_TD = streamer.head, rows.h_TD[:0]
     units = [
-        _new_grads(call, empty_TD, head.w_VD, head.bias_V, w=True)
+        _new_grads(call, empty_TD, head.w_VD, head.bias_V)
         for _ in range(1 if pairs.is_margin else 2)
     ]
     sign_N = _over_tokens(call, sign_S, sizes)
@@ -389,12 +412,13 @@ def _unit_group(
         shape = sum(sizes), rows.h_TD.shape[1]
         unit_h = torch.empty(shape, dtype=streamer.acc_dtype, device=rows.h_TD.device)
     for start, stop in group.spans:
-        h_ND, target_N = rows.block(start, stop)
+        h_ND, target_N = streamer.rows_of(rows, start, stop)
         ref = _ref_block(call, start, stop)
         block = streamer.forward(h_ND, target_N, keep=True, stats=call.stats, ref=ref)
         unit = units[0] if pairs.is_margin else units[start >= middle]
         coef_N = sign_N[start - offset : stop - offset]
-        dh_ND = streamer.backward(block, h_ND, target_N, coef_N, call.needs, unit, final=False)
+        writes = call.fused and (start == offset or (start == middle and not pairs.is_margin))
+        dh_ND = streamer.backward(block, h_ND, target_N, coef_N, call.needs, unit, final=writes)
         if unit_h is not None:
             unit_h[start - offset : stop - offset] = dh_ND
         block.stash = None
@@ -410,7 +434,7 @@ def _unit_group(
         total.bias = _add_scaled(total.bias, unit.bias, scalar)
     if total.h is not None and unit_h is not None:
         scalar_N = _over_tokens(call, scalar_S, sizes)
-        rows.scatter(total.h, *group.rows, unit_h.mul_(scalar_N[:, None]))
+        streamer.add_rows(rows, total.h, *group.rows, unit_h.mul_(scalar_N[:, None]))
     return scored
 
 

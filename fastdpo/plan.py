@@ -13,8 +13,9 @@ One matrix product over a call is G = 2*N*D*V operations.
 `grouped` takes as many whole pairs at a time as the workspace holds; a pair longer than the
 workspace streams through it in blocks and has its unit gradient scaled at the end, which needs fp32
 buffers of the head's size beside the workspace.  They, and what `frozen` keeps, may take up to
-`ACCUMULATOR_SHARE` workspaces; beyond that the call recomputes.  Only the kernels' `frozen` with
-tokens that name their rows keeps more: the sum into those rows would need as much.
+`ACCUMULATOR_SHARE` workspaces; beyond that the call recomputes.  Only the kernels' `frozen` never
+does: where tokens name their rows it keeps more, since the sum into those rows would need as much,
+and elsewhere it keeps the unit gradients in the memory of the gradient, in the gradient's dtype.
 
 The blocks of rows (`spans`) depend on the sizes alone, not on what needs a gradient, so a policy
 and a reference evaluated on the same packed rows run the same instructions and agree to the bit.
@@ -28,11 +29,9 @@ from typing import NamedTuple
 MIB = 2**20
 ACCUMULATOR_SHARE = 4
 _VOCAB_CHUNK = 1024
-# Widest head whose projection is one kernel, an estimate not yet measured: writing and folding a
-# tile costs the same for every D, while the fused kernel loses a share of its product.
-PROJECT_MAX_D = 2048
-# An fp32 tile that is used again at once should still be in a GPU's L2 cache.
-_TILE_BYTES = 32 * MIB
+# An fp32 tile: smaller ones make slow products, and their folds are launches more than work.
+_TILE_BYTES = 64 * MIB
+_TILE_SHARE = 4  # at most one part in so many of the workspace
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,9 @@ class Plan:
     """Route of one call; ``workspace_bytes`` bounds tiles and stash, accumulators come on top.
 
     ``vocab_chunk`` columns of the head are worked on at a time, by the kernels only where they
-    recompute; ``tile_bytes`` of the workspace are the kernels' fp32 tiles.
+    recompute.  ``tile_bytes`` of the workspace are the kernels' fp32 tiles of logits, and
+    ``grad_tile_bytes`` those of the head's gradient, which is made when there are no others.
+    ``in_place`` says that a frozen head's unit gradients lie in the memory of the gradient.
     """
 
     route: str
@@ -65,6 +66,8 @@ class Plan:
     workspace_bytes: int
     accumulator_bytes: int
     tile_bytes: int = 0
+    grad_tile_bytes: int = 0
+    in_place: bool = False
 
     @property
     def spans(self) -> Iterator[tuple[int, int]]:
@@ -89,14 +92,13 @@ def _torch_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
 
 
 def _fused_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
-    """Kernels: a stash of operands of ``itemsize`` bytes; what it leaves is for fp32 tiles.
+    """Kernels: a stash of operands of ``itemsize`` bytes beside an fp32 tile.
 
     The backward of a row needs an fp32 product and a scaled copy.
     """
-    row_bytes = itemsize * (-(-V // 64) * 64)
-    if D <= PROJECT_MAX_D:
-        row_bytes += V // 16  # two fp32 sums a tile of 128 columns
-    return _Space(V, row_bytes, workspace_bytes // 64, (4 + itemsize) * D, fused=True)
+    row_bytes = itemsize * (-(-V // 64) * 64) + V // 16  # two fp32 sums a tile of 128 columns
+    tile = min(_TILE_BYTES, workspace_bytes // _TILE_SHARE)
+    return _Space(V, row_bytes, tile, (4 + itemsize) * D, fused=True)
 
 
 def make_plan(
@@ -135,7 +137,8 @@ def make_plan(
     if space.fused and capacity > 128:
         capacity -= capacity % 128  # whole tiles of a matrix product
     if capacity < 1:
-        needed = (space.row_bytes + space.fixed_bytes) / MIB
+        share = _TILE_SHARE / (_TILE_SHARE - 1) if space.fused else 1.0
+        needed = max(space.row_bytes + space.fixed_bytes, share * space.row_bytes) / MIB
         raise ValueError(
             f"workspace_mib={workspace_bytes / MIB:g} is too small: one row of V={V} logits with "
             f"its tile of the head needs {needed:.3g} MiB"
@@ -149,12 +152,15 @@ def make_plan(
     grouped_bytes = buffers * head_bytes
     affordable = ACCUMULATOR_SHARE * workspace_bytes
     sums_h = not space.fused  # an fp32 gradient of all hidden rows, on every route
+    in_place = False
     longest = max(stop - start for group in groups for start, stop in group.spans)
     scratch_bytes = space.scratch_row_bytes * longest
     if not (need_head or need_h):
         route, accumulators = "forward", 0
-    elif not need_head and (tokens_bytes <= affordable or (gathered and not sums_h)):
-        route, accumulators = "frozen", tokens_bytes + scratch_bytes + h_bytes * sums_h
+    elif not need_head and (tokens_bytes <= affordable or space.fused):
+        in_place = tokens_bytes > affordable and not gathered
+        kept_bytes = 0 if in_place else tokens_bytes
+        route, accumulators = "frozen", kept_bytes + scratch_bytes + h_bytes * sums_h
     elif need_head and rows <= capacity:
         route, accumulators = "stash", scratch_bytes + h_bytes * sums_h
     elif need_head and len(bounds) > 2 and grouped_bytes <= affordable:
@@ -163,18 +169,21 @@ def make_plan(
         route, accumulators = "grouped", grouped_bytes + scratch_bytes + h_bytes + unit_bytes
     elif not space.fused:
         route, accumulators = "recompute", h_bytes + itemsize * space.chunk * D
-    elif need_head:
-        route, accumulators = "recompute", tokens_bytes + space.scratch_row_bytes * rows
     else:
-        route, accumulators = "recompute", scratch_bytes
-    chunk, tile_bytes = space.chunk, 0
-    if space.fused:
-        assert fused_itemsize is not None
-        # From the sizes alone, so that every route folds the same tiles.
-        tile_bytes = min(_TILE_BYTES, workspace_bytes - longest * space.row_bytes)
-        columns = (workspace_bytes - tile_bytes) // (fused_itemsize * rows)
-        chunk = min(V, max(64, columns // 64 * 64))
-    return Plan(route, groups, chunk, workspace_bytes, accumulators, tile_bytes=tile_bytes)
+        route, accumulators = "recompute", tokens_bytes + space.scratch_row_bytes * rows
+    if not space.fused:
+        return Plan(route, groups, space.chunk, workspace_bytes, accumulators)
+    assert fused_itemsize is not None
+    # Tiles of logits come from the sizes alone, so that every route folds the same ones; those of
+    # the gradient take what its stash leaves.
+    tile_bytes = grad_tile_bytes = space.fixed_bytes
+    columns = (workspace_bytes - tile_bytes) // (fused_itemsize * rows)
+    chunk = min(V, columns // 256 * 256 or max(64, columns // 64 * 64))
+    if route != "recompute":
+        grad_tile_bytes = workspace_bytes - longest * space.row_bytes
+    return Plan(
+        route, groups, chunk, workspace_bytes, accumulators, tile_bytes, grad_tile_bytes, in_place
+    )
 
 
 def _groups(bounds: list[int], capacity: int) -> tuple[Group, ...]:

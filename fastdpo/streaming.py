@@ -228,7 +228,19 @@ class Streamer:
         self.products = Products(head.w_VD.dtype, head.w_VD.device)
         self.acc_dtype = self.products.acc_dtype
 
-    def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None) -> Tensor:
+    @staticmethod
+    def rows_of(rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Hidden rows and targets of a block."""
+        return rows.block(start, stop)
+
+    @staticmethod
+    def add_rows(rows: Rows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
+        """Add a block's gradient to the hidden rows it came from."""
+        rows.scatter(total_TD, start, stop, dh_ND)
+
+    def place(
+        self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool = False
+    ) -> Tensor:
         """``x * scale`` of each token summed into its hidden row; (T, D) in the accumulator."""
         dh_TD = torch.zeros_like(rows.h_TD, dtype=self.acc_dtype)
         x_ND = x_ND if scale_N is None else x_ND * scale_N[:, None]
@@ -344,10 +356,11 @@ class Streamer:
         into: Grads,
         *,
         final: bool,
+        rows: Rows | None = None,
     ) -> Tensor | None:
         """Add the head's gradients of ``sum coef * logp`` to ``into``; return that of the rows.
 
-        With ``final`` this block is the whole call: each chunk of the weight's gradient is then
+        That is ``h_ND``'s, or that of all hidden rows.  With ``final`` this block is the whole call: each chunk of the weight's gradient is then
         one product, rounded into ``into.w``, and needs no accumulator; the rows of targets are
         rounded again when their own entries are added.
         """
@@ -369,7 +382,7 @@ class Streamer:
             if dh_ND is not None:
                 self.products.addmm(dh_ND, operand(g_NC), self._weights(v0, v1))
         self._add_targets(block, h_ND, target_N, coef_N, dh_ND, into)
-        return dh_ND
+        return dh_ND if rows is None or dh_ND is None else self.place(rows, dh_ND, None)
 
     def recompute_backward(
         self,

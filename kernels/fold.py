@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pointwise import LOWEST, OPTIONS, kept, logits, row_shift, softplus
+from .pointwise import ASSERTING, IGNORE, LOWEST, OPTIONS, kept, logits, row_shift, softplus
 
 # Logits above a row's shift that are still taken relative to it: exponentials, their squares and
 # the sums of either stay finite in fp32, and the kept ones in the stash's dtype.
@@ -27,7 +27,10 @@ _TILE_NUMEL = 4096  # elements a program holds
 
 @dataclass
 class Partials:
-    """What the tiles of a block of rows leave; ``width`` columns a tile, the last may be short."""
+    """What the tiles of a block of rows leave; ``width`` columns a tile, the last may be short.
+
+    ``target_z_N`` is not written where the target is ignored.
+    """
 
     width: int
     shift_KN: Tensor
@@ -41,10 +44,14 @@ class Partials:
             shape = triton.cdiv(V, width), target_N.shape[0]
             return torch.empty(shape, dtype=torch.float32, device=target_N.device)
 
-        target_z_N = torch.zeros(target_N.shape[0], dtype=torch.float32, device=target_N.device)
+        target_z_N = torch.empty(target_N.shape[0], dtype=torch.float32, device=target_N.device)
         return cls(
             width, new(), new(), target_z_N, {name: new() for name in STATS if name in stats}
         )
+
+    def stat_list(self) -> list[Tensor | None]:
+        """One entry a name of `STATS`."""
+        return [self.stats.get(name) for name in STATS]
 
 
 @triton.jit
@@ -213,8 +220,9 @@ def merge_kernel(
     target_ptr,
     lse_ptr,
     logp_ptr,
-    miss_ptr,
+    own_ptr,
     top_shift_ptr,
+    stash_ptr,
     mean_ptr,
     entropy_ptr,
     squares_ptr,
@@ -226,13 +234,25 @@ def merge_kernel(
     N,
     K,
     V,
+    width,
+    stash_stride,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    """Sums of all tiles of BLOCK_N rows, in a fixed order."""
+    """Sums of all tiles of BLOCK_N rows, in a fixed order.
+
+    The tiles of a stash are brought to their row's largest shift.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = n < N
+    target = tl.load(target_ptr + n, mask=row, other=IGNORE)
+    valid = ((target >= 0) & (target < V)) | (target == IGNORE)
+    tl.device_assert(valid, "target_N must be 0 <= target < V or -100")
     shift = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    lowest = tl.full((BLOCK_N,), float("inf"), tl.float32)
     top = tl.full((BLOCK_N,), LOWEST, tl.float32)
     rest = tl.zeros((BLOCK_N,), tl.float32)
     mean = tl.zeros((BLOCK_N,), tl.float32)
@@ -244,6 +264,7 @@ def merge_kernel(
         at = k.to(tl.int64)[:, None] * N + n[None, :]
         s = tl.load(shift_ptr + at, mask=inside, other=LOWEST)
         shift_new = tl.maximum(shift, tl.max(s, 0))
+        lowest = tl.minimum(lowest, tl.min(tl.where(inside, s, float("inf")), 0))
         down = tl.exp(shift - shift_new)
         factor = tl.exp(s - shift_new[None, :])
         r = tl.load(rest_ptr + at, mask=inside, other=0.0)
@@ -262,7 +283,7 @@ def merge_kernel(
         rest = rest * down + tl.sum(r * factor, 0)
         shift = shift_new
     t = tl.load(target_z_ptr + n, mask=row, other=0.0)
-    scored = tl.load(target_ptr + n, mask=row, other=-1) >= 0
+    scored = target >= 0
     own = tl.where(scored, tl.exp(t - shift), 0.0)
     total = rest + own
     lse = shift + tl.log(total)
@@ -270,7 +291,10 @@ def merge_kernel(
     against = tl.where(rest == 0.0, float("-inf"), (shift - t) + tl.log(rest))
     tl.store(lse_ptr + n, lse, mask=row)
     tl.store(logp_ptr + n, tl.where(scored, -softplus(against), 0.0), mask=row)
-    tl.store(miss_ptr + n, tl.where(scored, 1.0 / (1.0 + tl.exp(-against)), 0.0), mask=row)
+    miss = 1.0 / (1.0 + tl.exp(-against))
+    if HAS_SOFTCAP:  # d logit / d (uncapped logit)
+        miss *= 1.0 - (t / softcap) * (t / softcap)
+    tl.store(own_ptr + n, tl.where(scored, miss, 0.0), mask=row)
     tl.store(top_shift_ptr + n, shift, mask=row)
     if mean_out_ptr is not None:
         tl.store(mean_out_ptr + n, tl.where(scored, mean / V, 0.0), mask=row)
@@ -283,26 +307,17 @@ def merge_kernel(
         tl.store(squares_out_ptr + n, tl.where(scored, value, 0.0), mask=row)
     if top_out_ptr is not None:
         tl.store(top_out_ptr + n, tl.where(scored & (t >= top), 1.0, 0.0), mask=row)
-
-
-@triton.jit
-def settle_kernel(stash_ptr, shift_ptr, top_shift_ptr, N, K, V, width, stride, BLOCK: tl.constexpr):
-    """Bring a row's tiles to its largest shift; a row with one shift, as nearly all, is left."""
-    n = tl.program_id(0)
-    top = tl.load(top_shift_ptr + n)
-    lowest = top
-    for k0 in tl.range(0, K, BLOCK):
-        k = k0 + tl.arange(0, BLOCK)
-        shift = tl.load(shift_ptr + k.to(tl.int64) * N + n, mask=k < K, other=float("inf"))
-        lowest = tl.minimum(lowest, tl.min(shift, 0))
-    if lowest < top:
-        for v0 in tl.range(0, V, BLOCK):
-            v = v0 + tl.arange(0, BLOCK)
-            inside = v < V
-            shift = tl.load(shift_ptr + (v // width).to(tl.int64) * N + n, mask=inside, other=0.0)
-            at = stash_ptr + n.to(tl.int64) * stride + v
-            e = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(at, (e * tl.exp(shift - top)).to(stash_ptr.dtype.element_ty), mask=inside)
+    if stash_ptr is not None:
+        moved = row & (lowest < shift)  # a row with one shift, as nearly all, is left
+        if tl.max(moved.to(tl.int32), 0) > 0:
+            for v0 in tl.range(0, V, BLOCK_V):
+                v = v0 + tl.arange(0, BLOCK_V)
+                inside = moved[:, None] & (v < V)[None, :]
+                tile = (v // width).to(tl.int64)[None, :]
+                s = tl.load(shift_ptr + tile * N + n[:, None], mask=inside, other=0.0)
+                at = stash_ptr + n.to(tl.int64)[:, None] * stash_stride + v[None, :]
+                e = tl.load(at, mask=inside, other=0.0).to(tl.float32) * tl.exp(s - shift[:, None])
+                tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
 
 
 def _launch(R: int, C: int) -> tuple[tuple[int], dict[str, Any]]:
@@ -395,36 +410,39 @@ def cross(
 
 @dataclass
 class Merged:
-    """Finished rows: ``miss`` is 1 - p(target) with all its digits.
+    """Finished rows: ``own`` is the derivative of the log-prob by its uncapped logit.
 
-    Log-prob, ``miss`` and statistics of an ignored row are zeros.
+    That is 1 - p(target), with all its digits, times the cap's slope.  Log-prob, ``own`` and
+    statistics of an ignored row are zeros.
     """
 
     lse_N: Tensor
     logp_N: Tensor
-    miss_N: Tensor
+    own_N: Tensor
     shift_N: Tensor
     stats: dict[str, Tensor]
 
 
-def merge(partials: Partials, target_N: Tensor, V: int) -> Merged:
-    """Log-sum-exp, log-prob and statistics of each row from the partials of all its tiles."""
+def merge(
+    partials: Partials,
+    target_N: Tensor,
+    V: int,
+    head: HeadShape = HeadShape(),
+    stash_NV: Tensor | None = None,
+) -> Merged:
+    """Log-sum-exp, log-prob and statistics of each row from the partials of all its tiles.
+
+    Every row of a stash is brought to one scale, ``exp(z - shift_N)``, in place.  A target that is
+    no token trips a device assert.
+    """
     K, N = partials.shift_KN.shape
-    lse_N, logp_N, miss_N, shift_N = (torch.empty_like(partials.target_z_N) for _ in range(4))
-    part = partials.stats
-    out = {name: torch.empty_like(lse_N) for name in part}
+    lse_N, logp_N, own_N, shift_N = (torch.empty_like(partials.target_z_N) for _ in range(4))
+    out = {name: torch.empty_like(lse_N) for name in partials.stats}
     merge_kernel[(triton.cdiv(N, 32),)](
-        partials.shift_KN, partials.rest_KN, partials.target_z_N, target_N, lse_N, logp_N, miss_N,
-        shift_N, *(part.get(name) for name in STATS), *(out.get(name) for name in STATS),
-        N, K, V, BLOCK_N=32, BLOCK_K=16, num_warps=4, **OPTIONS,
+        partials.shift_KN, partials.rest_KN, partials.target_z_N, target_N, lse_N, logp_N, own_N,
+        shift_N, stash_NV, *partials.stat_list(), *(out.get(name) for name in STATS),
+        N, K, V, partials.width, 0 if stash_NV is None else stash_NV.stride(0), head.arguments[1],
+        HAS_SOFTCAP=head.softcap is not None, BLOCK_N=32, BLOCK_K=16, BLOCK_V=128, num_warps=4,
+        **ASSERTING,
     )  # fmt: skip
-    return Merged(lse_N, logp_N, miss_N, shift_N, out)
-
-
-def settle(stash_NV: Tensor, partials: Partials, shift_N: Tensor) -> None:
-    """Bring every row of a stash to one scale, ``exp(z - shift_N)``, in place."""
-    (N, V), K = stash_NV.shape, partials.shift_KN.shape[0]
-    settle_kernel[(N,)](
-        stash_NV, partials.shift_KN, shift_N, N, K, V, partials.width, stash_NV.stride(0),
-        BLOCK=1024, num_warps=4, **OPTIONS,
-    )  # fmt: skip
+    return Merged(lse_N, logp_N, own_N, shift_N, out)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pointwise import OPTIONS
+from .pointwise import ASSERTING
 
 # Objectives by name: functions of the margin z, then functions of the two sides.
 MARGIN_KINDS = ("sigmoid", "hinge", "ipo")
@@ -79,17 +79,21 @@ def _separate_loss(w, l, KIND: tl.constexpr):  # noqa: E741
 
 
 @triton.jit
-def _sequence(logp_ptr, ref_ptr, start, stop, BLOCK: tl.constexpr):
-    """Sum of log-probs of one sequence, and of the reference's."""
+def _sequence(logp_ptr, ref_ptr, target_ptr, start, stop, BLOCK: tl.constexpr):
+    """Sum of log-probs of one sequence, of the reference's, and the number of scored tokens."""
     total = tl.zeros((BLOCK,), tl.float64)
     ref = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.int64)
     for i in tl.range(start, stop, BLOCK):
         n = i + tl.arange(0, BLOCK)
         inside = n < stop
         total += tl.load(logp_ptr + n, mask=inside, other=0.0).to(tl.float64)
+        count += (tl.load(target_ptr + n, mask=inside, other=-1) >= 0).to(tl.int64)
         if ref_ptr is not None:
             ref += tl.load(ref_ptr + n, mask=inside, other=0.0).to(tl.float64)
-    return tl.sum(total, 0), tl.sum(ref, 0)
+    length = tl.sum(count, 0)
+    tl.device_assert(length > 0, "a response is empty: all its targets are -100")
+    return tl.sum(total, 0), tl.sum(ref, 0), length
 
 
 @triton.jit
@@ -99,6 +103,12 @@ def _spread(coef_ptr, target_ptr, start, stop, value, BLOCK: tl.constexpr):
         inside = n < stop
         scored = tl.load(target_ptr + n, mask=inside, other=-1) >= 0
         tl.store(coef_ptr + n, tl.where(scored, value, 0.0).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _total(totals_ptr, means_ptr, i: tl.constexpr, total, P):
+    tl.store(totals_ptr + i, total)
+    tl.store(means_ptr + i - 1, (total / P).to(tl.float32))
 
 
 @triton.jit
@@ -117,6 +127,8 @@ def pair_kernel(
     slope_ptr,
     coef_ptr,
     totals_ptr,
+    loss_ptr,
+    means_ptr,
     P,
     beta_high,
     beta_low,
@@ -143,17 +155,21 @@ def pair_kernel(
     right = zero
     logp_w = zero
     logp_l = zero
-    length_w = zero
-    length_l = zero
+    tokens_w = zero
+    tokens_l = zero
     for p in tl.range(0, P):
         start = tl.load(bounds_ptr + 2 * p)
         middle = tl.load(bounds_ptr + 2 * p + 1)
         stop = tl.load(bounds_ptr + 2 * p + 2)
-        lw, rw = _sequence(logp_ptr, ref_token_ptr, start, middle, BLOCK)
-        ll, rl = _sequence(logp_ptr, ref_token_ptr, middle, stop, BLOCK)
+        lw, rw, length_w = _sequence(logp_ptr, ref_token_ptr, target_ptr, start, middle, BLOCK)
+        ll, rl, length_l = _sequence(logp_ptr, ref_token_ptr, target_ptr, middle, stop, BLOCK)
+        tl.store(length_ptr + 2 * p, length_w)
+        tl.store(length_ptr + 2 * p + 1, length_l)
         if ref_ptr is not None:
             rw = tl.load(ref_ptr + 2 * p).to(tl.float64)
             rl = tl.load(ref_ptr + 2 * p + 1).to(tl.float64)
+            finite = (tl.abs(rw) < float("inf")) & (tl.abs(rl) < float("inf"))
+            tl.device_assert(finite, "ref_logp_S must be finite")
         # rounded to the precision the sums are returned in, which is the reference's
         lw = lw.to(logp_sum_ptr.dtype.element_ty)
         ll = ll.to(logp_sum_ptr.dtype.element_ty)
@@ -165,8 +181,8 @@ def pair_kernel(
         tl.store(ref_sum_ptr + 2 * p + 1, rl)
         ratio_w = lw.to(tl.float64) - rw.to(tl.float64)
         ratio_l = ll.to(tl.float64) - rl.to(tl.float64)
-        count_w = tl.load(length_ptr + 2 * p).to(tl.float64)
-        count_l = tl.load(length_ptr + 2 * p + 1).to(tl.float64)
+        count_w = length_w.to(tl.float64)
+        count_l = length_l.to(tl.float64)
         share_w = beta
         share_l = beta
         if NORMALIZED:
@@ -204,18 +220,19 @@ def pair_kernel(
         right += (ratio_w > ratio_l).to(tl.float64)
         logp_w += lw.to(tl.float64)
         logp_l += ll.to(tl.float64)
-        length_w += count_w
-        length_l += count_l
+        tokens_w += count_w
+        tokens_l += count_l
+    _total(totals_ptr, means_ptr, 1, chosen, P)
+    _total(totals_ptr, means_ptr, 2, rejected, P)
+    _total(totals_ptr, means_ptr, 3, right, P)
+    _total(totals_ptr, means_ptr, 4, chosen - rejected, P)
+    _total(totals_ptr, means_ptr, 5, logp_w, P)
+    _total(totals_ptr, means_ptr, 6, logp_l, P)
+    _total(totals_ptr, means_ptr, 7, tokens_w, P)
+    _total(totals_ptr, means_ptr, 8, tokens_l, P)
+    _total(totals_ptr, means_ptr, 9, alpha * (tokens_w - tokens_l), P)
     tl.store(totals_ptr, loss)
-    tl.store(totals_ptr + 1, chosen)
-    tl.store(totals_ptr + 2, rejected)
-    tl.store(totals_ptr + 3, right)
-    tl.store(totals_ptr + 4, chosen - rejected)
-    tl.store(totals_ptr + 5, logp_w)
-    tl.store(totals_ptr + 6, logp_l)
-    tl.store(totals_ptr + 7, length_w)
-    tl.store(totals_ptr + 8, length_l)
-    tl.store(totals_ptr + 9, alpha * (length_w - length_l))
+    tl.store(loss_ptr, loss.to(tl.float32))
 
 
 def _two(x: float) -> tuple[float, float]:
@@ -240,9 +257,14 @@ class Objective:
 class PairResult:
     """Sums of each sequence, the loss's derivatives; ``coef_N`` is None if not asked for.
 
-    ``totals`` has one fp64 entry a name of `TOTALS`: the loss, and each metric's sum over pairs.
+    ``totals`` has one fp64 entry a name of `TOTALS`: the loss, and each metric's sum over pairs;
+    ``loss`` and ``means`` are those in fp32, the metrics over the number of pairs.  ``lengths_S``
+    counts the scored tokens.
     """
 
+    loss: Tensor
+    means: Tensor
+    lengths_S: Tensor
     totals: Tensor
     logp_S: Tensor
     ref_logp_S: Tensor
@@ -254,7 +276,6 @@ def pair_losses(
     logp_N: Tensor,
     target_N: Tensor,
     bounds_S1: Tensor,
-    lengths_S: Tensor,
     objective: Objective,
     *,
     ref_logp_S: Tensor | None = None,
@@ -267,9 +288,9 @@ def pair_losses(
 ) -> PairResult:
     """Score the pairs.
 
-    ``bounds_S1`` lies on the device and counts from the first token of ``logp_N``; ``lengths_S``
-    are the scored tokens of each sequence; ``margin_P``,
-    ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference.
+    ``bounds_S1`` lies on the device and counts from the first token of ``logp_N``; ``margin_P``,
+    ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference.  A sequence
+    without a scored token, and a reference that is no number, trip a device assert.
     """
     S = bounds_S1.shape[0] - 1
     device = logp_N.device
@@ -278,10 +299,12 @@ def pair_losses(
     slope_S = torch.empty(S, dtype=torch.float64, device=device)
     coef_N = torch.empty_like(logp_N) if want_coef else None
     totals = torch.empty(len(TOTALS), dtype=torch.float64, device=device)
+    loss, means = (torch.empty(n, device=device) for n in ((), len(TOTALS) - 1))
+    lengths_S = torch.empty(S, dtype=torch.int64, device=device)
     pair_kernel[(1,)](
         logp_N, ref_logp_N, ref_logp_S, target_N, bounds_S1, lengths_S, margin_P, smoothing_P,
-        weight_P, logp_S, ref_S, slope_S, coef_N, totals, S // 2, *_two(objective.beta),
+        weight_P, logp_S, ref_S, slope_S, coef_N, totals, loss, means, S // 2, *_two(objective.beta),
         *_two(objective.alpha), *_two(num_pairs), KIND=_CODES[objective.kind],
-        NORMALIZED=objective.length_normalized, BLOCK=512, num_warps=2, **OPTIONS,
+        NORMALIZED=objective.length_normalized, BLOCK=1024, num_warps=4, **ASSERTING,
     )  # fmt: skip
-    return PairResult(totals, logp_S, ref_S, slope_S, coef_N)
+    return PairResult(loss, means, lengths_S, totals, logp_S, ref_S, slope_S, coef_N)

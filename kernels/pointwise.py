@@ -14,7 +14,10 @@ import triton.language as tl
 # Multiply-adds as one instruction, whatever a Triton version's default: the speed of every kernel,
 # and the bits that policy and reference share, depend on it.
 OPTIONS = {"enable_fp_fusion": True}
+# A kernel that checks what it reads: its asserts name a wrong value without a wait for it.
+ASSERTING = {**OPTIONS, "debug": True, "sanitize_overflow": False}
 
+IGNORE = tl.constexpr(-100)  # the target of a token that is not scored
 LOWEST = tl.constexpr(-3.0e38)  # stands for the maximum of a tile that is -inf throughout
 
 

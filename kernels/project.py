@@ -1,11 +1,16 @@
 """The projection fused with the fold: logits stay in registers.
 
-One program makes a tile of ``h @ w.T`` with the tensor cores, fed by tensor descriptors (the bulk
-copy engine where there is one), and folds it as `kernels.fold` does, without statistics.  Its tile
-is the fold's tile: `Partials.width` is the tile's width.  bf16 and fp16; rows must start at 16-byte
+A program makes tiles of ``h @ w.T`` with the tensor cores, fed by tensor descriptors (the bulk
+copy engine), and folds them as `kernels.fold` does.  Its tile is the fold's tile: `Partials.width`
+is the tile's width.  On Hopper one program a multiprocessor takes tile after tile, so that the next
+one's operands arrive while this one is folded.  bf16 and fp16; rows must start at 16-byte
 boundaries.
+
+What is kept of a row is relative to one shift, which has to be known before its first tile is
+folded: `shift_kernel` makes it from the head's first columns.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,24 +31,29 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int
-    registers: int | None = None  # at most, a thread; NVIDIA only
+    persistent: bool = False  # a program a multiprocessor, or one a tile
 
 
-# The largest tiles that compile without spills.
-HOPPER = Tile(128, 128, 64, 8, 4)
-AMPERE = Tile(128, 64, 32, 8, 3)
-AMD = Tile(128, 64, 32, 4, 2)
-INTERPRETED = Tile(32, 64, 32, 4, 1)
+# Of ten tiles on an H100 the fastest at D = 4,096 and 576, and within 4% of it at 2,048; none of
+# the others compiles with a stash, a bias and a softcap without spilling registers.
+HOPPER = Tile(128, 256, 64, 8, 3, persistent=True)
+HOPPER_STATS = Tile(128, 128, 64, 8, 4, persistent=True)  # what statistics need of the registers
+BLACKWELL = Tile(128, 128, 64, 8, 4)  # in a loop over tiles a softcap does not compile there
+SMALL = Tile(128, 64, 32, 8, 3)  # for 99 KiB of shared memory
+INTERPRETED = Tile(32, 64, 32, 4, 1, persistent=True)
+SHIFT = Tile(64, 128, 64, 4, 4)
+INTERPRETED_SHIFT = Tile(32, 32, 32, 4, 1)
 GROUP_M = 8  # row blocks that share a pass over the vocabulary, so that both stay in the L2 cache
 
 
-def tile_for(device: torch.device) -> Tile:
-    """The shipped tile of a device."""
+def tile_for(device: torch.device, *, stats: bool = False) -> Tile:
+    """The shipped tile of a device; ``stats`` if rows are compared that have statistics."""
     if device.type != "cuda":
         return INTERPRETED
-    if torch.version.hip is not None:
-        return AMD
-    return HOPPER if torch.cuda.get_device_capability(device)[0] in (9, 10) else AMPERE
+    family = torch.cuda.get_device_capability(device)[0]
+    if family == 9:
+        return HOPPER_STATS if stats else HOPPER
+    return BLACKWELL if family == 10 else SMALL
 
 
 def feeds_from_descriptors(device: torch.device) -> bool:
@@ -51,6 +61,14 @@ def feeds_from_descriptors(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Programs of a persistent kernel."""
+    if device.type != "cuda":
+        return 3  # as few as give a program of the interpreter several tiles
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -62,45 +80,105 @@ def half_logits(a, bias_ptr, first_v, c, V, scale, softcap, HAS_SOFTCAP: tl.cons
 
 
 @triton.jit
-def project_kernel(
+def shift_kernel(
+    h_desc,
+    w_desc,
+    bias_ptr,
+    shift_ptr,
+    N,
+    V,
+    D,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The largest logit of BLOCK_M rows in the first BLOCK_V columns of the head."""
+    m0 = tl.program_id(0) * BLOCK_M
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for k in tl.range(0, tl.cdiv(D, BLOCK_K)):
+        acc = tl.dot(h_desc.load([m0, k * BLOCK_K]), w_desc.load([0, k * BLOCK_K]).T, acc)
+    z = half_logits(acc, bias_ptr, 0, tl.arange(0, BLOCK_V), V, scale, softcap, HAS_SOFTCAP)
+    n = m0 + tl.arange(0, BLOCK_M)
+    tl.store(shift_ptr + n, tl.maximum(tl.max(z, 1), LOWEST), mask=n < N)
+
+
+@triton.jit
+def fold_half(
+    z,
+    c,
+    own_c,
+    shift_N,
+    left,
+    stash_desc,
+    m0,
+    v0,
+    scored,
+    softcap,
+    mean_ptr,
+    entropy_ptr,
+    squares_ptr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Sums over the columns ``c`` of a tile; what is kept of them goes to the stash."""
+    own = c[None, :] == own_c[:, None]
+    e = tl.exp(z - shift_N[:, None])
+    squares_N = tl.sum(e * e, 1) if squares_ptr is not None else 0.0
+    e = tl.where(own, 0.0, e)
+    rest_N = tl.sum(e, 1)
+    own_z_N = tl.sum(tl.where(own, z, 0.0), 1)
+    mean_N = 0.0
+    if mean_ptr is not None:
+        mean_N = tl.sum(tl.where((c < left)[None, :], z, 0.0), 1)
+    entropy_N = 0.0
+    if entropy_ptr is not None:  # an exponential of 0 may have a logit of -inf
+        entropy_N = tl.sum(tl.where(e > 0.0, e * (z - shift_N[:, None]), 0.0), 1)
+    if stash_desc is not None:
+        e = kept(e, z, scored, softcap, HAS_SOFTCAP)
+        stash_desc.store([m0, v0], e.to(stash_desc.dtype))
+    return rest_N, own_z_N, mean_N, entropy_N, squares_N
+
+
+@triton.jit
+def project_tile(
+    unit,
     h_desc,
     w_desc,
     stash_desc,
     bias_ptr,
     target_ptr,
-    lse_ptr,
+    given_ptr,
     shift_ptr,
     rest_ptr,
     target_z_ptr,
+    mean_ptr,
+    entropy_ptr,
+    squares_ptr,
+    top_ptr,
     N,
     V,
     D,
     first_column,
-    first_tile,
     num_tiles,
     scale,
     softcap,
     limit,
     HAS_SOFTCAP: tl.constexpr,
-    FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``num_tiles`` tiles from ``first_tile``, of the ``V`` columns from ``first_column``.
-
-    With ``lse`` the rows are finished: their probabilities are kept and nothing is folded.
-    """
+    """One of all tiles, GROUP blocks of rows at a time."""
     HALF: tl.constexpr = BLOCK_V // 2
-    num_m = tl.cdiv(N, BLOCK_M)
-    unit = tl.program_id(0)
     group = unit // (GROUP * num_tiles)
     first_m = group * GROUP
-    group_m = tl.minimum(num_m - first_m, GROUP)
+    group_m = tl.minimum(tl.cdiv(N, BLOCK_M) - first_m, GROUP)
     inner = unit % (GROUP * num_tiles)
     m0 = (first_m + inner % group_m) * BLOCK_M
-    tile = first_tile + inner // group_m
+    tile = inner // group_m
     v0 = tile * BLOCK_V
 
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -116,41 +194,96 @@ def project_kernel(
     target = tl.load(target_ptr + n, mask=row, other=-1)
     # A column of this tile, or none; 32 bits are enough for it.
     own_c = tl.where(target < 0, -1, target - first_column - v0).to(tl.int32)
-    c0 = tl.arange(0, HALF)
-    z0 = half_logits(a0, bias_ptr, first_column + v0, c0, V - v0, scale, softcap, HAS_SOFTCAP)
-    c1 = HALF + tl.arange(0, HALF)
-    z1 = half_logits(a1, bias_ptr, first_column + v0, c1, V - v0, scale, softcap, HAS_SOFTCAP)
-    own0 = c0[None, :] == own_c[:, None]
-    own1 = c1[None, :] == own_c[:, None]
     scored = (target >= 0)[:, None]
-    if lse_ptr is not None:
-        shift_N = tl.load(lse_ptr + n, mask=row, other=0.0)
-        e0 = tl.where(own0, 0.0, tl.exp(z0 - shift_N[:, None]))
+    first_v = first_column + v0
+    c0 = tl.arange(0, HALF)
+    c1 = HALF + tl.arange(0, HALF)
+    z0 = half_logits(a0, bias_ptr, first_v, c0, V - v0, scale, softcap, HAS_SOFTCAP)
+    z1 = half_logits(a1, bias_ptr, first_v, c1, V - v0, scale, softcap, HAS_SOFTCAP)
+    if shift_ptr is None:
+        shift_N = tl.load(given_ptr + n, mask=row, other=0.0)
+        e0 = tl.where(c0[None, :] == own_c[:, None], 0.0, tl.exp(z0 - shift_N[:, None]))
         stash_desc.store([m0, v0], kept(e0, z0, scored, softcap, HAS_SOFTCAP).to(stash_desc.dtype))
-        e1 = tl.where(own1, 0.0, tl.exp(z1 - shift_N[:, None]))
+        e1 = tl.where(c1[None, :] == own_c[:, None], 0.0, tl.exp(z1 - shift_N[:, None]))
         e1 = kept(e1, z1, scored, softcap, HAS_SOFTCAP)
         stash_desc.store([m0, v0 + HALF], e1.to(stash_desc.dtype))
     else:
         top_N = tl.maximum(tl.maximum(tl.max(z0, 1), tl.max(z1, 1)), LOWEST)
-        shift_N = row_shift(top_N, shift_ptr, n, row, limit, FIRST)
-        e0 = tl.where(own0, 0.0, tl.exp(z0 - shift_N[:, None]))
-        rest_N = tl.sum(e0, 1)
-        own_z_N = tl.sum(tl.where(own0, z0, 0.0), 1)
-        if stash_desc is not None:
-            e0 = kept(e0, z0, scored, softcap, HAS_SOFTCAP)
-            stash_desc.store([m0, v0], e0.to(stash_desc.dtype))
-        e1 = tl.where(own1, 0.0, tl.exp(z1 - shift_N[:, None]))
-        rest_N += tl.sum(e1, 1)
-        own_z_N += tl.sum(tl.where(own1, z1, 0.0), 1)
-        if stash_desc is not None:
-            e1 = kept(e1, z1, scored, softcap, HAS_SOFTCAP)
-            stash_desc.store([m0, v0 + HALF], e1.to(stash_desc.dtype))
+        shift_N = row_shift(top_N, given_ptr, n, row, limit, False)
+        rest0, own0, mean0, entropy0, squares0 = fold_half(
+            z0, c0, own_c, shift_N, V - v0, stash_desc, m0, v0, scored, softcap,
+            mean_ptr, entropy_ptr, squares_ptr, HAS_SOFTCAP,
+        )  # fmt: skip
+        rest1, own1, mean1, entropy1, squares1 = fold_half(
+            z1, c1, own_c, shift_N, V - v0, stash_desc, m0, v0 + HALF, scored, softcap,
+            mean_ptr, entropy_ptr, squares_ptr, HAS_SOFTCAP,
+        )  # fmt: skip
         at = tile.to(tl.int64) * N + n
         tl.store(shift_ptr + at, shift_N, mask=row)
-        tl.store(rest_ptr + at, rest_N, mask=row)
-        tl.store(
-            target_z_ptr + n, own_z_N, mask=(own_c >= 0) & (own_c < V - v0) & (own_c < BLOCK_V)
-        )
+        tl.store(rest_ptr + at, rest0 + rest1, mask=row)
+        owner = (own_c >= 0) & (own_c < V - v0) & (own_c < BLOCK_V)
+        tl.store(target_z_ptr + n, own0 + own1, mask=owner)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + at, mean0 + mean1, mask=row)
+        if entropy_ptr is not None:
+            tl.store(entropy_ptr + at, entropy0 + entropy1, mask=row)
+        if squares_ptr is not None:
+            tl.store(squares_ptr + at, squares0 + squares1, mask=row)
+        if top_ptr is not None:
+            tl.store(top_ptr + at, top_N, mask=row)
+
+
+@triton.jit
+def project_kernel(
+    h_desc,
+    w_desc,
+    stash_desc,
+    bias_ptr,
+    target_ptr,
+    given_ptr,
+    shift_ptr,
+    rest_ptr,
+    target_z_ptr,
+    mean_ptr,
+    entropy_ptr,
+    squares_ptr,
+    top_ptr,
+    N,
+    V,
+    D,
+    first_column,
+    num_tiles,
+    scale,
+    softcap,
+    limit,
+    HAS_SOFTCAP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The ``num_tiles`` tiles of each row, of the ``V`` columns from ``first_column``.
+
+    ``given`` has the shift of each row; without ``shift`` the rows are finished, ``given`` is their
+    log-sum-exp, and their probabilities are kept and nothing is folded.
+    """
+    if PERSISTENT:
+        units = tl.cdiv(N, BLOCK_M) * num_tiles
+        for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=True):
+            project_tile(
+                unit, h_desc, w_desc, stash_desc, bias_ptr, target_ptr, given_ptr, shift_ptr,
+                rest_ptr, target_z_ptr, mean_ptr, entropy_ptr, squares_ptr, top_ptr, N, V, D,
+                first_column, num_tiles, scale, softcap, limit, HAS_SOFTCAP, BLOCK_M, BLOCK_V,
+                BLOCK_K, GROUP,
+            )  # fmt: skip
+    else:
+        project_tile(
+            tl.program_id(0), h_desc, w_desc, stash_desc, bias_ptr, target_ptr, given_ptr,
+            shift_ptr, rest_ptr, target_z_ptr, mean_ptr, entropy_ptr, squares_ptr, top_ptr, N, V, D,
+            first_column, num_tiles, scale, softcap, limit, HAS_SOFTCAP, BLOCK_M, BLOCK_V, BLOCK_K,
+            GROUP,
+        )  # fmt: skip
 
 
 def can_project(h_ND: Tensor, w_VD: Tensor) -> bool:
@@ -164,52 +297,57 @@ def can_project(h_ND: Tensor, w_VD: Tensor) -> bool:
     )
 
 
+def row_shifts(h_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, head: HeadShape) -> Tensor:
+    """What the exponentials of each row are relative to, from the head's first columns."""
+    N, D = h_ND.shape
+    tile = INTERPRETED_SHIFT if h_ND.device.type == "cpu" else SHIFT
+    shift_N = torch.empty(N, dtype=torch.float32, device=h_ND.device)
+    shift_kernel[(triton.cdiv(N, tile.m),)](
+        TensorDescriptor.from_tensor(h_ND, [tile.m, tile.k]),
+        TensorDescriptor.from_tensor(w_VD, [tile.v, tile.k]), bias_V, shift_N, N, w_VD.shape[0], D,
+        *head.arguments, HAS_SOFTCAP=head.softcap is not None, BLOCK_M=tile.m, BLOCK_V=tile.v,
+        BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+    )  # fmt: skip
+    return shift_N
+
+
 def project(
     h_ND: Tensor,
     w_VD: Tensor,
     bias_V: Tensor | None,
     head: HeadShape,
     target_N: Tensor,
+    given_N: Tensor,
     *,
     tile: Tile,
     columns: tuple[int, int] | None = None,
     partials: Partials | None = None,
-    lse_N: Tensor | None = None,
     stash_NC: Tensor | None = None,
     limit: float = 0.0,
 ) -> None:
     """Project rows onto the columns of the head (all, or a range) and fold, keep, or both.
 
-    With ``partials`` the tiles are folded into them; with ``lse_N`` the probabilities of finished
-    rows are kept.  ``stash_NC`` takes what is kept.
+    With ``partials`` the tiles are folded into them and ``given_N`` has the `row_shifts`; without,
+    it has the log-sum-exps of finished rows, whose probabilities are kept.  ``stash_NC`` takes what
+    is kept.
     """
     N, D = h_ND.shape
     first, last = columns or (0, w_VD.shape[0])
     V, K = last - first, triton.cdiv(last - first, tile.v)
-    h_desc = TensorDescriptor.from_tensor(h_ND, [tile.m, tile.k])
-    w_desc = TensorDescriptor.from_tensor(w_VD, [tile.v, tile.k])
     stash_desc = None
     if stash_NC is not None:
         stash_desc = TensorDescriptor.from_tensor(stash_NC, [tile.m, tile.v // 2])
-
-    limits = {} if tile.registers is None else {"maxnreg": tile.registers}
-
-    def launch(first_tile: int, num_tiles: int) -> None:
-        if num_tiles == 0:
-            return
-        project_kernel[(triton.cdiv(N, tile.m) * num_tiles,)](
-            h_desc, w_desc, stash_desc, bias_V, target_N, lse_N,
-            None if partials is None else partials.shift_KN,
-            None if partials is None else partials.rest_KN,
-            None if partials is None else partials.target_z_N,
-            N, V, D, first, first_tile, num_tiles, *head.arguments, limit,
-            HAS_SOFTCAP=head.softcap is not None, FIRST=first_tile == 0, BLOCK_M=tile.m,
-            BLOCK_V=tile.v, BLOCK_K=tile.k, GROUP=GROUP_M, num_warps=tile.warps,
-            num_stages=tile.stages, **limits, **OPTIONS,
-        )  # fmt: skip
-
-    if lse_N is not None:
-        launch(0, K)
-    else:  # the first tile gives the other ones the shift of their rows
-        launch(0, 1)
-        launch(1, K - 1)
+    programs = triton.cdiv(N, tile.m) * K
+    if tile.persistent:
+        programs = min(programs, multiprocessors(h_ND.device))
+    folded = (None,) * 7
+    if partials is not None:
+        folded = partials.shift_KN, partials.rest_KN, partials.target_z_N, *partials.stat_list()
+    project_kernel[(programs,)](
+        TensorDescriptor.from_tensor(h_ND, [tile.m, tile.k]),
+        TensorDescriptor.from_tensor(w_VD, [tile.v, tile.k]), stash_desc, bias_V, target_N, given_N,
+        *folded, N, V, D, first, K, *head.arguments, limit,
+        HAS_SOFTCAP=head.softcap is not None, PERSISTENT=tile.persistent, BLOCK_M=tile.m,
+        BLOCK_V=tile.v, BLOCK_K=tile.k, GROUP=GROUP_M, num_warps=tile.warps,
+        num_stages=tile.stages, **OPTIONS,
+    )  # fmt: skip

@@ -383,15 +383,18 @@ def gpu_rows(ours_ms, errors=(2e-6, 1.6e-3)):
     v, llama = variants, targets.LLAMA
     rows = [
         gpu_row(v.FASTDPO_LARGE, llama, v.TRAIN, ours_ms, **ours),
-        gpu_row(v.FASTDPO, llama, v.TRAIN, 60.0, **ours),
+        gpu_row(v.FASTDPO_MIDDLE, llama, v.TRAIN, ours_ms + 2, **ours),
+        gpu_row(v.FASTDPO, llama, v.TRAIN, 60.0, workspace_mib=2532.0, **ours),
         gpu_row(v.TRL, llama, v.TRAIN, 55.0),
         gpu_row(v.LIGER, llama, v.TRAIN, 90.0),
         gpu_row(v.LIGER_EAGER, llama, v.TRAIN, 70.0),
         gpu_row(v.NAIVE, llama, v.TRAIN, 45.0, **naive),
         gpu_row(v.FLOOR, llama, v.TRAIN, 36.0, **floor),
-        gpu_row(v.FASTDPO_LARGE, llama, v.WITH_REFERENCE, 55.0),
+        gpu_row(v.FASTDPO_LARGE, llama, v.WITH_REFERENCE, 52.0),
+        gpu_row(v.FASTDPO_MIDDLE, llama, v.WITH_REFERENCE, 60.0),
         gpu_row(v.LIGER, llama, v.WITH_REFERENCE, note="ImportError: no liger"),
-        gpu_row(v.FASTDPO, llama, v.FORWARD, 13.0),
+        gpu_row(v.FLOOR, llama, v.WITH_REFERENCE, 50.0),
+        gpu_row(v.FASTDPO_LARGE, llama, v.FORWARD, 13.0),
         gpu_row(v.FLOOR, llama, v.FORWARD, 12.0),
     ]
     long = targets.LONG_PAIR
@@ -399,8 +402,10 @@ def gpu_rows(ours_ms, errors=(2e-6, 1.6e-3)):
     rows.append(gpu_row(v.FASTDPO_SMALL, long, v.FROZEN, 500.0, **peaks))
     rows.append(gpu_row(v.NAIVE, long, v.FROZEN, note="out of memory"))
     rows.append(gpu_row(v.LIGER, long, v.FROZEN, 900.0, peak_mib=41_000.0, grads_mib=896.0))
+    rows.append(gpu_row(v.FLOOR, long, v.FROZEN, 400.0))
     small = targets.SMALL_HEADS["smollm2"]
-    rows.append(gpu_row(v.FASTDPO, small, v.TRAIN, 3.0))
+    rows.append(gpu_row(v.FASTDPO_LARGE, small, v.TRAIN, 3.0))
+    rows.append(gpu_row(v.FLOOR, small, v.TRAIN, 2.5))
     rows.append(gpu_row(v.TRL, small, v.TRAIN, 2.0))
     rows.append(gpu_row(v.NAIVE, small, v.TRAIN, 4.0))
     rows.append(gpu_row(v.LIGER, small, v.TRAIN, note="out of memory"))
@@ -415,29 +420,37 @@ def verdicts(rows):
 
 
 def test_gpu_targets_pass_miss_or_are_not_measured():
-    found, trl = verdicts(gpu_rows(40.0)), variants.TRL.name
-    large = "fastdpo (2560 MiB): "
-    assert found[f"{large}time of three bare GEMMs"] == ["pass", "1.11x"]
-    assert found[f"{large}faster than {trl}"] == ["pass", "1.38x"]
-    assert found[f"{large}faster than liger"] == ["pass", "1.75x"]  # the faster of its two
-    assert found[f"{large}faster than naive"] == ["pass", "1.12x"]
-    assert found["fastdpo: time of three bare GEMMs"] == ["report", "1.67x"]
+    found, trl = verdicts(gpu_rows(37.0)), variants.TRL.name
+    large, middle = "fastdpo (2560 MiB): ", "fastdpo (1024 MiB): "
+    default = "fastdpo (default, 2532 MiB): "  # as the row has it
+    three = "forward+backward, time of three bare products"
+    assert found[large + three] == ["pass", "1.03x"]
+    assert found[middle + three] == ["pass", "1.08x"]  # 1.05 with more, 1.1 here
+    assert found[default + three] == ["report", "1.67x"]
+    assert found[f"{large}faster than {trl}"] == ["miss", "1.49x"]
+    assert found[f"{large}faster than liger"] == ["pass", "1.89x"]  # the faster of its two
+    assert found[f"{large}faster than naive"] == ["miss", "1.22x"]
+    assert found[f"{middle}faster than liger"] == ["report", "1.79x"]
+    assert found[f"{large}reference head, time of four bare products"] == ["pass", "1.04x"]
+    assert found[f"{middle}reference head, time of four bare products"] == ["report", "1.20x"]
     assert found[f"{large}faster than liger, each with its reference"] == ["not measured"]
-    assert found["fastdpo: frozen head, time of two bare GEMMs"] == ["not measured"]
-    assert found["fastdpo: forward, time of one bare GEMM"] == ["pass", "1.08x"]
-    memory = "fastdpo (256 MiB): 2 x 65,536 tokens, frozen head, memory beyond inputs and gradients"
-    assert found[memory] == ["pass", "0.98 GiB"]
+    assert found[f"{large}frozen head, time of two bare products"] == ["not measured"]
+    assert found[f"{large}forward, time of one bare product"] == ["miss", "1.08x"]  # 1.083
+    long = "fastdpo (256 MiB): 2 x 65,536 tokens, frozen head, "
+    assert found[f"{long}time of two bare products"] == ["miss", "1.25x"]
+    assert found[f"{long}memory beyond inputs and gradients"] == ["pass", "0.98 GiB"]
     assert found["naive: cannot run the same, or needs over 40 GiB"] == ["pass", "out of memory"]
     assert found["liger: cannot run the same, or needs over 40 GiB"] == ["pass", "40.0 GiB"]
     logp = f"{large}log-prob error of an fp32 matmul and an fp64 log-softmax"
     dw = f"{large}dw error of half of naive's or 1.1 times the rounding of the exact gradient, "
     dw += "whichever is larger"
     assert found[logp] == ["pass", "1.33x"] and found[dw] == ["pass", "0.94x"]
-    assert found[f"fastdpo: smollm2, faster than {trl}"] == ["miss", "0.67x"]
-    assert found["fastdpo: llama-3.2-1b, faster than the fastest peer"] == ["not measured"]
+    assert found[f"{large}smollm2, {three}"] == ["pass", "1.20x"]
+    assert found[f"{large}smollm2, faster than {trl}"] == ["miss", "0.67x"]
+    assert found[f"{large}llama-3.2-1b, faster than the fastest peer"] == ["not measured"]
 
     slow = verdicts(gpu_rows(50.0, errors=(2.5e-6, 2e-3)))
-    assert slow[f"{large}time of three bare GEMMs"] == ["miss", "1.39x"]
+    assert slow[large + three] == ["miss", "1.39x"]
     assert slow[f"{large}faster than {trl}"] == ["miss", "1.10x"]
     assert slow[f"{large}faster than naive"] == ["miss", "0.90x"]
     assert slow[logp] == ["miss", "1.67x"] and slow[dw] == ["miss", "1.17x"]
@@ -462,7 +475,7 @@ def test_gpu_jobs_have_the_rows_that_the_targets_read(monkeypatch):
     why = [line.split(": ")[-1] for line in lines if line.startswith("not measured")]
     trl, liger = f"no row of {variants.TRL.name}", "no row of liger"
     # What was left out above, and a CPU's allocator.
-    assert sorted(why) == sorted([trl, liger, liger] * 2 + ["unknown", "unknown", liger])
+    assert sorted(why) == sorted([trl, liger] * 3 + [liger] * 2 + ["unknown", "unknown", liger])
 
 
 def test_command_line_writes_rows(tmp_path, capsys):
@@ -554,6 +567,33 @@ def test_one_shape_on_a_gpu_has_speedups():
     text = report.markdown(rows, [])
     assert "x fastdpo" in text and "on a GPU, median" in text
     assert [line[-7:] for line in text.splitlines() if line.startswith("| naive")] == [" 0.75 |"]
+
+
+def test_a_gpu_comes_first_and_its_newest_commit_whatever_the_files_order(tmp_path):
+    cpu = [row | {"utc": "2030-01-02"} for row in rows_of(NAIVE, passes=[variants.TRAIN])]
+    gpu = {"device": "a GPU", "device_type": "cuda", "utc": "2030-01-01"}
+    new = cpu[0] | gpu | {"git": "newer", "variant": variants.FASTDPO.name, "workspace_mib": 2532.0}
+    other = new | {"V": 300}  # a second head
+    old = new | {"git": "older", "utc": "2029-12-31", "workspace_mib": 1024.0}
+    paths = []
+    for name, rows in (("a-cpu", cpu), ("b-new", [new, other]), ("c-old", [old])):
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    arguments = [*map(str, paths), "--readme", str(readme)]
+    assert report.main(arguments) == 0 and report.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    headings = [line for line in text.splitlines() if line.startswith("**fp32")]
+    assert ["on a GPU" in line for line in headings] == [True, False, False]
+    assert headings[1].endswith("V = 300**")  # of the same run as the table above it
+    assert "older" not in text and "2,532" in text and "1,024" not in text
+    assert text.index("On a CPU") < text.index(headings[2]) < text.index("</details>")
+    assert text.index("b-new.svg") < text.index("c-old.svg") < text.index("a-cpu.svg")
+    # A picture has its own commit and workspace.
+    for name, words in (("b-new", ("newer", "default, 2532 MiB")), ("c-old", ("older", "1024"))):
+        picture = (tmp_path / f"{name}.svg").read_text()
+        assert all(word in picture for word in ("a GPU", *words))
 
 
 def test_fastdpo_bench_is_the_same_command(tmp_path, capsys, monkeypatch):
