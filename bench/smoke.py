@@ -50,11 +50,12 @@ class Head(NamedTuple):
     bias: bool = True
     scale: float = 0.5
     softcap: float | None = 20.0
+    shared: bool = True  # a pair's responses have a hidden row in common
 
 
 HEADS = (
     Head("narrow", 150, 72, 700),
-    Head("wide", 300, 2304, 1500, bias=False, scale=1.0, softcap=None),
+    Head("wide", 300, 2304, 1500, bias=False, scale=1.0, softcap=None, shared=False),
     Head("odd rows", 150, 70, 701),  # of 140 bytes: no descriptor takes them
     Head("narrow", 150, 72, 700, dtype="fp16"),
     Head("narrow", 150, 72, 700, dtype="fp32"),
@@ -94,14 +95,16 @@ def make(head: Head, device: torch.device, seed: int = 0) -> Batch:
     bounds = torch.cat([torch.zeros(1), weights.cumsum(0) / weights.sum() * N]).round().long()
     target = torch.randint(V, (N,), generator=generator)
     target[5::19] = reference.IGNORE
-    rows = torch.arange(N)
+    rows = torch.arange(N) if head.shared else None
     for first, second in zip(bounds[:-1:2].tolist(), bounds[1::2].tolist()):
-        rows[second:] -= 1
-        rows[second] = rows[first]
-    h = torch.randn(N - head.pairs, D, generator=generator)
+        if rows is not None:
+            rows[second:] -= 1
+            rows[second] = rows[first]
+    h = torch.randn(N - head.pairs * head.shared, D, generator=generator)
     w = torch.randn(V, D, generator=generator) * (2.5 / head.scale * D**-0.5)
     bias = torch.randn(V, generator=generator) if head.bias else None
-    options = {"rows_N": rows.to(device), "scale": head.scale, "softcap": head.softcap}
+    rows_N = None if rows is None else rows.to(device)
+    options = {"rows_N": rows_N, "scale": head.scale, "softcap": head.softcap}
     return Batch(
         h.to(device, dtype), w.to(device, dtype), None if bias is None else bias.to(device, dtype),
         target.to(device), bounds, options,
@@ -288,9 +291,9 @@ def workspaces(batch: Batch) -> Iterator[float]:
 
 
 def way_of(plan: Any) -> str:
-    """The plan's route, and whether a pair is worked on in blocks."""
-    blocks = any(getattr(group, "unit", False) for group in plan.groups)
-    return plan.route + ", a pair in blocks" * (blocks and plan.route == "grouped")
+    """The plan's route, and whether a pair goes in blocks or lies where its gradient will."""
+    blocks = plan.route == "grouped" and any(group.unit for group in plan.groups)
+    return plan.route + ", a pair in blocks" * blocks + ", in place" * plan.in_place
 
 
 def line(row: dict) -> str:

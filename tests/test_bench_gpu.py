@@ -128,6 +128,9 @@ def test_the_smoke_of_the_kernels():
     for name, call in (("dpo", loss), ("logp", cases.logp), ("kl", cases.kl)):
         row = cases.row({}, name, call)
         assert row["passed"], row["note"]
+    wide = smoke.Cases(HEAD._replace(D=80, shared=False, softcap=None), CPU, "triton")
+    row = wide.row({}, "dpo", wide.loss(objectives.lr_dpo(), "h", 1500 / 2**20))
+    assert row["passed"] and row["route"] == "frozen, in place", row
 
 
 def test_the_profile_adds_up(folder):
