@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,19 @@ def grouped(rows: list[dict], names: tuple[str, ...]) -> dict[tuple, list[dict]]
     return found
 
 
-def latest(rows: list[dict]) -> list[dict]:
-    """Rows of the last commit and versions only, and the last of those measured twice.
-
-    By their dates, so that the order of the files says nothing.
-    """
+def latest_build(rows: list[dict]) -> list[dict]:
+    """Rows of the last commit and versions only, by their dates: the files' order says nothing."""
 
     def build(row: dict) -> tuple:
         return row["git"], row["dirty"], row["versions"]
 
     rows = sorted(rows, key=lambda row: row["utc"])
-    kept = [row for row in rows if build(row) == build(rows[-1])]
+    return [row for row in rows if build(row) == build(rows[-1])]
+
+
+def latest(rows: list[dict]) -> list[dict]:
+    """Likewise, and the last of those measured twice."""
+    kept = latest_build(rows)
     return list({(row["N"], row["pass"], row["variant"]): row for row in kept}.values())
 
 
@@ -191,6 +194,12 @@ def speedup(peer: dict | None, by_name: dict[str, dict]) -> str:
     if ours is None or ours["time_ms"] is None:
         return ""
     return f"{peer['time_ms']['median'] / ours['time_ms']['median']:.2f}"
+
+
+def setting(row: dict) -> str:
+    """Where, with which versions."""
+    versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items() if v)
+    return f"on {row['device']} ({versions}; {commit(row)}; {row['utc'][:10]})"
 
 
 def heading(row: dict, tokens: str) -> str:
@@ -363,25 +372,29 @@ def bars(axis, rows: list[dict], values: list[float], title: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Write the README's block and the plots, or check the block."""
     parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
-    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("results", type=Path, nargs="+", help="files, or folders of bench.gpu")
     parser.add_argument("--readme", type=Path, help="without it, print the tables")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it differs")
     parser.add_argument("--png", action="store_true", help="also draw each plot as PNG")
     args = parser.parse_args(arguments)
     if args.check and args.readme is None:
         parser.error("--check needs --readme")
-    from . import length_study, sampling, step  # these have tables and markers of their own
+    # These have tables and markers of their own.
+    from . import length_study, profile, sampling, smoke, step
 
     kinds: dict[str | None, tuple[Any, Any, tuple[str, str]]] = {
         step.OP: (step.plot, step.markdown, (step.BEGIN, step.END)),
         sampling.OP: (None, sampling.markdown, (sampling.BEGIN, sampling.END)),
+        smoke.OP: (None, smoke.markdown, (smoke.BEGIN, smoke.END)),
+        profile.OP: (None, profile.markdown, (profile.BEGIN, profile.END)),
         length_study.OP: (
             length_study.plot, length_study.markdown, (length_study.BEGIN, length_study.END),
         ),
         None: (plot, markdown, (BEGIN, END)),
     }  # fmt: skip
     by_kind: dict[str | None, list[Path]] = {}
-    for path in args.results:
+    found = (sorted(path.glob("*.jsonl")) if path.is_dir() else [path] for path in args.results)
+    for path in chain.from_iterable(found):
         rows = load([path])
         op = step.OP if step.is_step(rows) else rows[0].get("op") if rows else None
         by_kind.setdefault(op if op in kinds else None, []).append(path)
@@ -390,9 +403,11 @@ def main(arguments: list[str] | None = None) -> int:
         draw, block, markers = kinds[kind]
         if kind is None:
             paths = sorted(paths, key=lambda path: not any(map(on_gpu, load([path]))))
-        plots = [path.with_suffix(".svg") for path in paths] if draw else []
+        # There is nothing to draw of the longest pairs.
+        drawn = [x for x in paths if any(row.get("op") != step.LONGEST for row in load([x]))]
+        plots = [path.with_suffix(".svg") for path in drawn] if draw else []
         if not args.check:
-            for results, picture in zip(paths, plots):
+            for results, picture in zip(drawn, plots):
                 draw(load([results]), [picture] + [picture.with_suffix(".png")] * args.png)
         if args.readme is None:
             print(block(load(paths), [path.name for path in plots]))

@@ -4,6 +4,7 @@
     python -m bench.step --report mine.jsonl
     python -m bench.step --convert dpo_en_demo.json pairs.jsonl
     python -m bench.step --longest --shape llama-3-8b --out longest.jsonl
+    python -m bench.step --shape llama-3.2-1b --lengths bench/lengths.json:long --out long.jsonl
 
 Each variant trains in a process of its own, on the same model, the same pairs in the same order and
 the same dtype of weights, with AdamW of the same settings; alpha is 0, where the losses are one
@@ -12,8 +13,11 @@ timed steps together, and `x trl` all of TRL's seconds over all of a variant's.
 
 Before any time is taken, every variant trains two steps in fp32 on the shortest pairs: its loss,
 log-probs and gradient norm have to be TRL's, and those of the first step the ones of plain fp32
-without batches. The timed steps, in the dtype asked for, are compared likewise, by limits that
+without batches. The timed steps, in the dtype asked for, are compared with TRL's by limits that
 leave room for its rounding. A variant that differs is a row that says so, without a speed.
+
+Processes import side by side while the weights are made, and on a GPU they live on from the check
+to the timed steps; on a CPU each job has a fresh one, whose memory is its own.
 
 A step is one forward of `--batch-size` pairs for TRL; `--max-tokens` splits fastdpo's into
 micro-batches, which by default it does not. Tokens are those of the two sequences of each pair,
@@ -23,7 +27,9 @@ on a CPU, and what was allocated on a GPU.
 `--dataset` is anything that `fastdpo train` takes, or either of these public files as it is:
 github.com/hiyouga/LLaMA-Factory, data/dpo_en_demo.json (long pairs), and
 github.com/Hritikbansal/dove, data/anthropic_helpful/val_conditional_pref.jsonl (short pairs).
-`--lengths 512/256` needs no data: random prompts of 512 tokens with responses of 256.
+`--lengths 512/256` needs no data: random prompts of 512 tokens with responses of 256. Nor does
+`--lengths bench/lengths.json:long`: random tokens, as many as the pairs of those two files have
+(`short` is dove's); `--dataset pairs.jsonl --write-lengths FILE:NAME` wrote that file.
 
 `--longest` wants a GPU: the longest pair that trains one step within 24, 48, 80 and 141 GiB, with
 LoRA, checkpointing and offloaded activations on both sides and tiled MLPs on fastdpo's. A pair of
@@ -42,7 +48,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +58,7 @@ import torch
 from fastdpo.batch import TokenizedPair
 from fastdpo.data import preference_rows, read_rows, tokenize_dataset
 
-from .measure import OUT_OF_MEMORY, installed, summary, where
+from .measure import OUT_OF_MEMORY, installed, release, summary, where
 from .report import bars, grouped, load, markdown_table, number
 from .step_worker import GOLD, STEP, STOP, VARIANTS, planned
 from .step_worker import main as run_worker
@@ -72,7 +78,9 @@ CHECK_STEPS, CHECK_PAIRS = 1, 2  # of the comparison in fp32, after the warm-up
 LOG_2_LIMIT = 1e-3
 BUDGETS_GIB = (24, 48, 80, 141)
 LONGEST_STEP = 1024
+SO_FAR = "so far"  # the note of a search that has not ended
 LONGEST_VARIANTS = ("trl", "fastdpo")
+PATIENCE_S = 60  # for a process to clean up, or to end
 SPARE = 0.9  # share of the memory that waiting processes may fill
 # Trainers that go in no environment with TRL 1.16, and what their pyproject.toml asks for.
 ABSENT = {
@@ -103,6 +111,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     )),
 }  # fmt: skip
 POSITIONS = 2**22
+LENGTHS_KEPT = 500  # pairs of a dataset whose token counts go into a file
 
 
 # --- models and pairs ---------------------------------------------------------------------------
@@ -112,8 +121,6 @@ def shape_model(name: str) -> str:
     """A folder with random bfloat16 weights of a shape, and a tokenizer that only pads."""
     import transformers
     from tokenizers import Tokenizer, models
-
-    from fastdpo.checkpoint import atomic_directory
 
     folder = Path.home() / ".cache" / "fastdpo" / "bench" / name
     if (folder / "config.json").is_file():
@@ -132,9 +139,15 @@ def shape_model(name: str) -> str:
         pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
     )  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_directory(folder) as unfinished:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+    # Whole or absent, without checksums: every load of many would compute them again.
+    unfinished = folder.with_name(f".{name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    del model
+    release()  # the device is the workers'
     return str(folder)
 
 
@@ -171,11 +184,37 @@ def read_pairs(dataset: str, model: str, max_length: int) -> list[TokenizedPair]
     return found.pairs
 
 
-def random_pair(prompt: int, response: int, vocab: int, seed: int) -> TokenizedPair:
+def random_pair(prompt: int, chosen: int, rejected: int, vocab: int, seed: int) -> TokenizedPair:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocab, (prompt + 2 * response,), generator=generator).tolist()
-    middle = prompt + response
+    ids = torch.randint(3, vocab, (prompt + chosen + rejected,), generator=generator).tolist()
+    middle = prompt + chosen
     return TokenizedPair(ids[:prompt], ids[prompt:middle], ids[middle:])
+
+
+def write_lengths(where_to: str, pairs: list[TokenizedPair], source: str) -> None:
+    """Under a name of a file, the token counts of pairs: prompt, chosen, rejected."""
+    path, name = lengths_file(where_to)
+    counts = [
+        [len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)]
+        for p in sample(pairs, min(len(pairs), LENGTHS_KEPT), seed=0)
+    ]
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found[name] = {"of": source, "lengths": counts}
+    lines = (f'"{key}": {json.dumps(value)}' for key, value in found.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read_lengths(where_from: str, vocab: int, max_length: int, seed: int) -> list[TokenizedPair]:
+    """Random pairs with the token counts of a file, those that fit."""
+    path, name = lengths_file(where_from)
+    counts = json.loads(path.read_text())[name]["lengths"]
+    kept = [x for x in counts if x[0] + max(x[1:]) <= max_length]
+    return [random_pair(p, c, r, vocab, seed + i) for i, (p, c, r) in enumerate(kept)]
+
+
+def lengths_file(text: str) -> tuple[Path, str]:
+    path, _, name = text.rpartition(":")
+    return Path(path), name
 
 
 def sample(pairs: list[TokenizedPair], count: int, seed: int) -> list[TokenizedPair]:
@@ -203,15 +242,19 @@ class Failed(Exception):
 class Worker:
     """The parent's end: `step` lets the other side train one step and returns what it measured."""
 
-    def __init__(self, job: dict[str, Any], folder: Path) -> None:
+    def __init__(self, variant: str, folder: Path) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=folder))
-        self.log = self.folder / "log"
         context = multiprocessing.get_context("spawn")
         self.conn, theirs = context.Pipe()
-        job = {**job, "folder": str(self.folder)}
-        self.process = context.Process(target=run_worker, args=(theirs, job, str(self.log)))
+        job = theirs, variant, str(self.folder / "log")
+        self.process = context.Process(target=run_worker, args=job)
         self.process.start()
         theirs.close()  # so that its death is the end of the pipe
+        self.alive = True
+
+    def begin(self, job: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # receive says what happened
+            self.conn.send({**job, "folder": tempfile.mkdtemp(dir=self.folder)})
 
     def receive(self) -> dict[str, Any]:
         try:
@@ -226,19 +269,54 @@ class Worker:
         return found
 
     def step(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError):  # receive says what happened
+        with contextlib.suppress(OSError):
             self.conn.send(STEP)
         return self.receive()
 
     def stop(self) -> None:
-        with contextlib.suppress(OSError):
+        """End the job; a process that cannot take another ends too."""
+        clean = False
+        with contextlib.suppress(OSError, EOFError):
             self.conn.send(STOP)
-        self.process.join(60)
+            while not clean and self.conn.poll(PATIENCE_S):
+                clean = self.conn.recv().get("clean", False)
+        if not clean:
+            self.close()
+
+    def close(self) -> None:
+        self.alive = False
+        self.conn.close()
+        self.process.join(PATIENCE_S)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-        self.conn.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Crew:
+    """A process for each variant, started before it has a job and kept after it."""
+
+    def __init__(self, folder: Path, worker: Callable[[str, Path], Any] = Worker) -> None:
+        self.folder, self.worker = folder, worker
+        self.workers: dict[str, Any] = {}
+
+    def warm(self, variants: Iterable[str]) -> None:
+        """Let processes import what they need, side by side."""
+        for name in variants:
+            if name not in self.workers or not self.workers[name].alive:
+                self.workers[name] = self.worker(name, self.folder)
+
+    def start(self, job: dict[str, Any]) -> Any:
+        """Give a variant's process its job, without waiting for it."""
+        self.warm([job["variant"]])
+        worker = self.workers[job["variant"]]
+        worker.begin(job)
+        return worker
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            if worker.alive:
+                worker.close()
 
 
 class Result(NamedTuple):
@@ -260,58 +338,65 @@ def measure(
     *,
     at_once: int,
     start: Callable[[dict[str, Any]], Any],
+    checks: dict[str, Result] | None = None,
 ) -> Iterator[Result]:
     """Check, then time, as many at once as memory has room for; yields groups as they end.
 
-    Where not all fit, each group has the first variant again, as the yardstick of its ratios.
+    `checks` are the results in fp32 of a job before on the same model, and become this one's.
     """
-    yardstick = YARDSTICK if YARDSTICK in variants else variants[0]
-    variants = sorted(variants, key=lambda name: name != yardstick)
-    checks: dict[str, Result] = {}
-    if limits_of(job) is not EXACT:
-        for result in check(job, variants, start):
+    checks = {} if checks is None else checks
+    gold = None
+    if limits_of(job) is EXACT:
+        gold = first_steps(job, start) if variants else None
+    elif missing := [name for name in variants if name not in checks]:
+        small = check_job(job)
+        first = first_steps(small, start)
+        for result in in_groups(small, missing, CHECK_STEPS, first, at_once=at_once, start=start):
             checks[result.variant] = result
-            if result.note is not None:
-                yield result._replace(steps=[], note=f"in fp32: {result.note}", off={})
-    waiting = [name for name in variants if name not in checks or checks[name].note is None]
-    gold = first_steps(job, start) if waiting else None
+            said = result.note or "agrees"
+            print(f"... {result.variant}: in fp32 {said}", file=sys.stderr, flush=True)
+    wrong = [name for name in variants if name in checks and checks[name].note is not None]
+    for name in wrong:
+        yield checks[name]._replace(steps=[], note=f"in fp32: {checks[name].note}", off={})
+    right = [name for name in variants if name not in wrong]
+    for result in in_groups(job, right, rounds, gold, at_once=at_once, start=start):
+        yield result._replace(check=checks.get(result.variant, result).off)
+
+
+def in_groups(
+    job: dict[str, Any],
+    variants: Sequence[str],
+    rounds: int,
+    gold: dict[str, Any] | None,
+    *,
+    at_once: int,
+    start: Callable[[dict[str, Any]], Any],
+) -> Iterator[Result]:
+    """Where not all fit, each group has the first variant again, as the yardstick of its ratios.
+
+    What runs out of memory beside others is tried by itself.
+    """
+    yardstick = YARDSTICK if YARDSTICK in variants else next(iter(variants), YARDSTICK)
+    waiting = sorted(variants, key=lambda name: name != yardstick)
     known: list[dict[str, Any]] = []  # the yardstick's steps
     while waiting:
         again = [yardstick] if known and at_once > 1 else []
+        waiting = again + waiting
         group = Group(job, gold, start)
-        for name in again + waiting:
-            # One beside the yardstick is always tried.
-            least = min(at_once, 2)
-            if len(group.workers) >= at_once or (
-                len(group.workers) >= least and not group.has_room()
-            ):
-                break
-            group.add(name)
-            if name in waiting:
-                waiting.remove(name)
+        while waiting and (room := group.room(at_once)):
+            group.add(waiting[:room])
+            waiting = waiting[room:]
         group.run(rounds)
-        results = group.results(yardstick, known)
-        for result in results:
+        for result in group.results(yardstick, known):
             if result.variant in again:
+                continue
+            if result.note == OUT_OF_MEMORY and len(group.steps) > 1:
+                # It may fit by itself; from then on nothing is beside another.
+                at_once, waiting = 1, [*waiting, result.variant]
                 continue
             if result.variant == yardstick and result.note is None:
                 known = result.steps
-            yield result._replace(check=(checks or {result.variant: result})[result.variant].off)
-
-
-def check(
-    job: dict[str, Any], variants: Sequence[str], start: Callable[[dict[str, Any]], Any]
-) -> Iterator[Result]:
-    """Each variant by itself in fp32, compared with the first that is right."""
-    small, known = check_job(job), []
-    gold = first_steps(small, start)
-    for name in variants:
-        group = Group(small, gold, start)
-        group.add(name)
-        group.run(CHECK_STEPS)
-        result = group.results(variants[0], known)[0]
-        known = known or (result.steps if result.note is None else [])
-        yield result
+            yield result
 
 
 def check_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -351,32 +436,43 @@ class Group:
         self.notes: dict[str, str | None] = {}
         self.capacity_mib = capacity_mib()
 
-    def add(self, name: str) -> None:
-        """Start a variant and let it do its warm-up; one that fails or differs is stopped."""
-        self.steps[name], self.notes[name] = [], None
-        what = f"{name}, {self.job['dtype']}"
-        print(f"... {what}: loading, first step", file=sys.stderr, flush=True)
-        worker = self.start({**self.job, "variant": name})
-        try:
-            self.steps[name].append(worker.receive())
-        except Failed as error:
-            self.notes[name] = str(error)
-        else:
-            self.notes[name] = first_refusal(self.steps[name][0], self.gold, limits_of(self.job))
-        if self.notes[name] is None:
-            self.workers[name] = worker
-        else:
-            worker.stop()
+    def add(self, names: Sequence[str]) -> None:
+        """Start variants side by side, to their warm-up; one that fails or differs is stopped."""
+        started = {name: self.start({**self.job, "variant": name}) for name in names}
+        for name, worker in started.items():
+            self.steps[name], self.notes[name] = [], None
+            try:
+                self.steps[name].append(worker.receive())
+            except Failed as error:
+                self.notes[name] = str(error)
+            else:
+                first = self.steps[name][0]
+                self.notes[name] = first_refusal(first, self.gold, limits_of(self.job))
+            self._tell(name, self.notes[name] or "loaded, first")
+            if self.notes[name] is None:
+                self.workers[name] = worker
+            else:
+                worker.stop()
 
-    def has_room(self) -> bool:
-        """For one more like the largest, were all at their longest step.
+    def _tell(self, name: str, what: str) -> None:
+        seconds = ", ".join(f"{step['seconds']:.2f} s" for step in self.steps[name][-TURN:])
+        line = f"... {name}, {self.job['dtype']}: {what} {seconds}"
+        print(line, file=sys.stderr, flush=True)
 
-        What an allocator holds stays its own while others take their turn, so peaks add up.
+    def room(self, at_once: int) -> int:
+        """How many more have room, were each like the largest and all at their longest step.
+
+        What an allocator holds stays its own while others take their turn, so peaks add up. The
+        first is alone, to know its size, and one beside it is always tried.
         """
         first = [self.steps[name][0] for name in self.workers]
+        if not first:
+            return 1
         cuda = torch.cuda.is_available()
         peaks = [x["held_mib"] if cuda else x["peak_mib"] for x in first]
-        return (sum(peaks) + max(peaks)) * self.growth() < SPARE * self.capacity_mib
+        space = SPARE * self.capacity_mib / self.growth() - sum(peaks)
+        room = int(min(space / max(peaks), len(VARIANTS)))
+        return min(max(room, int(len(first) < 2)), at_once - len(first))
 
     def growth(self) -> float:
         """The longest step's tokens over those of the warm-up."""
@@ -404,6 +500,7 @@ class Group:
                 self.steps[name].append(self.workers[name].step())
         except Failed as error:
             self.notes[name] = str(error)
+        self._tell(name, self.notes[name] or f"step {len(self.steps[name])},")
 
     def results(self, yardstick: str, known: list[dict[str, Any]]) -> list[Result]:
         """Losses of all steps are compared before anyone has a ratio.
@@ -508,7 +605,9 @@ def common_fields(args: argparse.Namespace, model: str, pairs: list[TokenizedPai
 
 
 def data_name(args: argparse.Namespace) -> str:
-    return f"random, {args.lengths}" if args.lengths else Path(args.dataset).stem
+    if args.lengths:
+        return f"random, {'lengths of ' * (':' in args.lengths)}{args.lengths.split(':')[-1]}"
+    return "random" if args.longest else Path(args.dataset).stem
 
 
 def row_of(result: Result, job: dict[str, Any], common: dict) -> dict:
@@ -603,64 +702,77 @@ def line(row: dict) -> str:
 # --- the longest pair ---------------------------------------------------------------------------
 
 
-def longest(fits: Callable[[int], str | None], *, most: int = POSITIONS) -> tuple[int | None, str]:
+def longest(
+    fits: Callable[[int], str | None], *, good: int = 0, most: int = POSITIONS
+) -> Iterator[tuple[int | None, str]]:
     """The most tokens of a sequence that fit, in steps of `LONGEST_STEP`; and what ended it.
 
-    `fits` is None where a length trains, else why not. Doubled until one fails, then bisected.
+    `fits` is None where a length trains, else why not. Doubled until one fails, then bisected;
+    what is known so far comes after each one that fits. `good` is known to fit.
     """
-    good, bad, why = 0, 0, ""
+    bad, why = 0, ""
     while not bad:
         tried = 2 * good or LONGEST_STEP
         if tried > most:
-            return good, f"not tried over {most:,} positions"
-        note = fits(tried)
-        good, bad, why = (tried, 0, why) if note is None else (good, tried, note)
+            yield good, f"not tried over {most:,} positions"
+            return
+        if (note := fits(tried)) is None:
+            good = tried
+            yield good, SO_FAR
+        else:
+            bad, why = tried, note
     while bad - good > LONGEST_STEP:
         tried = (good + bad) // 2 // LONGEST_STEP * LONGEST_STEP
-        note = fits(tried)
-        good, bad, why = (tried, bad, why) if note is None else (good, tried, note)
-    return good or None, f"{bad:,} does not: {why}"
+        if (note := fits(tried)) is None:
+            good = tried
+            yield good, SO_FAR
+        else:
+            bad, why = tried, note
+    yield good or None, f"{bad:,} does not: {why}"
 
 
 def longest_rows(
-    args: argparse.Namespace, model: str, job: dict[str, Any], folder: Path
+    args: argparse.Namespace,
+    job: dict[str, Any],
+    start: Callable[[dict[str, Any]], Any],
+    name: str,
+    budget: int,
+    good: int = 0,
 ) -> Iterator[dict]:
-    """A row for each variant and budget; every trial is a fresh process with its memory capped."""
-    total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    common = {**common_fields(args, model, []), "op": LONGEST, "data": "random"}
-    vocab = vocabulary(model)
-    for name in LONGEST_VARIANTS:
-        for budget in BUDGETS_GIB:
-            row = {
-                **common, "variant": name, "kind": VARIANTS[name].kind, "budget_gib": budget,
-                "longest": None, "note": None,
-            }  # fmt: skip
-            # A card of 141 GB has a little less than 141 GiB.
-            if budget > 1.05 * total_gib:
-                yield {**row, "note": f"not run: the device has {total_gib:.0f} GiB"}
-                continue
+    """A variant and a budget: a row for each longer pair, the last one says why it is the longest.
 
-            def fits(n: int, name: str = name, budget: int = budget) -> str | None:
-                prompt = n // 4
-                pairs = [random_pair(prompt, n - prompt, vocab, seed) for seed in range(2)]
-                trial = {
-                    **job, "variant": name, "pairs": pairs, "batch_size": 1, "max_length": n,
-                    "max_tokens": 2 * n, "memory_gib": budget, "lora": 16,
-                    "gradient_checkpointing": True, "activation_offloading": True,
-                    "mlp_tile_tokens": args.mlp_tile_tokens,
-                }  # fmt: skip
-                worker = Worker(trial, folder)
-                try:
-                    first = worker.receive()
-                except Failed as error:
-                    return str(error)
-                finally:
-                    worker.stop()
-                # The adapters start as zero, so the policy is the reference.
-                return first_refusal(first, None, ROUNDED)
+    Every trial loads anew, with its process's memory capped.
+    """
+    total_gib = capacity_mib() / 2**10
+    common = {**common_fields(args, job["model"], []), "op": LONGEST, "data": "random"}
+    vocab = vocabulary(job["model"])
+    row = {**common, "variant": name, "kind": VARIANTS[name].kind, "budget_gib": budget}
+    # A card of 141 GB has a little less than 141 GiB.
+    if budget > 1.05 * total_gib:
+        yield {**row, "longest": None, "note": f"not run: the device has {total_gib:.0f} GiB"}
+        return
 
-            row["longest"], row["note"] = longest(fits)
-            yield row
+    def fits(n: int) -> str | None:
+        response = n - n // 4
+        pairs = [random_pair(n // 4, response, response, vocab, seed) for seed in range(2)]
+        trial = {
+            **job, "variant": name, "pairs": pairs, "batch_size": 1, "max_length": n,
+            "max_tokens": 2 * n, "memory_gib": budget, "lora": 16,
+            "gradient_checkpointing": True, "activation_offloading": True,
+            "mlp_tile_tokens": args.mlp_tile_tokens,
+        }  # fmt: skip
+        worker = start(trial)
+        try:
+            first = worker.receive()
+        except Failed as error:
+            return str(error)
+        finally:
+            worker.stop()
+        # The adapters start as zero, so the policy is the reference.
+        return first_refusal(first, None, ROUNDED)
+
+    for found, note in longest(fits, good=good):
+        yield {**row, "longest": found, "note": note}
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -805,7 +917,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--dataset", help="a file, folder or hub name of preference pairs")
-    add("--lengths", help="PROMPT/RESPONSE: random pairs of these tokens, in place of --dataset")
+    add(
+        "--lengths", help="random pairs in place of --dataset: PROMPT/RESPONSE tokens, or FILE:NAME"
+    )
     add("--pairs", type=int, help="only the first so many of the dataset")
     add("--model", help="a folder or hub name (the demo's model)")
     add("--shape", choices=SHAPES, help="in place of --model: random weights of that size")
@@ -827,14 +941,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="rows are added to this file")
     add("--commit", help="the commit to record where there is no repository")
     add("--report", type=Path, nargs="+", metavar="FILE", help="tables and a plot of these rows")
+    add("--write-lengths", metavar="FILE:NAME", help="keep the token counts of the dataset's pairs")
     add("--convert", nargs=2, metavar=("SOURCE", "OUT"), help="write a public file as pairs")
     args = parser.parse_args(arguments)
     if args.report or args.convert:
         return args
-    if args.longest:
-        if not torch.cuda.is_available():
-            parser.error("--longest needs a GPU, whose memory it can cap")
-    elif bool(args.dataset) == bool(args.lengths):
+    if not args.longest and bool(args.dataset) == bool(args.lengths):
         parser.error("give --dataset or --lengths")
     if args.shape and (args.model or args.dataset):
         parser.error("--shape goes without --model and --dataset: its weights know no language")
@@ -879,36 +991,60 @@ def pairs_of(args: argparse.Namespace, model: str) -> list[TokenizedPair]:
     """The pairs of all steps, and of one more: the last would be saved, which no step should be."""
     count = (WARM_UP + args.steps + 1) * args.batch_size
     if args.lengths:
-        prompt, response = map(int, args.lengths.split("/"))
         vocab = vocabulary(model)
-        return [random_pair(prompt, response, vocab, args.seed + i) for i in range(count)]
+        if ":" in args.lengths:
+            pairs = read_lengths(args.lengths, vocab, args.max_length, args.seed)
+            return sample(pairs, count, args.seed)
+        prompt, response = map(int, args.lengths.split("/"))
+        seeds = range(args.seed, args.seed + count)
+        return [random_pair(prompt, response, response, vocab, seed) for seed in seeds]
     pairs = read_pairs(args.dataset, model, args.max_length)[: args.pairs]
     return sample(pairs, count, args.seed)
 
 
-def run(args: argparse.Namespace, start: Callable[..., Any] = Worker) -> Iterator[dict]:
-    """Rows, as they are found."""
+def run(
+    args: argparse.Namespace, crew: Crew, checks: dict[str, Result] | None = None
+) -> Iterator[dict]:
+    """Rows, as they are found; `checks` is of `measure`."""
+    names = list(LONGEST_VARIANTS) if args.longest else names_of(args)
+    if torch.cuda.is_available():
+        crew.warm(names if args.longest or checks else [*names, GOLD])
+    elif args.longest:
+        raise SystemExit("--longest needs a GPU, whose memory it can cap")
+    model = model_of(args)
+    job = job_of(args, model)
+    if args.longest:
+        for budget in BUDGETS_GIB:
+            for name in names:
+                yield from longest_rows(args, job, crew.start, name, budget)
+        return
+    job["pairs"] = pairs_of(args, model)
+    common = common_fields(args, model, job["pairs"])
+    results = measure(job, names, args.steps, at_once=args.at_once, start=crew.start, checks=checks)
+    for result in results:
+        yield row_of(result, job, common)
+    yield from absent_rows(common)
+
+
+def model_of(args: argparse.Namespace) -> str:
     from fastdpo.models import demo_model
 
-    model = shape_model(args.shape) if args.shape else args.model or demo_model()
-    job = job_of(args, model)
-    with tempfile.TemporaryDirectory(prefix="fastdpo-bench-") as scratch:
-        folder = Path(scratch)
-        if args.longest:
-            yield from longest_rows(args, model, job, folder)
-            return
-        job["pairs"] = pairs_of(args, model)
-        common = common_fields(args, model, job["pairs"])
-        results = measure(
-            job,
-            names_of(args),
-            args.steps,
-            at_once=args.at_once,
-            start=lambda job: start(job, folder),
-        )
-        for result in results:
-            yield row_of(result, job, common)
-        yield from absent_rows(common)
+    return shape_model(args.shape) if args.shape else args.model or demo_model()
+
+
+@contextlib.contextmanager
+def crew_of(
+    worker: Callable[[str, Path], Any] = Worker, inside: Path | None = None
+) -> Iterator[Crew]:
+    """Processes and a folder for them, and neither afterwards."""
+    if inside is not None:
+        inside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fastdpo-bench-", dir=inside) as scratch:
+        crew = Crew(Path(scratch), worker)
+        try:
+            yield crew
+        finally:
+            crew.close()
 
 
 def convert(source: str, out: Path) -> int:
@@ -931,14 +1067,21 @@ def main(arguments: list[str] | None = None) -> int:
             plot(load([path]), [picture])
         print(markdown(load(args.report), [path.name for path in plots]))
         return 0
+    if args.write_lengths:
+        model = model_of(args)
+        pairs = read_pairs(args.dataset, model, args.max_length)
+        source = f"{Path(args.dataset).name}, in tokens of {Path(model).name}"
+        write_lengths(args.write_lengths, pairs, source)
+        return 0
     started = time.perf_counter()
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-    for row in run(args):
-        print(line(row), flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    with crew_of() as crew:
+        for row in run(args, crew):
+            print(line(row), flush=True)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
     print(f"{time.perf_counter() - started:.0f} s")
     return 0
 

@@ -1,4 +1,4 @@
-"""One variant's training in a process of its own: a step for each word of `bench.step`.
+"""One variant's trainings in a process of its own: a step for each word of `bench.step`.
 
 The trainers are whole and unchanged: TRL's `DPOTrainer` and `fastdpo.trainer.train`. TRL is only
 handed token ids instead of text, in the order of fastdpo's plan. A step lasts from the parent's
@@ -8,13 +8,16 @@ optimizer and the log are all in it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +26,12 @@ import torch
 
 from fastdpo.batch import TokenizedPair, plan_steps
 
-from .measure import OUT_OF_MEMORY, is_out_of_memory
+from .measure import OUT_OF_MEMORY, is_out_of_memory, release
 from .peak import resident_mib
 
 METRICS = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins")
 STEP, STOP = "step", "stop"
+LEFT_BYTES = 2**28  # of the device's memory, for the libraries' own workspaces
 GOLD = "fp32, each sequence alone"  # no variant, but what their first steps are compared with
 
 
@@ -101,37 +105,74 @@ class Turns:
         return {"resident_mib": now, "held_mib": now}
 
 
-def main(conn: Any, job: dict[str, Any], log: str) -> None:
-    """Run a job to its end; a failure is told by its first line, and `log` has the rest."""
+def main(conn: Any, variant: str, log: str) -> None:
+    """Import what a variant takes, then serve; `log` has all that is printed."""
     with open(log, "w") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
-    torch.set_num_threads(job["threads"])
-    try:
-        work(conn, job)
-    except BaseException:
-        import traceback
+    with contextlib.suppress(Exception):  # the job says so
+        for name in IMPORTS[kind_of(variant)]:
+            import_module(name)
+    serve(conn)
 
-        traceback.print_exc()
+
+def serve(conn: Any) -> None:
+    """Run jobs until one leaves something behind, as all do on a CPU, or the parent has none.
+
+    A failure is told by its first line. Every job ends with the parent's word to stop and the
+    answer whether the process can take another.
+    """
+    clean = True
+    while clean:
+        try:
+            job = conn.recv()
+            work(conn, job)
+            clean = left_nothing()
+            conn.send({"clean": clean})
+        except (EOFError, OSError):  # the parent is gone
+            return
 
 
 def work(conn: Any, job: dict[str, Any]) -> None:
-    """Run a job in this process."""
+    """Run one job in this process, to the parent's word to stop."""
+    torch.set_num_threads(job["threads"])
     try:
-        if job.get("memory_gib") is not None:
-            total = torch.cuda.get_device_properties(0).total_memory / 2**30
-            torch.cuda.set_per_process_memory_fraction(min(1.0, job["memory_gib"] / total))
-        run = gold if job["variant"] == GOLD else ROUTES[VARIANTS[job["variant"]].kind]
-        run(job, Turns(conn))
+        if torch.cuda.is_available():
+            limit, total = job.get("memory_gib"), torch.cuda.get_device_properties(0).total_memory
+            share = 1.0 if limit is None else min(1.0, limit * 2**30 / total)
+            torch.cuda.set_per_process_memory_fraction(share)
+            torch.cuda.reset_peak_memory_stats()
+        ROUTES[kind_of(job["variant"])](job, Turns(conn))
         raise RuntimeError("training ended before the steps that were asked for")
     except Finished:
-        pass
+        return
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise
     except Exception as error:
+        traceback.print_exc()
         reason = (str(error).strip() or "no message").splitlines()[0]
         note = OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {reason}"
-        conn.send({"failed": note})
-        raise
+    # Outside the handler: the traceback would keep the failed step's tensors.
+    conn.send({"failed": note})
+    conn.recv()
+
+
+def left_nothing() -> bool:
+    """Whether the next job finds the device as a fresh process would.
+
+    On a CPU the process's own memory is measured, which no other job may have grown.
+    """
+    if not torch.cuda.is_available():
+        return False
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+    release()
+    return torch.cuda.memory_allocated() < LEFT_BYTES
+
+
+def kind_of(variant: str) -> str:
+    return GOLD if variant == GOLD else VARIANTS[variant].kind
 
 
 def planned(pairs: list[TokenizedPair], batch_size: int, seed: int) -> list[list[int]]:
@@ -291,4 +332,10 @@ def gold(job: dict[str, Any], turns: Turns) -> None:
     turns.end({"loss": math.log(2), "grad_norm": norm, **found, "rewards/margins": 0.0})
 
 
-ROUTES = {"fastdpo": train_fastdpo, "peer": train_trl}
+ROUTES = {"fastdpo": train_fastdpo, "peer": train_trl, GOLD: gold}
+# What takes long to import, before the first job is known.
+IMPORTS = {
+    "fastdpo": ("fastdpo.trainer", "transformers.models.auto.modeling_auto"),
+    "peer": ("trl.trainer.dpo_trainer", "datasets"),
+    GOLD: ("transformers.models.auto.modeling_auto",),
+}

@@ -1,42 +1,18 @@
 """Whole steps of both trainers agree before they are timed; every failure is a row."""
 
-import contextlib
 import json
 import math
-import multiprocessing
-import threading
 from pathlib import Path
 
 import pytest
 import torch
+from threaded import Threaded
 from tiny import LLAMA, save_tiny
 
 from bench import report, step, step_worker
 
 trl = pytest.importorskip("trl")
 STEPS, BATCH = 2, 2
-
-
-class Threaded(step.Worker):
-    """A worker that is a thread, so that a test doesn't import everything once a variant."""
-
-    def __init__(self, job, folder):
-        self.folder = Path(folder) / str(len(list(Path(folder).iterdir())))
-        self.folder.mkdir()
-        self.conn, theirs = multiprocessing.Pipe()
-
-        def work():
-            with contextlib.suppress(Exception):  # told through the pipe
-                step_worker.work(theirs, {**job, "folder": str(self.folder)})
-            theirs.close()
-
-        self.thread = threading.Thread(target=work)
-        self.thread.start()
-
-    def stop(self):
-        with contextlib.suppress(OSError):
-            self.conn.send(step.STOP)
-        self.thread.join()
 
 
 def source_rows(count=16):
@@ -68,8 +44,9 @@ def arguments(model, folder, *more):
 EXACT = ("--dtype", "float32", "--no-autocast")
 
 
-def rows_of(*command, start: type[step.Worker] = Threaded):
-    return list(step.run(step.parse(list(command)), start))
+def rows_of(*command, worker: type[step.Worker] = Threaded):
+    with step.crew_of(worker) as crew:
+        return list(step.run(step.parse(list(command)), crew))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +189,7 @@ class Canned:
 def canned(monkeypatch):
     monkeypatch.setattr(Canned, "alive", [], raising=False)
     monkeypatch.setattr(Canned, "changes", {}, raising=False)
-    pairs = [step.random_pair(4, 3, 50, seed) for seed in range(8)]
+    pairs = [step.random_pair(4, 3, 3, 50, seed) for seed in range(8)]
     return {"pairs": pairs, "batch_size": 2, "seed": 0, "dtype": "bfloat16", "autocast": True}
 
 
@@ -246,9 +223,7 @@ def test_disagreement_in_fp32_is_found_before_any_time(canned, where, value, mes
 
 
 def test_rounding_passes_and_more_does_not(canned, monkeypatch):
-    monkeypatch.setattr(step, "check", lambda job, variants, start: iter(()))
     Canned.changes.update({("fastdpo", 2, "loss"): 0.73, ("fastdpo (packed)", 2, "loss"): 0.83})
-    monkeypatch.setattr(step, "limits_of", lambda job: step.ROUNDED)
     found = results_of(canned)
     assert found["fastdpo"].note is None
     note = found["fastdpo (packed)"].note
@@ -276,9 +251,26 @@ def test_no_more_processes_than_there_is_memory_for(canned, monkeypatch, at_once
     assert found["fastdpo (padded)"].interleaved == (most > 1)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_runs_out_of_memory_beside_others_is_tried_alone(canned, monkeypatch, alone):
+    receive = Canned.receive
+
+    def crowded(worker):
+        if worker.name == "fastdpo" and (len(Canned.alive) > 1 or not alone):
+            raise step.Failed(step.OUT_OF_MEMORY)
+        return receive(worker)
+
+    monkeypatch.setattr(Canned, "receive", crowded)
+    found = results_of({**canned, "dtype": "float32", "autocast": False})
+    assert found["fastdpo"].note == (None if alone else step.OUT_OF_MEMORY)
+    assert found["fastdpo"].ratios == [2.0] * 2 * alone and not found["fastdpo"].interleaved
+    assert all(x.interleaved for name, x in found.items() if name != "fastdpo")
+
+
 def test_a_process_that_dies_is_out_of_memory_probably(tmp_path, model):
     job = {**step.job_of(step.parse(["--lengths", "4/4"]), str(model)), "variant": "fastdpo"}
-    worker = step.Worker({**job, "pairs": []}, tmp_path)
+    worker = step.Worker("fastdpo", tmp_path)
+    worker.begin({**job, "pairs": []})
     worker.process.kill()
     with pytest.raises(step.Failed, match="out of memory, probably"):
         worker.receive()
@@ -293,19 +285,24 @@ def test_the_longest_pair_is_bisected(limit):
         tried.append(n)
         return None if n <= limit else "out of memory"
 
-    found, why = step.longest(fits)
+    *before, (found, why) = step.longest(fits)
+    assert all(note == step.SO_FAR and fits(n) is None for n, note in before)
     assert found == (limit // 1024 * 1024 or None)
     assert why == f"{(found or 0) + 1024:,} does not: out of memory"
-    assert len(tried) == len(set(tried)) < 16
-    assert step.longest(lambda n: None, most=4096) == (4096, "not tried over 4,096 positions")
+    assert len(set(tried)) == len(tried) - len(before) < 16
+    assert [*step.longest(lambda n: None, most=4096)][-1] == (
+        4096,
+        "not tried over 4,096 positions",
+    )
+    if found:  # a search goes on from what is known
+        assert [*step.longest(fits, good=found)][-1] == (found, why)
 
 
-def test_the_longest_pair_needs_a_gpu(capsys):
+def test_the_longest_pair_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(SystemExit):
-        step.parse(["--longest", "--shape", "llama-3-8b"])
-    assert "--longest needs a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--longest needs a GPU"):
+        rows_of("--longest", "--shape", "llama-3-8b")
 
 
 def test_the_table_of_longest_pairs():
@@ -350,6 +347,22 @@ def test_random_pairs_have_the_lengths_asked_for(model):
     assert pairs == step.pairs_of(args, str(model))
 
 
+def test_token_counts_of_pairs_are_kept_in_a_file(model, tmp_path, capsys):
+    file = f"{tmp_path / 'lengths.json'}:public"
+    command = arguments(model, tmp_path, "--write-lengths", file)
+    for _ in range(2):  # the same file comes again
+        assert step.main(command) == 0
+    real = step.read_pairs(str(tmp_path / "public.jsonl"), str(model), 64)
+    found = step.read_lengths(file, 50, 64, seed=0)
+    assert sorted(map(step.lengths, found)) == sorted(map(step.lengths, real))
+    assert max(max(pair.chosen_ids) for pair in found) < 50
+    longest = max(max(step.lengths(pair)) for pair in real)
+    assert len(step.read_lengths(file, 50, longest - 1, seed=0)) < len(real)
+    args = step.parse(["--lengths", file, "--batch-size", "2", "--steps", "1"])
+    assert len(step.pairs_of(args, str(model))) == 6
+    assert step.data_name(args) == "random, lengths of public"
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -376,7 +389,7 @@ def test_shapes_are_of_the_size_their_names_say():
 @pytest.mark.slow
 def test_in_processes_of_their_own_in_bf16(model, tmp_path):
     more = ("--learning-rate", "1e-4", "--threads", "1", "--gradient-checkpointing")
-    found = rows_of(*arguments(model, tmp_path, *more), start=step.Worker)
+    found = rows_of(*arguments(model, tmp_path, *more), worker=step.Worker)
     ran = [row for row in found if row["variant"] not in step.ABSENT]
     assert [row["note"] for row in ran] == [None] * len(step.VARIANTS)
     assert all(row["x_trl"] > 0 and row["off_fp32"] and row["interleaved"] for row in ran)
