@@ -146,9 +146,9 @@ def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bo
         require_device("rows_N", rows, h_TD.device)
         if rows.shape[0] != N:
             raise ValueError(f"rows_N has {rows.shape[0]} entries but target_N has {N}")
-        if not (in_kernel and rows.is_cuda):
+        if not (in_kernel and rows.device.type != "cpu"):
             _check_range("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
-    if in_kernel and target.is_cuda:
+    if in_kernel and target.device.type != "cpu":
         return
     valid = ((target >= 0) & (target < V)) | (target == IGNORE)
     _check_range("target_N", target, valid, f"0 <= target < V={V} or -100")
@@ -250,7 +250,7 @@ def check_vector(
         raise ValueError(f"{name} must have {letter}={count} entries, got {x.shape[0]}")
     if x.requires_grad:
         raise ValueError(f"{name} must not require a gradient; detach it")
-    if in_kernel and x.is_cuda:
+    if in_kernel and x.device.type != "cpu":
         return x
     valid = x.isfinite() & (x >= low) & (x <= high)
     wanted = "finite" + (f" and in [{low:g}, {high:g}]" if low > -1e300 else "")

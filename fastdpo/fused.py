@@ -216,12 +216,13 @@ class FusedStreamer:
         *,
         final: bool,
         rows: Rows | None = None,
+        out_ND: Tensor | None = None,
         upstream: Tensor | None = None,
     ) -> Tensor | None:
         """Add the head's gradients of ``upstream * sum coef * logp`` to ``into``.
 
-        With ``final`` they are written, not added.  The result is the gradient of ``h_ND`` in fp32,
-        or that of all hidden rows, in their dtype, where the block has all of their tokens.
+        With ``final`` they are written, not added.  The result is the gradient of ``h_ND``, in fp32
+        or in ``out_ND``, or that of all hidden ``rows``, where the block has all of their tokens.
         """
         tokens = self._tokens(
             _rows_in_memory(h_ND), target_N, coef_N, upstream, into, block.max_KN, block.lse_N,
@@ -232,8 +233,9 @@ class FusedStreamer:
             return None
         product_ND = fp32_product(block.stash, self.head.w_VD)
         if rows is None:
-            self._row_grads(product_ND, product_ND, tokens, target_N)
-            return product_ND
+            out_ND = product_ND if out_ND is None else out_ND
+            self._row_grads(out_ND, product_ND, tokens, target_N)
+            return out_ND
         return self._placed(rows, product_ND, tokens, target_N)
 
     def _tokens(

@@ -8,6 +8,7 @@ blocks of at most `_INNER_BLOCK` bring the error back to that of a blocked produ
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,11 @@ def fp32_product(a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool =
     """
     if a.device.type == "cpu":  # where kernels are interpreted
         a, b = a.float(), b.float()
-    if a.dtype == torch.float32:
-        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    wide: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
     if add:
-        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+        assert out is not None
+        return torch.addmm(out, a, b, **wide, out=out)
+    return torch.mm(a, b, **wide, out=out)
 
 
 class Products:

@@ -498,7 +498,7 @@ class _FusedSizes:
 
     def backward(
         self, block: Block, h_ND: Tensor, target_N: Tensor, coef_N: Tensor, needs: Needs,
-        into: Grads, *, final: bool, rows: Rows | None = None,
+        into: Grads, *, final: bool, rows: Rows | None = None, out_ND: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         scaled_ND = torch.empty_like(h_ND) if into.w is not None else None
         if scaled_ND is not None:

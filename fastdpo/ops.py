@@ -127,7 +127,7 @@ def _plain_precision(method: Callable) -> Callable:
 
     @wraps(method)
     def run(ctx, x, *args):
-        with _plainly(x.device):
+        with nullcontext() if x is None else _plainly(x.device):
             return method(ctx, x, *args)
 
     return run
@@ -384,7 +384,7 @@ def _make_call(
     """Leave ignored targets out where that costs no synchronization, and plan the call."""
     if workspace_mib is None:
         memory_bytes = 0
-        if h_TD.is_cuda:
+        if h_TD.device.type != "cpu":
             memory_bytes = torch.cuda.get_device_properties(h_TD.device).total_memory
         workspace_mib = default_workspace_mib(memory_bytes)
     workspace_mib = checks.require_number(
@@ -446,12 +446,15 @@ class _LinearPreference(torch.autograd.Function):
             ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND, call.target_N, call.rows_N)
         ctx.coef_N = coef_N
         ctx.mark_non_differentiable(logp_S, ref_S)
+        ctx.set_materialize_grads(False)  # the sums' would be cleared for nothing
         return _returned(loss, h_TD, pairs), logp_S, ref_S
 
     @staticmethod
     @_once
     @_plain_precision
     def backward(ctx, dloss, *_):
+        if dloss is None:  # nothing depends on the loss
+            return (None,) * 5
         saved = ctx.saved_tensors
         if ctx.grads is not None:
             grads = rounded(ctx.grads, saved[0].dtype, dloss, fused=ctx.call.fused)
@@ -542,12 +545,14 @@ def linear_preference_loss(
     edges = checks.check_bounds(bounds_S1, target_N)
     S, device = len(edges) - 1, h_TD.device
     wanted = _check_stats(stats, ref_h_TD is not None)
-    checks.check_objective(objective)
+    kind = kind_of(objective)
+    if kind is None:
+        checks.check_objective(objective)
     ref = _check_reference(
         h_TD, w_VD, ref_logp_S, ref_h_TD, ref_w_VD, ref_bias_V, (S, scale, softcap),
         in_kernel=fused,
     )  # fmt: skip
-    known = fused and kind_of(objective) is not None  # what is left out need not be made
+    known = fused and kind is not None  # what is left out need not be made
     pair_values = _check_pair_values(
         objective, margin_P, smoothing_P, weight_P, S // 2, device, neutral=not known
     )
@@ -574,7 +579,7 @@ def linear_preference_loss(
     else:
         scored = (target_N != IGNORE).long().split([b - a for a, b in pairwise(edges)])
         lengths_S = torch.stack([part.sum() for part in scored])
-    if not fused and device.type != "cpu":
+    if lengths_S is not None and not fused and device.type != "cpu":
         checks.check_device_lengths(lengths_S)
     pairs = Pairs(objective, edges, lengths_S, ref_logp_S, *pair_values, count, device)
     if call.plan.route == "forward":

@@ -238,14 +238,15 @@ def frozen_forward(
     dtype = h_TD.dtype if call.plan.in_place else streamer.acc_dtype
     unit_ND = torch.empty(call.target_N.shape[0], h_TD.shape[1], dtype=dtype, device=h_TD.device)
     call.blocks = []
+    ones_N = torch.ones(len(unit_ND), dtype=streamer.acc_dtype, device=h_TD.device)
     for start, stop in call.plan.spans:
         h_ND, target_N = streamer.rows_of(rows, start, stop)
         ref = _ref_block(call, start, stop)
         block = streamer.forward(h_ND, target_N, keep=True, stats=call.stats, ref=ref)
-        ones_N = torch.ones_like(block.logp_N)
-        unit = streamer.backward(block, h_ND, target_N, ones_N, call.needs, Grads(), final=False)
-        assert unit is not None
-        unit_ND[start:stop] = unit
+        streamer.backward(
+            block, h_ND, target_N, ones_N[start:stop], call.needs, Grads(), final=False,
+            out_ND=unit_ND[start:stop],
+        )  # fmt: skip
         block.stash = None
         call.blocks.append((start, stop, block))
     return call.collect(lambda block: block.logp_N), unit_ND

@@ -87,7 +87,8 @@ class _Space(NamedTuple):
     """How an implementation divides a workspace."""
 
     chunk: int  # columns of the head at a time
-    row_bytes: int  # of a stash
+    row_bytes: int  # of a stash and of what is made with it
+    stash_row_bytes: int
     fixed_bytes: int  # of the workspace, whatever the rows
     scratch_row_bytes: int  # in the backward, beside the workspace
     fused: bool
@@ -97,7 +98,7 @@ def _torch_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
     """PyTorch: a stash of accumulated numbers of ``itemsize`` bytes, a chunk of the head beside."""
     chunk = min(V, _VOCAB_CHUNK, max(16, workspace_bytes // (8 * D * itemsize)))
     row_bytes = itemsize * V + (itemsize + 2) * chunk
-    return _Space(chunk, row_bytes, itemsize * chunk * D, 0, fused=False)
+    return _Space(chunk, row_bytes, itemsize * V, itemsize * chunk * D, 0, fused=False)
 
 
 def _fused_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
@@ -105,9 +106,10 @@ def _fused_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
 
     The backward of a row needs an fp32 product and a scaled copy.
     """
-    row_bytes = itemsize * (-(-V // 64) * 64) + V // 16  # two fp32 sums a tile of 128 columns
+    stash = itemsize * (-(-V // 64) * 64)
+    sums = V // 16  # two in fp32 for a tile of 128 columns
     tile = min(_TILE_BYTES, workspace_bytes // _TILE_SHARE)
-    return _Space(V, row_bytes, tile, (4 + itemsize) * D, fused=True)
+    return _Space(V, stash + sums, stash, tile, (4 + itemsize) * D, fused=True)
 
 
 def make_plan(
@@ -189,7 +191,7 @@ def make_plan(
     columns = (workspace_bytes - tile_bytes) // (fused_itemsize * rows)
     chunk = min(V, columns // 256 * 256 or max(64, columns // 64 * 64))
     if route != "recompute":
-        grad_tile_bytes = workspace_bytes - longest * space.row_bytes
+        grad_tile_bytes = workspace_bytes - longest * space.stash_row_bytes
     return Plan(
         route, groups, chunk, workspace_bytes, accumulators, tile_bytes, grad_tile_bytes, in_place
     )

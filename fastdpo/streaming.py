@@ -73,7 +73,7 @@ class Rows(NamedTuple):
     def scatter(self, dh_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
         """Add a block's gradient to the hidden rows it came from, in a fixed order."""
         if self.rows_N is None:
-            dh_TD[start:stop] += dh_ND
+            dh_TD[start:stop].add_(dh_ND)
         else:
             _add_rows(dh_TD, self.rows_N[start:stop], dh_ND)
 
@@ -357,13 +357,14 @@ class Streamer:
         *,
         final: bool,
         rows: Rows | None = None,
+        out_ND: Tensor | None = None,
     ) -> Tensor | None:
         """Add the head's gradients of ``sum coef * logp`` to ``into``; return that of the rows.
 
-        That is ``h_ND``'s, or that of all hidden rows.  With ``final`` this block is the whole
-        call: each chunk of the weight's gradient is then one product, rounded into ``into.w``, and
-        needs no accumulator; the rows of targets are rounded again when their own entries are
-        added.
+        That is ``h_ND``'s, in ``out_ND`` if given, or that of all hidden rows.  With ``final`` this
+        block is the whole call: each chunk of the weight's gradient is then one product, rounded
+        into ``into.w``, and needs no accumulator; the rows of targets are rounded again when their
+        own entries are added.
         """
         assert block.stash is not None
         h_ND = _clean(h_ND, target_N)
@@ -383,6 +384,8 @@ class Streamer:
             if dh_ND is not None:
                 self.products.addmm(dh_ND, operand(g_NC), self._weights(v0, v1))
         self._add_targets(block, h_ND, target_N, coef_N, dh_ND, into)
+        if out_ND is not None and dh_ND is not None:
+            return out_ND.copy_(dh_ND)
         return dh_ND if rows is None or dh_ND is None else self.place(rows, dh_ND, None)
 
     def recompute_backward(

@@ -26,6 +26,7 @@ from .pointwise import (
     slope,
     softplus,
 )
+from .support import cdiv, power_of_2
 
 # Logits above a row's shift that are still taken relative to it: exponentials, their squares and
 # the sums of either stay finite in fp32, and the kept ones in the stash's dtype.
@@ -51,7 +52,7 @@ class Partials:
     @classmethod
     def empty(cls, target_N: Tensor, V: int, width: int, stats: frozenset[str]) -> "Partials":
         def new() -> Tensor:
-            shape = triton.cdiv(V, width), target_N.shape[0]
+            shape = cdiv(V, width), target_N.shape[0]
             return torch.empty(shape, dtype=torch.float32, device=target_N.device)
 
         target_z_N = torch.empty(target_N.shape[0], dtype=torch.float32, device=target_N.device)
@@ -332,9 +333,9 @@ def merge_kernel(
 
 def _launch(R: int, C: int) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and block sizes of a kernel over whole rows of a tile (R, C)."""
-    block = max(16, triton.next_power_of_2(C))
+    block = max(16, power_of_2(C))
     rows = max(1, _TILE_NUMEL // block)
-    return (triton.cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": 4, **OPTIONS}
+    return (cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": 4, **OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -448,7 +449,7 @@ def merge(
     K, N = partials.shift_KN.shape
     lse_N, logp_N, own_N, shift_N = (torch.empty_like(partials.target_z_N) for _ in range(4))
     out = {name: torch.empty_like(lse_N) for name in partials.stats}
-    merge_kernel[(triton.cdiv(N, 32),)](
+    merge_kernel[(cdiv(N, 32),)](
         partials.shift_KN, partials.rest_KN, partials.target_z_N, target_N, lse_N, logp_N, own_N,
         shift_N, stash_NV, *partials.stat_list(), *(out.get(name) for name in STATS),
         N, K, V, partials.width, 0 if stash_NV is None else stash_NV.stride(0), head.arguments[1],

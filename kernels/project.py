@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .fold import HeadShape, Partials
 from .pointwise import LOWEST, OPTIONS, kept, logits, row_shift
+from .support import cdiv
 
 
 class Tile(NamedTuple):
@@ -302,7 +303,7 @@ def row_shifts(h_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, head: HeadShap
     N, D = h_ND.shape
     tile = INTERPRETED_SHIFT if h_ND.device.type == "cpu" else SHIFT
     shift_N = torch.empty(N, dtype=torch.float32, device=h_ND.device)
-    shift_kernel[(triton.cdiv(N, tile.m),)](
+    shift_kernel[(cdiv(N, tile.m),)](
         TensorDescriptor.from_tensor(h_ND, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(w_VD, [tile.v, tile.k]), bias_V, shift_N, N, w_VD.shape[0], D,
         *head.arguments, HAS_SOFTCAP=head.softcap is not None, BLOCK_M=tile.m, BLOCK_V=tile.v,
@@ -333,11 +334,11 @@ def project(
     """
     N, D = h_ND.shape
     first, last = columns or (0, w_VD.shape[0])
-    V, K = last - first, triton.cdiv(last - first, tile.v)
+    V, K = last - first, cdiv(last - first, tile.v)
     stash_desc = None
     if stash_NC is not None:
         stash_desc = TensorDescriptor.from_tensor(stash_NC, [tile.m, tile.v // 2])
-    programs = triton.cdiv(N, tile.m) * K
+    programs = cdiv(N, tile.m) * K
     if tile.persistent:
         programs = min(programs, multiprocessors(h_ND.device))
     folded = (None,) * 7

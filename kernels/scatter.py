@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pointwise import ASSERTING, OPTIONS
+from .support import cdiv, power_of_2
 
 # Tokens that are put in order by comparing each with each, in one launch; a sort takes a dozen.
 MOST_COMPARED = 32768
@@ -67,7 +68,7 @@ class Segments:
             return cls(index_N, order_N.int(), size_N.int(), start_I.int())
         order_N, size_N = (torch.empty(N, dtype=torch.int32, device=device) for _ in range(2))
         start_I = torch.empty(I, dtype=torch.int32, device=device)
-        order_kernel[(triton.cdiv(N, 32),)](
+        order_kernel[(cdiv(N, 32),)](
             index_N, order_N, size_N, start_I, N, BLOCK_N=32, BLOCK=128, num_warps=4, **OPTIONS
         )  # fmt: skip
         return cls(index_N, order_N, size_N, start_I)
@@ -239,8 +240,8 @@ def column_sums_kernel(
 
 
 def _blocks(D: int) -> tuple[int, int]:
-    block = min(2048, max(16, triton.next_power_of_2(D)))
-    return triton.cdiv(D, block), block
+    block = min(2048, max(16, power_of_2(D)))
+    return cdiv(D, block), block
 
 
 def row_sums(
@@ -327,7 +328,7 @@ def scaled_rows(x_ND: Tensor, scale_N: Tensor, gain: Tensor) -> Tensor:
 def add_column_sums(out_V: Tensor, x_NV: Tensor, scale_N: Tensor) -> None:
     """``out += x.T @ scale`` in fp32."""
     N, V = x_NV.shape
-    column_sums_kernel[(triton.cdiv(V, 128),)](
+    column_sums_kernel[(cdiv(V, 128),)](
         out_V, x_NV, scale_N, N, V, x_NV.stride(0), BLOCK_N=32, BLOCK_V=128, num_warps=4, **OPTIONS,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Which devices and dtypes the Triton kernels serve, and why not the others."""
+"""Which devices and dtypes the Triton kernels serve, and why not the others; sizes of launches."""
 
 import importlib.util
 
@@ -43,3 +43,14 @@ def _triton_version() -> tuple[int, int]:
 
     major, minor, *_ = triton.__version__.split(".")
     return int(major), int(minor)
+
+
+# Triton's own functions of these names take the host longer than the rest of a launch's arguments.
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least one that is no smaller."""
+    return 1 << (n - 1).bit_length()

@@ -143,7 +143,7 @@ def test_a_shared_prompt_saves_memory():
 def test_steps_do_not_leave_anything_behind():
     import fastdpo.memory as memory
 
-    simulation = memory._Simulation(configuration("Llama"), TrainingConfig(), "cuda")
+    simulation = memory._Simulation(configuration("Llama"), TrainingConfig(), 24.0)
     assert simulation.step(200, 300) == simulation.step(200, 300)
 
 
