@@ -207,8 +207,6 @@ KERNELS = {
             mask("tl.where(scored, miss, 0.0)", "miss"),
             mask("moved = row & (lowest < shift)", "moved = row & (lowest > shift)"),
             mask("if HAS_SOFTCAP:\n        miss", "if not HAS_SOFTCAP:\n        miss"),
-            mask('tl.where(inside, s, float("inf")), 0))', "s, 0))"),
-            mask("inside = moved[:, None] &", "inside = row[:, None] &"),
             mask(
                 "inside = moved[:, None] & (v < V)[None, :]",
                 "inside = moved[:, None] & (v < V + 1)[None, :]",
