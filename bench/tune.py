@@ -46,7 +46,7 @@ def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[Any, ...] | Non
         def projects(self, h_ND: Tensor) -> bool:
             return kernel_tile is not None
 
-        def kernel_tile(self, *, stats: bool = False) -> Tile:
+        def kernel_tile(self, *, narrow: bool = False) -> Tile:
             assert kernel_tile is not None
             return Tile(*kernel_tile)
 

@@ -269,7 +269,7 @@ def run_report(config: ReportConfig) -> None:
 
 
 def run_plan(config: PlanConfig) -> None:
-    from fastdpo.memory import estimate, longest_pair, usable_bytes
+    from fastdpo.memory import estimate, longest_pair
 
     prompt = max(1, config.max_length // 4)
     response = config.max_length - prompt
@@ -278,7 +278,6 @@ def run_plan(config: PlanConfig) -> None:
         f"responses of {response} tokens:"
     )
     gpu_gib = config.gpu_gib
-    usable_bytes(gpu_gib)  # it may be no memory of a GPU
     print(estimate(config.model, config, prompt=prompt, response=response, gpu_gib=gpu_gib))
     print(longest_pair(config.model, config, gpu_gib))
 

@@ -4,8 +4,8 @@ Products whose result is a plain matrix are the matrix library's; the kernels do
 pass each.  The projection is one kernel that folds its tiles in registers, where a copy engine
 feeds it (Hopper and newer, bf16 and fp16); elsewhere, and where a statistic needs the logits of two
 heads at once, it is a bounded fp32 tile that another kernel folds.  Policy and reference of like
-sizes take the same way, so they agree to the bit, unless one call asks for statistics and the other
-does not.
+sizes and layouts take the same way, so they agree to the bit, unless one call asks for statistics
+and the other does not; where tiles are folded, the two calls must have the same workspace too.
 
 Nothing here waits for the device, so a call can be captured in a CUDA graph.
 
@@ -97,6 +97,7 @@ class FusedStreamer:
         else:
             partials = self._partials(h_ND, target_N, stats, stash_NV)
         merged = fold.merge(partials, target_N, self.V, self.shape, stash_NV)
+        del partials  # before the reference's are made
         block = Block(
             merged.logp_N, merged.lse_N, merged.shift_N, stash_NV, merged.own_N, merged.stats
         )
@@ -131,7 +132,7 @@ class FusedStreamer:
         if not self.projects(h_ND):
             return self._fold(h_ND, target_N, stats, stash_NV, None)[0]
         head = self.head
-        tile = self.kernel_tile(stats=with_stats or bool(stats))
+        tile = self.kernel_tile(narrow=with_stats or bool(stats))
         partials = fold.Partials.empty(target_N, self.V, tile.v, stats)
         shift_N = project.row_shifts(h_ND, head.w_VD, head.bias_V, self.shape)
         project.project(
@@ -140,8 +141,10 @@ class FusedStreamer:
         )  # fmt: skip
         return partials
 
-    def kernel_tile(self, *, stats: bool = False) -> project.Tile:
-        return project.tile_for(self.head.w_VD.device, stats=stats)
+    def kernel_tile(self, *, narrow: bool = False) -> project.Tile:
+        head = self.head
+        narrow = narrow or (head.bias_V is not None and head.softcap is not None)
+        return project.tile_for(head.w_VD.device, narrow=narrow)
 
     def _fold(
         self,
@@ -421,7 +424,8 @@ class FusedStreamer:
     def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool) -> Tensor:
         """``x * scale`` of each token summed into its hidden row in fp32, and rounded once.
 
-        With ``reuse`` the memory of ``x_ND`` becomes that of the result, where it can.
+        With ``reuse`` the memory of ``x_ND`` becomes that of the result, if it has its dtype: then
+        ``x`` was rounded before.
         """
         out_TD = x_ND
         if not reuse or x_ND.dtype != rows.h_TD.dtype or rows.rows_N is not None:

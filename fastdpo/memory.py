@@ -124,7 +124,10 @@ def estimate(
             raise ConfigError(f"{name}={value!r} must be a positive number of tokens")
     if device not in _ALIGNED:
         raise ConfigError(f"device={device!r} must be one of {', '.join(_ALIGNED)}")
-    gpu_gib = gpu_gib if device == "cuda" else 0.0
+    if device == "cuda":
+        usable_bytes(gpu_gib)  # it may be no memory of a GPU
+    else:
+        gpu_gib = 0.0
     return _Simulation(_configuration(model), config, gpu_gib).step(prompt, response)
 
 

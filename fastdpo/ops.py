@@ -220,8 +220,9 @@ def linear_logp(
         bias_V: bias of the head, (V,).
         scale: factor on the logits (Cohere, Granite).
         softcap: soft cap on the logits (Gemma 2), in logits.
-        workspace_mib: bound on tiles and stash in MiB; default 256 on a CPU, on a GPU 1/32 of its
-            memory and at least 256.  A result's ``plan`` says what it was.
+        workspace_mib: bound on tiles and stash in MiB; default 256, on a GPU 1/32 of its memory if
+            that is more.  A result's ``plan`` says what it was.  Where the kernels fold tiles
+            (before Hopper, fp32) the last bits depend on it.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -384,7 +385,7 @@ def _make_call(
     """Leave ignored targets out where that costs no synchronization, and plan the call."""
     if workspace_mib is None:
         memory_bytes = 0
-        if h_TD.device.type != "cpu":
+        if h_TD.is_cuda:
             memory_bytes = torch.cuda.get_device_properties(h_TD.device).total_memory
         workspace_mib = default_workspace_mib(memory_bytes)
     workspace_mib = checks.require_number(

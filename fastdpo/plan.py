@@ -15,7 +15,8 @@ workspace streams through it in blocks and has its unit gradient scaled at the e
 buffers of the head's size beside the workspace.  They, and what `frozen` keeps, may take up to
 `ACCUMULATOR_SHARE` workspaces; beyond that the call recomputes.  Only the kernels' `frozen` never
 does: where tokens name their rows it keeps more, since the sum into those rows would need as much,
-and elsewhere it keeps the unit gradients in the memory of the gradient, in the gradient's dtype.
+and elsewhere it keeps the unit gradients in the memory of the gradient, rounded to the gradient's
+dtype, so that a result is rounded twice.
 
 The blocks of rows (`spans`) depend on the sizes alone, not on what needs a gradient, so a policy
 and a reference evaluated on the same packed rows run the same instructions and agree to the bit.
@@ -39,7 +40,7 @@ _MEMORY_SHARE = 32
 
 
 def default_workspace_mib(memory_bytes: int) -> float:
-    """1/32 of a GPU's memory, and at least what a CPU gets, whose memory counts as 0."""
+    """1/32 of a GPU's memory, and at least what other devices get, whose memory counts as 0."""
     return max(LEAST_WORKSPACE_MIB, float(memory_bytes // (_MEMORY_SHARE * MIB)))
 
 
@@ -62,6 +63,8 @@ class Group:
 @dataclass(frozen=True)
 class Plan:
     """Route of one call; ``workspace_bytes`` bounds tiles and stash, accumulators come on top.
+
+    So do sums of statistics: for each of them 4 bytes for every 128 columns of a block's rows.
 
     ``vocab_chunk`` columns of the head are worked on at a time, by the kernels only where they
     recompute.  ``tile_bytes`` of the workspace are the kernels' fp32 tiles of logits, and

@@ -453,7 +453,7 @@ def merge(
         partials.shift_KN, partials.rest_KN, partials.target_z_N, target_N, lse_N, logp_N, own_N,
         shift_N, stash_NV, *partials.stat_list(), *(out.get(name) for name in STATS),
         N, K, V, partials.width, 0 if stash_NV is None else stash_NV.stride(0), head.arguments[1],
-        HAS_SOFTCAP=head.softcap is not None, BLOCK_N=32, BLOCK_K=16, BLOCK_V=128, num_warps=4,
+        HAS_SOFTCAP=head.softcap is not None, BLOCK_N=32, BLOCK_K=16, BLOCK_V=256, num_warps=4,
         **ASSERTING,
     )  # fmt: skip
     return Merged(lse_N, logp_N, own_N, shift_N, out)

@@ -7,7 +7,8 @@ one's operands arrive while this one is folded.  bf16 and fp16; rows must start 
 boundaries.
 
 What is kept of a row is relative to one shift, which has to be known before its first tile is
-folded: `shift_kernel` makes it from the head's first columns.
+folded: `shift_kernel` makes it from some columns all over the head, since the first ones of a
+vocabulary are often special tokens with small logits.
 """
 
 from functools import cache
@@ -35,10 +36,11 @@ class Tile(NamedTuple):
     persistent: bool = False  # a program a multiprocessor, or one a tile
 
 
-# Of ten tiles on an H100 the fastest at D = 4,096 and 576, and within 4% of it at 2,048; none of
-# the others compiles with a stash, a bias and a softcap without spilling registers.
+# Of ten tiles on an H100 (Triton 3.6) the fastest at D = 4,096 and 576, and within 4% of it at
+# 2,048.  Bytes of registers it spills with a stash: none under Triton 3.6, 84 to 236 under 3.9.
 HOPPER = Tile(128, 256, 64, 8, 3, persistent=True)
-HOPPER_STATS = Tile(128, 128, 64, 8, 4, persistent=True)  # what statistics need of the registers
+# Where a tile's logits need more registers: for statistics, and for a bias and a softcap together.
+HOPPER_NARROW = Tile(128, 128, 64, 8, 4, persistent=True)
 BLACKWELL = Tile(128, 128, 64, 8, 4)  # in a loop over tiles a softcap does not compile there
 SMALL = Tile(128, 64, 32, 8, 3)  # for 99 KiB of shared memory
 INTERPRETED = Tile(32, 64, 32, 4, 1, persistent=True)
@@ -47,13 +49,13 @@ INTERPRETED_SHIFT = Tile(32, 32, 32, 4, 1)
 GROUP_M = 8  # row blocks that share a pass over the vocabulary, so that both stay in the L2 cache
 
 
-def tile_for(device: torch.device, *, stats: bool = False) -> Tile:
-    """The shipped tile of a device; ``stats`` if rows are compared that have statistics."""
+def tile_for(device: torch.device, *, narrow: bool = False) -> Tile:
+    """The shipped tile of a device; ``narrow`` for what takes more registers."""
     if device.type != "cuda":
         return INTERPRETED
     family = torch.cuda.get_device_capability(device)[0]
     if family == 9:
-        return HOPPER_STATS if stats else HOPPER
+        return HOPPER_NARROW if narrow else HOPPER
     return BLACKWELL if family == 10 else SMALL
 
 
@@ -89,6 +91,7 @@ def shift_kernel(
     N,
     V,
     D,
+    step,
     scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
@@ -96,12 +99,13 @@ def shift_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The largest logit of BLOCK_M rows in the first BLOCK_V columns of the head."""
+    """The largest logit of BLOCK_M rows in BLOCK_V columns of the head, ``step`` apart."""
     m0 = tl.program_id(0) * BLOCK_M
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for k in tl.range(0, tl.cdiv(D, BLOCK_K)):
         acc = tl.dot(h_desc.load([m0, k * BLOCK_K]), w_desc.load([0, k * BLOCK_K]).T, acc)
-    z = half_logits(acc, bias_ptr, 0, tl.arange(0, BLOCK_V), V, scale, softcap, HAS_SOFTCAP)
+    c = tl.arange(0, BLOCK_V) * step
+    z = half_logits(acc, bias_ptr, 0, c, V, scale, softcap, HAS_SOFTCAP)
     n = m0 + tl.arange(0, BLOCK_M)
     tl.store(shift_ptr + n, tl.maximum(tl.max(z, 1), LOWEST), mask=n < N)
 
@@ -292,6 +296,7 @@ def can_project(h_ND: Tensor, w_VD: Tensor) -> bool:
     return all(
         x.dtype in (torch.bfloat16, torch.float16)
         and x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
         and x.stride(0) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
         for x in (h_ND, w_VD)
@@ -299,14 +304,15 @@ def can_project(h_ND: Tensor, w_VD: Tensor) -> bool:
 
 
 def row_shifts(h_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, head: HeadShape) -> Tensor:
-    """What the exponentials of each row are relative to, from the head's first columns."""
-    N, D = h_ND.shape
+    """What the exponentials of each row are relative to, from some columns all over the head."""
+    (N, D), V = h_ND.shape, w_VD.shape[0]
     tile = INTERPRETED_SHIFT if h_ND.device.type == "cpu" else SHIFT
+    step = max(1, V // tile.v)
     shift_N = torch.empty(N, dtype=torch.float32, device=h_ND.device)
     shift_kernel[(cdiv(N, tile.m),)](
         TensorDescriptor.from_tensor(h_ND, [tile.m, tile.k]),
-        TensorDescriptor.from_tensor(w_VD, [tile.v, tile.k]), bias_V, shift_N, N, w_VD.shape[0], D,
-        *head.arguments, HAS_SOFTCAP=head.softcap is not None, BLOCK_M=tile.m, BLOCK_V=tile.v,
+        TensorDescriptor.from_tensor(w_VD[::step], [tile.v, tile.k]), bias_V, shift_N, N, V, D,
+        step, *head.arguments, HAS_SOFTCAP=head.softcap is not None, BLOCK_M=tile.m, BLOCK_V=tile.v,
         BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
     return shift_N

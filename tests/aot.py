@@ -21,8 +21,14 @@ from typing import Any
 
 KIB = 1024
 # The shared memory that one block may use, as the JIT checks it before a launch.
-SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
-_MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": "v_mfma"}
+SHARED_LIMIT = {
+    "sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+}  # fmt: skip
+_MATRIX = {
+    "sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": r"UTC\w*MMA", "sm_120": "HMMA",
+    "gfx942": "v_mfma",
+}  # fmt: skip
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.MULTILINE)
 _GCN = re.compile(r"^\s+((?:s|v|ds|buffer|global|flat|scratch)_\w+)", re.MULTILINE)
 _FILLER = {"NOP", "s_nop", "s_code_end"}

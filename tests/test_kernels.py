@@ -592,18 +592,19 @@ def head_problem(shape: Shape, dtype: torch.dtype, N: int, V: int, D: int, peak:
     return h_ND, w_VD, bias_V, target_N, product_NV, z_NV, tolerance
 
 
-@pytest.mark.parametrize("columns", [150, 20])
+@pytest.mark.parametrize("V", [150, 64, 20])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_shifts_are_the_largest_of_the_first_columns(name, dtype, columns):
-    shape = SHAPES[name]
-    h_ND, w_VD, bias_V, _, _, z_NV, tolerance = head_problem(shape, dtype, 70, columns, 40)
+def test_shifts_are_the_largest_of_columns_all_over_the_head(name, dtype, V):
+    shape, count = SHAPES[name], project.INTERPRETED_SHIFT.v
+    h_ND, w_VD, bias_V, _, _, z_NV, tolerance = head_problem(shape, dtype, 70, V, 40)
     h_ND, w_VD = spaced(h_ND, 8), spaced(w_VD, 8)
     shift_N = project.row_shifts(h_ND, w_VD, bias_V, shape.head)
-    first = z_NV[:, : project.INTERPRETED_SHIFT.v]
-    assert_within(shift_N, first.amax(1), tolerance, "shift")
+    columns = torch.arange(V)[:: max(1, V // count)][:count]
+    assert len(columns) == min(V, count)
+    assert_within(shift_N, z_NV[:, columns].amax(1), tolerance, "shift")
     if bias_V is not None:  # columns of no probability alone
-        bias_V[: project.INTERPRETED_SHIFT.v] = -INF if shape.head.scale > 0 else INF
+        bias_V[columns] = -INF if shape.head.scale > 0 else INF
         shift_N = project.row_shifts(h_ND, w_VD, bias_V, replace(shape.head, softcap=None))
         assert (shift_N == torch.tensor(-3e38)).all()
 
@@ -664,16 +665,18 @@ def test_project_keeps_columns_of_finished_rows(name, columns):
 
 
 def test_project_gives_larger_tiles_their_own_shift():
-    """Later tiles above the first columns by more than the limit."""
+    """Tiles above the columns of the shift by more than the limit."""
     dtype, tile, V = torch.float16, project.INTERPRETED, 150
     steps = torch.tensor([0.0, 9.0, 11.0, 500.0, -500.0])
     h_ND = torch.zeros(5, 8, dtype=dtype)
     h_ND[:, 0], h_ND[:, 1] = 1.0, steps.to(dtype)
     w_VD = torch.zeros(V, 8, dtype=dtype)
     w_VD[:, 0] = -torch.rand(V).to(dtype)
-    w_VD[7, 0] = w_VD[70, 0] = 0.0
-    w_VD[64:128, 1] = 1.0
-    target_N = torch.tensor([3, 80, 140, 7, 70])
+    w_VD[8, 0] = w_VD[71, 0] = 0.0
+    w_VD[65:128:2, 1] = 1.0  # not the columns of the shift
+    step = V // project.INTERPRETED_SHIFT.v
+    assert step == 4
+    target_N = torch.tensor([3, 81, 140, 8, 71])
     z_NV = h_ND.double() @ w_VD.double().T
     stash_NV = output(5, V, dtype, 10)
     partials = blank_partials(target_N, V, tile.v)
@@ -684,6 +687,7 @@ def test_project_gives_larger_tiles_their_own_shift():
         stash_NC=stash_NV, limit=fold.LIMITS[dtype],
     )  # fmt: skip
     own = torch.where(steps > 10.0, steps, 0.0)
+    own = torch.where(steps < 0, 0.0, own)
     assert torch.equal(partials.shift_KN, torch.stack([torch.zeros(5), own, torch.zeros(5)]))
     assert stash_NV.isfinite().all()
     merged = fold.merge(partials, target_N, V, stash_NV=stash_NV)
@@ -802,6 +806,18 @@ def test_row_sums_of_some_segments():
     assert torch.equal(whole_ID, parts_ID)
     terms = index_sum(I, index_N, a_ND.double().abs())
     assert_within(whole_ID, index_sum(I, index_N, a_ND.double()), 12 * U * terms)
+
+
+def test_row_sums_of_rows_far_apart():
+    """Over 2**31 elements from the first: only the pages that are read come to be."""
+    wide = torch.empty(3 * 2**30 + 16, dtype=torch.bfloat16)
+    b_ND = wide.as_strided((4, 16), (2**30, 1))
+    for n in range(4):
+        b_ND[n] = 2.0**n
+    out_ID = output(2, 16, torch.float32)
+    segments = scatter.Segments.of(torch.tensor([1, 0, 1, 1]), 2)
+    scatter.row_sums(out_ID, segments=segments, b_ND=b_ND, b_scale_N=torch.ones(4))
+    assert torch.equal(out_ID, torch.tensor([[2.0], [13.0]]).expand(2, 16))
 
 
 def test_row_sums_of_a_column():

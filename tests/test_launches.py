@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdpo.plan import default_workspace_mib
+
 pytestmark = interpreter.needs_kernels
 
 N, PAIRS = 8192, 4
@@ -54,7 +56,7 @@ class Kernel:
 
 @pytest.fixture
 def launches(monkeypatch) -> Launches:
-    """A GPU of 80 GiB that projects from descriptors, as far as the host can tell."""
+    """A GPU that projects from descriptors, as far as the host can tell."""
     from fastdpo import fused, ops
     from fastdpo.kernels import fold, pair, project, scatter, support
 
@@ -62,16 +64,28 @@ def launches(monkeypatch) -> Launches:
     for module in (fold, pair, project, scatter):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name, found))
-    gpu = MagicMock(total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(support, "unsupported_reason", lambda *_: None)
-    monkeypatch.setattr(project, "tile_for", lambda device, stats: project.HOPPER)
+    monkeypatch.setattr(project, "tile_for", lambda device, narrow: project.HOPPER)
     monkeypatch.setattr(project, "can_project", lambda h_ND, w_VD: True)
     monkeypatch.setattr(project, "TensorDescriptor", MagicMock())
     monkeypatch.setattr(ops, "_plainly", lambda device: nullcontext())
     empty = torch.empty(2 * PAIRS + 1, dtype=torch.int64, device="meta")
     monkeypatch.setattr(fused, "device_bounds", lambda edges, device: empty[: len(edges)])
     return found
+
+
+def test_the_heads_are_projected():
+    """What the launches above take for granted of operands with the layout of real ones."""
+    from fastdpo.kernels import project
+
+    for D, _ in HEADS.values():
+        rows = torch.empty(2, D, dtype=torch.bfloat16)
+        assert project.can_project(rows, rows)
+
+
+def test_the_default_workspace():
+    assert default_workspace_mib(0) == default_workspace_mib(8 * 2**30) == 256
+    assert default_workspace_mib(80 * 2**30) == 2560
 
 
 @contextmanager
@@ -119,11 +133,11 @@ def call(
     return result.plan, names
 
 
-@pytest.mark.parametrize("workspace_mib", [2560, None])
+@pytest.mark.parametrize("workspace_mib", [2560, default_workspace_mib(79 * 2**30)])
 @pytest.mark.parametrize("head", HEADS)
 def test_a_stash_of_all_rows_takes_at_most_16(launches, head, workspace_mib):
     plan, names = call(launches, head, workspace_mib=workspace_mib)
-    assert plan.route == "stash" and plan.workspace_bytes == 2560 * 2**20
+    assert plan.route == "stash" and plan.workspace_bytes == workspace_mib * 2**20
     assert len(names) <= 16, names
     assert names.count("project_kernel") == 1 and names.count("shift_kernel") == 1
     assert not {"sort", "cumsum", "_assert_async", "zeros", "cat"} & {*names}
@@ -132,15 +146,15 @@ def test_a_stash_of_all_rows_takes_at_most_16(launches, head, workspace_mib):
 @pytest.mark.parametrize("head", HEADS)
 def test_rows_that_tokens_name_take_three_more(launches, head):
     """They are gathered in either pass, and grouped for the sum."""
-    _, plain = call(launches, head)
-    plan, names = call(launches, head, named_rows=True)
+    _, plain = call(launches, head, workspace_mib=2560)
+    plan, names = call(launches, head, named_rows=True, workspace_mib=2560)
     assert plan.route == "stash" and len(names) == len(plain) + 3, names
 
 
 def test_a_reference_head_takes_three_more(launches):
     """Its shift, projection and merge, after the policy's."""
-    _, plain = call(launches, "Llama-3-8B")
-    _, names = call(launches, "Llama-3-8B", ref_head=True)
+    _, plain = call(launches, "Llama-3-8B", workspace_mib=2560)
+    _, names = call(launches, "Llama-3-8B", ref_head=True, workspace_mib=2560)
     assert len(names) == len(plain) + 3, names
     assert names[:6] == ["shift_kernel", "project_kernel", "merge_kernel"] * 2
 
@@ -169,7 +183,7 @@ def test_other_dtypes(launches, dtype, monkeypatch):
     from fastdpo.kernels import project
 
     monkeypatch.setattr(project, "can_project", lambda h_ND, w_VD: dtype != torch.float32)
-    plan, names = call(launches, "SmolLM2", dtype)
+    plan, names = call(launches, "SmolLM2", dtype, workspace_mib=2560)
     assert plan.route == "stash"
     if dtype == torch.float16:
         assert len(names) <= 20, names

@@ -256,6 +256,7 @@ KERNELS = {
                 "acc = tl.dot(h_desc.load([m0, k * BLOCK_K])", "acc = tl.dot(h_desc.load([m0, 0])"
             ),
             scale("w_desc.load([0, k * BLOCK_K]).T", "w_desc.load([BLOCK_V, k * BLOCK_K]).T"),
+            scale("c = tl.arange(0, BLOCK_V) * step", "c = tl.arange(0, BLOCK_V)"),
             sign("tl.maximum(tl.max(z, 1), LOWEST)", "tl.maximum(-tl.min(z, 1), LOWEST)"),
         ],
     ),
@@ -357,6 +358,7 @@ KERNELS = {
             mask("known = (first >= 0) & (first < N)", "known = first >= 0"),
             mask("mask=known, other=-1) == offset + i", "mask=known, other=-1) >= 0"),
             mask("        if ACCUMULATE and base_ptr is None:", "        if ACCUMULATE:"),
+            scale("n = n.to(tl.int64)", "n = n.to(tl.int32)"),
             scale("tl.load(start_ptr + offset + i)", "tl.load(start_ptr + i)"),
             mask(
                 "tile = token[:, None] & column[None, :]", "tile = token[:, None] & (column | True)"
