@@ -262,8 +262,9 @@ def row_sums(
 ) -> None:
     """Write (or add to) rows: see `row_sums_kernel`.  ``offset`` is the first row's segment."""
     rows, D = out_ID.shape
-    # Several rows of fp32 products at a time take the registers of a wide block.
-    grid_d, block = _blocks(D, 2048 if segments is None or a_ND is None else 1024)
+    # Several rows of fp32 numbers at a time take the registers of a wide block.
+    in_fp32 = any(x is not None and x.dtype == torch.float32 for x in (a_ND, b_ND))
+    grid_d, block = _blocks(D, 1024 if segments is not None and in_fp32 else 2048)
     s = segments
     group = (None,) * 4 if s is None else (s.index_N, s.order_N, s.size_N, s.start_I)
     stride = [0 if x is None else x.stride(0) for x in (base_ID, a_ND, b_ND)]
