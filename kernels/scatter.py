@@ -13,8 +13,8 @@ from torch import Tensor
 from .pointwise import ASSERTING, OPTIONS
 from .support import cdiv, power_of_2
 
-# Tokens that are put in order by comparing each with each, in one launch; a sort takes a dozen.
-# An estimate that no GPU has confirmed: a billion comparisons are under a millisecond.
+# Tokens that are put in order by comparing each with each, in one launch; a sort takes many.  An
+# estimate that no GPU has confirmed.
 MOST_COMPARED = 32768
 
 
