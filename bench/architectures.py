@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.attention import keep_softcap
+from fastdpo.model.attention import keep_softcap
 
 VOCAB = 320  # of tests/tiny.py's tokenizer
 WINDOW = 24

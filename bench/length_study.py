@@ -62,22 +62,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.control import neutral_alpha
-from fastdpo.data import (
-    Text,
-    preference_rows,
-    prompt_rows,
-    read_rows,
-    render_prompt,
-)
-from fastdpo.evaluation import NORMAL, quantile
-from fastdpo.gemm import has_native_bf16
-from fastdpo.models import load_tokenizer, save_policy
-from fastdpo.report import prompt_means
-from fastdpo.rounds import IterateConfig, iterate
-from fastdpo.rules import best_worst
-from fastdpo.sampling import SamplingConfig, open_sampler, sample
-from fastdpo.scoring import load_scorer, score
+from fastdpo.data.records import Text
+from fastdpo.data.rows import preference_rows, prompt_rows, read_rows, render_prompt
+from fastdpo.errors import ConfigError
+from fastdpo.loss.gemm import has_native_bf16
+from fastdpo.model.load import load_tokenizer, save_policy
+from fastdpo.pair.rules import best_worst
+from fastdpo.report.evaluation import NORMAL, quantile
+from fastdpo.report.summary import prompt_means
+from fastdpo.rounds.run import IterateConfig, iterate
+from fastdpo.sample.stage import SamplingConfig, open_sampler, sample
+from fastdpo.score.stage import load_scorer, score
 from fastdpo.storage import (
     read_json,
     read_parts,
@@ -85,7 +80,8 @@ from fastdpo.storage import (
     write_json_atomic,
     write_jsonl_atomic,
 )
-from fastdpo.trainer import ConfigError, TrainingConfig
+from fastdpo.train.control import neutral_alpha
+from fastdpo.train.trainer import TrainingConfig
 
 from .measure import where
 from .report import LINES, load, markdown_table
@@ -1039,7 +1035,7 @@ def main(arguments: list[str] | None = None) -> int:
             plot(rows, [picture])
             print(markdown(rows, [picture.name]))
         return 0
-    from fastdpo.models import demo_model
+    from fastdpo.model.load import demo_model
 
     args.model = args.model or demo_model()
     if AUTO in args.arms and not has_auto():

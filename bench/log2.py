@@ -1,6 +1,6 @@
 """`python -m bench.log2`: a policy that does not move has the loss of a coin, log 2, in every step.
 
-Three epochs of `fastdpo.trainer.train` at learning rate 1e-12 for tiny models of 20 families
+Three epochs of `fastdpo.train.trainer.train` at learning rate 1e-12 for tiny models of 20 families
 (`bench.architectures`), in fp32 and bf16, each packed in every layout that it has, with LoRA, and
 with reference log-probs that an earlier run cached with another seed and other batches.  The table
 says how far from log 2 the worst loss of a run is; ``bench/LOG2.md`` keeps it.
@@ -20,9 +20,9 @@ import torch
 
 from bench import architectures
 from bench.sweep import VARIANTS, Case, random_pairs
-from fastdpo.batch import LAYOUTS, TokenizedPair
-from fastdpo.models import ModelError
-from fastdpo.trainer import TrainingConfig, train
+from fastdpo.data.batch import LAYOUTS, TokenizedPair
+from fastdpo.errors import ModelError
+from fastdpo.train.trainer import TrainingConfig, train
 
 TABLE = Path(__file__).with_name("LOG2.md")
 _LLAMAS = ("linear", "dynamic", "yarn", "llama3")

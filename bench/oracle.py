@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastdpo import reference
+from fastdpo.loss import reference
 
 from .variants import FORWARD, FROZEN, WITH_REFERENCE, Problem, pair_loss
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from fastdpo.evaluation import quantile
-from fastdpo.report import prompt_means
-from fastdpo.rounds import IterateConfig, iterate
+from fastdpo.report.evaluation import quantile
+from fastdpo.report.summary import prompt_means
+from fastdpo.rounds.run import IterateConfig, iterate
 from fastdpo.storage import write_json_atomic
 
 

@@ -29,10 +29,11 @@ from typing import Any
 import torch
 
 import fastdpo
-from fastdpo.data import PromptRow, prompt_rows, read_rows, render_prompt
-from fastdpo.models import load_causal_lm, load_tokenizer
-from fastdpo.samplers import BACKENDS, GenerateSampler, Sampler, SamplingConfig
-from fastdpo.sampling import open_sampler, sample
+from fastdpo.data.records import Prompt
+from fastdpo.data.rows import prompt_rows, read_rows, render_prompt
+from fastdpo.model.load import load_causal_lm, load_tokenizer
+from fastdpo.sample.samplers import BACKENDS, GenerateSampler, Sampler, SamplingConfig
+from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.storage import read_json, read_parts
 
 from .measure import where
@@ -83,7 +84,7 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.tokenizer = load_tokenizer(args.model)
-        self.prompts: list[PromptRow] = prompt_rows(read_rows(args.prompts))[: args.limit]
+        self.prompts: list[Prompt] = prompt_rows(read_rows(args.prompts))[: args.limit]
         self.prompt_ids = [
             render_prompt(row.prompt, self.tokenizer, as_chat=True) for row in self.prompts
         ]

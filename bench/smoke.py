@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo import linear_kl, linear_logp, linear_preference_loss, objectives, reference
+from fastdpo import linear_kl, linear_logp, linear_preference_loss
+from fastdpo.loss import objectives, reference
 
 from .measure import DTYPES, attempt, max_error, relative
 from .report import grouped, latest_build, markdown_table, number, setting

@@ -55,8 +55,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastdpo.batch import TokenizedPair
-from fastdpo.data import preference_rows, read_rows, tokenize_dataset
+from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.rows import preference_rows, read_rows, tokenize_dataset
 
 from .measure import OUT_OF_MEMORY, installed, release, summary, where
 from .report import bars, grouped, load, markdown_table, number
@@ -174,7 +174,7 @@ def read_pairs(dataset: str, model: str, max_length: int) -> list[TokenizedPair]
     """The token ids of a dataset's pairs, by the rules of `fastdpo train` (and of TRL)."""
     from dataclasses import replace
 
-    from fastdpo.models import load_tokenizer
+    from fastdpo.model.load import load_tokenizer
 
     rows = read_rows(dataset)
     rows = replace(rows, rows=list(map(as_preference, rows.rows)))
@@ -1027,7 +1027,7 @@ def run(
 
 
 def model_of(args: argparse.Namespace) -> str:
-    from fastdpo.models import demo_model
+    from fastdpo.model.load import demo_model
 
     return shape_model(args.shape) if args.shape else args.model or demo_model()
 

@@ -1,7 +1,7 @@
 """One variant's trainings in a process of its own: a step for each word of `bench.step`.
 
-The trainers are whole and unchanged: TRL's `DPOTrainer` and `fastdpo.trainer.train`. TRL is only
-handed token ids instead of text, in the order of fastdpo's plan. A step lasts from the parent's
+The trainers are whole and unchanged: TRL's `DPOTrainer` and `fastdpo.train.trainer.train`. TRL is
+only handed token ids instead of text, in the order of fastdpo's plan. A step lasts from the parent's
 word to the end of the loop's turn, so fetching the pairs, the reference, both passes, clipping, the
 optimizer and the log are all in it.
 """
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastdpo.batch import TokenizedPair, plan_steps
+from fastdpo.data.batch import TokenizedPair, plan_steps
 
 from .measure import OUT_OF_MEMORY, is_out_of_memory, release
 from .peak import resident_mib
@@ -183,7 +183,7 @@ def planned(pairs: list[TokenizedPair], batch_size: int, seed: int) -> list[list
 
 
 def train_fastdpo(job: dict[str, Any], turns: Turns) -> None:
-    from fastdpo.trainer import TrainingConfig, train
+    from fastdpo.train.trainer import TrainingConfig, train
 
     def on_step(row: dict[str, float]) -> None:
         found = {name: row[name] for name in METRICS}
@@ -297,7 +297,7 @@ def train_trl(job: dict[str, Any], turns: Turns) -> None:
 
 def tokenizer_of(model: str) -> Any:
     """TRL asks it for the padding token only."""
-    from fastdpo.models import load_tokenizer
+    from fastdpo.model.load import load_tokenizer
 
     return load_tokenizer(model)
 
@@ -335,7 +335,7 @@ def gold(job: dict[str, Any], turns: Turns) -> None:
 ROUTES = {"fastdpo": train_fastdpo, "peer": train_trl, GOLD: gold}
 # What takes long to import, before the first job is known.
 IMPORTS = {
-    "fastdpo": ("fastdpo.trainer", "transformers.models.auto.modeling_auto"),
+    "fastdpo": ("fastdpo.train.trainer", "transformers.models.auto.modeling_auto"),
     "peer": ("trl.trainer.dpo_trainer", "datasets"),
     GOLD: ("transformers.models.auto.modeling_auto",),
 }

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from bench import architectures
 from bench.measure import where
-from fastdpo import reference
-from fastdpo.batch import LAYOUTS, TokenizedPair, pack_pairs
-from fastdpo.models import ModelError
-from fastdpo.policy import layout_of, packed_loss, prepare_model
+from fastdpo.data.batch import LAYOUTS, TokenizedPair, pack_pairs
+from fastdpo.errors import ModelError
+from fastdpo.loss import reference
+from fastdpo.model.prepare import layout_of, packed_loss, prepare_model
 
 TABLE = Path(__file__).with_name("ARCHITECTURES.md")
 SECONDS = 240.0  # of one model

@@ -1,4 +1,4 @@
-"""`python -m bench.tune`: constants of `fastdpo.plan` and `fastdpo.kernels`, measured on a GPU.
+"""`python -m bench.tune`: constants of `loss.plan` and of the kernels, measured on a GPU.
 
 For each head: the forward of one block, without and with a stash, by a tile of each size that is
 folded and by the fused kernel with each tile; then the backward from the stash with each size of
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.plan import MIB, make_plan
+from fastdpo.loss.plan import MIB, make_plan
 
 from .measure import interleaved_ms, where
 from .variants import SHAPES, Problem, make_problem
@@ -38,9 +38,9 @@ LOGP_LIMIT = 1e-4  # a wide head's fp32 product is off by more than half of it
 
 def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[Any, ...] | None):
     """A streamer that folds tiles of a size, or projects with a kernel's tile."""
-    from fastdpo.fused import FusedStreamer
     from fastdpo.kernels.project import Tile
-    from fastdpo.streaming import Head
+    from fastdpo.loss.fused import FusedStreamer
+    from fastdpo.loss.streaming import Head
 
     class Forced(FusedStreamer):
         def projects(self, h_ND: Tensor) -> bool:
@@ -62,7 +62,7 @@ def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[Any, ...] | Non
 
 def candidates(problem: Problem) -> dict[str, Callable[[], Any]]:
     """Calls by name; one that fails or is wrong is left out, with a line that says so."""
-    from fastdpo.streaming import Grads, Needs
+    from fastdpo.loss.streaming import Grads, Needs
 
     h, target = problem.h_ND.detach(), problem.target_N
     sample, gold = sampled_logp(problem)

@@ -1,7 +1,7 @@
 """Length-regularized DPO, fast and exact: a fused loss without logits and an iterative trainer."""
 
-from fastdpo import objectives, reference
-from fastdpo.ops import (
+from fastdpo.loss import objectives, reference
+from fastdpo.loss.ops import (
     LinearDPOLoss,
     PreferenceLoss,
     linear_dpo_loss,

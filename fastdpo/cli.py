@@ -19,12 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo import __version__
-from fastdpo.checks import is_default
-from fastdpo.data import DataError
-from fastdpo.models import ModelError
-from fastdpo.rounds import IterateConfig
-from fastdpo.stages import PairConfig, SampleConfig, ScoreConfig, run_pair, run_sample, run_score
-from fastdpo.trainer import ConfigError, TrainingConfig, check_control, require
+from fastdpo.errors import ConfigError, DataError, ModelError, is_default, require
+from fastdpo.rounds.run import IterateConfig
+from fastdpo.rounds.stages import (
+    PairConfig,
+    SampleConfig,
+    ScoreConfig,
+    run_pair,
+    run_sample,
+    run_score,
+)
+from fastdpo.train.trainer import TrainingConfig, check_control
 
 
 @dataclass(kw_only=True)
@@ -119,14 +124,14 @@ def _quiet_loading() -> None:
 
 
 def run_train(config: TrainConfig) -> None:
-    from fastdpo.clock import KEY, rendering_at
-    from fastdpo.control import LengthController
-    from fastdpo.data import preference_rows, read_rows, tokenize_dataset
-    from fastdpo.models import check_start, load_tokenizer, stop_ids
-    from fastdpo.pairing import load_pairs, split_stages
-    from fastdpo.rounds import response_lengths
+    from fastdpo.data.clock import KEY, rendering_at
+    from fastdpo.data.rows import preference_rows, read_rows, tokenize_dataset
+    from fastdpo.model.load import check_start, load_tokenizer, stop_ids
+    from fastdpo.pair.stage import load_pairs, split_stages
+    from fastdpo.rounds.run import response_lengths
     from fastdpo.storage import locked, read_json, write_json_atomic
-    from fastdpo.trainer import train
+    from fastdpo.train.control import LengthController
+    from fastdpo.train.trainer import train
 
     _quiet_loading()
     for name in (config.model, config.reference):
@@ -193,7 +198,7 @@ def _rendered_at(path: Path) -> str:
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
 
-    from fastdpo.clock import KEY, now
+    from fastdpo.data.clock import KEY, now
     from fastdpo.storage import read_json
 
     time = [read_json(path)[KEY] if path.is_file() else now()]
@@ -203,8 +208,8 @@ def _rendered_at(path: Path) -> str:
 
 
 def run_iterate(config: IterateConfig) -> None:
-    from fastdpo import report
-    from fastdpo.rounds import iterate
+    from fastdpo.report import summary as report
+    from fastdpo.rounds.run import iterate
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -227,8 +232,8 @@ def run_iterate(config: IterateConfig) -> None:
 def run_demo(config: DemoConfig) -> None:
     import torch
 
-    from fastdpo.gemm import has_native_bf16
-    from fastdpo.models import demo_model
+    from fastdpo.loss.gemm import has_native_bf16
+    from fastdpo.model.load import demo_model
 
     bf16 = torch.cuda.is_available() or has_native_bf16()
     _quiet_loading()
@@ -263,13 +268,13 @@ def run_demo(config: DemoConfig) -> None:
 
 
 def run_report(config: ReportConfig) -> None:
-    from fastdpo.report import html
+    from fastdpo.report.summary import html
 
     print(f"report: {html(Path(config.output_dir))}")
 
 
 def run_plan(config: PlanConfig) -> None:
-    from fastdpo.memory import estimate, longest_pair
+    from fastdpo.plan.memory import estimate, longest_pair
 
     prompt = max(1, config.max_length // 4)
     response = config.max_length - prompt
@@ -285,8 +290,8 @@ def run_plan(config: PlanConfig) -> None:
 def run_doctor(config: DoctorConfig) -> None:
     import torch
 
-    from fastdpo.gemm import has_native_bf16
     from fastdpo.kernels import support
+    from fastdpo.loss.gemm import has_native_bf16
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -323,8 +328,8 @@ def run_doctor(config: DoctorConfig) -> None:
 
 
 def _attention(device: Any) -> str:
-    """What packed attention runs on; `fastdpo.attention.route` decides it for each call."""
-    from fastdpo.attention import has_flash_attn, varlen_options
+    """What packed attention runs on; `fastdpo.model.attention.route` decides it for each call."""
+    from fastdpo.model.attention import has_flash_attn, varlen_options
 
     if device.type != "cuda":
         return "PyTorch SDPA, one call a packed segment"

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data import DataError, read_rows
+from fastdpo.data.rows import read_rows
+from fastdpo.errors import DataError
 
 _PLAN = "plan.json"
 _PART_NAME = re.compile(r"part-(\d{5,})\.jsonl")

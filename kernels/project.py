@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 
 # Chosen among ten by the times of a sketch of this kernel on an H100, for all widths: a row must
-# not depend on what is kept of it.  Its spills are bounded in tests/test_aot.py.
+# not depend on what is kept of it.  Its spills are bounded in tests/kernels/test_aot.py.
 HOPPER = Tile(128, 256, 64, 8, 3, persistent=True)
 # Where a tile's logits need more registers: for statistics, and for a bias and a softcap together.
 HOPPER_NARROW = Tile(128, 128, 64, 8, 4, persistent=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdpo import linear_preference_loss, reference
-from fastdpo.ops import PreferenceLoss
-from fastdpo.plan import MIB, Plan, make_plan
+from fastdpo import linear_preference_loss
+from fastdpo.loss import reference
+from fastdpo.loss.ops import PreferenceLoss
+from fastdpo.loss.plan import MIB, Plan, make_plan
 
 BETA = 0.3
 PAIR_SIZES = (4, 3, 9, 8, 2, 3, 5, 5)

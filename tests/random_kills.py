@@ -39,7 +39,7 @@ def attempt(argv: list[str], run: Path, stage: int | None, delay: float = 0.0) -
 
 def watch(times: Path, target: int | None, delay: float) -> None:
     """In this process, note how long stages take, and set the clock of the end in one of them."""
-    from fastdpo import rounds
+    from fastdpo.rounds import run as rounds
 
     run_stage = rounds._Run._stage
 
@@ -74,7 +74,12 @@ def work(run: Path) -> dict[str, list[int]]:
 
 def main() -> None:
     seed, kills, out, argv = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
-    for name in ("fastdpo.cli", "fastdpo.rounds", "transformers.generation.utils", "accelerate"):
+    for name in (
+        "fastdpo.cli",
+        "fastdpo.rounds.run",
+        "transformers.generation.utils",
+        "accelerate",
+    ):
         importlib.import_module(name)
     rng, whole, run = random.Random(seed), out / "whole", out / "killed"
     codes = [attempt(argv, whole, None)]

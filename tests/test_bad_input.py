@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from fastdpo import LinearDPOLoss, linear_dpo_loss, linear_logp, linear_preference_loss
 from fastdpo.kernels import support
-from fastdpo.objectives import lr_dpo, nca_pair
-from fastdpo.reference import IGNORE
+from fastdpo.loss.objectives import lr_dpo, nca_pair
+from fastdpo.loss.reference import IGNORE
 
 D, V, PAIRS, L = 6, 17, 2, 5
 SIZES = (3, 2, 4, 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import LLAMA, save_tiny
 
 from fastdpo.cli import main, parse
-from fastdpo.trainer import ConfigError
+from fastdpo.errors import ConfigError
 
 ROW = {"prompt": "tell me", "chosen": " nice walks", "rejected": " no idea"}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import LLAMA, build_tokenizer
 
-from fastdpo import reference
+from fastdpo.loss import reference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -14,11 +14,11 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from fastdpo import attention, head, policy, rope
-from fastdpo.checks import require_number
-from fastdpo.models import ModelError
-from fastdpo.ops import LinearDPOLoss, PreferenceLoss
-from fastdpo.trainer import ConfigError
+from fastdpo.errors import ConfigError, ModelError
+from fastdpo.loss.checks import require_number
+from fastdpo.loss.ops import LinearDPOLoss, PreferenceLoss
+from fastdpo.model import attention, head, rope
+from fastdpo.model import prepare as policy
 
 # Options of DPOConfig that mean here what they mean in TRL, by what acts on them.
 HONOURED = {

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data import read_rows
+from fastdpo.data.rows import read_rows
 from fastdpo.storage import write_jsonl_atomic
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \n]?")

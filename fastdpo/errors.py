@@ -1,0 +1,41 @@
+"""The three errors that a user can mend, and the checks of options that raise them.
+
+Each says in one line which argument, option, file or row is wrong, its value, and what to do.
+"""
+
+import math
+from dataclasses import MISSING, fields
+from typing import Any
+
+
+class DataError(ValueError):
+    """Something is wrong with the data; the message says where, what, and how to fix it."""
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot be loaded or used."""
+
+
+class ConfigError(ValueError):
+    """An option with an impossible value; the message begins with ``name=value``."""
+
+
+def require(config: Any, name: str, holds: bool, wanted: str) -> None:
+    """Raise a `ConfigError` unless the option holds; NaN and infinity never do."""
+    value = getattr(config, name)
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not (holds and finite):
+        raise ConfigError(f"{name}={value} must be {wanted}")
+
+
+def require_used(config: Any, name: str, used: bool, otherwise: str) -> None:
+    """Raise a `ConfigError` where an option that nothing uses is not at its default."""
+    idle = not used and not is_default(config, name)
+    require(config, name, not idle, f"left out, where it has no effect, or {otherwise}")
+
+
+def is_default(config: Any, name: str) -> bool:
+    """Whether a field of a dataclass has its default value, as one that nothing uses must."""
+    field = next(field for field in fields(config) if field.name == name)
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return getattr(config, name) == default

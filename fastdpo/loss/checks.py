@@ -1,0 +1,254 @@
+"""Validation of the ops' arguments: one clear error that names the argument, before any work.
+
+Shapes, dtypes and devices are checked everywhere; values only where looking at them costs no
+synchronization, that is for tensors on the CPU.  Elsewhere wrong values trip a device assert: one
+of the kernel that reads them anyway (``in_kernel``), or one of PyTorch.
+"""
+
+import inspect
+import math
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IMPLS = ("auto", "triton", "torch")
+
+
+def require_tensor(name: str, x: Any, ndim: int, letters: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    dtensor = sys.modules.get("torch.distributed.tensor")  # slow to import, so not for its own sake
+    if dtensor is not None and isinstance(x, dtensor.DTensor):
+        raise TypeError(
+            f"{name} is a DTensor (FSDP2 or tensor parallel): its gradient would be silently wrong "
+            "here. Call the head as a module inside the wrapped model's forward "
+            "(fastdpo.head.attach), where the hooks hand over the plain parameter"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions {letters}, got {tuple(x.shape)}")
+    return x
+
+
+def require_number(
+    name: str, x: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> float:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):  # traceable by torch 2.8
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if isinstance(x, int) and abs(x) > sys.float_info.max:
+        raise ValueError(f"{name} must fit a float, got an integer of {x.bit_length()} bits")
+    below = x <= low if open_low else x < low
+    if not math.isfinite(x) or below or x > high:
+        bounds = f"{'>' if open_low else '>='} {low:g}" + (
+            f" and <= {high:g}" if high < 1e300 else ""
+        )
+        wanted = "a finite number" + (f" {bounds}" if low > -1e300 else "")
+        raise ValueError(f"{name} must be {wanted}, got {x}")
+    return float(x)
+
+
+def require_device(name: str, x: Tensor, device: torch.device, other: str = "h_TD") -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, but {other} is on {device}; move it there")
+
+
+def choose_impl(impl: Any, h_TD: Any) -> str:
+    """ "triton" or "torch"; one that cannot run is refused, nothing falls back silently.
+
+    "auto" is Triton on CUDA and ROCm, except for fp64, which only PyTorch computes.
+    """
+    if not isinstance(impl, str) or impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    device, dtype = torch.device("cpu"), torch.float32
+    if isinstance(h_TD, Tensor):
+        device, dtype = h_TD.device, h_TD.dtype
+    if impl == "torch" or (impl == "auto" and (device.type != "cuda" or dtype == torch.float64)):
+        return "torch"
+    from fastdpo.kernels import support
+
+    reason = support.unsupported_reason(device, dtype)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} cannot run: {reason}; use impl='torch'")
+    return "triton"
+
+
+def check_head(
+    h: Any, w: Any, bias: Any, scale: Any, softcap: Any, *, prefix: str = ""
+) -> tuple[float, float | None]:
+    """Hidden rows (T, D) and the head: weight (V, D), bias (V,), scale and softcap."""
+    h_name, w_name, bias_name = f"{prefix}h_TD", f"{prefix}w_VD", f"{prefix}bias_V"
+    require_tensor(h_name, h, 2, "(T, D)")
+    require_tensor(w_name, w, 2, "(V, D)")
+    if h.dtype not in _FLOATS:
+        raise TypeError(f"{h_name} must be float16, bfloat16, float32 or float64, got {h.dtype}")
+    if w.dtype != h.dtype:
+        raise TypeError(f"{w_name} is {w.dtype} but {h_name} is {h.dtype}; cast one to the other")
+    require_device(w_name, w, h.device, h_name)
+    if w.numel() == 0:
+        raise ValueError(
+            f"{w_name} is empty {tuple(w.shape)}: under DeepSpeed ZeRO-3 a weight has no content "
+            "outside its module's forward; call the head as a module (fastdpo.head.attach)"
+        )
+    if h.shape[1] != w.shape[1]:
+        raise ValueError(
+            f"{h_name} {tuple(h.shape)} and {w_name} {tuple(w.shape)} must have the same "
+            "last dimension D"
+        )
+    if bias is not None:
+        require_tensor(bias_name, bias, 1, "(V,)")
+        require_device(bias_name, bias, h.device, h_name)
+        if bias.dtype != h.dtype:
+            raise TypeError(f"{bias_name} is {bias.dtype} but {h_name} is {h.dtype}")
+        if bias.shape[0] != w.shape[0]:
+            raise ValueError(f"{bias_name} must have V={w.shape[0]} entries, got {bias.shape[0]}")
+    scale = require_number("scale", scale)
+    if scale == 0:
+        raise ValueError("scale must not be 0")
+    if softcap is not None:
+        softcap = require_number("softcap", softcap, low=0, open_low=True)
+    return scale, softcap
+
+
+def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bool = False) -> None:
+    """Targets (N,) int64 in [0, V) or -100; rows (N,) int64 in [0, T)."""
+    require_tensor("target_N", target, 1, "(N,)")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target_N must be int64, got {target.dtype}")
+    require_device("target_N", target, h_TD.device)
+    T, N = h_TD.shape[0], target.shape[0]
+    if N == 0:
+        raise ValueError("target_N is empty: there is nothing to score")
+    if rows is None:
+        if N != T:
+            raise ValueError(
+                f"target_N has {N} targets but h_TD has {T} rows; pass rows_N to say which hidden "
+                "row predicts which target"
+            )
+    else:
+        require_tensor("rows_N", rows, 1, "(N,)")
+        if rows.dtype != torch.int64:
+            raise TypeError(f"rows_N must be int64, got {rows.dtype}")
+        require_device("rows_N", rows, h_TD.device)
+        if rows.shape[0] != N:
+            raise ValueError(f"rows_N has {rows.shape[0]} entries but target_N has {N}")
+        if not (in_kernel and rows.device.type != "cpu"):
+            _check_range("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
+    if in_kernel and target.device.type != "cpu":
+        return
+    valid = ((target >= 0) & (target < V)) | (target == IGNORE)
+    _check_range("target_N", target, valid, f"0 <= target < V={V} or -100")
+
+
+def _check_range(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
+    if x.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be {wanted}")
+    elif not valid.all():
+        i = int(valid.logical_not().nonzero()[0])
+        raise ValueError(f"{name}[{i}] = {x[i].item()} is out of range; wanted {wanted}")
+
+
+def check_objective(objective: Any) -> None:
+    """A function of the six arguments of `fastdpo.objectives`."""
+    wanted = "one of fastdpo.objectives (such as lr_dpo(beta=0.1)) or a function of their signature"
+    if not callable(objective):
+        raise TypeError(f"objective must be {wanted}, got {type(objective).__name__}")
+    try:
+        signature = inspect.signature(objective)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind(*range(6))
+    except TypeError as error:
+        raise TypeError(f"objective must be {wanted}, got {objective!r}: {error}") from None
+
+
+def check_pair_losses(loss_P: Any, count: int) -> None:
+    """What an objective returned."""
+    if not isinstance(loss_P, Tensor) or loss_P.shape != (count,):
+        got = tuple(loss_P.shape) if isinstance(loss_P, Tensor) else type(loss_P).__name__
+        raise ValueError(f"objective must return one loss a pair, shape ({count},); got {got}")
+
+
+def check_bounds(bounds: Any, target: Tensor) -> list[int]:
+    """Cumulative sequence bounds (S + 1,), S even, as Python integers."""
+    require_tensor("bounds_S1", bounds, 1, "(S + 1,)")
+    if bounds.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"bounds_S1 must be int64 or int32, got {bounds.dtype}")
+    if bounds.device.type != "cpu":
+        raise ValueError(
+            f"bounds_S1 must live on the CPU, got {bounds.device}: the route of the call is chosen "
+            "from it without a synchronization"
+        )
+    edges: list[int] = bounds.tolist()
+    if len(edges) < 3 or len(edges) % 2 == 0:
+        raise ValueError(
+            f"bounds_S1 must bound an even number of sequences (chosen, rejected, ...), so have an "
+            f"odd number of entries, at least 3; got {len(edges)}"
+        )
+    if edges[0] != 0 or edges[-1] != target.shape[0]:
+        raise ValueError(
+            f"bounds_S1 must run from 0 to N={target.shape[0]} (the number of targets), "
+            f"got {edges[0]} to {edges[-1]}"
+        )
+    for s, (start, stop) in enumerate(pairwise(edges)):
+        if stop < start:
+            raise ValueError(f"bounds_S1 must increase, but goes from {start} to {stop} at {s + 1}")
+        if stop == start:
+            raise ValueError(f"{_sequence(s)} is empty: bounds_S1[{s}] = bounds_S1[{s + 1}]")
+    return edges
+
+
+def check_lengths(lengths: Sequence[int]) -> None:
+    """Every sequence has a scored token."""
+    for s, length in enumerate(lengths):
+        if length == 0:
+            raise ValueError(f"{_sequence(s)} is empty: all its targets are -100")
+
+
+def check_device_lengths(lengths_S: Tensor) -> None:
+    """The same for counts that lie on a device."""
+    message = "a response is empty: all its targets are -100"
+    torch.ops.aten._assert_async.msg((lengths_S > 0).all(), message)
+
+
+def _sequence(s: int) -> str:
+    return f"the {'rejected' if s % 2 else 'chosen'} response of pair {s // 2}"
+
+
+def check_vector(
+    name: str,
+    x: Any,
+    count: int,
+    letter: str,
+    device: torch.device,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    in_kernel: bool = False,
+) -> Tensor:
+    """A finite float vector with one entry a sequence or pair."""
+    require_tensor(name, x, 1, f"({letter},)")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a float tensor, got {x.dtype}")
+    require_device(name, x, device)
+    if x.shape[0] != count:
+        raise ValueError(f"{name} must have {letter}={count} entries, got {x.shape[0]}")
+    if x.requires_grad:
+        raise ValueError(f"{name} must not require a gradient; detach it")
+    if in_kernel and x.device.type != "cpu":
+        return x
+    valid = x.isfinite() & (x >= low) & (x <= high)
+    wanted = "finite" + (f" and in [{low:g}, {high:g}]" if low > -1e300 else "")
+    if x.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be {wanted}")
+    elif not valid.all():
+        i = int(valid.logical_not().nonzero()[0])
+        raise ValueError(f"{name}[{i}] = {x[i].item()} must be {wanted}")
+    return x

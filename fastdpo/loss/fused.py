@@ -1,0 +1,536 @@
+"""The head through the Triton kernels: the blocks of `fastdpo.loss.streaming`, on a GPU.
+
+Products whose result is a plain matrix are the matrix library's; the kernels do the rest in one
+pass each.  The projection is one kernel that folds its tiles in registers, where a copy engine
+feeds it (Hopper and newer, bf16 and fp16); elsewhere, and where a statistic needs the logits of two
+heads at once, it is a bounded fp32 tile that another kernel folds.  Policy and reference of like
+sizes and layouts take the same way, so they agree to the bit, unless one call asks for statistics
+and the other does not; where tiles are folded, the two calls must have the same workspace too.
+
+Nothing here waits for the device, so a call can be captured in a CUDA graph.
+
+Legend: N rows of the block, D hidden, V vocabulary, C columns of a tile, R rows of a tile, K tiles,
+T hidden rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.kernels import fold, pair, project, scatter
+from fastdpo.loss.gemm import fp32_product
+from fastdpo.loss.objectives import kind_of
+from fastdpo.loss.passes import Call, Pairs, Scored
+from fastdpo.loss.plan import Plan
+from fastdpo.loss.streaming import IGNORE, Block, Grads, Head, Needs, Rows
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized matrix whose rows start at 128-byte boundaries, as fast products want."""
+    return torch.empty(rows, padded(columns), dtype=dtype, device=device)[:, :columns]
+
+
+def padded(columns: int) -> int:
+    return -(-columns // 64) * 64
+
+
+def tiles(total: int, most: int) -> list[slice]:
+    """At most ``most`` wide, of like widths, and if it can be in whole tiles of a product."""
+    count = -(-total // (most // 256 * 256 or most))
+    width = -(-total // count)
+    if most >= 256:
+        width = -(-width // 256) * 256
+    return [slice(i, min(i + width, total)) for i in range(0, total, width)]
+
+
+@dataclass
+class _Tokens:
+    """What the head's gradient takes of each token: factors of its kept row and of its target."""
+
+    h_ND: Tensor
+    by_target: scatter.Segments | None
+    row_N: Tensor
+    own_N: Tensor | None  # None where no target has an entry of its own
+    scaled_ND: Tensor | None  # ``row * h``, in fp16 over `gain`, which keeps it in range
+    gain: Tensor | None
+
+
+class FusedStreamer:
+    """Runs a head over blocks of rows; the interface of `fastdpo.loss.streaming.Streamer`."""
+
+    acc_dtype = torch.float32
+
+    def __init__(self, head: Head, plan: Plan) -> None:
+        if head.bias_V is not None:
+            head = head._replace(bias_V=head.bias_V.contiguous())
+        self.head = head
+        self.plan = plan
+        self.shape = fold.HeadShape(head.scale, head.softcap)
+        self.V, self.D = head.w_VD.shape
+        self.limit = fold.LIMITS[head.w_VD.dtype]
+
+    # ------------------------------------------------------------------------------------- forward
+    def forward(
+        self,
+        h_ND: Tensor,
+        target_N: Tensor,
+        *,
+        keep: bool,
+        stats: frozenset[str] = frozenset(),
+        ref: "tuple[FusedStreamer, Tensor] | None" = None,
+    ) -> Block:
+        """Log-probs of a block; with ``keep`` also the stash its backward reads.
+
+        ``ref`` is the reference head and its hidden rows.  They come after the policy's, beside
+        them only for a statistic that needs the logits of both.
+        """
+        h_ND = _rows_in_memory(h_ND)
+        stash_NV = None
+        if keep:
+            stash_NV = matrix(len(h_ND), self.V, h_ND.dtype, h_ND.device)
+        ref_partials = cross_KN = None
+        if "kl_ref" in stats:
+            assert ref is not None
+            partials, ref_partials, cross_KN = self._fold(h_ND, target_N, stats, stash_NV, ref)
+        else:
+            partials = self._partials(h_ND, target_N, stats, stash_NV)
+        merged = fold.merge(partials, target_N, self.V, self.shape, stash_NV)
+        del partials  # before the reference's are made
+        block = Block(
+            merged.logp_N, merged.lse_N, merged.shift_N, stash_NV, merged.own_N, merged.stats
+        )
+        if ref is None:
+            return block
+        streamer, ref_h_ND = ref
+        if ref_partials is None:
+            ref_h_ND = _rows_in_memory(ref_h_ND)
+            ref_partials = streamer._partials(ref_h_ND, target_N, frozenset(), None, bool(stats))
+        ref_merged = fold.merge(ref_partials, target_N, self.V)
+        block.ref_logp_N, block.ref_lse_N = ref_merged.logp_N, ref_merged.lse_N
+        if cross_KN is not None:
+            down_KN = (ref_partials.shift_KN - ref_merged.lse_N).exp()
+            kl_N = (down_KN * cross_KN).sum(0) - ref_merged.lse_N + merged.lse_N
+            block.stats["kl_ref"] = torch.where(target_N == IGNORE, 0.0, kl_N)
+        return block
+
+    def projects(self, h_ND: Tensor) -> bool:
+        """Whether one kernel makes and folds the logits."""
+        w_VD = self.head.w_VD
+        return project.feeds_from_descriptors(w_VD.device) and project.can_project(h_ND, w_VD)
+
+    def _partials(
+        self,
+        h_ND: Tensor,
+        target_N: Tensor,
+        stats: frozenset[str],
+        stash_NV: Tensor | None,
+        with_stats: bool = False,
+    ) -> fold.Partials:
+        """The partials of one head; ``with_stats`` if they are compared to some with statistics."""
+        if not self.projects(h_ND):
+            return self._fold(h_ND, target_N, stats, stash_NV, None)[0]
+        head = self.head
+        tile = self.kernel_tile(narrow=with_stats or bool(stats))
+        partials = fold.Partials.empty(target_N, self.V, tile.v, stats)
+        shift_N = project.row_shifts(h_ND, head.w_VD, head.bias_V, self.shape)
+        project.project(
+            h_ND, head.w_VD, head.bias_V, self.shape, target_N, shift_N, tile=tile,
+            partials=partials, stash_NC=stash_NV, limit=self.limit,
+        )  # fmt: skip
+        return partials
+
+    def kernel_tile(self, *, narrow: bool = False) -> project.Tile:
+        head = self.head
+        narrow = narrow or (head.bias_V is not None and head.softcap is not None)
+        return project.tile_for(head.w_VD.device, narrow=narrow)
+
+    def _fold(
+        self,
+        h_ND: Tensor,
+        target_N: Tensor,
+        stats: frozenset[str],
+        stash_NV: Tensor | None,
+        ref: "tuple[FusedStreamer, Tensor] | None",
+    ) -> tuple[fold.Partials, fold.Partials | None, Tensor | None]:
+        """Partials of policy and, where it is given, reference with the cross term of their KL."""
+        width, row_tiles = self._tiles(len(h_ND), 1 if ref is None else 2)
+        partials = fold.Partials.empty(target_N, self.V, width, stats)
+        ref_partials = cross_KN = None
+        if ref is not None:
+            ref_partials = fold.Partials.empty(target_N, self.V, width, frozenset())
+            cross_KN = torch.empty_like(ref_partials.shift_KN)
+        for rows in row_tiles:
+            for k, v0 in enumerate(range(0, self.V, width)):
+                columns = slice(v0, min(v0 + width, self.V))
+                product, bias = self._products(h_ND[rows], columns)
+                fold.fold(
+                    product, bias, self.shape, target_N[rows], v0, partials, rows,
+                    None if stash_NV is None else stash_NV[rows, columns], self.limit,
+                )  # fmt: skip
+                if ref is None or ref_partials is None or cross_KN is None:
+                    del product  # before the next is made, so that it takes the same memory
+                    continue
+                streamer, ref_h_ND = ref
+                ref_product, ref_bias = streamer._products(ref_h_ND[rows], columns)
+                fold.fold(
+                    ref_product, ref_bias, streamer.shape, target_N[rows], v0, ref_partials, rows,
+                    None, self.limit,
+                )  # fmt: skip
+                fold.cross(
+                    product, bias, ref_product, ref_bias, self.shape,
+                    ref_partials.shift_KN[k, rows], cross_KN[k, rows],
+                )  # fmt: skip
+                del product, ref_product
+        return partials, ref_partials, cross_KN
+
+    def _products(self, h_RD: Tensor, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """An fp32 tile of products, and its columns' biases."""
+        bias_V = self.head.bias_V
+        product_RC = fp32_product(h_RD, self.head.w_VD[columns].T)
+        R, C = product_RC.shape
+        if C % 16:  # the vocabulary's last columns; rows are read four numbers at a time
+            padded_RC = matrix(R, C, product_RC.dtype, product_RC.device)
+            product_RC = padded_RC.copy_(product_RC)
+        return product_RC, None if bias_V is None else bias_V[columns]
+
+    def _tiles(self, N: int, count: int = 1) -> tuple[int, list[slice]]:
+        """Width of a tile, and its rows; near square, as products like.
+
+        ``count`` of them fit what the plan has for tiles.
+        """
+        numel = max(1, self.plan.tile_bytes // (4 * count))
+        width = min(fold.MAX_TILE_COLUMNS, padded(self.V))
+        while width > 256 and numel // width < min(N, width // 2):
+            width //= 2
+        width = min(width, self.V)
+        return width, tiles(N, max(1, numel // width))
+
+    # ------------------------------------------------------------------------------------ backward
+    def backward(
+        self,
+        block: Block,
+        h_ND: Tensor,
+        target_N: Tensor,
+        coef_N: Tensor,
+        needs: Needs,
+        into: Grads,
+        *,
+        final: bool,
+        rows: Rows | None = None,
+        out_ND: Tensor | None = None,
+        upstream: Tensor | None = None,
+    ) -> Tensor | None:
+        """Add the head's gradients of ``upstream * sum coef * logp`` to ``into``.
+
+        With ``final`` they are written, not added.  The result is the gradient of ``h_ND``, in fp32
+        or in ``out_ND``, or that of all hidden ``rows``, where the block has all of their tokens.
+        """
+        tokens = self._tokens(
+            _rows_in_memory(h_ND), target_N, coef_N, upstream, into, block.max_KN, block.lse_N,
+            block.own_N,
+        )  # fmt: skip
+        self._head_grads(block.stash, slice(0, self.V), tokens, into, add=not final)
+        if not needs.h:
+            return None
+        product_ND = fp32_product(block.stash, self.head.w_VD)
+        if rows is None:
+            out_ND = product_ND if out_ND is None else out_ND
+            self._row_grads(out_ND, product_ND, tokens, target_N)
+            return out_ND
+        return self._placed(rows, product_ND, tokens, target_N)
+
+    def _tokens(
+        self,
+        h_ND: Tensor,
+        target_N: Tensor,
+        coef_N: Tensor,
+        upstream: Tensor | None,
+        into: Grads,
+        shift_N: Tensor | None,
+        lse_N: Tensor | None,
+        own_N: Tensor | None,
+        sign: float = 1.0,
+    ) -> "_Tokens":
+        scale = sign * self.head.scale
+        in_range = h_ND.dtype != torch.float16
+        row_N, own_N, scaled_ND = scatter.factors(
+            target_N, coef_N.float().contiguous(), upstream, shift_N, lse_N, own_N, scale,
+            h_ND if into.w is not None and in_range else None,
+        )  # fmt: skip
+        gain = segments = None
+        if into.w is not None and not in_range:
+            gain = scatter.gain_of(row_N)
+            scaled_ND = scatter.scaled_rows(h_ND, row_N, gain)
+        if own_N is not None and (into.w is not None or into.bias is not None):
+            segments = scatter.Segments.of(target_N, self.V)
+        return _Tokens(h_ND, segments, row_N, own_N, scaled_ND, gain)
+
+    def _head_grads(
+        self, stash_NC: Tensor, columns: slice, tokens: "_Tokens", into: Grads, *, add: bool
+    ) -> None:
+        """Gradients of some columns of the head: kept numbers and the targets' own."""
+        if into.bias is not None:
+            bias_C = into.bias[columns]
+            scatter.add_column_sums(bias_C, stash_NC, tokens.row_N)
+            if tokens.own_N is not None:
+                scatter.row_sums(
+                    bias_C[:, None], segments=tokens.by_target, offset=columns.start,
+                    accumulate=True, b_ND=torch.ones_like(tokens.own_N)[:, None],
+                    b_scale_N=tokens.own_N,
+                )  # fmt: skip
+        if into.w is None:
+            return
+        assert tokens.scaled_ND is not None
+        h_ND = None if tokens.own_N is None else tokens.h_ND
+        w_CD = into.w[columns]
+        if w_CD.dtype == torch.float32 and tokens.gain is None:  # the product is the sum itself
+            fp32_product(stash_NC.T, tokens.scaled_ND, w_CD, add=add)
+            if h_ND is not None:
+                scatter.row_sums(
+                    w_CD, segments=tokens.by_target, offset=columns.start, accumulate=True,
+                    b_ND=h_ND, b_scale_N=tokens.own_N,
+                )  # fmt: skip
+            return
+        for part in tiles(len(w_CD), max(16, self.plan.grad_tile_bytes // (4 * self.D))):
+            scatter.row_sums(
+                w_CD[part], segments=tokens.by_target, offset=columns.start + part.start,
+                accumulate=add, base_ID=fp32_product(stash_NC[:, part].T, tokens.scaled_ND),
+                base_factor=tokens.gain, b_ND=h_ND, b_scale_N=tokens.own_N,
+            )  # fmt: skip
+
+    def _row_grads(
+        self,
+        out_ID: Tensor,
+        product_ND: Tensor,
+        tokens: "_Tokens",
+        target_N: Tensor,
+        segments: scatter.Segments | None = None,
+    ) -> None:
+        """``row * product + own * w[target]`` of each token, or summed; no ``own``, first term."""
+        w_VD, index_N, own_N = self.head.w_VD, target_N, tokens.own_N
+        if own_N is not None and w_VD.stride(1) != 1:
+            w_VD, index_N = w_VD[target_N.clamp(min=0)], None
+        scatter.row_sums(
+            out_ID, segments=segments, a_ND=product_ND, a_scale_N=tokens.row_N,
+            b_ND=None if own_N is None else w_VD, b_scale_N=own_N, b_index_N=index_N,
+        )  # fmt: skip
+
+    def _placed(
+        self, rows: Rows, product_ND: Tensor, tokens: "_Tokens", target_N: Tensor
+    ) -> Tensor:
+        """The gradient of all hidden rows, each summed in fp32 and rounded once."""
+        out_TD = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
+        self._row_grads(out_TD, product_ND, tokens, target_N, _by_row(rows))
+        return out_TD
+
+    def recompute_backward(
+        self,
+        blocks: list[tuple[int, int, Block]],
+        rows: Rows,
+        coef_N: Tensor,
+        needs: Needs,
+        into: Grads,
+        ref: "tuple[FusedStreamer, Rows] | None" = None,
+        upstream: Tensor | None = None,
+    ) -> None:
+        """Gradients with nothing kept but each row's log-sum-exp.
+
+        Whole columns at a time, whose gradient is then complete at once.  With ``ref`` they are
+        those of ``sum coef * KL(ref || policy)``.
+        """
+        h_ND, target_N = self.rows_of(rows, 0, coef_N.shape[0])
+        h_ND = _rows_in_memory(h_ND)
+        lse_N = torch.cat([block.lse_N for _, _, block in blocks])
+        own_N, sign = None, -1.0
+        if ref is None:
+            own_N, sign = torch.cat([block.own_N for _, _, block in blocks]), 1.0
+        tokens = self._tokens(h_ND, target_N, coef_N, upstream, into, None, None, own_N, sign)
+        dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if needs.h else None
+        width = self.plan.vocab_chunk
+        stash_NC = matrix(len(h_ND), width, h_ND.dtype, h_ND.device)
+        for v0 in range(0, self.V, width):
+            columns = slice(v0, min(v0 + width, self.V))
+            kept_NC = stash_NC[:, : columns.stop - v0]
+            if ref is None:
+                self._keep(h_ND, target_N, lse_N, columns, kept_NC)
+            else:
+                self._keep_difference(h_ND, lse_N, columns, kept_NC, *ref, blocks)
+            self._head_grads(kept_NC, columns, tokens, into, add=False)
+            if dh_ND is not None:
+                fp32_product(kept_NC, self.head.w_VD[columns], dh_ND, add=v0 > 0)
+        if dh_ND is not None:
+            into.h = self._placed(rows, dh_ND, tokens, target_N)
+
+    def _keep_difference(
+        self,
+        h_ND: Tensor,
+        lse_N: Tensor,
+        columns: slice,
+        kept_NC: Tensor,
+        ref: "FusedStreamer",
+        ref_rows: Rows,
+        blocks: list[tuple[int, int, Block]],
+    ) -> None:
+        """Probabilities of some columns, less the reference's."""
+        ref_h_ND, _ = self.rows_of(ref_rows, 0, len(h_ND))
+        found = [block.ref_lse_N for _, _, block in blocks if block.ref_lse_N is not None]
+        ref_lse_N = torch.cat(found)
+        width, row_tiles = self._tiles(len(h_ND), 2)
+        for rows in row_tiles:
+            for v0 in range(columns.start, columns.stop, width):
+                part = slice(v0, min(v0 + width, columns.stop))
+                product, bias = self._products(h_ND[rows], part)
+                other = (*ref._products(ref_h_ND[rows], part), ref_lse_N[rows])
+                kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
+                fold.keep(product, bias, self.shape, None, lse_N[rows], v0, kept_RC, other)
+                del product, other
+
+    def _keep(
+        self, h_ND: Tensor, target_N: Tensor, lse_N: Tensor, columns: slice, kept_NC: Tensor
+    ) -> None:
+        """Probabilities of some columns of finished rows."""
+        if self.projects(h_ND):
+            project.project(
+                h_ND, self.head.w_VD, self.head.bias_V, self.shape, target_N, lse_N,
+                tile=self.kernel_tile(), columns=(columns.start, columns.stop), stash_NC=kept_NC,
+            )  # fmt: skip
+            return
+        width, row_tiles = self._tiles(len(h_ND))
+        for rows in row_tiles:
+            for v0 in range(columns.start, columns.stop, width):
+                part = slice(v0, min(v0 + width, columns.stop))
+                product, bias = self._products(h_ND[rows], part)
+                kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
+                fold.keep(product, bias, self.shape, target_N[rows], lse_N[rows], v0, kept_RC)
+                del product
+
+    def rows_of(self, rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Hidden rows and targets of a block."""
+        if rows.rows_N is None:
+            return rows.block(start, stop)
+        h_TD = _rows_in_memory(rows.h_TD)
+        return scatter.gather(h_TD, rows.rows_N[start:stop]), rows.target_N[start:stop]
+
+    def add_rows(self, rows: Rows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
+        """Add a block's gradient to the hidden rows it came from."""
+        if rows.rows_N is None:
+            rows.scatter(total_TD, start, stop, dh_ND)
+            return
+        segments = scatter.Segments.of(rows.rows_N[start:stop], len(total_TD))
+        scatter.row_sums(total_TD, segments=segments, a_ND=dh_ND, accumulate=True)
+
+    def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool) -> Tensor:
+        """``x * scale`` of each token summed into its hidden row in fp32, and rounded once.
+
+        With ``reuse`` the memory of ``x_ND`` becomes that of the result, if it has its dtype: then
+        ``x`` was rounded before.
+        """
+        out_TD = x_ND
+        if not reuse or x_ND.dtype != rows.h_TD.dtype or rows.rows_N is not None:
+            out_TD = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
+        scatter.row_sums(out_TD, segments=_by_row(rows), a_ND=x_ND, a_scale_N=scale_N)
+        return out_TD
+
+
+def _by_row(rows: Rows) -> scatter.Segments | None:
+    """Which tokens each hidden row predicts; None if token i has row i."""
+    if rows.rows_N is None:
+        return None
+    return scatter.Segments.of(rows.rows_N, len(rows.h_TD))
+
+
+def _rows_in_memory(h_ND: Tensor) -> Tensor:
+    """Rows with neighbouring elements side by side, as the kernels read them."""
+    return h_ND if h_ND.stride(1) == 1 else h_ND.contiguous()
+
+
+def scale_into(out_ID: Tensor, x_ID: Tensor, factor: Tensor | None) -> None:
+    """``out = x * factor``, rounded once."""
+    scatter.row_sums(out_ID, base_ID=x_ID, base_factor=factor)
+
+
+def device_bounds(edges: list[int], device: torch.device) -> Tensor:
+    """Sequence bounds on the device, without a synchronization.
+
+    A captured CUDA graph keeps no host memory alive, so there the numbers become arguments of
+    fills.
+    """
+    if device.type == "cpu":
+        return torch.tensor(edges)
+    if torch.cuda.is_current_stream_capturing():
+        bounds_S1 = torch.empty(len(edges), dtype=torch.int64, device=device)
+        for s, edge in enumerate(edges):
+            bounds_S1[s].fill_(edge)
+        return bounds_S1
+    return torch.tensor(edges, pin_memory=True).to(device, non_blocking=True)
+
+
+def count_scored(target_N: Tensor, bounds_S1: Tensor) -> Tensor:
+    """Scored tokens of each sequence."""
+    before = torch.nn.functional.pad((target_N != IGNORE).cumsum(0), (1, 0))
+    return before[bounds_S1].diff()
+
+
+def score_pairs(
+    call: Call,
+    pairs: Pairs,
+    logp_N: Tensor,
+    ref_logp_N: Tensor | None,
+    part: tuple[int, int],
+    *,
+    slopes: bool,
+) -> Scored:
+    """Loss and slopes of some pairs in one launch; an objective of the caller's own runs after."""
+    first, last = part
+    assert call.bounds_S1 is not None
+    start = pairs.edges[2 * first]
+    bounds_S1 = call.bounds_S1[2 * first : 2 * last + 1]
+    if start:
+        bounds_S1 = bounds_S1 - start
+    kind = kind_of(pairs.objective)
+    objective: Any = pairs.objective
+    if kind is None:  # the kernel sums its sequences all the same
+        known = pair.Objective(pair.MARGIN_KINDS[0], 1.0)
+    else:
+        known = pair.Objective(
+            kind,
+            objective.beta,
+            getattr(objective, "alpha", 0.0),
+            getattr(objective, "length_normalized", False),
+        )
+    ref_S = None
+    if pairs.ref_logp_S is not None:
+        ref_S = pairs.ref_logp_S[2 * first : 2 * last].contiguous()
+    result = pair.pair_losses(
+        logp_N,
+        call.target_N[start : pairs.edges[2 * last]],
+        bounds_S1,
+        known,
+        ref_logp_S=ref_S,
+        ref_logp_N=ref_logp_N,
+        margin_P=_part(pairs.margin_P, first, last),
+        smoothing_P=_part(pairs.smoothing_P, first, last),
+        weight_P=_part(pairs.weight_P, first, last),
+        num_pairs=pairs.num_pairs,
+        want_coef=slopes,
+    )
+    pairs.results.append(result)
+    if kind is not None:
+        return Scored(
+            result.totals[0], result.logp_S, result.ref_logp_S, result.slope_S, result.coef_N
+        )
+    everything = slice(first, last)
+    if not slopes:
+        loss_P = pairs.loss(result.logp_S, result.ref_logp_S, everything)
+        loss = loss_P.sum() / pairs.num_pairs
+        return Scored(loss, result.logp_S, result.ref_logp_S, None, None)
+    loss, slope_S = pairs.loss_and_slope(result.logp_S, result.ref_logp_S, everything)
+    size = pairs.edges[2 * last] - start
+    coef_N = torch.repeat_interleave(slope_S, bounds_S1.diff(), output_size=size)
+    return Scored(loss, result.logp_S, result.ref_logp_S, slope_S, coef_N)
+
+
+def _part(x_P: Tensor | None, first: int, last: int) -> Tensor | None:
+    return None if x_P is None else x_P[first:last].contiguous()

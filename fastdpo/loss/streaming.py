@@ -1,0 +1,485 @@
+"""The head in PyTorch, one block of rows and one vocabulary chunk at a time.
+
+For a block of rows the logits ``z = softcap * tanh(scale * (h @ w.T + bias) / softcap)`` are made a
+vocabulary chunk at a time, in fp32, and folded into the log-sum-exp of each row.  What the backward
+needs of a chunk is ``p_v * dz_v/da_v`` with ``a = h @ w.T``; it is kept unnormalized, relative to
+the row's maximum in that chunk, and multiplied by ``exp(max - lse)`` when it is read.  The target's
+own entry is ``-expm1(logp)``, not ``1 - p``: for a likely target the difference would have no
+correct digit left.
+
+Legend: N rows of the block, D hidden, V vocabulary, C a vocabulary chunk, K chunks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdpo.loss.gemm import Products
+from fastdpo.loss.plan import Plan
+
+IGNORE = -100
+
+
+class Head(NamedTuple):
+    """What turns hidden rows into logits."""
+
+    w_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def chunks(self, size: int) -> Iterator[tuple[int, int]]:
+        V = self.w_VD.shape[0]
+        return ((v0, min(v0 + size, V)) for v0 in range(0, V, size))
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    h: bool
+    w: bool
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        return self.w or self.bias
+
+
+@dataclass
+class Grads:
+    """Gradient accumulators in fp32; ``w`` is in the result's dtype where one product gives it."""
+
+    h: Tensor | None = None
+    w: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Rows(NamedTuple):
+    """The scored rows: which hidden row predicts which target."""
+
+    h_TD: Tensor
+    rows_N: Tensor | None
+    target_N: Tensor
+
+    def block(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Hidden rows and targets of a block."""
+        rows = slice(start, stop) if self.rows_N is None else self.rows_N[start:stop]
+        return self.h_TD[rows], self.target_N[start:stop]
+
+    def scatter(self, dh_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
+        """Add a block's gradient to the hidden rows it came from, in a fixed order."""
+        if self.rows_N is None:
+            dh_TD[start:stop].add_(dh_ND)
+        else:
+            _add_rows(dh_TD, self.rows_N[start:stop], dh_ND)
+
+
+def _columns(target_N: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
+    """Column of each target inside a chunk, and whether it is there; both (N, 1)."""
+    hit_N = (target_N >= v0) & (target_N < v1)
+    return (target_N - v0).clamp(0, v1 - v0 - 1)[:, None], hit_N[:, None]
+
+
+class _Fold:
+    """Log-sum-exp of each row and the target's logit, from one chunk at a time.
+
+    The exponentials are summed without the target's, so that the log-prob of a likely target,
+    ``-log(1 + rest / own)``, is not the difference of two numbers near its logit.
+    """
+
+    def __init__(self, target_N: Tensor, num_chunks: int, dtype: torch.dtype) -> None:
+        N = target_N.shape[0]
+        self.target_N = target_N
+        self.max_KN = torch.empty(num_chunks, N, dtype=dtype, device=target_N.device)
+        self.sum_KN = torch.empty_like(self.max_KN)
+        self.rest_KN = torch.empty_like(self.max_KN)
+        self.target_z_N = torch.zeros(N, dtype=dtype, device=target_N.device)
+
+    def add(self, k: int, v0: int, z_NC: Tensor, out_NC: Tensor | None = None) -> Tensor:
+        """Fold chunk ``k``; ``exp(z - max)`` overwrites the logits, or ``out_NC`` if given."""
+        column_N1, hit_N1 = _columns(self.target_N, v0, v0 + z_NC.shape[1])
+        self.target_z_N += torch.where(hit_N1, z_NC.gather(1, column_N1), 0.0)[:, 0]
+        torch.amax(z_NC, 1, out=self.max_KN[k])
+        # A chunk of a padded vocabulary may be -inf throughout.
+        self.max_KN[k].clamp_(min=torch.finfo(z_NC.dtype).min)
+        e_NC = torch.sub(z_NC, self.max_KN[k][:, None], out=z_NC if out_NC is None else out_NC)
+        own_N1 = e_NC.exp_().gather(1, column_N1)
+        e_NC.scatter_(1, column_N1, own_N1.masked_fill(hit_N1, 0.0))
+        torch.sum(e_NC, 1, out=self.rest_KN[k])
+        e_NC.scatter_(1, column_N1, own_N1)
+        torch.add(self.rest_KN[k], torch.where(hit_N1, own_N1, 0.0)[:, 0], out=self.sum_KN[k])
+        return e_NC
+
+    def lse(self) -> Tensor:
+        return torch.logsumexp(self.max_KN + self.sum_KN.log(), 0)
+
+    def logp(self) -> Tensor:
+        rest_lse_N = torch.logsumexp(self.max_KN + self.rest_KN.log(), 0)
+        logp_N = -F.softplus(rest_lse_N - self.target_z_N, threshold=50.0)
+        return torch.where(self.target_N == IGNORE, 0.0, logp_N)
+
+
+class _Stats:
+    """Per-token statistics of the policy's logits, summed a chunk at a time."""
+
+    def __init__(self, names: frozenset[str], like_KN: Tensor) -> None:
+        self.names = names
+        self.part = {name: torch.zeros_like(like_KN) for name in names - {"top1"}}
+
+    def before(self, k: int, z_NC: Tensor, ref_z_NC: Tensor | None) -> Tensor | None:
+        """Take what must be read before the logits are overwritten."""
+        if "mean_logit" in self.names:
+            self.part["mean_logit"][k] = z_NC.sum(1)
+        if "kl_ref" in self.names:
+            assert ref_z_NC is not None
+            return ref_z_NC - z_NC
+        return None
+
+    def after(
+        self, k: int, e_NC: Tensor, ref_e_NC: Tensor | None, difference_NC: Tensor | None
+    ) -> None:
+        if "entropy" in self.names:  # sum e * (z - max); e is 0 where z - max underflows
+            self.part["entropy"][k] = torch.special.entr(e_NC).sum(1)
+        if "log_sum_sq_probs" in self.names:
+            self.part["log_sum_sq_probs"][k] = e_NC.square().sum(1)
+        if "kl_ref" in self.names:
+            assert ref_e_NC is not None and difference_NC is not None
+            # Both logits of a padded token may be -inf, whose difference is NaN.
+            terms_NC = torch.where(ref_e_NC > 0, ref_e_NC * difference_NC, 0.0)
+            self.part["kl_ref"][k] = terms_NC.sum(1)
+
+    def finish(
+        self, fold: _Fold, lse_N: Tensor, V: int, ref: _Fold | None, ref_lse_N: Tensor | None
+    ) -> dict[str, Tensor]:
+        shift_KN = fold.max_KN - lse_N
+        weight_KN, out = shift_KN.exp(), {}
+        if "mean_logit" in self.names:
+            out["mean_logit"] = self.part["mean_logit"].sum(0) / V
+        if "top1" in self.names:
+            out["top1"] = (fold.target_z_N >= fold.max_KN.amax(0)).to(lse_N.dtype)
+        if "entropy" in self.names:  # -sum p log p, with log p = (z - max) + shift
+            own_KN = self.part["entropy"] - shift_KN * fold.sum_KN
+            out["entropy"] = (weight_KN * own_KN).sum(0)
+        if "log_sum_sq_probs" in self.names:
+            squares_N = (weight_KN.square() * self.part["log_sum_sq_probs"]).sum(0)
+            out["log_sum_sq_probs"] = squares_N.log()
+        if "kl_ref" in self.names:
+            assert ref is not None and ref_lse_N is not None
+            cross_N = ((ref.max_KN - ref_lse_N).exp() * self.part["kl_ref"]).sum(0)
+            out["kl_ref"] = cross_N - ref_lse_N + lse_N
+        scored_N = fold.target_N != IGNORE
+        return {name: torch.where(scored_N, x_N, 0.0) for name, x_N in out.items()}
+
+
+class Stash:
+    """What a block keeps for its backward: a chunk-major (N, V) buffer, bounded by the workspace.
+
+    On a CPU the buffer is lent again to the next stash of like size.  Otherwise the system takes
+    its pages back after every step, and each of them faults again in the next.
+    """
+
+    _idle: ClassVar[list[Tensor]] = []
+
+    def __init__(self, target_N: Tensor, chunks: list[tuple[int, int]], dtype: torch.dtype) -> None:
+        N, V = target_N.shape[0], chunks[-1][1]
+        self._buffer = self._take(N * V, dtype, target_N.device)
+        self.chunks = [self._buffer[N * v0 : N * v1].view(N, v1 - v0) for v0, v1 in chunks]
+
+    @classmethod
+    def _take(cls, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type == "cpu" and cls._idle:
+            buffer = cls._idle.pop()
+            if buffer.dtype == dtype and numel <= buffer.numel() <= 2 * numel:
+                return buffer
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def __del__(self) -> None:
+        if self._buffer.device.type == "cpu" and not self._idle:
+            self._idle.append(self._buffer)
+
+
+@dataclass
+class Block:
+    """The forward of one block of rows; ``stash`` holds what its backward reads.
+
+    ``own_N`` is the derivative of each log-prob by its target's uncapped logit.
+    """
+
+    logp_N: Tensor
+    lse_N: Tensor
+    max_KN: Tensor
+    stash: Any
+    own_N: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    ref_logp_N: Tensor | None = None
+    ref_lse_N: Tensor | None = None
+
+
+class Streamer:
+    """Runs a head over blocks of rows with the products and the chunk size of one call."""
+
+    def __init__(self, head: Head, plan: Plan) -> None:
+        self.head = head
+        self.chunks = list(head.chunks(plan.vocab_chunk))
+        self.products = Products(head.w_VD.dtype, head.w_VD.device)
+        self.acc_dtype = self.products.acc_dtype
+
+    @staticmethod
+    def rows_of(rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Hidden rows and targets of a block."""
+        return rows.block(start, stop)
+
+    @staticmethod
+    def add_rows(rows: Rows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
+        """Add a block's gradient to the hidden rows it came from."""
+        rows.scatter(total_TD, start, stop, dh_ND)
+
+    def place(
+        self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool = False
+    ) -> Tensor:
+        """``x * scale`` of each token summed into its hidden row; (T, D) in the accumulator."""
+        dh_TD = torch.zeros_like(rows.h_TD, dtype=self.acc_dtype)
+        x_ND = x_ND if scale_N is None else x_ND * scale_N[:, None]
+        rows.scatter(dh_TD, 0, x_ND.shape[0], x_ND)
+        return dh_TD
+
+    def _weights(self, v0: int, v1: int) -> Tensor:
+        return self.products.operand(self.head.w_VD[v0:v1])
+
+    def _logits(self, h_blocks: list[Tensor], v0: int, v1: int) -> Tensor:
+        z_NC = self.products.project(h_blocks, self.head.w_VD[v0:v1])
+        if self.head.bias_V is not None:
+            z_NC.add_(self.head.bias_V[v0:v1])
+        if self.head.scale != 1.0:
+            z_NC.mul_(self.head.scale)
+        if self.head.softcap is not None:
+            z_NC.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        return z_NC
+
+    def _slope(self, z_NC: Tensor) -> Tensor:
+        """d z / d (uncapped z): 1 - tanh^2."""
+        assert self.head.softcap is not None
+        return (z_NC / self.head.softcap).square_().neg_().add_(1.0)
+
+    def forward(
+        self,
+        h_ND: Tensor,
+        target_N: Tensor,
+        *,
+        keep: bool,
+        stats: frozenset[str] = frozenset(),
+        ref: "tuple[Streamer, Tensor] | None" = None,
+    ) -> Block:
+        """Log-probs of a block; with ``keep`` also the stash its backward reads.
+
+        ``ref`` is the reference head and its hidden rows, streamed beside the policy's.
+        """
+        h_ND = _clean(h_ND, target_N)
+        h_blocks = self.products.inner_blocks(h_ND)
+        K = len(self.chunks)
+        fold = _Fold(target_N, K, self.acc_dtype)
+        take = _Stats(stats, fold.max_KN)
+        ref_fold = _Fold(target_N, K, self.acc_dtype) if ref else None
+        ref_blocks = ref[0].products.inner_blocks(ref[1]) if ref else []
+        stash = Stash(target_N, self.chunks, self.acc_dtype) if keep else None
+        for k, (v0, v1) in enumerate(self.chunks):
+            z_NC = self._logits(h_blocks, v0, v1)
+            ref_z_NC = ref[0]._logits(ref_blocks, v0, v1) if ref else None
+            difference_NC = take.before(k, z_NC, ref_z_NC)
+            capped = keep and self.head.softcap is not None
+            slope_NC = self._slope(z_NC) if capped else None
+            e_NC = fold.add(k, v0, z_NC, None if stash is None else stash.chunks[k])
+            ref_e_NC = None
+            if ref_fold is not None and ref_z_NC is not None:
+                ref_e_NC = ref_fold.add(k, v0, ref_z_NC)
+            take.after(k, e_NC, ref_e_NC, difference_NC)
+            if slope_NC is not None:
+                e_NC.mul_(slope_NC)
+        lse_N = fold.lse()
+        logp_N = fold.logp()
+        own_N = -torch.expm1(logp_N)
+        if self.head.softcap is not None:
+            own_N *= self._slope(fold.target_z_N)
+        block = Block(logp_N, lse_N, fold.max_KN, stash, own_N)
+        ref_lse_N = ref_fold.lse() if ref_fold else None
+        if ref_fold is not None:
+            block.ref_logp_N, block.ref_lse_N = ref_fold.logp(), ref_lse_N
+        block.stats = take.finish(fold, lse_N, self.head.w_VD.shape[0], ref_fold, ref_lse_N)
+        return block
+
+    def _dlogits(
+        self, block: Block, e_NC: Tensor, target_N: Tensor, coef_N: Tensor, k: int
+    ) -> Tensor:
+        """Gradient of ``sum coef * logp`` by chunk ``k`` of ``h @ w.T + bias``, without targets.
+
+        ``e_NC`` is what the forward keeps of the chunk.  The targets' own entries are left zero for
+        `_add_targets`.
+        """
+        v0, v1 = self.chunks[k]
+        row_N = (block.max_KN[k] - block.lse_N).exp_().mul_(coef_N).mul_(-self.head.scale)
+        g_NC = e_NC * row_N[:, None]
+        column_N1, hit_N1 = _columns(target_N, v0, v1)
+        return g_NC.scatter_(1, column_N1, g_NC.gather(1, column_N1).masked_fill_(hit_N1, 0.0))
+
+    def _add_targets(
+        self,
+        block: Block,
+        h_ND: Tensor,
+        target_N: Tensor,
+        coef_N: Tensor,
+        dh_ND: Tensor | None,
+        into: Grads,
+    ) -> None:
+        """The targets' own entries, in fp32: they are the largest of their rows, and tokens of one
+        pair share a coefficient, so rounding them to bf16 first would be one coherent error.
+        """
+        own_N = block.own_N * coef_N * self.head.scale
+        index_N = target_N.clamp(min=0)
+        if dh_ND is not None:
+            dh_ND.addcmul_(self.head.w_VD[index_N].to(dh_ND.dtype), own_N[:, None])
+        if into.bias is not None:
+            _add_rows(into.bias, index_N, own_N)
+        if into.w is not None:
+            _add_rows(into.w, index_N, h_ND.to(own_N.dtype) * own_N[:, None])
+
+    def backward(
+        self,
+        block: Block,
+        h_ND: Tensor,
+        target_N: Tensor,
+        coef_N: Tensor,
+        needs: Needs,
+        into: Grads,
+        *,
+        final: bool,
+        rows: Rows | None = None,
+        out_ND: Tensor | None = None,
+    ) -> Tensor | None:
+        """Add the head's gradients of ``sum coef * logp`` to ``into``; return that of the rows.
+
+        That is ``h_ND``'s, in ``out_ND`` if given, or that of all hidden rows.  With ``final`` this
+        block is the whole call: each chunk of the weight's gradient is then one product, rounded
+        into ``into.w``, and needs no accumulator; the rows of targets are rounded again when their
+        own entries are added.
+        """
+        assert block.stash is not None
+        h_ND = _clean(h_ND, target_N)
+        coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).to(self.acc_dtype)
+        operand = self.products.operand
+        h_acc_ND = operand(h_ND)
+        shape = h_ND.shape
+        dh_ND = torch.zeros(shape, dtype=self.acc_dtype, device=h_ND.device) if needs.h else None
+        for k, (v0, v1) in enumerate(self.chunks):
+            g_NC = self._dlogits(block, block.stash.chunks[k], target_N, coef_N, k)
+            if into.bias is not None:
+                into.bias[v0:v1] += g_NC.sum(0)
+            if into.w is not None and final:
+                self.products.rounded_mm(g_NC.T, h_ND, into.w[v0:v1])
+            elif into.w is not None:
+                self.products.addmm(into.w[v0:v1], operand(g_NC).T, h_acc_ND)
+            if dh_ND is not None:
+                self.products.addmm(dh_ND, operand(g_NC), self._weights(v0, v1))
+        self._add_targets(block, h_ND, target_N, coef_N, dh_ND, into)
+        if out_ND is not None and dh_ND is not None:
+            return out_ND.copy_(dh_ND)
+        return dh_ND if rows is None or dh_ND is None else self.place(rows, dh_ND, None)
+
+    def recompute_backward(
+        self,
+        blocks: list[tuple[int, int, Block]],
+        rows: Rows,
+        coef_N: Tensor,
+        needs: Needs,
+        into: Grads,
+        ref: "tuple[Streamer, Rows] | None" = None,
+    ) -> None:
+        """Gradients with nothing kept but each row's log-sum-exp, vocabulary chunks outermost.
+
+        The weight's gradient of a chunk is complete before the next chunk begins, so its fp32
+        accumulator is one chunk high.  With ``ref`` the gradients are those of
+        ``sum coef * KL(ref || policy)``.
+        """
+        operand, acc = self.products.operand, self.acc_dtype
+        coef_N = torch.where(rows.target_N == IGNORE, 0.0, coef_N).to(acc)
+        if needs.h:
+            into.h = torch.zeros_like(rows.h_TD, dtype=acc)
+        for k, (v0, v1) in enumerate(self.chunks):
+            dw_CD = None
+            if into.w is not None:
+                dw_CD = torch.zeros(v1 - v0, into.w.shape[1], dtype=acc, device=into.w.device)
+            for start, stop, block in blocks:
+                h_ND, target_N = rows.block(start, stop)
+                h_ND, coef = _clean(h_ND, target_N), coef_N[start:stop]
+                if ref is None:
+                    e_NC = self._probs(h_ND, k, block.max_KN[k])
+                    g_NC = self._dlogits(block, e_NC, target_N, coef, k)
+                else:
+                    assert block.ref_lse_N is not None
+                    ref_h_ND, _ = ref[1].block(start, stop)
+                    other = ref[0], ref_h_ND, block.ref_lse_N
+                    g_NC = self._probs(h_ND, k, block.lse_N, other)
+                    g_NC *= (coef * self.head.scale)[:, None]
+                if into.bias is not None:
+                    into.bias[v0:v1] += g_NC.sum(0)
+                if into.h is not None:
+                    dh_ND = torch.zeros(h_ND.shape, dtype=acc, device=h_ND.device)
+                    self.products.addmm(dh_ND, operand(g_NC), self._weights(v0, v1))
+                    rows.scatter(into.h, start, stop, dh_ND)
+                if dw_CD is not None:
+                    self.products.addmm(dw_CD, operand(g_NC).T, operand(h_ND))
+            if into.w is not None and dw_CD is not None:
+                into.w[v0:v1] = dw_CD
+        if ref is not None:
+            return
+        for start, stop, block in blocks:
+            h_ND, target_N = rows.block(start, stop)
+            h_ND, dh_ND = _clean(h_ND, target_N), None
+            if into.h is not None:
+                dh_ND = torch.zeros(h_ND.shape, dtype=acc, device=h_ND.device)
+            self._add_targets(block, h_ND, target_N, coef_N[start:stop], dh_ND, into)
+            if into.h is not None and dh_ND is not None:
+                rows.scatter(into.h, start, stop, dh_ND)
+
+    def _probs(
+        self,
+        h_ND: Tensor,
+        k: int,
+        shift_N: Tensor,
+        ref: "tuple[Streamer, Tensor, Tensor] | None" = None,
+    ) -> Tensor:
+        """Exponentials of a chunk, less the reference's, times the cap's slope."""
+        v0, v1 = self.chunks[k]
+        z_NC = self._logits(self.products.inner_blocks(h_ND), v0, v1)
+        slope_NC = None if self.head.softcap is None else self._slope(z_NC)
+        z_NC.sub_(shift_N[:, None]).exp_()
+        if ref is not None:
+            streamer, ref_h_ND, ref_lse_N = ref
+            ref_blocks = streamer.products.inner_blocks(ref_h_ND)
+            z_NC -= streamer._logits(ref_blocks, v0, v1).sub_(ref_lse_N[:, None]).exp_()
+        return z_NC if slope_NC is None else z_NC.mul_(slope_NC)
+
+
+def _clean(h_ND: Tensor, target_N: Tensor) -> Tensor:
+    """Hidden rows with zeros for ignored targets, where a non-finite value would reach the
+    gradients as 0 * inf.  On a CPU the caller has left ignored targets out.
+    """
+    if target_N.device.type == "cpu":
+        return h_ND
+    return torch.where((target_N == IGNORE)[:, None], 0, h_ND)
+
+
+def _add_rows(total: Tensor, index_N: Tensor, rows_N: Tensor) -> None:
+    """``total[index] += rows`` in a fixed order; repeats are summed in the rows' dtype first."""
+    if total.dtype != rows_N.dtype:
+        index_N, inverse_N = index_N.unique(return_inverse=True)
+        sums = rows_N.new_zeros(index_N.shape[0], *rows_N.shape[1:])
+        _add_rows(sums, inverse_N, rows_N)
+        total[index_N] = (total[index_N].to(rows_N.dtype) + sums).to(total.dtype)
+    elif total.device.type == "cpu":
+        total.index_add_(0, index_N, rows_N)
+    else:  # index_add_ uses atomics there; index_put_ sorts
+        total.index_put_((index_N,), rows_N, accumulate=True)

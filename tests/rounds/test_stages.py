@@ -1,0 +1,919 @@
+"""The stages of a round: sampling, scoring, pairing, and their files.
+
+Models are tiny random Llamas with a tokenizer trained here on a few sentences.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastdpo
+from fastdpo import storage
+from fastdpo.data.records import Prompt
+from fastdpo.data.rows import Rows, prompt_rows, read_rows
+from fastdpo.errors import DataError
+from fastdpo.pair.stage import best_worst, load_pairs, pair
+from fastdpo.sample.stage import SamplingConfig, sample
+from fastdpo.score.stage import Scorer, load_scorer, plain_language, score
+
+torch.set_num_threads(1)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "What color is the sky? The sky is blue, the sea is blue too.",
+    "user assistant system: the answer is four, the answer is five.",
+]
+PROMPTS = [
+    "What color is the sky?",
+    "Hi",
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The fox?"}],
+    "The quick brown fox jumps over the lazy dog. The answer is four, the sea is blue too. Why?",
+    "One?",
+]
+END = 2  # <|im_end|>
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(tokenizer)
+
+
+def make_tokenizer(chat_template: str | None = CHATML) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(SENTENCES * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def llama_config(tokenizer, **options) -> Any:
+    from transformers import LlamaConfig
+
+    defaults = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": END,
+        "pad_token_id": 0,
+        "initializer_range": 0.5,  # large enough for tokens to depend on the context
+    }
+    return LlamaConfig(**{**defaults, **options})
+
+
+def make_model(tokenizer, **options) -> Any:
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(tokenizer, **options)).double().eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 0.0  # as with a padding token, so without one
+    return model
+
+
+def rows_of(prompts: list[Any], **columns: Any) -> list[Prompt]:
+    return prompt_rows(Rows("here", [{"prompt": prompt, **columns} for prompt in prompts]))
+
+
+def run_sample(model, tokenizer, out_dir, prompts=PROMPTS, round_index=1, **options):
+    options = {"num_samples": 3, "max_new_tokens": 12, "batch_prompts": 2, **options}
+    config = SamplingConfig(**options)
+    sample(
+        model,
+        tokenizer,
+        rows_of(prompts),
+        config,
+        out_dir,
+        round_index=round_index,
+        progress=False,
+    )
+    return storage.read_parts(out_dir)
+
+
+def responses(rows):
+    return [row["response_ids"] for row in rows]
+
+
+def file_bytes(directory: Path) -> dict[str, bytes]:
+    """Everything but what a killed process left, and the times of what was sampled."""
+    names = [p for p in directory.iterdir() if p.name != "throughput.json"]
+    return {p.name: p.read_bytes() for p in names if not p.name.startswith(".")}
+
+
+# Files
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "part-00000.jsonl"
+    rows = [{"a": "é\u2028\n", "b": [1.5, None]}, {"a": ""}]
+    storage.write_jsonl_atomic(path, rows)
+    assert storage.read_jsonl(path) == rows
+    for bad, error in ((math.nan, ValueError), (math.inf, ValueError), ({1}, TypeError)):
+        with pytest.raises(error):
+            storage.write_jsonl_atomic(path, [{"a": 1}, {"a": bad}])
+        with pytest.raises(error):
+            storage.write_json_atomic(path, bad)
+    assert storage.read_jsonl(path) == rows
+    storage.write_json_atomic(tmp_path / "x.json", {"a": [1]})
+    assert storage.read_json(tmp_path / "x.json") == {"a": [1]}
+    names = [storage.checksum_path(path).name, path.name]
+    assert sorted(p.name for p in path.parent.iterdir()) == names
+
+
+def test_a_failed_rename_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "part-00000.jsonl"
+    storage.write_jsonl_atomic(path, [{"a": 1}])
+
+    def fail(*_):
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk gone"):
+        storage.write_jsonl_atomic(path, [{"a": 2}])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # and no checksum of the new rows
+    assert storage.read_jsonl(path) == [{"a": 1}]
+    monkeypatch.undo()
+    storage.write_jsonl_atomic(path, [{"a": 3}])
+    assert storage.read_jsonl(path) == [{"a": 3}]
+    path.write_text('{"a": 4}\n')
+    with pytest.raises(DataError, match=r"part-00000\.jsonl: .*SHA-256 differs"):
+        storage.read_jsonl(path)
+
+
+def test_reading_errors_name_the_place(tmp_path):
+    path = storage.part_path(tmp_path, 0)
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(DataError, match=r"part-00000\.jsonl:2: not valid JSON"):
+        storage.read_jsonl(path)
+    with pytest.raises(DataError, match=r"x\.json"):
+        storage.read_json(tmp_path / "x.json")
+    with pytest.raises(DataError, match="no parts"):
+        storage.read_parts(tmp_path / "nothing")
+    storage.write_jsonl_atomic(path, [{"a": 0}])
+    storage.write_jsonl_atomic(storage.part_path(tmp_path, 2), [{"a": 2}])
+    with pytest.raises(DataError, match="2 of 3"):
+        storage.read_parts(tmp_path)
+    storage.write_jsonl_atomic(storage.part_path(tmp_path, 1), [{"a": 1}])
+    assert [row["a"] for row in storage.read_parts(tmp_path)] == [0, 1, 2]
+
+
+def test_parts_are_ordered_by_number(tmp_path):
+    for i in (99_999, 100_000):
+        assert storage.part_path(tmp_path, i).name == f"part-{i}.jsonl"
+    for i in range(3):
+        storage.write_jsonl_atomic(storage.part_path(tmp_path, i), [{"a": i}])
+    (tmp_path / ".part-00003.jsonl.1234.tmp").write_text("{")
+    (tmp_path / "part-00003.jsonl.tmp").write_text("{")
+    assert [row["a"] for row in storage.read_parts(tmp_path)] == [0, 1, 2]
+
+
+# Sampling
+
+
+def test_sampled_rows(model, tokenizer, tmp_path):
+    rows = run_sample(model, tokenizer, tmp_path)
+    assert [(r["prompt_index"], r["sample_index"]) for r in rows] == [
+        (i, j) for i in range(5) for j in range(3)
+    ]
+    assert len(storage.list_parts(tmp_path)) == 3
+    for row in rows:
+        assert row["prompt"] == PROMPTS[row["prompt_index"]]
+        text = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+        assert row["response"] == text and 1 <= len(row["response_ids"]) <= 12
+    assert tokenizer.decode(rows[3]["prompt_ids"]) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(rows[6]["prompt_ids"]).startswith("<|im_start|>system\nBe brief.")
+    assert len({tuple(ids) for ids in responses(rows)}) > 10
+
+
+def test_other_columns_are_kept_and_strings_stay_without_a_template(model, tmp_path):
+    plain = make_tokenizer(None)
+    config = SamplingConfig(num_samples=1, max_new_tokens=2)
+    prompts = rows_of(["The sky"], id=7, tags=["é"])
+    sample(model, plain, prompts, config, tmp_path, round_index=1, progress=False)
+    (row,) = storage.read_parts(tmp_path)
+    assert row["extra"] == {"id": 7, "tags": ["é"]}
+    assert plain.decode(row["prompt_ids"]) == "The sky"
+
+
+def test_a_seed_gives_the_same_samples_and_another_gives_others(model, tokenizer, tmp_path):
+    first = run_sample(model, tokenizer, tmp_path / "a")
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    assert run_sample(model, tokenizer, tmp_path / "b") == first
+    assert torch.equal(torch.get_rng_state(), before)
+    assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
+    assert responses(run_sample(model, tokenizer, tmp_path / "c", seed=1)) != responses(first)
+    other_round = run_sample(model, tokenizer, tmp_path / "d", round_index=2)
+    assert responses(other_round) != responses(first)
+    # Parts have seeds of their own: the same prompt in another part is sampled anew.
+    twice = run_sample(model, tokenizer, tmp_path / "e", prompts=["Hi"] * 2, batch_prompts=1)
+    assert responses(twice[:3]) != responses(twice[3:])
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(model, tokenizer, tmp_path):
+    run_sample(model, tokenizer, tmp_path)
+    whole = file_bytes(tmp_path)
+    path = storage.part_path(tmp_path, 1)
+    path.unlink()
+    with pytest.raises(DataError, match="2 of 3"):
+        storage.read_parts(tmp_path)
+    # A process killed after it wrote the temporary file, before it was renamed.
+    code = (
+        "import os, sys; from pathlib import Path; from fastdpo import storage\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        "storage.write_jsonl_atomic(Path(sys.argv[1]), [{'half': 1}])"
+    )
+    root = str(Path(fastdpo.__file__).parents[1])
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+    assert not path.exists()
+    run_sample(model, tokenizer, tmp_path)
+    assert file_bytes(tmp_path) == whole
+    storage.part_path(tmp_path, 2).unlink()
+    with pytest.raises(DataError, match="2 of 3"):  # the plan knows of a last part
+        storage.read_parts(tmp_path)
+    run_sample(model, tokenizer, tmp_path)
+    assert file_bytes(tmp_path) == whole
+
+
+def test_parts_that_are_there_are_not_sampled_again(model, tokenizer, tmp_path):
+    run_sample(model, tokenizer, tmp_path)
+    mark = [{"mine": True}]
+    storage.write_jsonl_atomic(storage.part_path(tmp_path, 0), mark)
+    assert run_sample(model, tokenizer, tmp_path)[:1] == mark
+
+
+def test_parts_of_another_plan_are_refused(model, tokenizer, tmp_path):
+    run_sample(model, tokenizer, tmp_path, max_new_tokens=2)
+    whole = file_bytes(tmp_path)
+    same: dict[str, Any] = {"max_new_tokens": 2}
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"seed": 1}, "sampling"),
+        ({"round_index": 2}, "round_index"),
+        ({"prompts": ["Other", *PROMPTS[1:]]}, "prompts"),
+        ({"prompts": PROMPTS[:3]}, "parts and prompts"),
+    ]
+    for change, named in changes:
+        with pytest.raises(DataError, match=f"another {named}"):
+            run_sample(model, tokenizer, tmp_path, **(same | change))
+    assert file_bytes(tmp_path) == whole
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(DataError, match="another"):
+        run_sample(model, tokenizer, tmp_path, max_new_tokens=2)
+
+
+def test_a_padded_batch_gives_what_prompts_give_alone(model, tokenizer, tmp_path):
+    greedy = {"temperature": 0, "num_samples": 1, "max_new_tokens": 10}
+    together = run_sample(model, tokenizer, tmp_path / "all", batch_prompts=5, **greedy)
+    assert len({len(row["prompt_ids"]) for row in together}) > 2
+    for row in together:
+        ids = torch.tensor([row["prompt_ids"]])
+        by_hand: list[int] = []
+        for _ in range(10):
+            next_id = int(model(input_ids=ids).logits[0, -1].argmax())
+            by_hand.append(next_id)
+            if next_id == END:
+                break
+            ids = torch.cat([ids, torch.tensor([[next_id]])], dim=1)
+        assert row["response_ids"] == by_hand
+    assert len({tuple(ids) for ids in responses(together)}) > 2
+
+
+def test_a_low_temperature_or_top_p_is_greedy(model, tokenizer, tmp_path):
+    greedy = run_sample(model, tokenizer, tmp_path / "0", temperature=0, num_samples=1)
+    cold: list[dict[str, Any]] = [{"temperature": 1e-6}, {"top_p": 1e-9}]
+    for name, options in zip("12", cold):
+        rows = run_sample(model, tokenizer, tmp_path / name, num_samples=2, **options)
+        # Both samples belong to their prompt, not to its neighbour in the batch.
+        assert responses(rows[0::2]) == responses(rows[1::2]) == responses(greedy)
+
+
+def test_responses_end_at_any_end_token(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    extra_ends = list(range(10, 40))
+    model.generation_config.eos_token_id = extra_ends
+    rows = run_sample(model, tokenizer, tmp_path, num_samples=8)
+    ends = {END, *extra_ends}
+    for row in rows:
+        ids = row["response_ids"]
+        assert not ends & set(ids[:-1])
+        assert row["finish_reason"] == ("stop" if ids[-1] in ends else "length")
+        assert row["finish_reason"] == "stop" or len(ids) == 12
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+
+
+def test_models_without_padding_or_end_token(tmp_path):
+    tokenizer = make_tokenizer()
+    expected = run_sample(make_model(tokenizer), tokenizer, tmp_path / "a")
+    tokenizer.pad_token = None
+    model = make_model(tokenizer, pad_token_id=None)
+    assert run_sample(model, tokenizer, tmp_path / "b") == expected
+    model = make_model(tokenizer, eos_token_id=None, pad_token_id=None)
+    assert run_sample(model, tokenizer, tmp_path / "c") == expected  # the tokenizer knows the end
+    tokenizer.eos_token = None
+    rows = run_sample(model, tokenizer, tmp_path / "d")
+    assert {(row["finish_reason"], len(row["response_ids"])) for row in rows} == {("length", 12)}
+
+
+def test_settings_of_the_model_dont_change_the_distribution(model, tokenizer, tmp_path):
+    expected = run_sample(model, tokenizer, tmp_path / "a")
+    special = make_model(tokenizer, attention_dropout=0.9).train()
+    own = special.generation_config
+    own.update(top_k=1, temperature=0.1, top_p=0.1, repetition_penalty=5.0, min_new_tokens=12)
+    assert run_sample(special, tokenizer, tmp_path / "b") == expected
+    assert special.training and special.generation_config is own and own.top_k == 1
+    # Nearly uniform over 300 tokens: the library's default of the 50 most probable would show.
+    uniform = make_model(tokenizer, initializer_range=0.001)
+    rows = run_sample(uniform, tokenizer, tmp_path / "c", ["Hi"], num_samples=400, max_new_tokens=1)
+    assert len({row["response_ids"][0] for row in rows}) > 150
+
+
+def test_sampling_errors_come_before_any_sample(model, tokenizer, tmp_path):
+    (short,) = run_sample(model, tokenizer, tmp_path / "a", ["!"], num_samples=1)
+    room = 256 - len(short["prompt_ids"])
+    run_sample(model, tokenizer, tmp_path / "ok", ["!"], max_new_tokens=room, num_samples=1)
+    with pytest.raises(
+        DataError, match=rf"here, row 0 .*max_new_tokens={room + 1} .* context, 256"
+    ):
+        run_sample(model, tokenizer, tmp_path / "b", ["!"], max_new_tokens=room + 1)
+    with pytest.raises(DataError, match="here, row 1 "):
+        run_sample(model, tokenizer, tmp_path / "b", ["!", "!?" * 99], max_new_tokens=room)
+    with pytest.raises(DataError, match="no prompts"):
+        run_sample(model, tokenizer, tmp_path / "b", [])
+    with pytest.raises(DataError, match=r"here, row 0.*no chat template"):
+        run_sample(model, make_tokenizer(None), tmp_path / "b", [PROMPTS[2]])
+    prompts, config = rows_of(["Hi"], weight=math.nan), SamplingConfig(max_new_tokens=2)
+    with pytest.raises(DataError, match=r"here, row 0.*JSON"):
+        sample(model, tokenizer, prompts, config, tmp_path / "b", round_index=1)
+    empty = [Prompt("there", "")]
+    with pytest.raises(DataError, match="there: the prompt has no tokens"):
+        sample(model, make_tokenizer(None), empty, config, tmp_path / "b", round_index=1)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_samples": 0},
+        {"num_samples": True},
+        {"max_new_tokens": 1.5},
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": "1"},
+        {"batch_prompts": 0},
+        {"seed": None},
+        {"temperature": 0, "num_samples": 2},
+    ],
+)
+def test_sampling_config_names_what_is_wrong(options):
+    name = list(options)[-1]
+    with pytest.raises(ValueError, match=rf"{name} must be .*, got {options[name]!r}"):
+        SamplingConfig(**options)
+
+
+# Scoring
+
+
+def write_candidates(directory: Path, texts: list[list[str]], per_part: int = 2) -> None:
+    rows = [
+        {
+            "prompt_index": i,
+            "sample_index": j,
+            "prompt": f"Prompt {i}",
+            "prompt_ids": [1, 5 + i],
+            "response": text,
+            "response_ids": [10 + ord(x) for x in text],
+            "finish_reason": "stop",
+            "extra": {},
+        }
+        for i, of_prompt in enumerate(texts)
+        for j, text in enumerate(of_prompt)
+    ]
+    for part in range(math.ceil(len(texts) / per_part)):
+        of_part = [row for row in rows if row["prompt_index"] // per_part == part]
+        storage.write_jsonl_atomic(storage.part_path(directory, part), of_part)
+
+
+def run_score(function, tmp_path: Path, out: str = "scores"):
+    scorer = function if isinstance(function, Scorer) else Scorer("tests:f", function)
+    score(scorer, tmp_path / "candidates", tmp_path / out, progress=False)
+    return storage.read_parts(tmp_path / out)
+
+
+def lengths(prompts, responses):
+    return [len(text) for text in responses]
+
+
+def test_scores_are_written_part_by_part(tmp_path):
+    write_candidates(tmp_path / "candidates", [["a", "bb"], ["ccc", ""], ["d"]])
+    calls = []
+
+    def f(prompts, responses):
+        calls.append((prompts, responses))
+        return np.array([len(x) for x in responses], dtype=np.float32)
+
+    rows = run_score(f, tmp_path)
+    assert [(r["prompt_index"], r["sample_index"], r["score"]) for r in rows] == [
+        (0, 0, 1.0),
+        (0, 1, 2.0),
+        (1, 0, 3.0),
+        (1, 1, 0.0),
+        (2, 0, 1.0),
+    ]
+    assert calls[1] == (["Prompt 2"], ["d"]) and len(calls) == 2
+    whole = file_bytes(tmp_path / "scores")
+    storage.part_path(tmp_path / "scores", 0).unlink()
+    run_score(f, tmp_path)
+    assert len(calls) == 3 and file_bytes(tmp_path / "scores") == whole
+    with pytest.raises(DataError, match="another scorer"):
+        run_score(Scorer("tests:g", lengths), tmp_path)
+
+
+def test_scores_of_other_candidates_are_refused(model, tokenizer, tmp_path):
+    run_sample(model, tokenizer, tmp_path / "candidates", max_new_tokens=2)
+    run_score(lengths, tmp_path)
+    for path in (tmp_path / "candidates").iterdir():
+        path.unlink()
+    run_sample(model, tokenizer, tmp_path / "candidates", max_new_tokens=2, seed=1)
+    with pytest.raises(DataError, match="another candidates"):
+        run_score(lengths, tmp_path)
+
+
+class OddError(Exception):
+    pass
+
+
+def raises(prompts, responses):
+    raise OddError("no idea")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (raises, r"OddError .*prompt 2 to prompt 2.*no idea"),
+        (lambda p, r: [1.0] * 3, r"returned 3 .*list of 2 numbers"),
+        (lambda p, r: None, "a NoneType"),
+        (lambda p, r: "ab", "a str"),
+        (lambda p, r: 1.0, "a float"),
+        (lambda p, r: [1.0, math.nan], "nan for prompt 2, sample 1"),
+        (lambda p, r: torch.tensor([math.inf, 1.0]), "inf for prompt 2, sample 0"),
+        (lambda p, r: [1.0, "high"], "'high' for prompt 2, sample 1"),
+        (lambda p, r: [1.0, None], "None for prompt 2, sample 1"),
+        (lambda p, r: [1.0, True], "True for prompt 2, sample 1"),
+        (lambda p, r: [1.0, 10**400], "for prompt 2, sample 1"),
+        (lambda p, r: torch.ones(2, 1), r"\[1.0\] for prompt 2, sample 0"),
+    ],
+)
+def test_scorer_errors_name_the_scorer_and_the_place(tmp_path, bad, message):
+    write_candidates(tmp_path / "candidates", [["a"], ["b"], ["c", "d"]])
+
+    def f(prompts, responses):
+        return bad(prompts, responses) if "Prompt 2" in prompts else lengths(prompts, responses)
+
+    with pytest.raises(DataError, match=rf"(?s)tests:f.*{message}"):
+        run_score(f, tmp_path)
+    assert set(file_bytes(tmp_path / "scores")) == {"plan.json", "part-00000.jsonl"}
+    rows = run_score(lengths, tmp_path)  # mended, it goes on
+    assert len(rows) == 4
+
+
+def test_scoring_needs_whole_candidates(tmp_path):
+    with pytest.raises(DataError, match="no parts"):
+        run_score(lengths, tmp_path)
+    storage.write_jsonl_atomic(
+        storage.part_path(tmp_path / "candidates", 0),
+        [{"prompt_index": 0, "sample_index": 0, "prompt": "p"}],
+    )
+    with pytest.raises(DataError, match=r"part-00000.jsonl:1: 'response' is missing"):
+        run_score(lengths, tmp_path)
+
+
+def test_functions_are_found_by_name(tmp_path, monkeypatch):
+    scorer = load_scorer("fastdpo.scoring:plain_language")
+    assert scorer.name == "fastdpo.scoring:plain_language"
+    assert scorer(["p"], ["The cat sat on the mat."]) == [1.0]
+    (tmp_path / "my_own_rewards.py").write_text("def f(p, r): return [7 for _ in r]\nx = 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", os.getcwd())])
+    assert load_scorer("my_own_rewards:f")(["p"], ["r"]) == [7]
+    for spec, message in (
+        ("no_such_module:f", "'no_such_module' can't be imported"),
+        ("my_own_rewards:g", "no function 'g'"),
+        ("my_own_rewards:x", "no function 'x'"),
+        ("my_own_rewards:", "no function ''"),
+        (":f", "can't be imported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_scorer(spec)
+    (tmp_path / "broken_rewards.py").write_text("1 / 0")
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        load_scorer("broken_rewards:f")
+    with pytest.raises(ValueError, match="batch_size must be"):
+        load_scorer("my_own_rewards:f", batch_size=0)
+
+
+def save_reward_model(folder: Path, tokenizer, **options) -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    config = llama_config(tokenizer, **{"num_labels": 1, **options})
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+REPLIES = ["Blue.", "", "The sky is blue, the sea is blue too. " * 3, "five", "é"]
+
+
+@pytest.mark.parametrize("case", ["chat", "plain", "no padding token", "end token pads"])
+def test_reward_model_scores_are_those_of_single_rows(tmp_path, case):
+    # Ends in the end token, where a model that pads with it would look one token further left.
+    template = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = make_tokenizer(None if case == "plain" else template)
+    pad_id: int | None = 0
+    if case in ("no padding token", "end token pads"):
+        tokenizer.pad_token = tokenizer.eos_token
+        pad_id = END if case == "end token pads" else None
+    # A colon in a path that exists is no function.
+    model = save_reward_model(tmp_path / "re:ward", tokenizer, pad_token_id=pad_id)
+    scorer = load_scorer(str(tmp_path / "re:ward"), device="cpu", batch_size=2)
+    values = scorer(list(PROMPTS), REPLIES)
+    for prompt, reply, value in zip(PROMPTS, REPLIES, values):
+        messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = "".join(f"{m['role']}\n{m['content']}<|im_end|>" for m in messages)
+        text += f"assistant\n{reply}<|im_end|>"
+        if case == "plain":
+            text = "\n".join([*(m["content"] for m in messages), reply])
+        with torch.no_grad():
+            logit = model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits
+        assert value == pytest.approx(logit.item(), abs=1e-5)
+    assert np.std(values) > 0.1
+
+
+def test_reward_models_score_candidates(model, tokenizer, tmp_path):
+    save_reward_model(tmp_path / "reward", tokenizer)
+    scorer = load_scorer(str(tmp_path / "reward"), dtype=torch.float64)
+    run_sample(model, tokenizer, tmp_path / "candidates")
+    rows = run_score(scorer, tmp_path)
+    assert len(rows) == 15 and len({row["score"] for row in rows}) > 5
+    whole = file_bytes(tmp_path / "scores")
+    storage.part_path(tmp_path / "scores", 1).unlink()
+    run_score(scorer, tmp_path)
+    assert file_bytes(tmp_path / "scores") == whole
+
+
+def test_models_that_are_no_reward_models_are_refused(model, tokenizer, tmp_path):
+    save_reward_model(tmp_path / "two", tokenizer, num_labels=2)
+    with pytest.raises(ValueError, match="2 labels"):
+        load_scorer(str(tmp_path / "two"))
+    headless = make_model(tokenizer, num_labels=1)
+    headless.save_pretrained(tmp_path / "causal")
+    tokenizer.save_pretrained(tmp_path / "causal")
+    with pytest.raises(ValueError, match=r"no score\.weight"):
+        load_scorer(str(tmp_path / "causal"))
+    with pytest.raises(ValueError, match="nothing' does not exist"):
+        load_scorer(str(tmp_path / "nothing"))
+
+
+# Plain language
+
+
+def plain(response: str, prompt: Any = "") -> float:
+    return plain_language([prompt], [response])[0]
+
+
+def test_plain_language_by_hand():
+    # 6 words, 6 syllables: 206.835 - 1.015 * 6 - 84.6 is above 100.
+    assert plain("The cat sat on the mat.") == 1.0
+    # 6 words, 11 syllables; people and water are found, melons aren't.
+    people = "People often drink water after running."
+    ease = (206.835 - 1.015 * 6 - 84.6 * 11 / 6) / 100
+    assert plain(people) == pytest.approx(ease, abs=1e-12) and ease == pytest.approx(0.45645)
+    prompt = "Why do people like water melons?"
+    assert plain(people, prompt) == pytest.approx(ease * (0.5 + 0.5 * 2 / 3), abs=1e-12)
+    chat = [{"role": "system", "content": "Bananas!"}, {"role": "user", "content": prompt}]
+    assert plain(people, chat) == plain(people, prompt)
+    parts = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+    assert plain(people, parts) == plain(people, prompt)
+    # A word has at least one syllable: 7 words, 12 syllables.
+    ease = (206.835 - 1.015 * 7 - 84.6 * 12 / 7) / 100
+    assert plain(people[:-1] + " hmm.") == pytest.approx(ease, abs=1e-12)
+    # Two sentences, 3.5 splits none: 13 words, 24 syllables.
+    two = people[:-1] + " 3.5 times? " + people
+    ease = (206.835 - 1.015 * 13 / 2 - 84.6 * 24 / 13) / 100
+    # 11 trigrams; the 4 of the first sentence come again.
+    assert plain(two) == pytest.approx(ease * 7 / 11, abs=1e-12)
+    # 8 trigrams, of which 4 are distinct.
+    assert plain("go to bed go to bed go to bed now") == pytest.approx(4 / 8)
+
+
+def test_plain_language_of_almost_nothing_is_zero():
+    for text in ("", " \n", "...", "1 2 3 4 5 6 7", "One two three four."):
+        assert plain(text) == 0.0
+    assert plain("One two three four six.") > 0
+
+
+def test_plain_language_is_no_function_of_length():
+    short = plain("Cats like to sleep in the sun.")
+    medium = plain("Feline organisms demonstrate considerable predisposition towards somnolence.")
+    long = plain("Cats like to sleep in the sun. They also like a warm bed at night. That is all.")
+    assert medium < long and medium < short
+    same_length = "Cats xx like to sleep in the sun", "Felinity exemplifies idle inactivity a"
+    assert plain(same_length[0]) != plain(same_length[1])
+    values = [plain("Cats like to sleep in the sun. " * n) for n in (1, 2, 4, 8)]
+    assert values == sorted(values, reverse=True) and values[-1] < values[0] / 4
+
+
+def test_plain_language_prefers_plain_to_convoluted_and_on_topic_to_off_topic():
+    prompt = "Why does bread dough rise?"
+    good = "Yeast eats sugar in the dough and gives off gas. The gas makes the bread rise."
+    convoluted = (
+        "Bread dough's capability to rise is attributable to fermentation, a metabolic procedure "
+        "whereby microorganisms enzymatically transform carbohydrates into gaseous by-products."
+    )
+    off_topic = "My dog is old and likes to nap on the rug. He gets a walk when it is dry."
+    looping = "The bread dough will rise. " * 6
+    for worse in (convoluted, off_topic, looping):
+        assert plain(worse, prompt) < plain(good, prompt)
+    assert all(0 <= plain(x, prompt) <= 1 for x in (good, convoluted, off_topic, looping))
+
+
+# Pairing
+
+
+def candidate(prompt_index: int, sample_index: int, value: float, ids: Any = None) -> Any:
+    ids = [7, prompt_index, sample_index, END] if ids is None else ids
+    return {
+        "prompt_index": prompt_index,
+        "sample_index": sample_index,
+        "prompt": f"p{prompt_index}",
+        "prompt_ids": [1, prompt_index],
+        "response": " ".join(map(str, ids)),
+        "response_ids": ids,
+        "finish_reason": "stop" if sample_index % 2 else "length",
+        "extra": {},
+        "score": value,
+    }
+
+
+def test_best_and_worst_are_paired():
+    rows = [candidate(1, j, v) for j, v in enumerate([2.0, 5.0, -1.0, 5.0, -1.0])]
+    rows = [candidate(0, 0, 3.0), *reversed(rows), candidate(0, 1, 4.0)]
+    (first, second), dropped = best_worst(rows)
+    assert dropped == {} and (first["score_chosen"], first["score_rejected"]) == (4.0, 3.0)
+    assert second == {
+        "prompt_index": 1,
+        "prompt": "p1",
+        "prompt_ids": [1, 1],
+        "chosen": f"7 1 1 {END}",  # the first of two best and of two worst
+        "rejected": f"7 1 2 {END}",
+        "chosen_ids": [7, 1, 1, END],
+        "rejected_ids": [7, 1, 2, END],
+        "score_chosen": 5.0,
+        "score_rejected": -1.0,
+        "chosen_finish": "stop",
+        "rejected_finish": "length",
+    }
+
+
+def test_every_reason_to_drop_is_counted():
+    blank = candidate(0, 0, 9.0)
+    blank["response"] = " \n"
+    rows = [
+        blank,
+        candidate(0, 1, 1.0),
+        candidate(1, 0, 5.0, []),
+        candidate(1, 1, 1.0),
+        candidate(1, 2, 2.0),
+        candidate(2, 0, 1.0),
+        candidate(2, 1, 1.0),
+        candidate(3, 0, 1.0, [4, 4]),
+        candidate(3, 1, 2.0, [4, 4]),
+        candidate(4, 0, 1.0),
+    ]
+    pairs, dropped = best_worst(rows)
+    assert [(p["prompt_index"], p["score_chosen"]) for p in pairs] == [(1, 2.0)]
+    assert dropped == {
+        "empty response": 2,
+        "fewer than two responses": 2,
+        "tie": 1,
+        "identical responses": 1,
+    }
+    pairs, dropped = best_worst(rows, min_gap=1.0)
+    assert pairs == [] and dropped["gap at most min_gap"] == 2
+    assert len(best_worst(rows, min_gap=0.99)[0]) == 1
+
+
+def test_best_worst_errors():
+    for gap in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="min_gap"):
+            best_worst([], min_gap=gap)
+    for value in (math.nan, math.inf, None, "1", True):
+        with pytest.raises(DataError, match=r"prompt 3, sample 4.*score is"):
+            best_worst([candidate(3, 4, value)])  # type: ignore[arg-type]
+    row = candidate(3, 4, 1.0)
+    del row["score"]
+    with pytest.raises(DataError, match=r"prompt 3, sample 4.*'score' is missing"):
+        best_worst([row])
+
+
+TOKENS = st.lists(st.integers(3, 5), max_size=2)
+SCORES = st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(-1e6, 1e6), st.integers(-3, 3))
+GROUPS = st.lists(st.lists(st.tuples(SCORES, TOKENS), min_size=1, max_size=5), max_size=6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(groups=GROUPS, min_gap=st.sampled_from([0.0, 0.5, 3.0]), shuffle=st.randoms())
+def test_pairs_and_dropped_prompts_add_up(groups, min_gap, shuffle):
+    rows = [
+        candidate(i, j, value, ids)
+        for i, group in enumerate(groups)
+        for j, (value, ids) in enumerate(group)
+    ]
+    pairs, dropped = best_worst(rows, min_gap=min_gap)
+    num_empty = dropped.pop("empty response", 0)
+    assert num_empty == sum(not ids for group in groups for _, ids in group)
+    assert len(pairs) + sum(dropped.values()) == len(groups)
+    assert len({p["prompt_index"] for p in pairs}) == len(pairs)
+    for p in pairs:
+        values = [value for value, ids in groups[p["prompt_index"]] if ids]
+        assert p["score_chosen"] == max(values) and p["score_rejected"] == min(values)
+        assert p["score_chosen"] > p["score_rejected"]
+        assert p["score_chosen"] - p["score_rejected"] > min_gap
+        assert p["chosen_ids"] and p["rejected_ids"] and p["chosen_ids"] != p["rejected_ids"]
+    shuffle.shuffle(rows)
+    again = best_worst(rows, min_gap=min_gap)
+    assert again[0] == pairs
+
+
+def test_pairs_are_written_with_a_summary_and_read_back(tmp_path):
+    texts = [["a", "bbb", "cc"], ["dddd", "e"], ["same", "size"], [""]]
+    write_candidates(tmp_path / "candidates", texts)
+    run_score(lengths, tmp_path)
+    path = tmp_path / "out" / "pairs.jsonl"
+    summary = pair(tmp_path / "candidates", tmp_path / "scores", path)
+    assert summary == {
+        "pairs": 2,
+        "dropped": {"tie": 1, "empty response": 1, "fewer than two responses": 1},
+        "mean_score_chosen": 3.5,
+        "mean_score_rejected": 1.0,
+        "mean_length_chosen": 3.5,
+        "mean_length_rejected": 1.0,
+        "score_length_correlation": pytest.approx(1.0),
+    }
+    stored = storage.read_json(tmp_path / "out" / "pairs.summary.json")
+    assert stored == {**summary, "score_length_correlation": pytest.approx(1.0)}
+    first, second = load_pairs(path)
+    assert first.prompt_ids == [1, 5] and second.prompt_ids == [1, 6]
+    assert first.chosen_ids == [10 + ord("b")] * 3 and first.rejected_ids == [10 + ord("a")]
+    assert first.extra == {
+        "prompt_index": 0,
+        "score_chosen": 3.0,
+        "score_rejected": 1.0,
+        "chosen_finish": "stop",
+        "rejected_finish": "stop",
+    }
+
+
+def test_correlation_is_over_all_candidates_and_null_where_undefined(tmp_path):
+    write_candidates(tmp_path / "candidates", [["a", "bbb", "cc"]])
+    run_score(lambda p, r: [1.0, 2.0, 5.0], tmp_path)
+    path = tmp_path / "pairs.jsonl"
+    value = pair(tmp_path / "candidates", tmp_path / "scores", path)["score_length_correlation"]
+    assert value == pytest.approx(np.corrcoef([1, 2, 5], [1, 3, 2])[0, 1])
+    write_candidates(tmp_path / "candidates", [["a", "b"]])
+    run_score(lambda p, r: [1.0, 2.0], tmp_path, "again")
+    summary = pair(tmp_path / "candidates", tmp_path / "again", path)
+    assert summary["score_length_correlation"] is None
+    assert '"score_length_correlation": null' in path.with_suffix(".summary.json").read_text()
+
+
+def test_candidates_and_scores_must_match(tmp_path):
+    out = tmp_path / "pairs.jsonl"
+    write_candidates(tmp_path / "candidates", [["a", "bb"], ["c", "dd"]])
+    run_score(lengths, tmp_path)
+    write_candidates(tmp_path / "more", [["a", "bb"], ["c", "dd", "x"]])
+    with pytest.raises(DataError, match="prompt 1, sample 2 has no score"):
+        pair(tmp_path / "more", tmp_path / "scores", out)
+    write_candidates(tmp_path / "fewer", [["a"], ["c", "dd"]])
+    with pytest.raises(DataError, match="prompt 0, sample 1 has a score but"):
+        pair(tmp_path / "fewer", tmp_path / "scores", out)
+    part = storage.part_path(tmp_path / "scores", 0)
+    rows = storage.read_jsonl(part)
+    for bad, message in (
+        ([*rows, rows[0]], "prompt 0, sample 0 is there twice"),
+        ([{"score": 1.0}], "prompt_index None"),
+        ([{**rows[0], "score": None}, *rows[1:]], "score is None"),
+        ([{"prompt_index": 0, "sample_index": 0}, *rows[1:]], "has no score"),
+    ):
+        storage.write_jsonl_atomic(part, bad)
+        with pytest.raises(DataError, match=message):
+            pair(tmp_path / "candidates", tmp_path / "scores", out)
+    assert not out.exists()
+
+
+def test_no_pair_left_is_an_error(tmp_path):
+    write_candidates(tmp_path / "candidates", [["a", "b"], ["c"]])
+    run_score(lengths, tmp_path)
+    out = tmp_path / "pairs.jsonl"
+    with pytest.raises(
+        DataError, match=r"no pair is left \(fewer than two responses: 1, tie: 1\).*Sample more"
+    ):
+        pair(tmp_path / "candidates", tmp_path / "scores", out)
+    assert not out.exists() and not out.with_suffix(".summary.json").exists()
+    with pytest.raises(ValueError, match="jsonl"):
+        pair(tmp_path / "candidates", tmp_path / "scores", tmp_path / "pairs")
+
+
+def test_reading_pairs_names_the_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [candidate(0, j, float(j)) for j in range(2)]
+    (good,), _ = best_worst(rows)
+    without = {k: v for k, v in good.items() if k != "chosen_ids"}
+    for bad, message in (
+        ({**good, "chosen_ids": []}, "chosen_ids is empty"),
+        ({**good, "prompt_ids": [1.5]}, "prompt_ids must be"),
+        (without, "'chosen_ids' is missing"),
+        ({**good, "rejected_ids": 3}, "int"),
+    ):
+        storage.write_jsonl_atomic(path, [good, bad])
+        with pytest.raises(DataError, match=rf"pairs\.jsonl:2: .*{message}"):
+            load_pairs(path)
+
+
+# The whole way
+
+
+def test_the_stages_fit_together(model, tokenizer, tmp_path):
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        run_sample(model, tokenizer, folder / "candidates", num_samples=4)
+        run_score(lengths, folder)
+        pair(folder / "candidates", folder / "scores", folder / "pairs.jsonl")
+    pairs = load_pairs(tmp_path / "a" / "pairs.jsonl")
+    assert 1 <= len(pairs) <= len(PROMPTS)
+    candidates = {tuple(r["response_ids"]) for r in storage.read_parts(tmp_path / "a/candidates")}
+    assert all({tuple(p.chosen_ids), tuple(p.rejected_ids)} <= candidates for p in pairs)
+    for name in ("pairs.jsonl", "pairs.summary.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_demo_prompts():
+    rows = read_rows(Path(fastdpo.__file__).parent / "demo_prompts.jsonl").rows
+    assert len(prompt_rows(Rows("demo", rows))) == 72
+    assert len({row["prompt"].lower() for row in rows}) == 72
+    assert [row["split"] for row in rows].count("train") == 48
+    assert [row["split"] for row in rows].count("heldout") == 24
+    assert all(10 < len(row["prompt"]) < 100 for row in rows)
+
+
+def test_importing_the_stages_does_not_import_transformers():
+    code = "import sys; from fastdpo.pair import stage; from fastdpo.sample import stage; print(*sys.modules)"
+    root = str(Path(fastdpo.__file__).parents[1])
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, timeout=60, capture_output=True, text=True
+    )
+    loaded = out.stdout.split()
+    assert "fastdpo.sample.stage" in loaded and "transformers" not in loaded, json.dumps(out.stderr)
