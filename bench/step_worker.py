@@ -1,8 +1,9 @@
 """One variant's trainings in a process of its own: a step for each word of `bench.step`.
 
 The trainers are whole and unchanged: TRL's `DPOTrainer` and `fastdpo.train.trainer.train`. TRL is
-only handed token ids instead of text, in the order of fastdpo's plan. A step lasts from the parent's
-word to the end of the loop's turn, so fetching the pairs, the reference, both passes, clipping, the
+only handed token ids instead of text, in the order of fastdpo's plan. A step lasts from the
+parent's word to the end of the loop's turn, so fetching the pairs, the reference, both passes,
+clipping, the
 optimizer and the log are all in it.
 """
 

@@ -1,8 +1,8 @@
 """What is dropped, softened, turned round or added before a policy trains on pairs.
 
 Plain functions of candidates and of the pairs that `fastdpo.pair.stage` makes of them; they return
-new rows and change none. `Pairing` has an option for each, and `pair` applies them. Two measure pairs
-under a model, and need one:
+new rows and change none. `Pairing` has an option for each, and `pair` applies them. Two measure
+pairs under a model, and need one:
 
     found = measure(model, pairs)
     kept = keep_lowest(found.ches, 0.9)

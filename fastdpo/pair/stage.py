@@ -286,8 +286,8 @@ def pair(
         scores_dirs: parts of scores of all these candidates, a folder for each scorer.
         out_path: a `.jsonl` file for the pairs.
         pairing: what to do; by default `best_worst`.
-        shaping: how scores become one score (`fastdpo.pair.transforms`). Needed for several scorers;
-            one scorer's scores are used as they are without it.
+        shaping: how scores become one score (`fastdpo.pair.transforms`). Needed for several
+        scorers; one scorer's scores are used as they are without it.
         previous_scores: for `Pairing.consistency`, scores of the same candidates as the round
             before would give them, as many folders as `scores_dirs`; shaped alike.
         reference_scores: for what `shaping` compares with reference responses, candidates to the

@@ -2,8 +2,8 @@
 
 There are no formulas for activations here.  The model is built from its configuration with tensors
 that have sizes but no content, prepared as `fastdpo.train.trainer` prepares it, and one micro-batch
-runs forward and backward while every storage that comes and goes is counted.  Weights are not needed,
-nor is a GPU.
+runs forward and backward while every storage that comes and goes is counted.  Weights are not
+needed, nor is a GPU.
 
 What no simulated tensor shows is taken from elsewhere: on CUDA, flash attention and the fused head
 are stand-ins that make and keep tensors of the sizes that the kernels do.  Not counted are a CUDA
