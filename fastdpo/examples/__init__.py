@@ -3,6 +3,6 @@
     python -m fastdpo.examples.bare_loop --model MODEL --dataset pairs.jsonl
 
 `bare_loop` is the loss in a loop of your own, `hf_trainer` in `transformers.Trainer`, `trl_trainer`
-in TRL.  `long_context` trains pairs of tens of thousands of tokens on one GPU, `reward_model_rounds`
-runs the whole loop, and `reward_server` serves scores to it from another machine.
+in TRL.  `long_context` trains pairs of tens of thousands of tokens on one GPU, the whole loop is in
+`reward_model_rounds`, and `reward_server` serves scores to it from another machine.
 """
