@@ -26,14 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    sleep_using_event,
-    stop_after_attempt,
-    wait_exponential,
-)
+import tenacity
 
 from fastdpo.errors import ConfigError, require
 
@@ -91,7 +84,7 @@ class Remote:
         if not (key and key.isascii() and key.isprintable()):
             what = "holds a character that can't be in a key" if key else "is not set"
             raise ConfigError(
-                f"api_key_env: the environment variable {self.api_key_env} {what}; set it to the key"
+                f"api_key_env: the environment variable {self.api_key_env} {what}; set it anew"
             )
         return key
 
@@ -317,12 +310,12 @@ class Endpoint:
         (another 4xx, or a redirect) or answers with what isn't JSON.
         """
         data = None if body is None else json.dumps(body).encode("ascii")
-        tries = Retrying(
-            retry=retry_if_exception_type(PassingError),
-            stop=stop_after_attempt(self.remote.retries + 1),
+        tries = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(PassingError),
+            stop=tenacity.stop_after_attempt(self.remote.retries + 1),
             wait=self._pause,
             before_sleep=self._warn,
-            sleep=sleep_using_event(stop := stop or Stop()),
+            sleep=tenacity.sleep_using_event(stop := stop or Stop()),
             reraise=True,
         )
         try:
@@ -340,15 +333,15 @@ class Endpoint:
         stop.check()
         return parse(self.once(url, data, stop))
 
-    def _pause(self, state: RetryCallState) -> float:
+    def _pause(self, state: tenacity.RetryCallState) -> float:
         """Seconds before the next try."""
         asked = _passing(state).pause
         if asked is not None:
             return min(asked, _MAX_PAUSE)
-        whole = wait_exponential(multiplier=self.remote.backoff, max=_MAX_PAUSE)(state)
+        whole = tenacity.wait_exponential(multiplier=self.remote.backoff, max=_MAX_PAUSE)(state)
         return whole * random.uniform(0.5, 1.0)
 
-    def _warn(self, state: RetryCallState) -> None:
+    def _warn(self, state: tenacity.RetryCallState) -> None:
         """Once for an outage, not for each of the requests that it hits."""
         url, _, stop, _ = state.args
         stop.check()
@@ -384,7 +377,7 @@ class Endpoint:
             raise PassingError(problem) from None
         except (httpx.InvalidURL, ValueError, ImportError) as error:  # of the URL, or a proxy's
             raise RemoteError(f"{url} can't be asked: {error}. Mend the URL or proxy.") from None
-        if response.status_code in _TRY_AGAIN or response.is_server_error:
+        if response.status_code in _TRY_AGAIN or response.status_code >= 500:
             raise PassingError(refused, _retry_after(response))
         raise RemoteError(
             f"{url} refused the request: {refused}. Mend the URL, the model's name or the key; it "
@@ -411,7 +404,7 @@ class Endpoint:
         return _shortened(text, self.remote.key())
 
 
-def _passing(state: RetryCallState) -> PassingError:
+def _passing(state: tenacity.RetryCallState) -> PassingError:
     error = state.outcome and state.outcome.exception()
     assert isinstance(error, PassingError)
     return error
