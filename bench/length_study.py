@@ -66,8 +66,7 @@ from fastdpo.data.records import Text
 from fastdpo.data.rows import preference_rows, prompt_rows, read_rows, render_prompt
 from fastdpo.errors import ConfigError
 from fastdpo.loss.gemm import has_native_bf16
-from fastdpo.model.identity import dtype_name
-from fastdpo.model.load import load_tokenizer, save_policy
+from fastdpo.model.load import dtype_name, load_tokenizer, save_policy
 from fastdpo.pair.rules import best_worst
 from fastdpo.report.evaluation import NORMAL, quantile
 from fastdpo.report.summary import prompt_means

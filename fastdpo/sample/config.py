@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass, field
 
 from fastdpo.errors import ConfigError, require, require_used
-from fastdpo.model.identity import DTYPES
+from fastdpo.model.load import DTYPES
 from fastdpo.remote import check_url, check_variable
 
 BACKENDS = ("auto", "generate", "continuous", "vllm", "server")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastdpo.model.identity import policy_digest
+from fastdpo.model.load import policy_digest
 from fastdpo.remote import Endpoint, PassingError, Remote, RemoteError, Stop, hidden
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.samplers import (

@@ -33,8 +33,7 @@ from bench.sampling import parting, surprise
 from fastdpo import storage
 from fastdpo.data.rows import Rows, prompt_rows
 from fastdpo.errors import ConfigError, DataError, ModelError
-from fastdpo.model.identity import policy_digest
-from fastdpo.model.load import load_causal_lm
+from fastdpo.model.load import load_causal_lm, policy_digest
 from fastdpo.remote import RemoteError, Stop
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.samplers import (
