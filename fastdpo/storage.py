@@ -38,20 +38,23 @@ def write_jsonl_atomic(
     Raises ValueError when a number is NaN or infinite, and TypeError for what isn't JSON.
     """
     text = "".join(_dump(row) + "\n" for row in rows)
-    if checksum:
-        _write_with_checksum(path, text)
-    else:
-        _write_atomic(path, text)
+    (_write_with_checksum if checksum else _write)(Path(path), text)
+
+
+def write_json_atomic(path: Path, value: Any, *, checksum: bool = False) -> None:
+    """Write one JSON value, indented. Otherwise as `write_jsonl_atomic`."""
+    text = _dump(value, indent=2) + "\n"
+    (_write_with_checksum if checksum else _write)(Path(path), text)
 
 
 def _write_with_checksum(path: Path, text: str) -> None:
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    files = [(checksum_path(path), f"{digest}  {Path(path).name}\n"), (Path(path), text)]
-    if Path(path).exists():
+    files = [(checksum_path(path), f"{digest}  {path.name}\n"), (path, text)]
+    if path.exists():
         checksum_path(path).unlink(missing_ok=True)
         files.reverse()
     for file, content in files:
-        _write_atomic(file, content)
+        _write(file, content)
 
 
 def checksum_path(path: Path) -> Path:
@@ -85,21 +88,6 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def told_when_full(path: Path) -> Iterator[None]:
-    """Make of safetensors' own exception, on a full disk above all, a DataError with the path."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        free = shutil.disk_usage(Path(path).parent).free / 2**30
-        raise DataError(
-            f"{path} can't be written ({error}; {free:.1f} GiB are free on its disk). Make room, "
-            "and the same command goes on."
-        ) from error
-
-
-@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a folder to this process; the system gives it up when the process ends, however it does.
 
@@ -123,12 +111,6 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
-
-
-def write_json_atomic(path: Path, value: Any, *, checksum: bool = False) -> None:
-    """Write one JSON value, indented. Otherwise as `write_jsonl_atomic`."""
-    write = _write_with_checksum if checksum else _write_atomic
-    write(path, _dump(value, indent=2) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -281,32 +263,43 @@ def _dump(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(text.encode("utf-8"))
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a scratch name; what the block writes there becomes the file if it ends without error.
+
+    Raises DataError when safetensors can't write it.
+    """
     path = Path(path)
-    data = text.encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, so that two processes never write into one file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        with _told_when_full(path):
+            yield scratch
+        sync(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
     sync(path.parent)
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a scratch folder that becomes ``path`` if the block ends without an exception."""
+    """Yield a scratch folder that becomes `path` if the block ends without an error; checksums of
+    its files go with it.
+
+    Raises DataError when safetensors can't write a file of it.
+    """
     path = Path(path)
     scratch = path.with_name(f".{path.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    with told_when_full(path):
+    with _told_when_full(path):
         yield scratch
     files = sorted(file for file in scratch.rglob("*") if file.is_file())
     sums = [f"{file_digest(file)}  {file.relative_to(scratch).as_posix()}\n" for file in files]
@@ -320,11 +313,25 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+@contextmanager
+def _told_when_full(path: Path) -> Iterator[None]:
+    """Make of safetensors' own exception, on a full disk above all, a DataError with the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise DataError(
+            f"{path} can't be written ({error}; {free:.1f} GiB are free on its disk). Make room, "
+            "and the same command goes on."
+        ) from error
+
+
 def check_directory(path: Path) -> None:
     """Compare the files of a folder with their checksums; a folder without any is left alone.
 
-    Raises:
-        DataError: a file is missing or differs.
+    Raises DataError when a file is missing or differs.
     """
     path = Path(path)
     if not (path / _SUMS).is_file():

@@ -10,7 +10,6 @@ rounding only.
 import hashlib
 import json
 import logging
-import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from fastdpo import __version__
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ModelError
-from fastdpo.storage import sync, told_when_full
+from fastdpo.storage import atomic_file
 
 _log = logging.getLogger(__name__)
 _DIGESTS = "digests"  # of the weights and of the log-probs; safetensors keeps no order of entries
@@ -86,13 +85,8 @@ def save(path: Path, logp_P2: Tensor, weights: str) -> None:
     """Write log-prob sums, whole or not at all, also where runs share a cache."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with told_when_full(path):
+    with atomic_file(path) as scratch:
         save_file({"logp_P2": logp_P2}, scratch, {_DIGESTS: f"{weights} {_digest(logp_P2)}"})
-    sync(scratch)
-    scratch.replace(path)
-    sync(path.parent)
 
 
 def _digest(logp_P2: Tensor) -> str:

@@ -22,7 +22,7 @@ import fastdpo
 from fastdpo import storage
 from fastdpo.data.records import Prompt
 from fastdpo.data.rows import Rows, prompt_rows, read_rows
-from fastdpo.errors import DataError
+from fastdpo.errors import ConfigError, DataError
 from fastdpo.pair.stage import best_worst, load_pairs, pair
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import sample
@@ -409,7 +409,7 @@ def test_sampling_errors_come_before_any_sample(model, tokenizer, tmp_path):
 )
 def test_sampling_config_names_what_is_wrong(options):
     name = list(options)[-1]
-    with pytest.raises(ValueError, match=rf"{name} must be .*, got {options[name]!r}"):
+    with pytest.raises(ConfigError, match=rf"^{name}={options[name]} must be "):
         SampleConfig(**options)
 
 
