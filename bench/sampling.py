@@ -33,7 +33,8 @@ from fastdpo.data.records import Prompt
 from fastdpo.data.rows import prompt_rows, read_rows, render_prompt
 from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.sample.config import BACKENDS, SampleConfig
-from fastdpo.sample.samplers import GenerateSampler, Sampler
+from fastdpo.sample.generate import GenerateSampler
+from fastdpo.sample.sampler import Sampler
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.storage import read_json, read_parts
 

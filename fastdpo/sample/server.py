@@ -11,18 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from fastdpo.model.load import policy_digest
 from fastdpo.remote import Endpoint, PassingError, Remote, RemoteError, Stop, hidden
 from fastdpo.sample.config import SampleConfig
-from fastdpo.sample.samplers import (
-    Ending,
-    Output,
-    finished,
-    prompt_seed,
-)
+from fastdpo.sample.sampler import Ending, Output, Sampler, finished, prompt_seed
 
 _START_S = 1800.0  # a large model loads and compiles for minutes
 # A server that is started again is away for minutes: with pauses of half a minute to a minute these
@@ -41,15 +37,15 @@ def open_server(
 ) -> "ServerSampler":
     """The server at `config.server_url`, or one started by `config.server_command`, as a sampler.
 
-    Raises RemoteError when it can't be reached, doesn't start or doesn't serve the policy.
+    Raises RemoteError when it can't be reached, doesn't start or doesn't serve the policy, and
+    ConfigError when its key is missing.
     """
-    key, url, local = _key(Remote(api_key_env=config.api_key_env)), config.server_url, None
-    if url is None:
-        local = LocalServer(
-            policy, config.server_command, config.dtype, max_length, key=key, log_path=log_path
-        )
-        url = local.url
-    sampler = ServerSampler(url, ending, config, local=local)
+    key = Remote(api_key_env=config.api_key_env).key()
+    if config.server_url is None:
+        local = LocalServer(policy, config, max_length, key, log_path)
+        sampler = ServerSampler(local.url, ending, config, local)
+    else:
+        local, sampler = None, ServerSampler(config.server_url, ending, config)
     try:
         if local is not None:
             local.wait_until(sampler.is_healthy)
@@ -61,13 +57,6 @@ def open_server(
     limits = [x for x in (sampler.context, max_length) if x is not None]
     sampler.context = min(limits, default=None)
     return sampler
-
-
-def _key(remote: Remote) -> str | None:
-    try:
-        return remote.key()
-    except ValueError as error:  # it doesn't hold the key
-        raise RemoteError(str(error)) from None
 
 
 class _Running(Stop):
@@ -85,7 +74,7 @@ class _Running(Stop):
             raise RemoteError(gone)
 
 
-class ServerSampler:
+class ServerSampler(Sampler):
     """A server that speaks vLLM's OpenAI-compatible API, 0.10.2 or newer for `return_token_ids`.
 
     Prompts go to /v1/completions as token ids, each in a request of its own with its own seed, from
@@ -103,23 +92,14 @@ class ServerSampler:
     backend = "server"
 
     def __init__(
-        self,
-        url: str,
-        ending: Ending,
-        config: SampleConfig,
-        *,
-        local: "LocalServer | None" = None,
+        self, url: str, ending: Ending, config: SampleConfig, local: "LocalServer | None" = None
     ) -> None:
+        super().__init__(config, ending)
         remote = Remote(
             timeout=config.server_timeout, retries=_RETRIES, api_key_env=config.api_key_env
         )
         self._endpoint = Endpoint(url.rstrip("/").removesuffix("/v1"), remote)
-        self.url = self._endpoint.url
-        self.config, self.ending = config, ending
-        self.dtype: str | None = config.dtype
-        self.policy: str | None = None
-        self.context: int | None = None
-        self.vocab: int | None = None  # the server refuses other tokens
+        self.url, self.dtype = self._endpoint.url, config.dtype
         self.at_once = max(1, _SEQUENCES // (config.num_samples * config.batch_prompts))
         self._local, self._stop = local, _Running(local)
         self._model = ""
@@ -156,11 +136,8 @@ class ServerSampler:
         """
         pool = ThreadPoolExecutor(min(len(prompts), _SEQUENCES))
         try:
-            requests = [
-                pool.submit(self._complete, prompt, num_samples, prompt_seed(seed, place))
-                for place, prompt in enumerate(prompts)
-            ]
-            return [request.result() for request in requests]
+            seeds = [prompt_seed(seed, place) for place in range(len(prompts))]
+            return list(pool.map(self._complete, prompts, repeat(num_samples), seeds))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -279,38 +256,33 @@ class LocalServer:
     def __init__(
         self,
         policy: str,
-        command: str,
-        dtype: str,
+        config: SampleConfig,
         max_length: int | None,
-        *,
-        key: str | None = None,
-        log_path: Path | None = None,
+        key: str | None,
+        log_path: Path | None,
     ) -> None:
         if os.name != "posix":
             raise RemoteError("a server is started on Linux and macOS only; give a server_url")
-        if log_path is None:
-            descriptor, name = tempfile.mkstemp(prefix="fastdpo-server-", suffix=".log")
-            os.close(descriptor)
-            log_path = Path(name)
-        self.log_path, self._key = Path(log_path), key
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        arguments = [word.replace("{model}", policy) for word in shlex.split(command)]
-        arguments += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", policy]
-        arguments += ["--dtype", dtype, "--generation-config", "vllm"]
+        self.url, self._key = f"http://127.0.0.1:{port}", key
+        command = [word.replace("{model}", policy) for word in shlex.split(config.server_command)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", policy]
+        command += ["--dtype", config.dtype, "--generation-config", "vllm"]
         if max_length is not None:
-            arguments += ["--max-model-len", str(max_length)]
-        environment = {**os.environ, "VLLM_API_KEY": key} if key else dict(os.environ)
+            command += ["--max-model-len", str(max_length)]
+        if log_path is None:
+            log_path = Path(tempfile.mkdtemp(prefix="fastdpo-")) / "server.log"
+        self.log_path = Path(log_path)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _KEEPER, *arguments],
+                [sys.executable, "-c", _KEEPER, *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, "VLLM_API_KEY": key} if key else None,
                 start_new_session=True,
             )
 

@@ -280,7 +280,7 @@ def test_rows_of_a_sampled_batch_and_of_a_reward_model(of):
     from transformers import AutoModelForSequenceClassification
 
     from fastdpo.sample.config import SampleConfig
-    from fastdpo.sample.samplers import GenerateSampler
+    from fastdpo.sample.generate import GenerateSampler
     from fastdpo.score.rewards import RewardModel
 
     short, long = ids(9, 4), ids(150, 5)

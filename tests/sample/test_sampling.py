@@ -36,16 +36,11 @@ from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model.load import load_causal_lm, policy_digest
 from fastdpo.remote import RemoteError, Stop
 from fastdpo.sample.config import SampleConfig
-from fastdpo.sample.samplers import (
-    ContinuousSampler,
-    Ending,
-    GenerateSampler,
-    Output,
-    model_sampler,
-    prompt_seed,
-)
+from fastdpo.sample.continuous import ContinuousSampler
+from fastdpo.sample.generate import GenerateSampler
+from fastdpo.sample.sampler import Ending, Output, prompt_seed
 from fastdpo.sample.server import ServerSampler
-from fastdpo.sample.stage import open_sampler, sample
+from fastdpo.sample.stage import model_sampler, open_sampler, sample
 
 HERE = Path(__file__).parents[1]
 PROMPTS = ["tell me about walks", "be nice", "no idea at all about the weather and the beach", "hi"]
@@ -756,7 +751,7 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(
         for key, faults in ((None, []), ("wr0ng", []), ("s3cret", [503] * 99)):
             monkeypatch.setenv("THE_KEY", key or "")
             server.faults = faults
-            with pytest.raises(RemoteError) as caught:
+            with pytest.raises((ConfigError, RemoteError)) as caught:
                 server_rows(server, tokenizer, tmp_path / str(key), api_key_env="THE_KEY")
             messages.append("".join(map(str, (caught.value, caught.value.__cause__))))
     assert "THE_KEY is not set" in messages[0]
@@ -771,7 +766,7 @@ def test_a_key_that_cant_be_sent_is_refused_without_its_value(folder, tokenizer,
     monkeypatch.setenv("THE_KEY", key)
     config = config_of(server_url="http://127.0.0.1:1", api_key_env="THE_KEY")
     with (
-        pytest.raises(RemoteError, match=r"api_key_env: .* THE_KEY ") as caught,
+        pytest.raises(ConfigError, match=r"api_key_env: .* THE_KEY ") as caught,
         open_sampler(str(folder), tokenizer, config),
     ):
         pass
