@@ -166,14 +166,8 @@ def _shut(one: socket.socket) -> None:
         one.shutdown(socket.SHUT_RDWR)
 
 
-@cache
-def _certificates() -> ssl.SSLContext:
-    """The system's, to which an organisation may have added its own."""
-    return ssl.create_default_context()
-
-
-def _client(proxy: str | None, timeout: float) -> httpx.Client:
-    return httpx.Client(timeout=timeout, verify=_certificates(), proxy=proxy, trust_env=False)
+# The system's certificates, to which an organisation may have added its own.
+_certificates = cache(ssl.create_default_context)
 
 
 def _proxy(url: str) -> str | None:
@@ -360,7 +354,12 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {key}"
         try:
             with (
-                _client(_proxy(url), self.remote.timeout) as client,
+                httpx.Client(
+                    timeout=self.remote.timeout,
+                    verify=_certificates(),
+                    proxy=_proxy(url),
+                    trust_env=False,
+                ) as client,
                 client.stream(
                     method, url, content=data, headers=headers, extensions={"trace": stop.trace}
                 ) as response,

@@ -26,7 +26,7 @@ class LoadedSampler(Sampler):
         # A row's frequencies are its own, whatever else is in the batch.
         self.frequencies_vary = rope.attach(model)
         self.context, self.dtype = context_of(model.config), dtype_name(model.dtype)
-        self.vocab = model.get_input_embeddings().weight.shape[0]
+        self.vocab: int = model.get_input_embeddings().weight.shape[0]
 
     @contextmanager
     def drawing(self) -> Iterator["GenerationConfig"]:

@@ -101,6 +101,11 @@ class Sampler(ABC):
         """Give back memory and processes, and end calls of `generate` that wait."""
 
 
+def shorter(*lengths: int | None) -> int | None:
+    """The least of those that are known."""
+    return min((x for x in lengths if x is not None), default=None)
+
+
 def prompt_seed(seed: int, place: int) -> int:
     """The seed of one prompt of a part, below 2**48: vLLM counts up from it for its samples."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:6], "big")

@@ -18,7 +18,7 @@ from typing import Any
 from fastdpo.model.load import policy_digest
 from fastdpo.remote import Endpoint, PassingError, Remote, RemoteError, Stop, hidden
 from fastdpo.sample.config import SampleConfig
-from fastdpo.sample.sampler import Ending, Output, Sampler, finished, prompt_seed
+from fastdpo.sample.sampler import Ending, Output, Sampler, finished, prompt_seed, shorter
 
 _START_S = 1800.0  # a large model loads and compiles for minutes
 # A server that is started again is away for minutes: with pauses of half a minute to a minute these
@@ -54,8 +54,7 @@ def open_server(
         sampler.close()
         raise
     sampler.policy = policy_digest(policy)
-    limits = [x for x in (sampler.context, max_length) if x is not None]
-    sampler.context = min(limits, default=None)
+    sampler.context = shorter(sampler.context, max_length)
     return sampler
 
 
@@ -172,7 +171,8 @@ class ServerSampler(Sampler):
         if [choice["index"] for choice in choices] != list(range(body["n"])):
             raise ValueError(f"it has {len(choices)} samples of {body['n']}")
         for choice in choices:
-            if not _are_ids(choice.get("token_ids")):
+            ids = choice.get("token_ids")
+            if not (isinstance(ids, list) and all(type(x) is int for x in ids)):
                 raise RemoteError(
                     f"{self.url} returns no token ids; vLLM does from version 0.10.2 on"
                 )
@@ -207,10 +207,6 @@ class ServerSampler(Sampler):
         self._stop.cut()
         if self._local is not None:
             self._local.stop()
-
-
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int for x in value)
 
 
 def _model_cards(reply: Any) -> list[dict[str, Any]]:

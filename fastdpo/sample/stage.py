@@ -37,7 +37,7 @@ from fastdpo.model.load import (
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.continuous import ContinuousSampler, flash_attention
 from fastdpo.sample.generate import GenerateSampler, LoadedSampler
-from fastdpo.sample.sampler import Ending, Output, Sampler
+from fastdpo.sample.sampler import Ending, Output, Sampler, shorter
 from fastdpo.sample.server import open_server
 from fastdpo.sample.vllm import VllmSampler
 from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic
@@ -74,11 +74,8 @@ def open_sampler(
         ModelError: the model or its backend can't be used; says why.
         RemoteError: the server can't be reached, doesn't start, or serves another model.
     """
-    sampler = _open(policy, tokenizer, config, max_length, log_path)
-    try:
+    with closing(_open(policy, tokenizer, config, max_length, log_path)) as sampler:
         yield sampler
-    finally:
-        sampler.close()
 
 
 def _open(
@@ -93,18 +90,14 @@ def _open(
         model = load_causal_lm(policy, dtype=getattr(torch, config.dtype)).to(device)
         sampler = model_sampler(model, tokenizer, config)
         sampler.policy = policy_digest(policy)
-        sampler.context = _shorter(max_length, sampler.context)
+        sampler.context = shorter(max_length, sampler.context)
         return sampler
-    longest = _shorter(max_length, context_of(load_config(policy)))
+    longest = shorter(max_length, context_of(load_config(policy)))
     ends = end_ids(stop_ids(policy, tokenizer), tokenizer.eos_token_id)
     ending = Ending(ends, config.stop, tokenizer)
     if config.asks_server:
         return open_server(policy, ending, config, max_length=longest, log_path=log_path)
     return VllmSampler(policy, ending, config, longest)
-
-
-def _shorter(*lengths: int | None) -> int | None:
-    return min((x for x in lengths if x is not None), default=None)
 
 
 def model_sampler(model: Any, tokenizer: Any, config: SampleConfig) -> LoadedSampler:
@@ -192,24 +185,21 @@ def sample(
 
         def draw(part: int) -> list[int]:
             """Write a part; the lengths of its responses."""
-            batch = range(len(prompts))[starts[part] :][: config.batch_prompts]
-            drawn = sampler.generate(
-                [prompt_ids[i] for i in batch], config.num_samples, seeds[part]
-            )
+            first, last = starts[part], starts[part] + config.batch_prompts
+            drawn = sampler.generate(prompt_ids[first:last], config.num_samples, seeds[part])
             candidates = [
-                _candidate(i, j, prompts[i], prompt_ids[i], output, sampler.ending)
-                for i, outputs in zip(batch, drawn)
+                _candidate(prompts[i], prompt_ids[i], (i, j), output, sampler.ending)
+                for i, outputs in enumerate(drawn, first)
                 for j, output in enumerate(outputs)
             ]
             write_jsonl_atomic(part_path(out_dir, part), [x.to_json() for x in candidates])
             return [len(x.response_ids) for x in candidates]
 
         lengths = _each(draw, undone, sampler.at_once)
-        found = _measured(lengths, len(starts), len(undone), progress)
+        rates = _measured(lengths, len(starts), len(undone), progress)
+        found = {"backend": sampler.backend, **rates}
         if undone:
-            write_json_atomic(
-                Path(out_dir) / "throughput.json", {"backend": sampler.backend, **found}
-            )
+            write_json_atomic(Path(out_dir) / "throughput.json", found)
 
 
 @contextmanager
@@ -223,6 +213,13 @@ def _sampler_of(source: Any, tokenizer: Any, config: SampleConfig) -> Iterator[S
         mine, its = getattr(config, name), getattr(source.config, name)
         require(config, name, mine == its, f"the sampler's, {its}; open it with this one")
     yield source
+
+
+def _candidate(
+    row: Prompt, ids: list[int], place: tuple[int, int], output: Output, ending: Ending
+) -> Candidate:
+    text, reason = ending.text(output.ids), output.finish_reason
+    return Candidate(*place, row.prompt, ids, text, output.ids, reason, row.extra)
 
 
 def _measured(
@@ -311,23 +308,3 @@ def _digest(prompts: Sequence[Prompt], prompt_ids: list[list[int]]) -> str:
 def _part_seed(seed: int, round_index: int, part: int) -> int:
     digest = hashlib.sha256(f"{seed}/{round_index}/{part}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _candidate(
-    prompt_index: int,
-    sample_index: int,
-    row: Prompt,
-    prompt_ids: list[int],
-    output: Output,
-    ending: Ending,
-) -> Candidate:
-    return Candidate(
-        prompt_index=prompt_index,
-        sample_index=sample_index,
-        prompt=row.prompt,
-        prompt_ids=prompt_ids,
-        response=ending.text(output.ids),
-        response_ids=output.ids,
-        finish_reason=output.finish_reason,
-        extra=row.extra,
-    )
