@@ -279,7 +279,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     # A name of its own, so that two processes never write into one file.
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with _told_when_full(path):
+        with told_when_full(path):
             yield scratch
         sync(scratch)
         os.replace(scratch, path)
@@ -299,7 +299,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    with _told_when_full(path):
+    with told_when_full(path):
         yield scratch
     files = sorted(file for file in scratch.rglob("*") if file.is_file())
     sums = [f"{file_digest(file)}  {file.relative_to(scratch).as_posix()}\n" for file in files]
@@ -314,7 +314,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _told_when_full(path: Path) -> Iterator[None]:
+def told_when_full(path: Path) -> Iterator[None]:
     """Make of safetensors' own exception, on a full disk above all, a DataError with the path."""
     from safetensors import SafetensorError
 
