@@ -254,8 +254,7 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
 
 
 def _part_numbers(directory: Path) -> list[int]:
-    directory = Path(directory)
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    names = [path.name for path in Path(directory).glob("part-*.jsonl")]
     return sorted(int(match[1]) for name in names if (match := _PART_NAME.fullmatch(name)))
 
 
