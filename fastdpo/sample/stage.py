@@ -24,7 +24,8 @@ import torch
 
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.records import Candidate, Prompt
-from fastdpo.data.rows import render_prompt, warn_of_unread
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.tokenize import warn_of_unread
 from fastdpo.errors import DataError, ModelError, require
 from fastdpo.model.load import (
     context_of,
