@@ -31,13 +31,6 @@ class ContinuousSampler(LoadedSampler):
     backend = "continuous"
 
     def __init__(self, model: Any, tokenizer: Any, config: SampleConfig) -> None:
-        try:
-            from transformers import ContinuousBatchingConfig  # noqa: F401
-        except ImportError as error:
-            raise ModelError(
-                "backend='continuous' needs a transformers with ContinuousBatchingConfig; upgrade "
-                "it, or set backend to 'generate'"
-            ) from error
         if not hasattr(model, "init_continuous_batching"):
             raise ModelError(
                 f"{type(model).__name__} has no continuous batching; set backend to 'generate'"
