@@ -4,7 +4,8 @@ A stage writes a directory of *parts*, `part-00000.jsonl`, `part-00001.jsonl`, .
 `plan.json` that tells what they are parts of. Every file is written under a temporary name,
 flushed to the disk and renamed. A stage that starts again skips the parts that are there.
 
-Rows lie beside their SHA-256, in the format of `sha256sum`, which is compared when they are read.
+Rows lie beside their SHA-256, in the format of `sha256sum`, which is compared when they are read. A
+folder of weights has the SHA-256 of its files in it (`atomic_directory`).
 """
 
 import hashlib
@@ -19,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data.rows import read_rows
 from fastdpo.errors import DataError
 
 _PLAN = "plan.json"
+_SUMS = "SHA256SUMS"  # of a folder, in it
 _PART_NAME = re.compile(r"part-(\d{5,})\.jsonl")
 
 
@@ -37,20 +38,23 @@ def write_jsonl_atomic(
     Raises ValueError when a number is NaN or infinite, and TypeError for what isn't JSON.
     """
     text = "".join(_dump(row) + "\n" for row in rows)
-    if checksum:
-        _write_with_checksum(path, text)
-    else:
-        _write_atomic(path, text)
+    (_write_with_checksum if checksum else _write)(Path(path), text)
+
+
+def write_json_atomic(path: Path, value: Any, *, checksum: bool = False) -> None:
+    """Write one JSON value, indented. Otherwise as `write_jsonl_atomic`."""
+    text = _dump(value, indent=2) + "\n"
+    (_write_with_checksum if checksum else _write)(Path(path), text)
 
 
 def _write_with_checksum(path: Path, text: str) -> None:
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    files = [(checksum_path(path), f"{digest}  {Path(path).name}\n"), (Path(path), text)]
-    if Path(path).exists():
+    files = [(checksum_path(path), f"{digest}  {path.name}\n"), (path, text)]
+    if path.exists():
         checksum_path(path).unlink(missing_ok=True)
         files.reverse()
     for file, content in files:
-        _write_atomic(file, content)
+        _write(file, content)
 
 
 def checksum_path(path: Path) -> Path:
@@ -84,21 +88,6 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def told_when_full(path: Path) -> Iterator[None]:
-    """Make of safetensors' own exception, on a full disk above all, a DataError with the path."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        free = shutil.disk_usage(Path(path).parent).free / 2**30
-        raise DataError(
-            f"{path} can't be written ({error}; {free:.1f} GiB are free on its disk). Make room, "
-            "and the same command goes on."
-        ) from error
-
-
-@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a folder to this process; the system gives it up when the process ends, however it does.
 
@@ -124,12 +113,6 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_json_atomic(path: Path, value: Any, *, checksum: bool = False) -> None:
-    """Write one JSON value, indented. Otherwise as `write_jsonl_atomic`."""
-    write = _write_with_checksum if checksum else _write_atomic
-    write(path, _dump(value, indent=2) + "\n")
-
-
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a `.jsonl` file.
 
@@ -137,7 +120,53 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     when it is missing, empty or not what was written.
     """
     check_rows(path)
-    return read_rows(path).rows
+    return [row for _, row in json_lines(read_text(path), path)]
+
+
+def read_text(path: Path, name: str | None = None) -> str:
+    """The text of a file of rows; errors call the file `name`.
+
+    Raises DataError when it is missing, unreadable, empty, or not UTF-8, with the line.
+    """
+    name = str(path) if name is None else name
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file or directory. Check the path.") from error
+    except OSError as error:
+        raise DataError(f"{name}: can't be read ({error.strerror}). Check permissions.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{name}:{line}: not UTF-8. Save the file with UTF-8 encoding.") from error
+    if not text.strip():
+        raise DataError(f"{name}: the file is empty. Write one object per row.")
+    return text
+
+
+def json_lines(text: str, name: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects in a text of one a line, and the line of each, from 1.
+
+    Raises DataError, naming file and line, for what isn't one.
+    """
+    # Only "\n" ends a line: str.splitlines also breaks at separators that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{name}:{number}: not valid JSON ({error}). "
+                "Fix or remove the line; at the end of a file it is often cut short."
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{name}:{number}: a JSON {type(row).__name__}, not an object. "
+                'Write one object per line, {"prompt": ..., ...}.'
+            )
+        yield number, row
 
 
 def read_json(path: Path) -> Any:
@@ -225,8 +254,7 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
 
 
 def _part_numbers(directory: Path) -> list[int]:
-    directory = Path(directory)
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    names = [path.name for path in Path(directory).glob("part-*.jsonl")]
     return sorted(int(match[1]) for name in names if (match := _PART_NAME.fullmatch(name)))
 
 
@@ -234,24 +262,96 @@ def _dump(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(text.encode("utf-8"))
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a scratch name; what the block writes there becomes the file if it ends without error.
+
+    Raises DataError when safetensors can't write it.
+    """
     path = Path(path)
-    data = text.encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, so that two processes never write into one file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere directories can't be opened
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with told_when_full(path):
+            yield scratch
+        sync(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `path` if the block ends without an error; checksums of
+    its files go with it.
+
+    Raises DataError when safetensors can't write a file of it.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    with told_when_full(path):
+        yield scratch
+    files = sorted(file for file in scratch.rglob("*") if file.is_file())
+    sums = [f"{file_digest(file)}  {file.relative_to(scratch).as_posix()}\n" for file in files]
+    (scratch / _SUMS).write_text("".join(sums))
+    for file in scratch.rglob("*"):
+        sync(file)
+    sync(scratch)
+    if path.exists():
+        shutil.rmtree(path)
+    scratch.rename(path)
+    sync(path.parent)
+
+
+@contextmanager
+def told_when_full(path: Path) -> Iterator[None]:
+    """Make of safetensors' own exception, on a full disk above all, a DataError with the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise DataError(
+            f"{path} can't be written ({error}; {free:.1f} GiB are free on its disk). Make room, "
+            "and the same command goes on."
+        ) from error
+
+
+def check_directory(path: Path) -> None:
+    """Compare the files of a folder with their checksums; a folder without any is left alone.
+
+    Raises DataError when a file is missing or differs.
+    """
+    path = Path(path)
+    if not (path / _SUMS).is_file():
+        return
+    for line in (path / _SUMS).read_text().splitlines():
+        wanted, _, name = line.partition("  ")
+        file = path / name
+        if not file.is_file() or file_digest(file) != wanted:
+            what = "differs from what was written" if file.is_file() else "is missing"
+            raise DataError(
+                f"{file} {what}: the folder is damaged. Delete {path}, and the same command makes "
+                "it again."
+            )
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    if os.name != "posix" and path.is_dir():  # directories can't be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

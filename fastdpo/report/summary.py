@@ -1,6 +1,5 @@
 """What a run shows: a row for each round, a table, a plot and a page."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from fastdpo.errors import DataError
 from fastdpo.report.page import render
 from fastdpo.report.runfiles import read_run, round_folders
-from fastdpo.storage import read_json, read_parts
+from fastdpo.storage import atomic_file, read_json, read_parts
 
 _COLUMNS = {
     "round": "{:d}",
@@ -102,10 +101,7 @@ def html(out: Path) -> Path:
             f"{out}: there is no run here, neither state.json nor a round. Name the output_dir of "
             "fastdpo iterate."
         )
-    path, temporary = out / "report.html", out / f".report.html.{os.getpid()}.tmp"
-    try:
-        temporary.write_bytes(render(read_run(out)).encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path, page = out / "report.html", render(read_run(out)).encode()
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(page)
     return path

@@ -11,21 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fastdpo.model.load import policy_digest
 from fastdpo.remote import Endpoint, PassingError, Remote, RemoteError, Stop, hidden
-from fastdpo.sample.samplers import (
-    Ending,
-    Output,
-    SamplingConfig,
-    dtype_name,
-    finished,
-    policy_digest,
-    prompt_seed,
-)
+from fastdpo.sample.config import SampleConfig
+from fastdpo.sample.sampler import Ending, Output, Sampler, finished, prompt_seed, shorter
 
 _START_S = 1800.0  # a large model loads and compiles for minutes
 # A server that is started again is away for minutes: with pauses of half a minute to a minute these
@@ -37,23 +30,22 @@ _SEQUENCES = 256  # in flight, so that parts of a few prompts don't leave the se
 def open_server(
     policy: str,
     ending: Ending,
-    config: SamplingConfig,
+    config: SampleConfig,
     *,
-    dtype: torch.dtype,
     max_length: int | None,
     log_path: Path | None,
 ) -> "ServerSampler":
     """The server at `config.server_url`, or one started by `config.server_command`, as a sampler.
 
-    Raises RemoteError when it can't be reached, doesn't start or doesn't serve the policy.
+    Raises RemoteError when it can't be reached, doesn't start or doesn't serve the policy, and
+    ConfigError when its key is missing.
     """
-    key, url, local = _key(Remote(api_key_env=config.api_key_env)), config.server_url, None
-    if url is None:
-        local = LocalServer(
-            policy, config.server_command, dtype, max_length, key=key, log_path=log_path
-        )
-        url = local.url
-    sampler = ServerSampler(url, ending, config, dtype=dtype_name(dtype), local=local)
+    key = Remote(api_key_env=config.api_key_env).key()
+    if config.server_url is None:
+        local = LocalServer(policy, config, max_length, key, log_path)
+        sampler = ServerSampler(local.url, ending, config, local)
+    else:
+        local, sampler = None, ServerSampler(config.server_url, ending, config)
     try:
         if local is not None:
             local.wait_until(sampler.is_healthy)
@@ -62,16 +54,8 @@ def open_server(
         sampler.close()
         raise
     sampler.policy = policy_digest(policy)
-    limits = [x for x in (sampler.context, max_length) if x is not None]
-    sampler.context = min(limits, default=None)
+    sampler.context = shorter(sampler.context, max_length)
     return sampler
-
-
-def _key(remote: Remote) -> str | None:
-    try:
-        return remote.key()
-    except ValueError as error:  # it doesn't hold the key
-        raise RemoteError(str(error)) from None
 
 
 class _Running(Stop):
@@ -89,7 +73,7 @@ class _Running(Stop):
             raise RemoteError(gone)
 
 
-class ServerSampler:
+class ServerSampler(Sampler):
     """A server that speaks vLLM's OpenAI-compatible API, 0.10.2 or newer for `return_token_ids`.
 
     Prompts go to /v1/completions as token ids, each in a request of its own with its own seed, from
@@ -107,23 +91,14 @@ class ServerSampler:
     backend = "server"
 
     def __init__(
-        self,
-        url: str,
-        ending: Ending,
-        config: SamplingConfig,
-        *,
-        dtype: str | None = None,
-        local: "LocalServer | None" = None,
+        self, url: str, ending: Ending, config: SampleConfig, local: "LocalServer | None" = None
     ) -> None:
+        super().__init__(config, ending)
         remote = Remote(
             timeout=config.server_timeout, retries=_RETRIES, api_key_env=config.api_key_env
         )
         self._endpoint = Endpoint(url.rstrip("/").removesuffix("/v1"), remote)
-        self.url = self._endpoint.url
-        self.config, self.ending, self.dtype = config, ending, dtype
-        self.policy: str | None = None
-        self.context: int | None = None
-        self.vocab: int | None = None  # the server refuses other tokens
+        self.url, self.dtype = self._endpoint.url, config.dtype
         self.at_once = max(1, _SEQUENCES // (config.num_samples * config.batch_prompts))
         self._local, self._stop = local, _Running(local)
         self._model = ""
@@ -131,7 +106,7 @@ class ServerSampler:
     def is_healthy(self) -> bool:
         """Whether the server answers, asked once."""
         try:
-            self._endpoint.once(None, "/health", self._stop)
+            self._endpoint.once(f"{self.url}/health", None, self._stop)
         except (PassingError, RemoteError):
             return False
         return True
@@ -160,11 +135,8 @@ class ServerSampler:
         """
         pool = ThreadPoolExecutor(min(len(prompts), _SEQUENCES))
         try:
-            requests = [
-                pool.submit(self._complete, prompt, num_samples, prompt_seed(seed, place))
-                for place, prompt in enumerate(prompts)
-            ]
-            return [request.result() for request in requests]
+            seeds = [prompt_seed(seed, place) for place in range(len(prompts))]
+            return list(pool.map(self._complete, prompts, repeat(num_samples), seeds))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -199,7 +171,8 @@ class ServerSampler:
         if [choice["index"] for choice in choices] != list(range(body["n"])):
             raise ValueError(f"it has {len(choices)} samples of {body['n']}")
         for choice in choices:
-            if not _are_ids(choice.get("token_ids")):
+            ids = choice.get("token_ids")
+            if not (isinstance(ids, list) and all(type(x) is int for x in ids)):
                 raise RemoteError(
                     f"{self.url} returns no token ids; vLLM does from version 0.10.2 on"
                 )
@@ -220,8 +193,8 @@ class ServerSampler:
             try:
                 return read(json.loads(data))
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                problem = f"the reply can't be used, {type(error).__name__}: {error}"
-                raise PassingError(problem) from None
+                problem = self._endpoint.excerpt(f"{type(error).__name__}: {error}")
+                raise PassingError(f"the reply can't be used, {problem}") from None
 
         try:
             return self._endpoint.ask(body, path, parse=parse, stop=self._stop)
@@ -234,10 +207,6 @@ class ServerSampler:
         self._stop.cut()
         if self._local is not None:
             self._local.stop()
-
-
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int for x in value)
 
 
 def _model_cards(reply: Any) -> list[dict[str, Any]]:
@@ -283,38 +252,33 @@ class LocalServer:
     def __init__(
         self,
         policy: str,
-        command: str,
-        dtype: torch.dtype,
+        config: SampleConfig,
         max_length: int | None,
-        *,
-        key: str | None = None,
-        log_path: Path | None = None,
+        key: str | None,
+        log_path: Path | None,
     ) -> None:
         if os.name != "posix":
             raise RemoteError("a server is started on Linux and macOS only; give a server_url")
-        if log_path is None:
-            descriptor, name = tempfile.mkstemp(prefix="fastdpo-server-", suffix=".log")
-            os.close(descriptor)
-            log_path = Path(name)
-        self.log_path, self._key = Path(log_path), key
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        arguments = [word.replace("{model}", policy) for word in shlex.split(command)]
-        arguments += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", policy]
-        arguments += ["--dtype", dtype_name(dtype), "--generation-config", "vllm"]
+        self.url, self._key = f"http://127.0.0.1:{port}", key
+        command = [word.replace("{model}", policy) for word in shlex.split(config.server_command)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", policy]
+        command += ["--dtype", config.dtype, "--generation-config", "vllm"]
         if max_length is not None:
-            arguments += ["--max-model-len", str(max_length)]
-        environment = {**os.environ, "VLLM_API_KEY": key} if key else dict(os.environ)
+            command += ["--max-model-len", str(max_length)]
+        if log_path is None:
+            log_path = Path(tempfile.mkdtemp(prefix="fastdpo-")) / "server.log"
+        self.log_path = Path(log_path)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _KEEPER, *arguments],
+                [sys.executable, "-c", _KEEPER, *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, "VLLM_API_KEY": key} if key else None,
                 start_new_session=True,
             )
 

@@ -1,68 +1,64 @@
 """Sampling responses: the first stage of a round.
 
-    config = SamplingConfig(num_samples=8)
+    config = SampleConfig(num_samples=8)
     with open_sampler("policy", tokenizer, config) as sampler:
         sample(sampler, tokenizer, prompt_rows(read_rows("prompts.jsonl")), config, out_dir,
                round_index=1)
 
-Writes candidates as parts (see `fastdpo.storage`), one row per response:
-
-    prompt_index, sample_index    place of the prompt in `prompts`, of the response among its own
-    prompt, prompt_ids            as given, and the tokens the model saw
-    response, response_ids        text without special tokens, up to a stop string; tokens up to and
-                                  with the end token, or the one that completes the stop string
-    finish_reason                 "stop" at either, "length" when cut at max_new_tokens
-    extra                         the other columns of the prompt
-
-and beside them `throughput.json`: samples and tokens per second.
+Writes candidates as parts (see `fastdpo.storage`), a `fastdpo.data.records.Candidate` a row, and
+beside them `throughput.json`: samples and tokens per second.
 """
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastdpo.data.clock import KEY, rendering_at
-from fastdpo.data.records import Prompt
-from fastdpo.data.rows import render_prompt, warn_of_unread
-from fastdpo.errors import DataError
-from fastdpo.model.load import end_ids, load_causal_lm, load_config, stop_ids
-from fastdpo.sample.samplers import (
-    Ending,
-    Output,
-    Sampler,
-    SamplingConfig,
-    VllmSampler,
+from fastdpo.data.records import Candidate, Prompt
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.tokenize import warn_of_unread
+from fastdpo.errors import DataError, ModelError, require
+from fastdpo.model.load import (
     context_of,
-    model_sampler,
+    end_ids,
+    load_causal_lm,
+    load_config,
     policy_digest,
+    stop_ids,
 )
+from fastdpo.sample.config import SampleConfig
+from fastdpo.sample.continuous import ContinuousSampler, flash_attention
+from fastdpo.sample.generate import GenerateSampler, LoadedSampler
+from fastdpo.sample.sampler import Ending, Output, Sampler, shorter
 from fastdpo.sample.server import open_server
+from fastdpo.sample.vllm import VllmSampler
 from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SamplingConfig", "open_sampler", "sample"]
+_log = logging.getLogger(__name__)
 
 # Which backend drew the samples is in the plan by the name of the one that "auto" found.
-_UNPLANNED = {"backend", "server_url", "server_command", "server_timeout", "api_key_env"}
+# So is what its weights are kept in.
+_UNPLANNED = {"backend", "dtype", "server_url", "server_command", "server_timeout", "api_key_env"}
 
 
 @contextmanager
 def open_sampler(
     policy: str,
     tokenizer: "PreTrainedTokenizerBase",
-    config: SamplingConfig,
+    config: SampleConfig,
     *,
-    dtype: torch.dtype = torch.bfloat16,
     max_length: int | None = None,
     log_path: Path | None = None,
 ) -> Iterator[Sampler]:
@@ -79,54 +75,73 @@ def open_sampler(
         ModelError: the model or its backend can't be used; says why.
         RemoteError: the server can't be reached, doesn't start, or serves another model.
     """
-    sampler = _open(policy, tokenizer, config, dtype, max_length, log_path)
-    try:
+    with closing(_open(policy, tokenizer, config, max_length, log_path)) as sampler:
         yield sampler
-    finally:
-        sampler.close()
 
 
 def _open(
     policy: str,
     tokenizer: Any,
-    config: SamplingConfig,
-    dtype: torch.dtype,
+    config: SampleConfig,
     max_length: int | None,
     log_path: Path | None,
 ) -> Sampler:
-    server = config.backend == "server" or config.server_url is not None
-    if not server and config.backend != "vllm":
+    if not config.asks_server and config.backend != "vllm":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_causal_lm(policy, dtype=dtype).to(device)
+        model = load_causal_lm(policy, dtype=getattr(torch, config.dtype)).to(device)
         sampler = model_sampler(model, tokenizer, config)
         sampler.policy = policy_digest(policy)
-        sampler.context = _shorter(max_length, sampler.context)
+        sampler.context = shorter(max_length, sampler.context)
         return sampler
-    ending, context = _of_folder(policy, tokenizer, config)
-    longest = _shorter(max_length, context)
-    if server:
-        return open_server(
-            policy, ending, config, dtype=dtype, max_length=longest, log_path=log_path
-        )
-    return VllmSampler(policy, ending, config, dtype=dtype, max_length=longest)
-
-
-def _shorter(*lengths: int | None) -> int | None:
-    return min((x for x in lengths if x is not None), default=None)
-
-
-def _of_folder(policy: str, tokenizer: Any, config: SamplingConfig) -> tuple[Ending, int | None]:
-    """End tokens and context of a model whose weights vLLM loads."""
-    model_config = load_config(policy)
+    longest = shorter(max_length, context_of(load_config(policy)))
     ends = end_ids(stop_ids(policy, tokenizer), tokenizer.eos_token_id)
-    return Ending(ends, config.stop, tokenizer), context_of(model_config)
+    ending = Ending(ends, config.stop, tokenizer)
+    if config.asks_server:
+        return open_server(policy, ending, config, max_length=longest, log_path=log_path)
+    return VllmSampler(policy, ending, config, longest)
+
+
+def model_sampler(model: Any, tokenizer: Any, config: SampleConfig) -> LoadedSampler:
+    """The sampler of a loaded model: as `config.backend` says, "auto" as `SampleConfig` has it.
+
+    Raises ModelError when the backend can't be used with a loaded model, or with this one.
+    """
+    if config.backend == "vllm" or config.asks_server:
+        raise ModelError(
+            "a loaded model can't be sampled by vLLM: give open_sampler its folder, or set backend "
+            "to 'generate'"
+        )
+    if config.backend == "continuous":
+        return ContinuousSampler(model, tokenizer, config)
+    if config.backend == "auto" and model.device.type == "cuda":
+        reason = _why_not_continuous(model, tokenizer, config)
+        if reason is None:
+            return ContinuousSampler(model, tokenizer, config)
+        _log.warning("sampling in padded batches, not by continuous batching: %s", reason)
+    return GenerateSampler(model, tokenizer, config)
+
+
+def _why_not_continuous(model: Any, tokenizer: Any, config: SampleConfig) -> str | None:
+    """None where continuous batching should pay on a GPU, and a trial of it works."""
+    if config.stop:
+        return "it can't end a response at a stop string"
+    if flash_attention(model) is None:
+        return "without flash-attn it compares every sequence with the cache of all others"
+    try:
+        trial = replace(config, num_samples=1, batch_prompts=1, max_new_tokens=2)
+        sampler = ContinuousSampler(model, tokenizer, trial)
+        sampler.generate([[0, 0]], 1, seed=0)
+        sampler.forget()
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def sample(
     source: "PreTrainedModel | Sampler",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Prompt],
-    config: SamplingConfig,
+    config: SampleConfig,
     out_dir: Path,
     *,
     round_index: int,
@@ -146,22 +161,12 @@ def sample(
 
     Raises DataError when there are no prompts; naming the row, when a prompt can't be rendered, has
     no tokens, leaves no room for `max_new_tokens` in the model's context, or has columns that can't
-    be written as JSON; and when `out_dir` holds parts of another plan. ValueError when the sampler
+    be written as JSON; and when `out_dir` holds parts of another plan. ConfigError when the sampler
     was opened with other settings. ModelError and RemoteError as `open_sampler`, at any time.
     """
-    from tqdm import tqdm
-
     if not prompts:
         raise DataError("there are no prompts to sample from. Give at least one.")
-    owned = isinstance(source, torch.nn.Module)
-    sampler: Any = model_sampler(source, tokenizer, config) if owned else source
-    for name in ("max_new_tokens", "temperature", "top_p", "stop"):
-        mine, its = getattr(config, name), getattr(sampler.config, name)
-        if mine != its:
-            raise ValueError(
-                f"{name}={mine!r} is not the sampler's, {its!r}; open it with this one"
-            )
-    with closing(sampler) if owned else nullcontext():
+    with _sampler_of(source, tokenizer, config) as sampler:
         with rendering_at((read_plan(out_dir) or {}).get(KEY)) as clock:
             prompt_ids = _render_all(sampler, tokenizer, prompts, config.max_new_tokens)
         starts = range(0, len(prompts), config.batch_prompts)
@@ -176,47 +181,70 @@ def sample(
             "parts": len(starts),
             "seeds": seeds,
         }
-        if clock.read:
-            plan[KEY] = clock.time
-        begin_stage(out_dir, plan)
+        begin_stage(out_dir, plan | ({KEY: clock.time} if clock.read else {}))
         undone = [part for part in range(len(starts)) if not part_path(out_dir, part).exists()]
 
         def draw(part: int) -> list[int]:
             """Write a part; the lengths of its responses."""
-            batch = range(starts[part], min(starts[part] + config.batch_prompts, len(prompts)))
-            outputs = sampler.generate(
-                [prompt_ids[i] for i in batch], config.num_samples, seeds[part]
-            )
-            rows = [
-                _candidate(i, j, prompts[i], prompt_ids[i], output, sampler.ending)
-                for i, of_prompt in zip(batch, outputs)
-                for j, output in enumerate(of_prompt)
+            first, last = starts[part], starts[part] + config.batch_prompts
+            drawn = sampler.generate(prompt_ids[first:last], config.num_samples, seeds[part])
+            candidates = [
+                _candidate(prompts[i], prompt_ids[i], (i, j), output, sampler.ending)
+                for i, outputs in enumerate(drawn, first)
+                for j, output in enumerate(outputs)
             ]
-            write_jsonl_atomic(part_path(out_dir, part), rows)
-            return [len(row["response_ids"]) for row in rows]
+            write_jsonl_atomic(part_path(out_dir, part), [x.to_json() for x in candidates])
+            return [len(x.response_ids) for x in candidates]
 
-        found, rates = {"samples": 0, "tokens": 0}, {}
-        start_time = time.perf_counter()
-        with tqdm(desc="sampling", unit="part", total=len(starts), disable=not progress) as bar:
-            bar.update(len(starts) - len(undone))
-            for lengths in _each(draw, undone, sampler.at_once):
-                found["samples"] += len(lengths)
-                found["tokens"] += sum(lengths)
-                rates = _rates(found, time.perf_counter() - start_time)
-                bar.set_postfix_str(
-                    f"{rates['tokens_per_second']:,.0f} tokens/s, "
-                    f"{rates['samples_per_second']:,.1f} samples/s"
-                )
-                bar.update()
+        lengths = _each(draw, undone, sampler.at_once)
+        rates = _measured(lengths, len(starts), len(undone), progress)
+        found = {"backend": sampler.backend, **rates}
         if undone:
-            parts = {"parts": len(starts), "sampled_parts": len(undone)}
-            summary = {"backend": sampler.backend, **parts, **found, **rates}
-            write_json_atomic(Path(out_dir) / "throughput.json", summary)
+            write_json_atomic(Path(out_dir) / "throughput.json", found)
 
 
-def _rates(found: dict[str, int], seconds: float) -> dict[str, float]:
-    per_second = {f"{name}_per_second": count / seconds for name, count in found.items()}
-    return {"seconds": seconds, **per_second}
+@contextmanager
+def _sampler_of(source: Any, tokenizer: Any, config: SampleConfig) -> Iterator[Sampler]:
+    """What samples, closed after the block where it is made here."""
+    if isinstance(source, torch.nn.Module):
+        with closing(model_sampler(source, tokenizer, config)) as sampler:
+            yield sampler
+        return
+    for name in ("max_new_tokens", "temperature", "top_p", "stop"):
+        mine, its = getattr(config, name), getattr(source.config, name)
+        require(config, name, mine == its, f"the sampler's, {its}; open it with this one")
+    yield source
+
+
+def _candidate(
+    row: Prompt, ids: list[int], place: tuple[int, int], output: Output, ending: Ending
+) -> Candidate:
+    text, reason = ending.text(output.ids), output.finish_reason
+    return Candidate(*place, row.prompt, ids, text, output.ids, reason, row.extra)
+
+
+def _measured(
+    parts: Iterator[list[int]], total: int, undone: int, progress: bool
+) -> dict[str, float]:
+    """What was sampled and how fast, from the lengths of the responses; shown as they come."""
+    from tqdm import tqdm
+
+    found: dict[str, float] = {"parts": total, "sampled_parts": undone, "samples": 0, "tokens": 0}
+    start = time.perf_counter()
+    with tqdm(desc="sampling", unit="part", total=total, disable=not progress) as bar:
+        bar.update(total - undone)
+        for lengths in parts:
+            found["samples"] += len(lengths)
+            found["tokens"] += sum(lengths)
+            found["seconds"] = time.perf_counter() - start
+            for name in ("samples", "tokens"):
+                found[f"{name}_per_second"] = found[name] / found["seconds"]
+            bar.set_postfix_str(
+                f"{found['tokens_per_second']:,.0f} tokens/s, "
+                f"{found['samples_per_second']:,.1f} samples/s"
+            )
+            bar.update()
+    return found
 
 
 def _each(work: Callable[[int], list[int]], parts: list[int], at_once: int) -> Iterator[list[int]]:
@@ -281,23 +309,3 @@ def _digest(prompts: Sequence[Prompt], prompt_ids: list[list[int]]) -> str:
 def _part_seed(seed: int, round_index: int, part: int) -> int:
     digest = hashlib.sha256(f"{seed}/{round_index}/{part}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _candidate(
-    prompt_index: int,
-    sample_index: int,
-    row: Prompt,
-    prompt_ids: list[int],
-    output: Output,
-    ending: Ending,
-) -> dict[str, Any]:
-    return {
-        "prompt_index": prompt_index,
-        "sample_index": sample_index,
-        "prompt": row.prompt,
-        "prompt_ids": prompt_ids,
-        "response": ending.text(output.ids),
-        "response_ids": output.ids,
-        "finish_reason": output.finish_reason,
-        "extra": row.extra,
-    }

@@ -10,20 +10,18 @@ rounding only.
 import hashlib
 import json
 import logging
-import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdpo import __version__
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ModelError
-from fastdpo.storage import told_when_full
-from fastdpo.train.checkpoint import sync
+from fastdpo.storage import atomic_file
 
 _log = logging.getLogger(__name__)
 _DIGESTS = "digests"  # of the weights and of the log-probs; safetensors keeps no order of entries
@@ -37,26 +35,6 @@ def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
         if (pair.weight, pair.smoothing) != (1.0, 0.0):
             parts.append([pair.weight, pair.smoothing])
         digest.update(json.dumps(parts).encode())
-    return digest.hexdigest()
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Digest of a model's configuration, parameters and buffers.
-
-    It reads the weights themselves, so it is the same for a folder, a hub name and a model in
-    memory.
-    """
-    digest = hashlib.sha256()
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        # Where it was loaded from and how it attends do not change what a model is.
-        settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
-        settings = {k: v for k, v in settings.items() if k != "transformers_version"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(memoryview(data.numpy()))
     return digest.hexdigest()
 
 
@@ -107,13 +85,8 @@ def save(path: Path, logp_P2: Tensor, weights: str) -> None:
     """Write log-prob sums, whole or not at all, also where runs share a cache."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with told_when_full(path):
+    with atomic_file(path) as scratch:
         save_file({"logp_P2": logp_P2}, scratch, {_DIGESTS: f"{weights} {_digest(logp_P2)}"})
-    sync(scratch)
-    scratch.replace(path)
-    sync(path.parent)
 
 
 def _digest(logp_P2: Tensor) -> str:
