@@ -31,7 +31,8 @@ import torch
 
 from fastdpo.data.clock import KEY, Clock, rendering_at
 from fastdpo.data.records import PreferenceRow, Prompt, prompt_key
-from fastdpo.data.rows import preference_rows, prompt_rows, read_rows, render_prompt
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
 from fastdpo.errors import ConfigError, DataError, require, require_used
 from fastdpo.model.load import check_start, combine, load_causal_lm, load_tokenizer, stop_ids
 from fastdpo.pair import filters, offline

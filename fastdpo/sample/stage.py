@@ -31,7 +31,8 @@ import torch
 
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.records import Prompt
-from fastdpo.data.rows import render_prompt, warn_of_unread
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.tokenize import warn_of_unread
 from fastdpo.errors import DataError
 from fastdpo.model.load import (
     context_of,

@@ -35,7 +35,7 @@ from fastdpo.data.batch import (
     plan_steps,
     share_step,
 )
-from fastdpo.data.rows import OVERLONG, counted, fit_to_budget
+from fastdpo.data.budget import OVERLONG, counted, fit_to_budget
 from fastdpo.errors import ConfigError, ModelError, require, require_used
 from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.model import balance

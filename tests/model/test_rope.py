@@ -11,7 +11,7 @@ from tiny import LLAMA, Family, build_tokenizer
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo.data.batch import Layout, LengthClasses, TokenizedPair, pack_pairs
-from fastdpo.data.rows import fit_to_budget
+from fastdpo.data.budget import fit_to_budget
 from fastdpo.errors import ModelError
 from fastdpo.loss import reference
 from fastdpo.model import rope
