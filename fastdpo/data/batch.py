@@ -281,8 +281,8 @@ def _one_row(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
         sizes = prompt, len(pair.chosen_ids), len(pair.rejected_ids)
         shares = layout == "shared" and _shares_prompt(*sizes, layout)
         start = 0  # of the prompt, in the row
-        for response in (pair.chosen_ids, pair.rejected_ids):
-            again, taken = shares and response is pair.rejected_ids, len(keys)
+        for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            again, taken = shares and side == 1, len(keys)
             if not again:
                 start = len(ids)
                 ids += pair.prompt_ids
@@ -307,7 +307,7 @@ def _one_row(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
     return {
         "input_ids_BT": torch.tensor([ids]),
         "position_ids_BT": torch.tensor([positions]),
-        "segments": Segments(tuple(bounds_q), tuple(bounds_k), cu_q, cu_k, *gathered),
+        "segments": Segments(tuple(bounds_q), tuple(bounds_k), cu_q, cu_k, *gathered),  # type: ignore[arg-type]
         "rows_N": torch.tensor(rows),
     }
 

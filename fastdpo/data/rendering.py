@@ -1,4 +1,4 @@
-"""What a chat template made of messages: is their text all there, and does the last turn end?
+"""Texts -> token ids through a chat template: is the text all there, and does the last turn end?
 
 A template is a program of its own. Some cut the reasoning off an answer, some never read
 `tool_calls`, some print a list of parts as Python writes it, and some end no turn. Nothing of that
@@ -136,12 +136,9 @@ def _notations(text: str) -> list[str]:
 def _leaves(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value if _is_list(value) else ():
-        yield from _leaves(inner)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+    inner = value.values() if isinstance(value, dict) else value
+    for item in inner if isinstance(value, dict | list) else ():
+        yield from _leaves(item)
 
 
 def _parsed(arguments: Any) -> Any:
@@ -382,14 +379,17 @@ class Renderer:
             function = tool.get("function", tool) if isinstance(tool, dict) else None
             if isinstance(function, dict) and isinstance(function.get("name"), str):
                 given.append(("tools", function["name"]))
-        rendered = self._decode(ids)
-        lost = next((x for x in given if not is_in(x[1], rendered)), None)
-        if lost is None:
+
+        def missing(rendered: str) -> tuple[str, str] | None:
+            return next((x for x in given if not is_in(x[1], rendered)), None)
+
+        if missing(self._decode(ids)) is None:
             return None
         # A tokenizer may not give the text back: ask the text.
         options = {"tools": row.tools, **row.chat_template_kwargs}
-        rendered = self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
-        lost = next((x for x in given if not is_in(x[1], rendered)), None)
+        lost = missing(
+            self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
+        )
         if lost is None:
             return None
         reason = cause(Lost(0, *lost), str(self.tokenizer.chat_template))

@@ -88,23 +88,20 @@ def _liger_patches(model: nn.Module, family: _LigerFamily) -> list[tuple[Any, Ca
     """Every module that changes, and its new forward."""
     from liger_kernel.transformers import functional as liger  # type: ignore[import-not-found]
 
+    gated = liger.liger_swiglu if family.mlp == "swiglu" else liger.liger_geglu
+    forward_of: dict[str, Callable[[Any], Callable[..., Any]]] = {
+        "RMSNorm": lambda _: _norm_forward(liger.liger_rms_norm, family),
+        "Attention": lambda kind: _with_rope(kind, liger.liger_rope),
+        "MLP": lambda _: _mlp_forward(gated),
+    }
     patches: list[tuple[Any, Callable[..., Any]]] = []
-    for kind in ("RMSNorm", "Attention", "MLP"):
-        name = family.prefix + kind
+    for part, make in forward_of.items():
+        name = family.prefix + part
         modules = [x for x in model.modules() if type(x).__name__ == name]
         if not modules:
             raise ModelError(f"{type(model).__name__} has no {name}: leave Liger's kernels off")
-        if kind == "Attention":
-            kinds = {type(x) for x in modules}
-            forwards = {attention: _with_rope(attention, liger.liger_rope) for attention in kinds}
-            patches += [(module, forwards[type(module)]) for module in modules]
-            continue
-        if kind == "RMSNorm":
-            forward = _norm_forward(liger.liger_rms_norm, family)
-        else:
-            gated = liger.liger_swiglu if family.mlp == "swiglu" else liger.liger_geglu
-            forward = _mlp_forward(gated)
-        patches += [(module, forward) for module in modules]
+        forwards = {kind: make(kind) for kind in {type(x) for x in modules}}
+        patches += [(module, forwards[type(module)]) for module in modules]
     for module, _ in patches:
         ours = hasattr(module, "_fastdpo_liger") or hasattr(module, "_fastdpo_untiled")
         if "forward" in vars(module) and not ours:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,16 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
+    with _loading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
     check_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # a configuration's own checks can raise anything
+        yield
+    except Exception as error:  # a model's code and a configuration's checks can raise anything
         raise ModelError(
             f"model={name!r} cannot be loaded: {type(error).__name__}: {_short(error)}"
         ) from error
@@ -225,16 +232,11 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: 
     """
     from transformers import AutoModelForCausalLM
 
-    check_folder(name)
-    try:
+    with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **options
         )
         model, loading = loaded
-    except Exception as error:  # the code of some models is not made to be loaded like this
-        raise ModelError(
-            f"model={name!r} cannot be loaded: {type(error).__name__}: {_short(error)}"
-        ) from error
     kind = type(model).__name__
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(

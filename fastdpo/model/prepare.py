@@ -9,6 +9,7 @@ as it was loaded, a sequence at a time, before anything is trained.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -109,10 +110,7 @@ def prepare_model(
         ModelError: the model computes pairs in no layout, or not in the one asked for; its head is
             one that the fused one does not reproduce; or it is not deterministic.
     """
-    try:
-        head.attach(model)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    head.attach(model)
     attention.keep_softcap(model)
     _disable_dropout(model)
     _evaluate(model)
@@ -190,10 +188,7 @@ def fuse_head(model: Any, impl: str = "auto") -> None:
     Raises:
         ModelError: the head cannot be fused, or is not the one that gives the model's logits.
     """
-    try:
-        head.attach(model)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    head.attach(model)
     was_training = model.training
     _evaluate(model)
     with torch.no_grad(), attention.own_attention(model):
@@ -296,10 +291,7 @@ class _Alone:
         *others, last = _cut_into([(token + 1) % vocab for token in ids], sizes)
         # The last response and its prompt stay, everything beside them is another.
         stays = self.pairs[-1]
-        self.changed = [
-            *others,
-            TokenizedPair(stays.prompt_ids, last.chosen_ids, stays.rejected_ids),
-        ]
+        self.changed = [*others, replace(stays, chosen_ids=last.chosen_ids)]
         half = any(x.dtype in (torch.bfloat16, torch.float16) for x in hidden)
         half = half or torch.is_autocast_enabled(device.type)
         self.tolerance = 0.05 if half else 1e-3
