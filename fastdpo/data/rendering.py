@@ -13,6 +13,8 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from fastdpo.data.records import Text
+
 Message = dict[str, Any]
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that templates read it by
@@ -208,3 +210,15 @@ def own_prefix(tokenizer: Any) -> list[int]:
     )
     places = range(len(ids) - len(plain) + 1)
     return ids[: next((i for i in places if ids[i : i + len(plain)] == plain), 0)]
+
+
+def text_of(prompt: Text, role: str | None = None) -> str:
+    """A prompt as plain text; of messages the contents, `role` selects some of them."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(content_of(m) for m in prompt if role in (None, m["role"]))
+
+
+def content_of(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(x.get("text", "") for x in content)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdpo.errors import ModelError
 from fastdpo.model import head
 from fastdpo.model.load import load_causal_lm
-from fastdpo.train.checkpoint import atomic_directory
+from fastdpo.storage import atomic_directory
 
 ALL_LINEAR = "all-linear"
 # Layers of experts and routers before transformers 5.

@@ -49,6 +49,7 @@ from fastdpo.sample.samplers import SamplingConfig
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.score.stage import Scorer, check_columns, score
 from fastdpo.storage import (
+    check_directory,
     file_digest,
     list_parts,
     locked,
@@ -56,7 +57,6 @@ from fastdpo.storage import (
     read_parts,
     write_json_atomic,
 )
-from fastdpo.train.checkpoint import check_directory
 from fastdpo.train.config import FREE, TrainConfig, check_control
 from fastdpo.train.control import LengthController
 from fastdpo.train.trainer import CONTROL, check_model, train
