@@ -59,7 +59,8 @@ from fastdpo.storage import (
 )
 from fastdpo.train.config import FREE, TrainConfig, check_control
 from fastdpo.train.control import LengthController
-from fastdpo.train.trainer import CONTROL, check_model, train
+from fastdpo.train.prepare import check_model
+from fastdpo.train.trainer import CONTROL, train
 
 # What does not change what a run makes of its prompts.
 _FREE = {"rounds", "output_dir", "server_url", "server_command", "server_timeout",
