@@ -217,7 +217,7 @@ def _average(setup: Setup, row: dict[str, float], share: float) -> dict[str, flo
     if accelerator.num_processes == 1:
         return row
     # Losses are already scaled by the processes; their plain mean is the step's.
-    weights = dict.fromkeys((*_SUMS, "aux_loss"), 1 / accelerator.num_processes)
+    weights: dict[str, float] = dict.fromkeys((*_SUMS, "aux_loss"), 1 / accelerator.num_processes)
     values = torch.tensor([value * weights.get(name, share) for name, value in row.items()])
     values = accelerator.reduce(values.to(accelerator.device), "sum")
     return dict(zip(row, values.tolist()))
