@@ -82,8 +82,8 @@ from fastdpo.storage import (
     write_json_atomic,
     write_jsonl_atomic,
 )
+from fastdpo.train.config import TrainConfig
 from fastdpo.train.control import neutral_alpha
-from fastdpo.train.trainer import TrainingConfig
 
 from .measure import where
 from .report import LINES, load, markdown_table
@@ -369,7 +369,7 @@ def sample_bias(folder: Path) -> dict[str, Any]:
 def has_auto() -> bool:
     """Whether this fastdpo takes alpha=auto."""
     try:
-        TrainingConfig(alpha=AUTO)  # type: ignore[arg-type]
+        TrainConfig(alpha=AUTO)  # type: ignore[arg-type]
     except (ConfigError, TypeError, ValueError):
         return False
     return True

@@ -29,12 +29,12 @@ from fastdpo.rounds.stages import (
     run_sample,
     run_score,
 )
-from fastdpo.train.trainer import TrainingConfig, check_control
+from fastdpo.train.config import TrainConfig, check_control
 
 
 @dataclass(kw_only=True)
-class TrainConfig(TrainingConfig):
-    """Train on a preference dataset; the options of training are those of `TrainingConfig`.
+class TrainCommand(TrainConfig):
+    """Train on a preference dataset; the options of training are those of `TrainConfig`.
 
     Attributes:
         model: start and reference, a folder or hub name in Hugging Face format.
@@ -83,7 +83,7 @@ class DemoConfig:
 
 
 @dataclass(kw_only=True)
-class PlanConfig(TrainingConfig):
+class PlanConfig(TrainConfig):
     """Say what a training step takes and the longest pair that fits, without weights or a GPU.
 
     ``--config`` takes the file of a whole run too: options of other stages in it are passed over.
@@ -123,7 +123,7 @@ def _quiet_loading() -> None:
     logging.disable_progress_bar()
 
 
-def run_train(config: TrainConfig) -> None:
+def run_train(config: TrainCommand) -> None:
     from fastdpo.data.clock import KEY, rendering_at
     from fastdpo.data.rows import preference_rows, read_rows
     from fastdpo.data.tokenize import tokenize_dataset
@@ -359,7 +359,7 @@ COMMANDS = {
     "sample": (SampleConfig, run_sample),
     "score": (ScoreConfig, run_score),
     "pair": (PairConfig, run_pair),
-    "train": (TrainConfig, run_train),
+    "train": (TrainCommand, run_train),
     "report": (ReportConfig, run_report),
     "plan": (PlanConfig, run_plan),
     "doctor": (DoctorConfig, run_doctor),

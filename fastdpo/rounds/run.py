@@ -58,8 +58,10 @@ from fastdpo.storage import (
     read_parts,
     write_json_atomic,
 )
+from fastdpo.train.config import FREE, TrainConfig, check_control
 from fastdpo.train.control import LengthController
-from fastdpo.train.trainer import CONTROL, FREE, TrainingConfig, check_control, check_model, train
+from fastdpo.train.prepare import check_model
+from fastdpo.train.trainer import CONTROL, train
 
 # What does not change what a run makes of its prompts.
 _FREE = {"rounds", "output_dir", "server_url", "server_command", "server_timeout",
@@ -67,13 +69,13 @@ _FREE = {"rounds", "output_dir", "server_url", "server_command", "server_timeout
          "scorer_api_key_env", "scorer_batch_size", *FREE}  # fmt: skip
 # What nothing depends on before the first pairs, or the first step.
 _PAIRING = {field.name for field in fields(PairingOptions)}
-_TRAINING = {field.name for field in fields(TrainingConfig)} - {"seed", "max_length", "overlong"}
+_TRAINING = {field.name for field in fields(TrainConfig)} - {"seed", "max_length", "overlong"}
 _OWN_POLICIES = ("round", "average")
 
 
 @dataclass(kw_only=True)
-class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOptions):
-    """Options of an iterative run; those of training are explained in `TrainingConfig`, those of
+class IterateConfig(TrainConfig, SamplingOptions, ScoringOptions, PairingOptions):
+    """Options of an iterative run; those of training are explained in `TrainConfig`, those of
     the stages before it in `fastdpo.rounds.options`.
 
     Attributes:
@@ -230,16 +232,16 @@ class IterateConfig(TrainingConfig, SamplingOptions, ScoringOptions, PairingOpti
         votes = self.rules(0).needs_several_scorers
         return self.fresh_threshold is not None or votes
 
-    def training(self, index: int) -> TrainingConfig:
+    def training(self, index: int) -> TrainConfig:
         """Options of training in round ``index``, from 1."""
 
         def of_round(values: list[float] | None, usual: float) -> float:
             return values[min(index, len(values)) - 1] if values else usual
 
-        values = {field.name: getattr(self, field.name) for field in fields(TrainingConfig)}
+        values = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
         values["learning_rate"] = of_round(self.round_learning_rates, self.learning_rate)
         values["beta"] = of_round(self.round_betas, self.beta)
-        return TrainingConfig(**values)
+        return TrainConfig(**values)
 
 
 def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, Any]]:

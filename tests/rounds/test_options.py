@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fastdpo.cli import PlanConfig, TrainConfig
+from fastdpo.cli import PlanConfig, TrainCommand
 from fastdpo.errors import ConfigError
 from fastdpo.rounds.run import _FREE, IterateConfig
 from fastdpo.rounds.stages import PairConfig, SampleConfig, ScoreConfig
@@ -13,13 +13,13 @@ from fastdpo.rounds.stages import PairConfig, SampleConfig, ScoreConfig
 REWARD = "some/reward-model"
 BASE: dict[type, dict[str, Any]] = {
     IterateConfig: dict(model="m", prompts="p", scorer="answer"),
-    TrainConfig: dict(model="m", dataset="d"),
+    TrainCommand: dict(model="m", dataset="d"),
     PlanConfig: dict(model="m"),
     SampleConfig: dict(model="m", prompts="p"),
     ScoreConfig: dict(candidates="c", scorer="answer"),
     PairConfig: dict(candidates="c", scores=["s"]),
 }
-TRAINING = (IterateConfig, TrainConfig, PlanConfig)
+TRAINING = (IterateConfig, TrainCommand, PlanConfig)
 SAMPLING = (IterateConfig, SampleConfig)
 SCORING = (IterateConfig, ScoreConfig)
 PAIRING = (IterateConfig, PairConfig)
@@ -45,8 +45,8 @@ IDLE: list[tuple[tuple[type, ...], dict[str, Any], str, dict[str, Any]]] = [
         "reference_cache",
         dict(precompute_ref_log_probs=True),
     ),
-    ((TrainConfig,), dict(candidates="c"), "candidates", dict(alpha="auto")),
-    ((TrainConfig,), dict(control="c"), "control", dict(alpha="auto")),
+    ((TrainCommand,), dict(candidates="c"), "candidates", dict(alpha="auto")),
+    ((TrainCommand,), dict(control="c"), "control", dict(alpha="auto")),
     (SAMPLING, dict(server_timeout=9.0), "server_timeout", SERVED),
     (SAMPLING, dict(server_api_key_env="KEY"), "server_api_key_env", STARTED),
     (SAMPLING, dict(server_command="serve {model}"), "server_command", STARTED),

@@ -33,7 +33,8 @@ from fastdpo.loss import reference
 from fastdpo.model import attention, head
 from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.model.prepare import layout_of, packed_loss, prepare_model
-from fastdpo.train.trainer import TrainingConfig, train
+from fastdpo.train.config import TrainConfig
+from fastdpo.train.trainer import train
 
 FAMILIES = [LLAMA, QWEN, GEMMA, GEMMA3, MISTRAL, COHERE, GRANITE, PHI, OLMO, OLMO2]
 VOCAB = len(build_tokenizer())
@@ -291,7 +292,7 @@ def weights(folder):
 
 def run(model_path, out, pairs=None, **changes):
     pairs = random_pairs(14) if pairs is None else pairs
-    config = TrainingConfig(**{**CONFIG, **changes})
+    config = TrainConfig(**{**CONFIG, **changes})
     return train(model_path, load_tokenizer(model_path), pairs, config, out, progress=False)
 
 
@@ -346,18 +347,18 @@ def test_interrupted_training_ends_in_the_same_bits(model_path, tmp_path, monkey
     from fastdpo.train import trainer
 
     run(model_path, tmp_path / "whole")
-    real, calls = trainer._Round._step, []
+    real, calls = trainer.take_step, []
 
-    def interrupted(self, *args):
+    def interrupted(*args):
         if len(calls) == stop_after:
             raise KeyboardInterrupt
         calls.append(1)
-        return real(self, *args)
+        return real(*args)
 
-    monkeypatch.setattr(trainer._Round, "_step", interrupted)
+    monkeypatch.setattr(trainer, "take_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model_path, tmp_path / "broken")
-    monkeypatch.setattr(trainer._Round, "_step", real)
+    monkeypatch.setattr(trainer, "take_step", real)
     run(model_path, tmp_path / "broken")
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert whole.keys() == broken.keys()

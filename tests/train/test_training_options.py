@@ -12,8 +12,9 @@ from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model import liger, offload
 from fastdpo.model.load import load_causal_lm, load_tokenizer, weights_digest
-from fastdpo.train import trainer
-from fastdpo.train.trainer import TrainingConfig, train
+from fastdpo.train import reference, trainer
+from fastdpo.train.config import TrainConfig
+from fastdpo.train.trainer import train
 
 LOG_2 = torch.tensor(2.0).log()
 
@@ -26,13 +27,13 @@ def model_path(tmp_path_factory):
 @pytest.fixture
 def references(monkeypatch):
     """How often a run computed its reference."""
-    calls, real = [], trainer._Round._compute_reference
+    calls, real = [], reference.compute_reference
 
-    def counted(self, model):
+    def counted(*args):
         calls.append(1)
-        return real(self, model)
+        return real(*args)
 
-    monkeypatch.setattr(trainer._Round, "_compute_reference", counted)
+    monkeypatch.setattr(reference, "compute_reference", counted)
     return calls
 
 
@@ -65,7 +66,7 @@ def stop_after_the_reference(monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer._Round, "_step", stop)
+    monkeypatch.setattr(trainer, "take_step", stop)
 
 
 def test_a_start_that_changed_under_its_name_is_refused(tmp_path, monkeypatch):
@@ -156,7 +157,7 @@ def test_a_model_in_memory_is_trained_against_what_it_was(model_path, tmp_path):
     start = copy.deepcopy(model)
     for name, each in (("once", False), ("each", True)):
         start_again = copy.deepcopy(start)
-        config = TrainingConfig(**CONFIG, precompute_ref_log_probs=not each)  # type: ignore[arg-type]
+        config = TrainConfig(**CONFIG, precompute_ref_log_probs=not each)  # type: ignore[arg-type]
         train(start_again, tokenizer, random_pairs(14), config, tmp_path / name, progress=False)
         assert losses(tmp_path / name)[0].float() == LOG_2
         start_again.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)  # a model as before
@@ -174,7 +175,7 @@ def test_models_in_memory_that_cannot_be_trained(model_path, tmp_path):
     )
     half = load_causal_lm(model_path, dtype=torch.bfloat16)
     frozen = load_causal_lm(model_path).requires_grad_(False)
-    config = TrainingConfig(**CONFIG)  # type: ignore[arg-type]
+    config = TrainConfig(**CONFIG)  # type: ignore[arg-type]
     cases = ((adapted, "has adapters"), (half, "dtype=float32"), (frozen, "is frozen"))
     for i, (model, message) in enumerate(cases):
         with pytest.raises(ModelError, match=message):
@@ -216,18 +217,18 @@ def test_adapters_train_and_leave_a_whole_policy(model_path, tmp_path):
 def test_interrupted_adapters_end_in_the_same_bits(model_path, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     run(model_path, tmp_path / "whole", **LORA)
-    real, calls = trainer._Round._step, []
+    real, calls = trainer.take_step, []
 
-    def interrupted(self, *args):
+    def interrupted(*args):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(1)
-        return real(self, *args)
+        return real(*args)
 
-    monkeypatch.setattr(trainer._Round, "_step", interrupted)
+    monkeypatch.setattr(trainer, "take_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model_path, tmp_path / "broken", **LORA)
-    monkeypatch.setattr(trainer._Round, "_step", real)
+    monkeypatch.setattr(trainer, "take_step", real)
     run(model_path, tmp_path / "broken", **LORA)
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert whole.keys() == broken.keys()
@@ -268,7 +269,7 @@ def test_adapters_on_four_bits(model_path, tmp_path):
     assert found[0].float() == LOG_2 and found[-1] < 0.65
     assert weights(tmp_path / "run")["lm_head.weight"].dtype == torch.float32
     with pytest.raises(ConfigError, match="by name"):
-        config = TrainingConfig(**{**CONFIG, **LORA}, load_in_4bit=True)  # type: ignore[arg-type]
+        config = TrainConfig(**{**CONFIG, **LORA}, load_in_4bit=True)  # type: ignore[arg-type]
         train(load_causal_lm(path), build_tokenizer(), random_pairs(4), config, tmp_path / "b")
 
 
@@ -343,7 +344,7 @@ def test_a_model_that_cannot_share_is_padded_or_refused(tmp_path):
 
 def test_each_step_is_reported(model_path, tmp_path):
     rows = []
-    config = TrainingConfig(**CONFIG)  # type: ignore[arg-type]
+    config = TrainConfig(**CONFIG)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(model_path)
     train(
         model_path,
@@ -374,4 +375,4 @@ def test_each_step_is_reported(model_path, tmp_path):
 )
 def test_bad_options_are_refused(option, message):
     with pytest.raises(ConfigError, match=message):
-        TrainingConfig(**option)
+        TrainConfig(**option)
