@@ -260,10 +260,13 @@ def with_adapters(model: Any, config: TrainingConfig) -> Any:
     )
 
 
-def prepare_policy(model: Any, config: TrainingConfig) -> nn.Module:
-    """Everything that the options patch onto a model: adapters, layout, head, memory."""
+def prepare_policy(model: Any, config: TrainingConfig, *, prove: bool = True) -> nn.Module:
+    """Everything that the options patch onto a model: adapters, layout, head, memory.
+
+    ``prove``: see `fastdpo.model.prepare.prepare_model`.
+    """
     model = with_adapters(model, config)
-    if config.dtype == "bfloat16" and not config.use_peft:
+    if prove and config.dtype == "bfloat16" and not config.use_peft:
         _log.warning("dtype=bfloat16 without use_peft: steps under 1/500 of a weight are lost")
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(f"this {type(model).__name__} is frozen: no parameter requires_grad")
@@ -277,8 +280,9 @@ def prepare_policy(model: Any, config: TrainingConfig) -> nn.Module:
         activation_offloading=config.activation_offloading,
         mlp_tile_tokens=config.mlp_tile_tokens,
         use_liger_kernel=config.use_liger_kernel,
+        prove=prove,
     )
-    if added:
+    if added and prove:
         balance.check_balance(model)
     return model
 
