@@ -71,7 +71,9 @@ def choose_impl(impl: Any, h_TD: Any) -> str:
     device, dtype = torch.device("cpu"), torch.float32
     if isinstance(h_TD, Tensor):
         device, dtype = h_TD.device, h_TD.dtype
-    if impl == "torch" or (impl == "auto" and (capability_of(device) is None or dtype == torch.float64)):
+    if impl == "torch" or (
+        impl == "auto" and (capability_of(device) is None or dtype == torch.float64)
+    ):
         return "torch"
     from fastdpo.kernels import support
 

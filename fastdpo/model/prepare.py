@@ -222,7 +222,7 @@ def layout_of(model: Any) -> Layout:
 
 
 def _first_exact(model: Any, alone: "_Alone | None", layouts: Sequence[Layout]) -> Layout:
-    """Switch the model to the first of `layouts` that it computes exactly; unproven: may compute."""
+    """Switch the model to the first of `layouts` it computes exactly; unproven, that it takes."""
     own = model.config._attn_implementation
     reasons = []
     for layout in layouts:

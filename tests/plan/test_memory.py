@@ -13,7 +13,9 @@ from fastdpo.loss.streaming import Stash
 from fastdpo.model import balance
 from fastdpo.model.adapters import add_lora
 from fastdpo.model.prepare import layout_of, packed_loss, prepare_model
-from fastdpo.plan.memory import estimate, longest_pair, usable_bytes
+from fastdpo.plan.step import estimate, of_step, usable_bytes
+from fastdpo.plan.longest import longest_pair
+from fastdpo.plan.memory import Simulation
 from fastdpo.train.trainer import TrainingConfig
 
 # Large enough for activations to count beside weights, small enough for seconds.
@@ -141,10 +143,8 @@ def test_a_shared_prompt_saves_memory():
 
 
 def test_steps_do_not_leave_anything_behind():
-    import fastdpo.plan.memory as memory
-
-    simulation = memory._Simulation(configuration("Llama"), TrainingConfig(), 24.0)
-    assert simulation.step(200, 300) == simulation.step(200, 300)
+    simulation = Simulation(configuration("Llama"), TrainingConfig(), 24.0)
+    assert of_step(simulation, 200, 300) == of_step(simulation, 200, 300)
 
 
 def test_real_calls_get_no_buffer_of_a_simulated_one():
