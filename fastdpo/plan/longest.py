@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fastdpo.errors import ConfigError
+from fastdpo.plan.memory import Simulation
 from fastdpo.plan.step import (
     Estimate,
     configuration_of,
@@ -13,7 +14,6 @@ from fastdpo.plan.step import (
     of_step,
     usable_bytes,
 )
-from fastdpo.plan.memory import Simulation
 from fastdpo.train.trainer import TrainingConfig
 
 # Changes that save memory, each by itself or with what it needs; the last are all together.
