@@ -63,7 +63,8 @@ import torch
 from torch import Tensor
 
 from fastdpo.data.records import Text
-from fastdpo.data.rows import preference_rows, prompt_rows, read_rows, render_prompt
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
 from fastdpo.errors import ConfigError
 from fastdpo.loss.gemm import has_native_bf16
 from fastdpo.model.load import load_tokenizer, save_policy

@@ -155,15 +155,9 @@ def flash(
     """flash-attn 2; ``causal`` is aligned at the ends, its window counts keys to the left."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-    longest_q, longest_k = segments.longest
+    bounds = segments.cu_q, segments.cu_k, *segments.longest
     return flash_attn_varlen_func(
-        q_THd,
-        k_KHd,
-        v_KHd,
-        cu_seqlens_q=segments.cu_q,
-        cu_seqlens_k=segments.cu_k,
-        max_seqlen_q=longest_q,
-        max_seqlen_k=longest_k,
+        *(q_THd, k_KHd, v_KHd, *bounds),
         softmax_scale=scale,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
@@ -179,7 +173,7 @@ def varlen(
     """PyTorch's flash attention; its window (W, 0) is causal, aligned at the ends."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest_q, longest_k = segments.longest
+    bounds = segments.cu_q, segments.cu_k, *segments.longest
     options: dict[str, Any] = {}
     groups = q_THd.shape[1] // k_KHd.shape[1]
     if groups > 1:
@@ -188,13 +182,7 @@ def varlen(
         else:  # torch 2.11 asks for as many heads of keys as of queries
             k_KHd, v_KHd = (x.repeat_interleave(groups, 1) for x in (k_KHd, v_KHd))
     return varlen_attn(
-        q_THd,
-        k_KHd,
-        v_KHd,
-        segments.cu_q,
-        segments.cu_k,
-        longest_q,
-        longest_k,
+        *(q_THd, k_KHd, v_KHd, *bounds),
         scale=scale,
         window_size=(-1, 0) if window is None else (window - 1, 0),
         **options,

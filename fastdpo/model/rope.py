@@ -10,13 +10,14 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastdpo.data.batch import ANY_LENGTH, LengthClasses
 from fastdpo.errors import ModelError
@@ -146,9 +147,8 @@ def _classes(module: Any) -> tuple[LengthClasses, bool]:
     A switch is looked for at every length that the configuration names.  Where the frequencies
     change anywhere else, each length from there on is a class of its own.
     """
-    dynamic = any(
-        x == "longrope" or "dynamic" in str(x) for x in _layer_types(module).values()
-    )  # fmt: skip
+    kinds = _layer_types(module).values()
+    dynamic = any(x == "longrope" or "dynamic" in str(x) for x in kinds)
     found, kept = ANY_LENGTH, False
     for layer_type in _layer_types(module):
         try:
@@ -219,14 +219,22 @@ def _is_kept(module: Any, layer_type: str | None) -> bool:
 
 
 def _call(module: Any, positions: list[int], layer_type: str | None) -> list[Tensor]:
+    return _tables(partial(type(module).forward, module), module, [positions], layer_type)[0]
+
+
+def _tables(
+    forward: Callable[..., Any], module: Any, rows: list[list[int]], layer_type: str | None
+) -> list[list[Tensor]]:
+    """What the first positions of each row get, where all rows are one call."""
     device = next((x.device for x in module.buffers()), torch.device("cpu"))
     options = {} if layer_type is None else {"layer_type": layer_type}
-    x = torch.empty(1, len(positions), 1, device=device)
-    out = type(module).forward(module, x, torch.tensor([positions], device=device), **options)
-    tables = tree_flatten(out)[0]
-    if any(table.shape[-2] != len(positions) for table in tables):
-        raise ValueError(f"it gives {tuple(tables[0].shape)} for {len(positions)} positions")
-    return [table[..., :_FIRST, :] for table in tables]
+    position_1T = torch.tensor(rows, device=device).view(1, -1)
+    T = position_1T.shape[1]
+    tables = tree_flatten(forward(torch.empty(1, T, 1, device=device), position_1T, **options))[0]
+    if any(table.shape[-2] != T for table in tables):
+        raise ValueError(f"it gives {tuple(tables[0].shape)} for {T} positions")
+    tables = [table.unflatten(-2, (len(rows), -1)) for table in tables]
+    return [[table[..., i, :_FIRST, :] for table in tables] for i in range(len(rows))]
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -235,18 +243,11 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 def _check(module: Any) -> None:
     """Sequences of many lengths in one call against each of them alone."""
-    device = next((x.device for x in module.buffers()), torch.device("cpu"))
     lengths = [x for x in _lengths(module) if x <= 2 * module._fastdpo_classes.last + 8]
     rows = [[0, 1, 2, x - 1] for x in lengths]
     for layer_type in _layer_types(module):
-        options = {} if layer_type is None else {"layer_type": layer_type}
-        x = torch.empty(1, 4 * len(rows), 1, device=device)
-        packed = torch.tensor(rows, device=device).view(1, -1)
-        found = tree_map(lambda t: t.unflatten(-2, (len(rows), 4)), module(x, packed, **options))
-        for i, row in enumerate(rows):
-            alone = _call(_fresh(module), row, layer_type)
-            mine = [t[..., i, :_FIRST, :] for t in tree_flatten(found)[0]]
-            if not _same(mine, alone):
+        for row, found in zip(rows, _tables(module, module, rows, layer_type)):
+            if not _same(found, _call(_fresh(module), row, layer_type)):
                 raise ModelError(
                     f"the frequencies of {type(module).__name__} for a sequence of {row[-1] + 1} "
                     "tokens depend on those beside it"

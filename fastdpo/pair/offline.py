@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.records import PreferenceRow, Prompt, prompt_key
-from fastdpo.data.rendering import is_empty, last_token, special_ids
-from fastdpo.data.rows import render_prompt, takes_as_chat, tokenize_dataset
+from fastdpo.data.rendering import is_empty, last_token, render_prompt, special_ids, takes_as_chat
+from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import DataError
 from fastdpo.pair.filters import Row
 from fastdpo.pair.stage import scored_candidates

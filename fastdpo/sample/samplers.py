@@ -17,14 +17,13 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from fastdpo.errors import ModelError, is_default
 from fastdpo.model import rope
-from fastdpo.model.load import end_ids
+from fastdpo.model.load import context_of, dtype_name, end_ids, policy_digest
 from fastdpo.model.noise import random_state_kept
 from fastdpo.remote import check_url, check_variable
 
@@ -212,46 +211,6 @@ class Sampler(Protocol):
     def close(self) -> None:
         """Give back memory and processes, and end calls of `generate` that wait."""
         ...
-
-
-def context_of(model_config: Any) -> int | None:
-    """The most tokens that a model is made for; None where its config doesn't say."""
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
-
-
-# What weights are kept in, in the order in which transformers looks for them.
-_WEIGHTS = (("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"))
-
-
-def policy_digest(policy: str) -> str:
-    """What tells a policy's weights from those of another, wherever its folder lies.
-
-    From the checksums in the folder where it has some, else from the names, sizes and last MiB of
-    its weight files; a hub name stands for itself.
-
-    Raises ModelError when a folder has neither.
-    """
-    folder = Path(policy)
-    if not folder.is_dir():
-        return policy
-    digest, sums = hashlib.sha256(), folder / "SHA256SUMS"
-    if sums.is_file():
-        digest.update(sums.read_bytes())
-        return digest.hexdigest()[:16]
-    found = ([x for one in names for x in folder.glob(one) if x.is_file()] for names in _WEIGHTS)
-    paths = next(filter(None, found), None)
-    if paths is None:
-        known = ", ".join(one for names in _WEIGHTS for one in names)
-        raise ModelError(
-            f"{policy} has no file of weights ({known}), so they can't be told from others; name "
-            "the folder that has them"
-        )
-    for path in sorted(paths):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            file.seek(max(0, size - 2**20))
-            digest.update(f"{path.name}/{size}/".encode() + file.read())
-    return digest.hexdigest()[:16]
 
 
 def prompt_seed(seed: int, place: int) -> int:
@@ -677,11 +636,6 @@ class VllmSampler:
                 _log.warning("vLLM's engine didn't end in order: %s", error)
         self._llm = None
         _free()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As vLLM spells it: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def finished(ending: Ending, ids: list[int], reason: Any) -> Output:

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
+from fastdpo.model.load import dtype_name, policy_digest
 from fastdpo.remote import Endpoint, PassingError, Remote, RemoteError, Stop, hidden
 from fastdpo.sample.samplers import (
     Ending,
     Output,
     SamplingConfig,
-    dtype_name,
     finished,
-    policy_digest,
     prompt_seed,
 )
 

@@ -31,18 +31,24 @@ import torch
 
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.records import Prompt
-from fastdpo.data.rows import render_prompt, warn_of_unread
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.tokenize import warn_of_unread
 from fastdpo.errors import DataError
-from fastdpo.model.load import end_ids, load_causal_lm, load_config, stop_ids
+from fastdpo.model.load import (
+    context_of,
+    end_ids,
+    load_causal_lm,
+    load_config,
+    policy_digest,
+    stop_ids,
+)
 from fastdpo.sample.samplers import (
     Ending,
     Output,
     Sampler,
     SamplingConfig,
     VllmSampler,
-    context_of,
     model_sampler,
-    policy_digest,
 )
 from fastdpo.sample.server import open_server
 from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic

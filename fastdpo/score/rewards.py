@@ -18,29 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.data.batch import PackedPairs, TokenizedPair, pack_pairs, plan_batches
+from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.records import Text
-from fastdpo.loss.ops import linear_logp
-from fastdpo.loss.reference import sequence_sums
-from fastdpo.model import head, rope
-from fastdpo.model.load import check_folder, load_causal_lm, load_tokenizer
-from fastdpo.model.prepare import check_range, layout_of, prepare_model
+from fastdpo.data.rendering import content_of, text_of
+from fastdpo.model import rope
+from fastdpo.model.load import check_folder, load_tokenizer, weights_digest
+from fastdpo.model.logps import load_packed, pair_logps, response_logps
 from fastdpo.remote import Endpoint, RemoteError
-from fastdpo.train.ref_logps import weights_digest
 
 _log = logging.getLogger(__name__)
-
-
-def text_of(prompt: Text, role: str | None = None) -> str:
-    """A prompt as plain text; of messages the contents, `role` selects some of them."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(_content(m) for m in prompt if role in (None, m["role"]))
-
-
-def _content(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "\n".join(x.get("text", "") for x in content)
 
 
 # Reward models
@@ -204,51 +190,6 @@ class RewardModel:
         return self.model(**{k: x.to(self.model.device) for k, x in inputs.items()}).logits.float()
 
 
-# Log-probabilities on the packed route of training
-
-
-def load_packed(
-    name: str, device: torch.device | str | None = None, dtype: Any = torch.float32
-) -> Any:
-    """A causal language model ready for `pair_logps`; `dtype` "auto" is that of the checkpoint.
-
-    Raises ModelError (a ValueError) when it can't be loaded or doesn't compute pairs exactly.
-    """
-    model = load_causal_lm(name, dtype=dtype).to(_device(device))
-    return prepare_model(model.requires_grad_(False)).eval()
-
-
-@torch.no_grad()
-def pair_logps(model: Any, pairs: Sequence[TokenizedPair], *, batch_size: int = 8) -> Tensor:
-    """Log-probability of both responses of each pair given its prompt, summed over their tokens.
-
-    `model` is of `load_packed`. A batch takes as many tokens as `batch_size` of the longest pairs.
-
-    Returns (pairs, 2) fp64 on the CPU: chosen, rejected.
-
-    Raises ModelError when a token or a length is beyond the model's.
-    """
-    layout = layout_of(model)
-    sides = [p.prompt_ids + ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
-    longest = max(map(len, sides))
-    check_range(model, max(map(max, sides)), longest, "the samples'", "prompt and response")
-    lengths = [pair.num_tokens(layout) for pair in pairs]
-    budget = batch_size * max(lengths)
-    logp_P2 = torch.empty(len(pairs), 2, dtype=torch.float64)
-    for index in plan_batches(lengths, max_tokens=budget, padded=layout == "padded"):
-        batch = pack_pairs([pairs[i] for i in index], index, layout=layout)
-        logp_N = _packed_logp(model, batch.to(next(model.parameters()).device))
-        logp_P2[index] = sequence_sums(logp_N.double(), batch.bounds_S1).view(-1, 2).cpu()
-    return logp_P2
-
-
-def _packed_logp(model: Any, batch: PackedPairs) -> Tensor:
-    def logp(h_TD: Tensor, **parameters: Any) -> Tensor:
-        return linear_logp(h_TD, target_N=batch.target_N, rows_N=batch.rows_N, **parameters)
-
-    return head.packed_forward(model, batch, logp)
-
-
 def load_implicit(
     policy: str,
     previous: str,
@@ -315,44 +256,6 @@ class Likelihood:
         logp_R = response_logps(self.policy, rows, batch_size=self.batch_size)
         counts_R = torch.tensor([max(1, len(row["response_ids"])) for row in rows])
         return (logp_R / counts_R).tolist()
-
-
-def response_logps(model: Any, rows: list[dict[str, Any]], *, batch_size: int = 8) -> Tensor:
-    """Log-probability of each candidate given its prompt, in nats; 0 of one without tokens.
-
-    `model` is of `load_packed`; rows have prompt_ids and response_ids.
-
-    Returns (rows,) fp64 on the CPU.
-
-    Raises ModelError when a token or a length is beyond the model's.
-    """
-    pairs, places = _in_pairs(rows)
-    logp_R = torch.zeros(len(rows), dtype=torch.float64)
-    if pairs:
-        logp_P2 = pair_logps(model, pairs, batch_size=batch_size)
-        for place, values_2 in zip(places, logp_P2):
-            logp_R[list(place)] = values_2[: len(place)]
-    return logp_R
-
-
-def _in_pairs(
-    rows: list[dict[str, Any]],
-) -> tuple[list[TokenizedPair], list[tuple[int, ...]]]:
-    """Responses to the same prompt two by two, and the one or two rows of each pair."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for i, row in enumerate(rows):
-        if row["response_ids"]:
-            by_prompt.setdefault(tuple(row["prompt_ids"]), []).append(i)
-    pairs, places = [], []
-    for prompt_ids, members in by_prompt.items():
-        for start in range(0, len(members), 2):
-            place = tuple(members[start : start + 2])
-            first = rows[place[0]]["response_ids"]
-            # Where one is left over, a token of its own stands in for the second.
-            second = rows[place[1]]["response_ids"] if len(place) == 2 else first[:1]
-            pairs.append(TokenizedPair(list(prompt_ids), first, second))
-            places.append(place)
-    return pairs, places
 
 
 # Judges
@@ -443,7 +346,7 @@ def _conversation(prompt: Text) -> str:
     """What the answers reply to; roles are named where there is more than one message."""
     if isinstance(prompt, str) or len(prompt) == 1:
         return text_of(prompt)
-    return "\n\n".join(f"{message['role']}: {_content(message)}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {content_of(message)}" for message in prompt)
 
 
 def load_local_judge(

@@ -24,9 +24,10 @@ import torch
 
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.records import Text
+from fastdpo.data.rendering import text_of
 from fastdpo.errors import DataError
+from fastdpo.model.load import dtype_name, policy_digest
 from fastdpo.remote import Endpoint, Remote, check_url
-from fastdpo.sample.samplers import dtype_name, policy_digest
 from fastdpo.score.rewards import (
     JUDGE_TEMPLATE,
     Judge,
@@ -38,7 +39,6 @@ from fastdpo.score.rewards import (
     load_likelihood,
     load_local_judge,
     load_reward_model,
-    text_of,
 )
 from fastdpo.storage import (
     begin_stage,

@@ -11,7 +11,7 @@ from tiny import LLAMA, Family, build_tokenizer
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo.data.batch import Layout, LengthClasses, TokenizedPair, pack_pairs
-from fastdpo.data.rows import fit_to_budget
+from fastdpo.data.budget import fit_to_budget
 from fastdpo.errors import ModelError
 from fastdpo.loss import reference
 from fastdpo.model import rope
@@ -226,7 +226,7 @@ def test_pairs_laid_out_for_another_model_are_refused():
     for name in ("shared", "padded"):
         model = prepare_model(build(PHI3, torch.float32), layout=name)
         batch = pack_pairs(PAIRS, layout=name)
-        with pytest.raises(ValueError, match=r"layout=fastdpo\.policy\.layout_of"):
+        with pytest.raises(ValueError, match=r"layout=fastdpo\.model\.layout_of"):
             packed_loss(model, batch, torch.zeros(2 * len(PAIRS)), beta=0.1, alpha=0.0)
 
 

@@ -33,7 +33,7 @@ from bench.sampling import parting, surprise
 from fastdpo import storage
 from fastdpo.data.rows import Rows, prompt_rows
 from fastdpo.errors import DataError, ModelError
-from fastdpo.model.load import load_causal_lm
+from fastdpo.model.load import load_causal_lm, policy_digest
 from fastdpo.remote import RemoteError, Stop
 from fastdpo.sample.samplers import (
     ContinuousSampler,
@@ -42,7 +42,6 @@ from fastdpo.sample.samplers import (
     Output,
     SamplingConfig,
     model_sampler,
-    policy_digest,
     prompt_seed,
 )
 from fastdpo.sample.server import ServerSampler
