@@ -275,7 +275,8 @@ def run_report(config: ReportConfig) -> None:
 
 
 def run_plan(config: PlanConfig) -> None:
-    from fastdpo.plan.memory import estimate, longest_pair
+    from fastdpo.plan.longest import longest_pair
+    from fastdpo.plan.step import estimate
 
     prompt = max(1, config.max_length // 4)
     response = config.max_length - prompt

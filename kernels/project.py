@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .device import capability_of
 from .fold import HeadShape, Partials
 from .pointwise import LOWEST, OPTIONS, kept, logits, row_shift
 from .support import cdiv
@@ -51,9 +52,10 @@ GROUP_M = 8  # row blocks that share a pass over the vocabulary, so that both st
 
 def tile_for(device: torch.device, *, narrow: bool = False) -> Tile:
     """The shipped tile of a device; ``narrow`` for what takes more registers."""
-    if device.type != "cuda":
+    capability = capability_of(device)
+    if capability is None:
         return INTERPRETED
-    family = torch.cuda.get_device_capability(device)[0]
+    family = capability[0]
     if family == 9:
         return HOPPER_NARROW if narrow else HOPPER
     return BLACKWELL if family == 10 else SMALL
@@ -61,9 +63,8 @@ def tile_for(device: torch.device, *, narrow: bool = False) -> Tile:
 
 def feeds_from_descriptors(device: torch.device) -> bool:
     """Whether a copy engine serves descriptors: elsewhere their loads are not pipelined."""
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    capability = capability_of(device)
+    return capability is None or (torch.version.hip is None and capability[0] >= 9)
 
 
 @cache

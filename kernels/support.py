@@ -4,6 +4,8 @@ import importlib.util
 
 import torch
 
+from .device import capability_of, is_simulated
+
 _MINIMUM_TRITON = (3, 6)
 _MINIMUM_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,21 +22,21 @@ def is_interpreted() -> bool:
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
     """Why no kernel of this package can run on ``device`` with ``dtype``; None where one can."""
-    if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):  # ROCm is "cuda"
+    capability = capability_of(device)  # ROCm's devices have one too
+    if capability is None and not (device.type == "cpu" and is_interpreted()):
         return f"Triton kernels run on CUDA and ROCm devices, not on {device.type!r}"
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed"
-    version = _triton_version()
-    if version < _MINIMUM_TRITON:
-        wanted = ".".join(map(str, _MINIMUM_TRITON))
-        return f"triton {'.'.join(map(str, version))} is installed, {wanted} or newer is needed"
+    if not is_simulated():
+        if importlib.util.find_spec("triton") is None:
+            return "the triton package is not installed"
+        version = _triton_version()
+        if version < _MINIMUM_TRITON:
+            wanted = ".".join(map(str, _MINIMUM_TRITON))
+            return f"triton {'.'.join(map(str, version))} is installed, {wanted} or newer is needed"
     if dtype not in DTYPES:
         return f"the kernels take {', '.join(str(x)[6:] for x in DTYPES)}, not {str(dtype)[6:]}"
-    if device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _MINIMUM_CAPABILITY:
-            have = ".".join(map(str, capability))
-            return f"the GPU has compute capability {have}, 8.0 (Ampere) or newer is needed"
+    if capability is not None and torch.version.hip is None and capability < _MINIMUM_CAPABILITY:
+        have = ".".join(map(str, capability))
+        return f"the GPU has compute capability {have}, 8.0 (Ampere) or newer is needed"
     return None
 
 

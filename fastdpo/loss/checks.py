@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.device import capability_of
+
 IGNORE = -100
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLS = ("auto", "triton", "torch")
@@ -69,7 +71,9 @@ def choose_impl(impl: Any, h_TD: Any) -> str:
     device, dtype = torch.device("cpu"), torch.float32
     if isinstance(h_TD, Tensor):
         device, dtype = h_TD.device, h_TD.dtype
-    if impl == "torch" or (impl == "auto" and (device.type != "cuda" or dtype == torch.float64)):
+    if impl == "torch" or (
+        impl == "auto" and (capability_of(device) is None or dtype == torch.float64)
+    ):
         return "torch"
     from fastdpo.kernels import support
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.device import is_gpu
+
 _INNER_BLOCK = 320
 
 
@@ -43,7 +45,7 @@ def fp32_product(a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool =
 
     The result is written to ``out`` where given, or added to it.
     """
-    if a.device.type == "cpu":  # where kernels are interpreted
+    if not is_gpu(a.device):  # where kernels are interpreted
         a, b = a.float(), b.float()
     wide: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
     if add:
@@ -58,7 +60,7 @@ class Products:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.acc_dtype = torch.promote_types(dtype, torch.float32)
-        self.on_cpu = device.type == "cpu"
+        self.on_cpu = not is_gpu(device)
         self.widen = dtype != self.acc_dtype and not self.on_cpu
         self.onednn = self.on_cpu and self.acc_dtype == torch.float32 and _has_onednn_linear()
         if self.on_cpu:

@@ -11,6 +11,7 @@ Legend: N rows of the block, D hidden, V vocabulary, C a vocabulary chunk, K chu
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -196,6 +197,16 @@ class Stash:
             if buffer.dtype == dtype and numel <= buffer.numel() <= 2 * numel:
                 return buffer
         return torch.empty(numel, dtype=dtype, device=device)
+
+    @classmethod
+    @contextmanager
+    def apart(cls) -> Iterator[None]:
+        """Within it, buffers are lent among its own calls alone; they may have no content."""
+        before, cls._idle = cls._idle, []
+        try:
+            yield
+        finally:
+            cls._idle = before
 
     def __del__(self) -> None:
         if self._buffer.device.type == "cpu" and not self._idle:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo.data.batch import Segments
+from fastdpo.kernels.device import capability_of, is_gpu
 
 NAME = "fastdpo_packed"
 # Queries that share a mask where SDPA needs one: its size is this times the segment's keys.
@@ -93,12 +94,13 @@ def seen_by(
 
 def route(q_THd: Tensor, v_KHd: Tensor, softcap: float | None) -> Callable[..., Tensor]:
     """The function that serves these tensors: `flash`, `varlen` or `sdpa`."""
+    capability = capability_of(q_THd.device)
     fits = (
-        q_THd.is_cuda
+        capability is not None
         and q_THd.dtype in (torch.bfloat16, torch.float16)
         and q_THd.shape[-1] == v_KHd.shape[-1] <= _FLASH_MAX_HEAD_DIM
         and q_THd.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(q_THd.device) >= (8, 0)
+        and capability >= (8, 0)
     )
     if fits and has_flash_attn():
         return flash
@@ -193,7 +195,7 @@ def sdpa(
 ) -> Tensor:  # fmt: skip
     """Scaled-dot-product attention a segment; in blocks of queries where it needs a mask."""
     groups = q_THd.shape[1] // k_KHd.shape[1]
-    if groups > 1 and (q_THd.is_cuda or softcap is not None):
+    if groups > 1 and (is_gpu(q_THd.device) or softcap is not None):
         # On CUDA, grouped heads outside flash attention would materialize all scores.
         k_KHd, v_KHd = (x.repeat_interleave(groups, 1) for x in (k_KHd, v_KHd))
     sizes_q, sizes_k = (

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastdpo.kernels.device import is_gpu
 from fastdpo.model.head import base_of
 
 _MIN_BYTES = 64 * 1024  # below, starting a copy costs more than the memory is worth
@@ -66,13 +68,13 @@ class _Offload:
 
     def on_device(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in the memory that is to be spared."""
-        return tensor.device.type not in ("cpu", "meta")
+        return is_gpu(tensor.device) and not tensor.is_meta
 
     def moves(self, tensor: Tensor) -> bool:
         """Whether a saved tensor goes to host memory."""
         return (
             self.on_device(tensor)
-            and type(tensor) is Tensor  # a DTensor or the like is more than its memory
+            and not is_traceable_wrapper_subclass(tensor)  # a DTensor is more than its memory
             and tensor.layout is torch.strided
             and _without_repeats(tensor).numel() * tensor.element_size() >= _MIN_BYTES
             and not _is_parameter(tensor)
@@ -82,7 +84,7 @@ class _Offload:
         if not self.moves(tensor):
             return tensor
         values_E = _memory(tensor.detach())
-        host_E = torch.empty(values_E.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host_E = torch.empty(values_E.shape, dtype=tensor.dtype, pin_memory=is_gpu(tensor.device))
         host_E.copy_(values_E, non_blocking=True)
         return _Moved(host_E, tensor.device, tuple(tensor.shape), tensor.stride())
 

@@ -93,6 +93,7 @@ def prepare_model(
     activation_offloading: bool = False,
     mlp_tile_tokens: int | None = None,
     use_liger_kernel: bool = False,
+    prove: bool = True,
 ) -> nn.Module:
     """Packed attention, the fused head, no dropout, in training mode; on the model's own device.
 
@@ -105,6 +106,9 @@ def prepare_model(
         impl: of the fused head.
         activation_offloading, mlp_tile_tokens, use_liger_kernel: see the modules
             `offload`, `tiling` and `liger` of this room.
+        prove: compare what the model computes with what it computed as it was loaded.  False is
+            for `fastdpo.plan` alone, whose models have no content: nothing is run, and "auto" takes
+            the first layout that the model's kind allows.
 
     Raises:
         ModelError: the model computes pairs in no layout, or not in the one asked for; its head is
@@ -114,18 +118,18 @@ def prepare_model(
     attention.keep_softcap(model)
     _disable_dropout(model)
     _evaluate(model)
-    classes = rope.attach(model)
+    classes, alone = rope.attach(model) if prove else ANY_LENGTH, None
     vars(head.base_of(model)).pop("_fastdpo_layout", None)  # of an earlier time, to be found again
-    kind = next(model.parameters()).device.type
-    random = noise.random_state_kept()
-    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16), random:
-        with _readable(model):
-            alone = _Alone(model, classes)
-            with attention.own_attention(model):
-                head.check(model, impl)
+    with _probing(model, bf16) if prove else nullcontext():
+        if prove:
+            with _readable(model):
+                alone = _Alone(model, classes)
+                with attention.own_attention(model):
+                    head.check(model, impl)
         if use_liger_kernel:
             liger.use_liger(model)
-            alone.check_liger(model)
+            if alone is not None:
+                alone.check_liger(model)
         if mlp_tile_tokens is not None:
             tiling.tile_mlp(model, mlp_tile_tokens)
         if activation_offloading:
@@ -135,8 +139,20 @@ def prepare_model(
         head.base_of(model)._fastdpo_layout = chosen
         if gradient_checkpointing:
             checkpoint_activations(model)
-        _silence(model, alone, chosen)
+        if alone is None:
+            model.train()
+        else:
+            _silence(model, alone, chosen)
     return model
+
+
+@contextmanager
+def _probing(model: nn.Module, bf16: bool) -> Iterator[None]:
+    """What a model computes within it leaves no graph and draws no random numbers for good."""
+    kind = next(model.parameters()).device.type
+    random = noise.random_state_kept()
+    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16), random:
+        yield
 
 
 @contextmanager
@@ -201,8 +217,8 @@ def layout_of(model: Any) -> Layout:
     return head.base_of(model)._fastdpo_layout
 
 
-def _first_exact(model: Any, alone: "_Alone", layouts: Sequence[Layout]) -> Layout:
-    """Switch the model to the first of `layouts` that it computes exactly."""
+def _first_exact(model: Any, alone: "_Alone | None", layouts: Sequence[Layout]) -> Layout:
+    """Switch the model to the first of `layouts` it computes exactly; unproven, that it takes."""
     own = model.config._attn_implementation
     reasons = []
     for layout in layouts:
@@ -212,6 +228,8 @@ def _first_exact(model: Any, alone: "_Alone", layouts: Sequence[Layout]) -> Layo
             elif own == attention.NAME:  # prepared before
                 attention.use_own_attention(model)
             _refuse_state(model, layout)
+            if alone is None:
+                return layout
             windows = nullcontext() if layout == "padded" else attention.refuse_lost_windows()
             with windows, rope.received() as positions:
                 error = alone.error(model, layout)

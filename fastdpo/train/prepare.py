@@ -102,10 +102,13 @@ def with_adapters(model: Any, config: TrainConfig) -> Any:
     )
 
 
-def prepare_policy(model: Any, config: TrainConfig) -> nn.Module:
-    """Everything that the options patch onto a model: adapters, layout, head, memory."""
+def prepare_policy(model: Any, config: TrainConfig, *, prove: bool = True) -> nn.Module:
+    """Everything that the options patch onto a model: adapters, layout, head, memory.
+
+    Without ``prove`` nothing is run, as for a model whose tensors have no content.
+    """
     model = with_adapters(model, config)
-    if config.dtype == "bfloat16" and not config.use_peft:
+    if prove and config.dtype == "bfloat16" and not config.use_peft:
         _log.warning("dtype=bfloat16 without use_peft: steps under 1/500 of a weight are lost")
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(f"this {type(model).__name__} is frozen: no parameter requires_grad")
@@ -119,8 +122,9 @@ def prepare_policy(model: Any, config: TrainConfig) -> nn.Module:
         activation_offloading=config.activation_offloading,
         mlp_tile_tokens=config.mlp_tile_tokens,
         use_liger_kernel=config.use_liger_kernel,
+        prove=prove,
     )
-    if added:
+    if added and prove:
         balance.check_balance(model)
     return model
 

@@ -31,7 +31,7 @@ from fastdpo.cli import main
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.load import check_folder, combine, load_causal_lm, load_tokenizer
-from fastdpo.plan.memory import longest_pair
+from fastdpo.plan.longest import longest_pair
 from fastdpo.sample.generate import GenerateSampler
 from fastdpo.storage import read_parts
 from fastdpo.train import trainer

@@ -1,6 +1,9 @@
 """The memory planner against what real steps take, as PyTorch's own allocator records it."""
 
 import gc
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,11 +12,14 @@ import transformers
 
 from fastdpo.data.batch import TokenizedPair, pack_pairs
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.kernels import device, support
 from fastdpo.loss.streaming import Stash
 from fastdpo.model import balance
 from fastdpo.model.adapters import add_lora
 from fastdpo.model.prepare import layout_of, packed_loss, prepare_model
-from fastdpo.plan.memory import estimate, longest_pair, usable_bytes
+from fastdpo.plan.longest import longest_pair
+from fastdpo.plan.memory import Simulation
+from fastdpo.plan.step import estimate, of_step, usable_bytes
 from fastdpo.train.config import TrainConfig
 
 # Large enough for activations to count beside weights, small enough for seconds.
@@ -141,16 +147,41 @@ def test_a_shared_prompt_saves_memory():
 
 
 def test_steps_do_not_leave_anything_behind():
-    import fastdpo.plan.memory as memory
-
-    simulation = memory._Simulation(configuration("Llama"), TrainConfig(), 24.0)
-    assert simulation.step(200, 300) == simulation.step(200, 300)
+    simulation = Simulation(configuration("Llama"), TrainConfig(), 24.0)
+    assert of_step(simulation, 200, 300) == of_step(simulation, 200, 300)
 
 
 def test_real_calls_get_no_buffer_of_a_simulated_one():
     Stash._idle.clear()
     estimate(configuration("Llama"), TrainConfig(), prompt=64, response=64, device="cpu")
     assert not Stash._idle
+
+
+def test_a_gpu_is_simulated_where_triton_is_not_installed(tmp_path):
+    configuration("Llama").save_pretrained(tmp_path)
+    code = f"""
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+from fastdpo.plan.step import estimate
+from fastdpo.train.config import TrainConfig
+print(estimate({str(tmp_path)!r}, TrainConfig(), prompt=64, response=64).peak)
+from fastdpo.kernels import fold
+print(type(fold.fold_kernel).__name__)
+"""
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    wanted = estimate(str(tmp_path), TrainConfig(), prompt=64, response=64)
+    assert out.stdout.split() == [str(wanted.peak), "_Nothing"], out.stderr
+
+
+def test_nothing_stands_for_a_gpu_afterwards():
+    cpu = torch.device("cpu")
+    with device.simulated((8, 0)):
+        assert device.is_gpu(cpu) and device.capability_of(cpu) == (8, 0)
+        assert support.unsupported_reason(cpu) is None
+        assert "float64" in str(support.unsupported_reason(cpu, torch.float64))
+    assert not device.is_gpu(cpu) and device.capability_of(cpu) is None
 
 
 def test_longest_pair_fits_and_a_longer_one_does_not():

@@ -1,0 +1,171 @@
+"""The longest pairs that fit a GPU, as configured and with each option that saves memory."""
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+from fastdpo.errors import ConfigError
+from fastdpo.plan.memory import Simulation
+from fastdpo.plan.step import (
+    Estimate,
+    configuration_of,
+    fixed_bytes,
+    gib,
+    of_step,
+    usable_bytes,
+)
+from fastdpo.train.config import TrainConfig
+
+# Changes that save memory, each by itself or with what it needs; the last are all together.
+_SAVINGS: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": True},
+    {"precompute_ref_log_probs": True},
+    {"mlp_tile_tokens": 8192},
+    {"activation_offloading": True},
+    {"dtype": "bfloat16"},
+    {"use_peft": True},
+    {"use_peft": True, "dtype": "bfloat16"},
+    {"use_peft": True, "bf16": True, "load_in_4bit": True},
+    {
+        "use_peft": True, "bf16": True, "load_in_4bit": True, "dtype": "bfloat16",
+        "gradient_checkpointing": True, "mlp_tile_tokens": 8192, "activation_offloading": True,
+    },
+)  # fmt: skip
+_LENGTH_STEP = 64
+_NO_LIMIT = 2**20  # tokens, where a model names no limit of its own
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one change of the configuration gives.
+
+    Attributes:
+        changes: options that differ from the configuration asked about; none for itself.
+        longest: tokens of the longest response with its prompt that fits, 0 if none does.
+        estimate: of a pair of that length, or of the shortest pair if none fits.
+    """
+
+    changes: dict[str, Any]
+    longest: int
+    estimate: Estimate
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.changes.items())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits on a GPU: the configuration as it is first, then each change that saves memory.
+
+    Attributes:
+        usable: bytes of it that tensors can have, see `usable_bytes`.
+        limit: tokens of the longest sequence the model takes.
+    """
+
+    gpu_gib: float
+    usable: int
+    limit: int
+    options: tuple[Option, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest response with its prompt, under the configuration as it is."""
+        return self.options[0].longest
+
+    @property
+    def estimate(self) -> Estimate:
+        return self.options[0].estimate
+
+    def __str__(self) -> str:
+        rows = [
+            f"Longest pair on {self.gpu_gib:g} GiB, of which tensors can have {gib(self.usable)}; "
+            "one pair a micro-batch, a quarter of each side is prompt"
+        ]
+        for option in self.options:
+            what = option.name or "as configured"
+            if not option.longest:
+                rows.append(f"      none  {what}: needs {gib(option.estimate.peak)} at least")
+                continue
+            most = " (the model's limit)" if option.longest == self.limit else ""
+            found = option.estimate
+            host = f" and {gib(found.host)} of CPU memory" if found.host else ""
+            rows.append(f"2 x {option.longest:>6}{most}  {what}: {gib(found.peak)}{host}")
+        if not find_spec("peft"):
+            rows.append("use_peft is left out: it needs peft, pip install 'fastdpo[peft]'")
+        return "\n".join(rows)
+
+
+def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
+    """The longest pairs that a GPU can train on, as configured and with what saves memory.
+
+    A pair is 2 x N tokens: a prompt of N / 4 and two responses of the rest, alone in its
+    micro-batch, so ``config.max_length`` and ``max_tokens`` do not matter here.
+
+    Args:
+        model: as in `estimate`.
+        gpu_gib: memory of the GPU, in GiB.
+
+    Raises:
+        ConfigError: ``gpu_gib`` is no memory of a GPU, or nothing fits whatever the options.
+        ModelError: as in `estimate`.
+    """
+    usable, configuration = usable_bytes(gpu_gib), configuration_of(model)
+    text = configuration.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or _NO_LIMIT
+    options: list[Option] = []
+    guess = limit if limit <= 16384 else 4096
+    for changes in ({}, *_SAVINGS):
+        wanted = {name: x for name, x in changes.items() if getattr(config, name) != x}
+        if changes and (not wanted or any(wanted == option.changes for option in options)):
+            continue
+        changed = replace(config, **wanted)
+        if changed.use_peft and not config.use_peft and not find_spec("peft"):
+            continue  # its layers are peft's
+        if changed.use_peft and not config.use_peft and "precompute_ref_log_probs" in wanted:
+            continue
+        simulation = Simulation(configuration_of(configuration), changed, gpu_gib)
+        options.append(Option(wanted, *_longest(simulation, usable, limit, guess)))
+    if not any(option.longest for option in options):
+        least = min(options, key=lambda option: option.estimate.peak)
+        how = f" with {least.name}" if least.changes else ""
+        raise ConfigError(
+            f"gpu_gib={gpu_gib} is too small for this model whatever the options: the shortest "
+            f"pair needs {gib(least.estimate.peak)}{how}, and tensors can have {gib(usable)}"
+        )
+    return Fit(gpu_gib, usable, limit, tuple(options))
+
+
+def _longest(simulation: Simulation, usable: int, limit: int, guess: int) -> tuple[int, Estimate]:
+    """Longest side that fits, to one percent, and its estimate; (0, that of the shortest) if none.
+
+    The peak is close to a line in the number of tokens, so few guesses do.
+    """
+
+    def at(length: int) -> Estimate:
+        prompt = max(1, length // 4)
+        return of_step(simulation, prompt, length - prompt, pairs=1)
+
+    shortest = min(_LENGTH_STEP, limit)
+    before, before_peak = 0, simulation.weights + sum(fixed_bytes(simulation))
+    low, found, high, length = 0, None, limit + 1, max(shortest, min(guess, limit))
+    while before_peak <= usable or before:
+        tried = at(length)
+        if tried.peak <= usable:
+            low, found = length, tried
+        else:
+            high = length
+        slope = (tried.peak - before_peak) / (length - before)
+        before, before_peak = length, tried.peak
+        # A little short of where the line ends, so that the guess tends to fit.
+        room = 0.997 * (usable - tried.peak) / slope if slope > 0 else limit
+        if 0 <= room < max(length // 100, _LENGTH_STEP):
+            break
+        length = int(min(length + room, high - 1, limit))
+        if length < limit:
+            length = length // _LENGTH_STEP * _LENGTH_STEP
+        if length <= low:  # the line says less than what was found to fit, or nothing
+            length = (low + high) // 2 // _LENGTH_STEP * _LENGTH_STEP
+        if length <= low + low // 100 or length < shortest or length >= high:
+            break
+    return (0, at(shortest)) if found is None else (low, found)
