@@ -26,7 +26,7 @@ class HeadInputs(NamedTuple):
     h_TD: Tensor
     w_VD: Tensor
     bias_V: Tensor | None
-    target_N: Tensor
+    target_N: Any  # a tensor; None for a KL, which has no targets
     rows_N: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
