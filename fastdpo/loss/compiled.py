@@ -29,6 +29,7 @@ _AUTOGRAD_KEYS = (
     torch._C.DispatchKey.AutogradNestedTensor,
     torch._C.DispatchKey.ADInplaceOrView,
 )
+_NAMESPACE = __name__.partition(".")[0]  # a copy in another package has nodes of its own
 _HEAD, _PAIRS = len(HeadInputs._fields), len(PairInputs._fields)
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor", Any: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int",
@@ -96,7 +97,7 @@ def _accumulator(given: HeadInputs) -> torch.dtype:
 
 # ------------------------------------------------------------------------------------------- tokens
 @torch.library.custom_op(
-    "fastdpo::linear_logp", mutates_args=(), tags=(_HOST,),
+    f"{_NAMESPACE}::linear_logp", mutates_args=(), tags=(_HOST,),
     schema=f"({_schema(HeadInputs)}) -> Tensor",
 )  # fmt: skip
 def _logp(*given):
@@ -111,7 +112,7 @@ def _(*fields):
 
 
 @torch.library.custom_op(
-    "fastdpo::linear_logp_backward", mutates_args=(), tags=(_HOST,),
+    f"{_NAMESPACE}::linear_logp_backward", mutates_args=(), tags=(_HOST,),
     schema=f"({_schema(HeadInputs)}, Tensor dlogp_N, bool[] wanted) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def _logp_backward(*fields):
@@ -157,7 +158,7 @@ def kl(given: HeadInputs) -> Tensor:
 
 # -------------------------------------------------------------------------------------------- pairs
 @torch.library.custom_op(
-    "fastdpo::preference_loss", mutates_args=(), tags=(_HOST,),
+    f"{_NAMESPACE}::preference_loss", mutates_args=(), tags=(_HOST,),
     schema=f"({_schema(HeadInputs, PairInputs, _Numbers)}, bool[] wanted) -> ("
     + ", ".join(["Tensor"] * 9) + ")",
 )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, compiled, eager
+from . import checks, eager
 from .call import HeadInputs, PairInputs
 from .objectives import Objective, lr_dpo
 from .result import PreferenceLoss
@@ -69,10 +69,8 @@ def linear_logp(
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
     """
     h_TD, w_VD, bias_V = autocast(h_TD, w_VD, bias_V)
-    given = HeadInputs(
-        h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, impl
-    )
-    return (compiled if torch.compiler.is_compiling() else eager).logp(given)
+    given = HeadInputs(h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, impl)
+    return _route().logp(given)
 
 
 def linear_kl(
@@ -113,7 +111,7 @@ def linear_kl(
     given = HeadInputs(
         h_TD, w_VD, bias_V, None, rows_N, scale, softcap, workspace_mib, impl, (), *ref
     )
-    return (compiled if torch.compiler.is_compiling() else eager).kl(given)
+    return _route().kl(given)
 
 
 def linear_preference_loss(
@@ -168,8 +166,7 @@ def linear_preference_loss(
         h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, impl, stats, *ref
     )
     pairs = PairInputs(bounds_S1, ref_logp_S, margin_P, smoothing_P, weight_P, num_pairs)
-    route = compiled if torch.compiler.is_compiling() else eager
-    return route.preference(given, pairs, objective)
+    return _route().preference(given, pairs, objective)
 
 
 def linear_dpo_loss(
@@ -201,6 +198,15 @@ def linear_dpo_loss(
     return linear_preference_loss(
         h_TD, w_VD, target_N, bounds_S1, ref_logp_S, lr_dpo(beta, alpha), **options
     )
+
+
+def _route() -> Any:
+    """The module that runs the ops."""
+    if not torch.compiler.is_compiling():
+        return eager
+    from . import compiled  # whose nodes are registered only where they are used
+
+    return compiled
 
 
 def check_options(owner: str, options: dict[str, Any]) -> None:

@@ -234,9 +234,7 @@ def _stash_group(
     h_ND, target_N, block = _run_block(call, streamer, rows, group.rows, keep=True)
     share = score(call, pairs, block.logp_N, block.ref_logp_N, group.pairs)
     final = call.fused and group is call.plan.groups[0]
-    dh_ND = streamer.backward(
-        block, h_ND, target_N, share.coef_N, call.needs, total, final=final
-    )
+    dh_ND = streamer.backward(block, h_ND, target_N, share.coef_N, call.needs, total, final=final)
     block.stash = None
     if total.h is not None and dh_ND is not None:
         streamer.add_rows(rows, total.h, *group.rows, dh_ND)
@@ -259,9 +257,7 @@ def _unit_group(
     sign_N = _per_token(sign_S, sizes)
     offset, middle = group.rows[0], group.rows[0] + sizes[0]
     w_VD, bias_V = streamer.head.w_VD, streamer.head.bias_V
-    units = [
-        _new_grads(call, rows.h_TD[:0], w_VD, bias_V) for _ in range(1 if by_margin else 2)
-    ]
+    units = [_new_grads(call, rows.h_TD[:0], w_VD, bias_V) for _ in range(1 if by_margin else 2)]
     unit_h = None
     if total.h is not None:
         shape = sum(sizes), rows.h_TD.shape[1]

@@ -28,12 +28,14 @@ from torch.utils._pytree import tree_leaves
 
 from fastdpo.data.batch import LAYOUTS, Layout, PackedPairs, Segments, TokenizedPair, pack_pairs
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.loss import ops
+from fastdpo.loss.autograd import LinearPreference
+from fastdpo.loss.call import HeadInputs, Pairs
+from fastdpo.loss.eager import make_call
 from fastdpo.loss.gemm import Products, has_native_bf16
 from fastdpo.loss.objectives import lr_dpo
-from fastdpo.loss.passes import Call, Pairs
+from fastdpo.loss.ops import autocast
 from fastdpo.loss.plan import default_workspace_mib
-from fastdpo.loss.streaming import Block, Grads, Head, Needs, Rows, Stash
+from fastdpo.loss.streaming import Block, Grads, Head, Needs, Stash, TokenRows
 from fastdpo.model import attention, balance, head, longcontext
 from fastdpo.model import prepare as policy
 from fastdpo.model.load import check_folder, refuse_quantized
@@ -504,7 +506,8 @@ class _FusedSizes:
 
     def backward(
         self, block: Block, h_ND: Tensor, target_N: Tensor, coef_N: Tensor, needs: Needs,
-        into: Grads, *, final: bool, rows: Rows | None = None, out_ND: Tensor | None = None,
+        into: Grads, *, final: bool, rows: TokenRows | None = None, out_ND: Tensor | None = None,
+        upstream: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         scaled_ND = torch.empty_like(h_ND) if into.w is not None else None
         if scaled_ND is not None:
@@ -515,7 +518,7 @@ class _FusedSizes:
         return dh_ND if rows is None else self.place(rows, dh_ND, None)
 
     def recompute_backward(
-        self, blocks: Any, rows: Rows, coef_N: Tensor, needs: Needs, into: Grads, ref: Any = None
+        self, blocks: Any, rows: TokenRows, coef_N: Tensor, needs: Needs, into: Grads, **_: Any
     ) -> None:
         h_ND, _ = rows.block(0, coef_N.shape[0])
         scaled_ND = torch.empty_like(h_ND)
@@ -527,22 +530,15 @@ class _FusedSizes:
             into.h = self.place(rows, dh_ND, None)
 
     def place(
-        self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool = False
+        self, rows: TokenRows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool = False
     ) -> Tensor:
         return torch.empty_like(rows.h_TD)
 
-    def rows_of(self, rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def rows_of(self, rows: TokenRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
         return rows.block(start, stop)
 
     def add_rows(self, *_: Any) -> None:
         """Nothing is allocated for it."""
-
-
-class _FusedCall(Call):
-    """A call that the kernels would run."""
-
-    def streamer(self, w_VD: Tensor, bias_V: Tensor | None) -> Any:
-        return _FusedSizes(Head(w_VD, bias_V, self.scale, self.softcap), self.plan)
 
 
 class _SizedPairs(Pairs):
@@ -792,26 +788,24 @@ class _Simulation:
     ) -> Tensor:
         """The loss by the route that `fastdpo.loss.ops` takes on the target."""
         config, on_cuda = self.config, self.device == "cuda"
-        h_TD, w_VD, bias_V = ops._autocast(h_TD, w_VD, bias_V)
+        h_TD, w_VD, bias_V = autocast(h_TD, w_VD, bias_V)
         fused = config.impl == "triton" or (config.impl == "auto" and on_cuda)
         workspace_mib = config.workspace_mib
         if workspace_mib is None:
             workspace_mib = default_workspace_mib(int(self.gpu_gib * GIB))
-        call = ops._make_call(
-            h_TD, w_VD, bias_V, batch.target_N, batch.rows_N, scale, softcap, workspace_mib, edges,
-            fused=fused,
-        )  # fmt: skip
-        assert call is not None
-        if fused:
-            # Its functions then run in PyTorch, with the same tensors.
-            call = _FusedCall(**{**vars(call), "fused": False})
+        given = HeadInputs(
+            h_TD, w_VD, bias_V, batch.target_N, batch.rows_N, scale, softcap, workspace_mib
+        )
+        call = make_call(given, edges, fused=fused)
+        if fused:  # its functions then run in PyTorch, with the same tensors
+            call = replace(call, fused=False, streamer=_FusedSizes)
         S = len(edges) - 1
         lengths_S, numbers_P = torch.empty(S), torch.empty(S // 2)
         pairs = _SizedPairs(
             lr_dpo(config.beta), edges, lengths_S,
             torch.empty(S, dtype=torch.float64), numbers_P, numbers_P, numbers_P, 1.0, h_TD.device,
         )  # fmt: skip
-        return ops._LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)[0]  # type: ignore[index]
+        return LinearPreference.apply(h_TD, w_VD, bias_V, call, pairs)[0]  # type: ignore[index]
 
 
 def _use_attention_on_cuda(model: Any) -> None:
