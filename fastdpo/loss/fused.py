@@ -341,9 +341,12 @@ class FusedStreamer:
         h_ND, target_N = self.rows_of(rows, 0, coef_N.shape[0])
         h_ND = _rows_in_memory(h_ND)
         lse_N = torch.cat([block.lse_N for _, _, block in blocks])
-        own_N, sign = None, -1.0
+        own_N, sign, other = None, -1.0, None
         if ref is None:
             own_N, sign = torch.cat([block.own_N for _, _, block in blocks]), 1.0
+        else:
+            ref_lses = [x.ref_lse_N for _, _, x in blocks if x.ref_lse_N is not None]
+            other = ref[0], self.rows_of(ref[1], 0, len(h_ND))[0], torch.cat(ref_lses)
         tokens = self._tokens(h_ND, target_N, coef_N, upstream, into, None, None, own_N, sign)
         dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if needs.h else None
         width = self.plan.vocab_chunk
@@ -351,58 +354,45 @@ class FusedStreamer:
         for v0 in range(0, self.V, width):
             columns = slice(v0, min(v0 + width, self.V))
             kept_NC = stash_NC[:, : columns.stop - v0]
-            if ref is None:
-                self._keep(h_ND, target_N, lse_N, columns, kept_NC)
-            else:
-                self._keep_difference(h_ND, lse_N, columns, kept_NC, *ref, blocks)
+            self._keep(h_ND, target_N, lse_N, columns, kept_NC, other)
             self._head_grads(kept_NC, columns, tokens, into, add=False)
             if dh_ND is not None:
                 fp32_product(kept_NC, self.head.w_VD[columns], dh_ND, add=v0 > 0)
         if dh_ND is not None:
             into.h = self._placed(rows, dh_ND, tokens, target_N)
 
-    def _keep_difference(
+    def _keep(
         self,
         h_ND: Tensor,
+        target_N: Tensor,
         lse_N: Tensor,
         columns: slice,
         kept_NC: Tensor,
-        ref: "FusedStreamer",
-        ref_rows: TokenRows,
-        blocks: list[tuple[int, int, Block]],
+        ref: "tuple[FusedStreamer, Tensor, Tensor] | None",
     ) -> None:
-        """Probabilities of some columns, less the reference's."""
-        ref_h_ND, _ = self.rows_of(ref_rows, 0, len(h_ND))
-        found = [block.ref_lse_N for _, _, block in blocks if block.ref_lse_N is not None]
-        ref_lse_N = torch.cat(found)
-        width, row_tiles = self._tiles(len(h_ND), 2)
-        for rows in row_tiles:
-            for v0 in range(columns.start, columns.stop, width):
-                part = slice(v0, min(v0 + width, columns.stop))
-                product, bias = self._products(h_ND[rows], part)
-                other = (*ref._products(ref_h_ND[rows], part), ref_lse_N[rows])
-                kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
-                fold.keep(product, bias, self.shape, None, lse_N[rows], v0, kept_RC, other)
-                del product, other
+        """Probabilities of some columns of finished rows, or less those of the reference.
 
-    def _keep(
-        self, h_ND: Tensor, target_N: Tensor, lse_N: Tensor, columns: slice, kept_NC: Tensor
-    ) -> None:
-        """Probabilities of some columns of finished rows."""
-        if self.projects(h_ND):
+        ``ref`` is its head, hidden rows and log-sum-exps.
+        """
+        if ref is None and self.projects(h_ND):
             project.project(
                 h_ND, self.head.w_VD, self.head.bias_V, self.shape, target_N, lse_N,
                 tile=self.kernel_tile(), columns=(columns.start, columns.stop), stash_NC=kept_NC,
             )  # fmt: skip
             return
-        width, row_tiles = self._tiles(len(h_ND))
+        width, row_tiles = self._tiles(len(h_ND), 1 if ref is None else 2)
         for rows in row_tiles:
             for v0 in range(columns.start, columns.stop, width):
                 part = slice(v0, min(v0 + width, columns.stop))
                 product, bias = self._products(h_ND[rows], part)
+                target_R, other = target_N[rows], None
+                if ref is not None:
+                    streamer, ref_h_ND, ref_lse_N = ref
+                    target_R = None
+                    other = (*streamer._products(ref_h_ND[rows], part), ref_lse_N[rows])
                 kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
-                fold.keep(product, bias, self.shape, target_N[rows], lse_N[rows], v0, kept_RC)
-                del product
+                fold.keep(product, bias, self.shape, target_R, lse_N[rows], v0, kept_RC, other)
+                del product, other
 
     def rows_of(self, rows: TokenRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Hidden rows and targets of a block."""
