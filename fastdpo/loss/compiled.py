@@ -9,7 +9,7 @@ A node takes the fields of the bundles one after the other, the differentiable t
 Legend as in `ops`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ def _autograd() -> Iterator[None]:
 def _leaves(given: HeadInputs, wanted: Sequence[bool]) -> HeadInputs:
     """Detached copies of the first three, those wanted with a gradient."""
     leaves = [
-        None if x is None else x.detach().requires_grad_(want) for x, want in zip(given, wanted)
+        None if x is None else x.detach().requires_grad_(want) for x, want in zip(given[:3], wanted)
     ]
     return HeadInputs(*leaves, *given[3:])  # type: ignore[arg-type]
 
@@ -87,12 +87,17 @@ def _empty_grads(given: HeadInputs, wanted: Sequence[bool]) -> list[Tensor]:
         torch.empty_like(x, memory_format=torch.contiguous_format)
         if want and x is not None
         else given.h_TD.new_empty(0, dtype=_accumulator(given))
-        for x, want in zip(given, wanted)
+        for x, want in zip(given[:3], wanted)
     ]
 
 
 def _accumulator(given: HeadInputs) -> torch.dtype:
     return torch.promote_types(given.h_TD.dtype, torch.float32)
+
+
+def _outside(op: Callable) -> Callable:
+    """A call that torch.compile leaves to Python: a graph break, refused by ``fullgraph=True``."""
+    return torch.compiler.disable(op)
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -152,8 +157,8 @@ def logp(given: HeadInputs) -> Tensor:
 
 
 def kl(given: HeadInputs) -> Tensor:
-    """`eager.kl`, which breaks the graph; refused by ``fullgraph=True``."""
-    return torch.compiler.disable(eager.kl)(given)
+    """`eager.kl`, outside the graph."""
+    return _outside(eager.kl)(given)
 
 
 # -------------------------------------------------------------------------------------------- pairs
@@ -221,7 +226,7 @@ _preference.register_autograd(_backward_preference, setup_context=_save_preferen
 def preference(given: HeadInputs, pairs: PairInputs, objective: Any) -> PreferenceLoss:
     """`eager.preference` as a node of a compiled graph; its result has no plan."""
     if not isinstance(objective, Objective) or objective.code is None:
-        return torch.compiler.disable(eager.preference)(given, pairs, objective)
+        return _outside(eager.preference)(given, pairs, objective)
     numbers = objective.code, objective.beta, objective.alpha, objective.length_normalized
     grad, names = torch.is_grad_enabled(), sorted(given.stats)
     wanted = [grad and x is not None and x.requires_grad for x in given[:3]]

@@ -162,7 +162,7 @@ def _reference_head(given: HeadInputs) -> tuple[Head, Tensor]:
 
 def _check_pair_values(
     objective: Objective, given: PairInputs, P: int, device: torch.device, neutral: bool
-) -> list[Tensor | None]:
+) -> Any:
     """Margin, smoothing and weight of each pair as fp64; ``neutral`` values for None if wanted."""
     named = given.margin_P is not None or given.smoothing_P is not None
     if named and not objective.takes_margin:

@@ -23,7 +23,7 @@ lengths are token counts, the end token included.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class Objective:
         known = enumerate(KERNEL_FORMULAS)
         return next((i for i, formula in known if formula.f is self.formula.f), None)
 
-    def token_signs(self, lengths_S: Tensor | None, S: int, device: torch.device) -> Tensor:
+    def token_signs(self, lengths_S: Any, S: int, device: torch.device) -> Tensor:
         """Coefficient of each sequence's tokens up to a scalar: a pair's if ``by_margin``, else a
         side's.  (S,) fp64; the lengths are read only where they count.
         """

@@ -520,7 +520,7 @@ class _FusedSizes:
     def recompute_backward(
         self, blocks: Any, rows: TokenRows, coef_N: Tensor, needs: Needs, into: Grads, **_: Any
     ) -> None:
-        h_ND, _ = rows.block(0, coef_N.shape[0])
+        h_ND = rows.block(0, coef_N.shape[0])[0]
         scaled_ND = torch.empty_like(h_ND)
         stash_NC = self._matrix(len(h_ND), self.plan.vocab_chunk)
         dh_ND = h_ND.new_empty(h_ND.shape, dtype=torch.float32)
