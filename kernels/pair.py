@@ -5,6 +5,7 @@ P pairs, S = 2P sequences (2i chosen, 2i+1 rejected), N tokens.
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from .pointwise import ASSERTING
 
-# Objectives by name: functions of the margin z, then functions of the two sides.
+# Objectives by number, the KIND below: functions of the margin z, then of the two sides.
 MARGIN_KINDS = ("sigmoid", "hinge", "ipo")
 SEPARATE_KINDS = ("apo_zero", "nca_pair")
-_CODES = {name: i for i, name in enumerate(MARGIN_KINDS + SEPARATE_KINDS)}
+KINDS = MARGIN_KINDS + SEPARATE_KINDS
 # What the kernel sums over pairs, in this order.
 TOTALS = (
     "loss",
@@ -243,16 +244,6 @@ def _two(x: float) -> tuple[float, float]:
     return high, x - high
 
 
-@dataclass(frozen=True)
-class Objective:
-    """An objective of `MARGIN_KINDS` or `SEPARATE_KINDS`."""
-
-    kind: str
-    beta: float
-    alpha: float = 0.0
-    length_normalized: bool = False
-
-
 @dataclass
 class PairResult:
     """Sums of each sequence, the loss's derivatives; ``coef_N`` is None if not asked for.
@@ -276,7 +267,7 @@ def pair_losses(
     logp_N: Tensor,
     target_N: Tensor,
     bounds_S1: Tensor,
-    objective: Objective,
+    objective: Any,
     *,
     ref_logp_S: Tensor | None = None,
     ref_logp_N: Tensor | None = None,
@@ -288,6 +279,8 @@ def pair_losses(
 ) -> PairResult:
     """Score the pairs.
 
+    ``objective`` has numbers ``beta`` and ``alpha``, a flag ``length_normalized``, and its place in
+    `KINDS` as ``code``; with None only the sums of the sequences mean something.
     ``bounds_S1`` lies on the device and counts from the first token of ``logp_N``; ``margin_P``,
     ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference.  A sequence
     without a scored token, and a reference that is no number, trip a device assert.
@@ -305,7 +298,7 @@ def pair_losses(
         logp_N, ref_logp_N, ref_logp_S, target_N, bounds_S1, lengths_S, margin_P, smoothing_P,
         weight_P, logp_S, ref_S, slope_S, coef_N, totals, loss, means, S // 2,
         *_two(objective.beta), *_two(objective.alpha), *_two(num_pairs),
-        KIND=_CODES[objective.kind], NORMALIZED=objective.length_normalized, BLOCK=1024,
+        KIND=objective.code or 0, NORMALIZED=objective.length_normalized, BLOCK=1024,
         num_warps=4, **ASSERTING,
     )  # fmt: skip
     return PairResult(loss, means, lengths_S, totals, logp_S, ref_S, slope_S, coef_N)

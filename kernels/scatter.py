@@ -22,7 +22,7 @@ MOST_COMPARED = 32768
 def order_kernel(
     index_ptr, order_ptr, size_ptr, start_ptr, N, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Places of BLOCK_N tokens in the stable order of their indices; see `Segments`."""
+    """Places of BLOCK_N tokens in the stable order of their indices; see `TokenGroups`."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     own = tl.load(index_ptr + n, mask=inside, other=-1).to(tl.int32)[:, None]
@@ -44,7 +44,7 @@ def order_kernel(
 
 
 @dataclass
-class Segments:
+class TokenGroups:
     """Which tokens belong to each of I rows, in their order; those of a negative index to none.
 
     The tokens of row i are the ``size_N[p]`` from ``order_N[p]`` on, ``p = start_I[i]``.  If a row
@@ -58,7 +58,7 @@ class Segments:
     start_I: Tensor
 
     @classmethod
-    def of(cls, index_N: Tensor, I: int) -> "Segments":  # noqa: E741
+    def of(cls, index_N: Tensor, I: int) -> "TokenGroups":  # noqa: E741
         """Group tokens by index, without a synchronization."""
         N, device = index_N.shape[0], index_N.device
         if N > MOST_COMPARED:
@@ -249,7 +249,7 @@ def _blocks(D: int, most: int = 2048) -> tuple[int, int]:
 def row_sums(
     out_ID: Tensor,
     *,
-    segments: Segments | None = None,
+    segments: TokenGroups | None = None,
     base_ID: Tensor | None = None,
     base_factor: Tensor | None = None,
     a_ND: Tensor | None = None,

@@ -15,8 +15,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.loss import LinearDPOLoss, PreferenceLoss
 from fastdpo.loss.checks import require_number
-from fastdpo.loss.ops import LinearDPOLoss, PreferenceLoss
 from fastdpo.model import attention, head, rope
 from fastdpo.model import prepare as policy
 

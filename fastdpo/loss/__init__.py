@@ -1,1 +1,21 @@
-"""loss"""
+"""The loss: hidden states and token ids in, a differentiable loss out, and never a logit kept.
+
+It stands alone: this folder and ``kernels`` can be copied into another package.  Open `ops` first
+for what there is to call, then `plan` for the ways through a head, and `objectives` for formulas.
+"""
+
+from . import objectives, reference
+from .module import LinearDPOLoss
+from .ops import linear_dpo_loss, linear_kl, linear_logp, linear_preference_loss
+from .result import PreferenceLoss
+
+__all__ = [
+    "LinearDPOLoss",
+    "PreferenceLoss",
+    "linear_dpo_loss",
+    "linear_kl",
+    "linear_logp",
+    "linear_preference_loss",
+    "objectives",
+    "reference",
+]

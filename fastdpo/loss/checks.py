@@ -75,7 +75,7 @@ def choose_impl(impl: Any, h_TD: Any) -> str:
         impl == "auto" and (capability_of(device) is None or dtype == torch.float64)
     ):
         return "torch"
-    from fastdpo.kernels import support
+    from ..kernels import support
 
     reason = support.unsupported_reason(device, dtype)
     if reason is not None:
@@ -256,3 +256,60 @@ def check_vector(
         i = int(valid.logical_not().nonzero()[0])
         raise ValueError(f"{name}[{i}] = {x[i].item()} must be {wanted}")
     return x
+
+
+# --------------------------------------------------------------------------- of the preference loss
+STATS = frozenset({"entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref"})
+
+
+def check_stats(stats: Any, has_ref: bool) -> frozenset[str]:
+    """Names of statistics; one of them needs the reference's head."""
+    if not isinstance(stats, tuple | list | set | frozenset):
+        raise TypeError(f"stats must be a tuple of names, got {stats!r}")
+    if not all(isinstance(name, str) for name in stats):
+        raise TypeError(f"stats must hold names only, got {stats!r}")
+    wanted = frozenset(stats)
+    if wanted - STATS:
+        unknown = ", ".join(sorted(map(repr, wanted - STATS)))
+        raise ValueError(f"stats has unknown names {unknown}; known: {', '.join(sorted(STATS))}")
+    if "kl_ref" in wanted and not has_ref:
+        raise ValueError("stats='kl_ref' needs the reference as ref_h_TD and ref_w_VD")
+    return wanted
+
+
+def check_reference_sums(ref_logp_S: Any, S: int, device: torch.device, *, in_kernel: bool) -> None:
+    """Log-probs of S sequences under the reference."""
+    check_vector("ref_logp_S", ref_logp_S, S, "S", device, in_kernel=in_kernel)
+    if ref_logp_S.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"ref_logp_S must be float32 or float64, got {ref_logp_S.dtype}, which rounds the "
+            "sum of a long response by more than a preference is worth"
+        )
+
+
+def check_reference_head(h: Tensor, w: Tensor, ref_h: Any, ref_w: Any, ref_bias: Any) -> None:
+    """The reference's hidden rows and head, of the policy's sizes."""
+    if ref_w is None:
+        raise ValueError("ref_h_TD needs ref_w_VD, the reference's head")
+    check_head(ref_h, ref_w, ref_bias, 1.0, None, prefix="ref_")
+    if ref_h.shape[0] != h.shape[0] or ref_w.shape[0] != w.shape[0]:
+        raise ValueError(
+            f"ref_h_TD and ref_w_VD must have the policy's rows T={h.shape[0]} and vocabulary "
+            f"V={w.shape[0]}, got {ref_h.shape[0]} and {ref_w.shape[0]}"
+        )
+    if ref_h.dtype != h.dtype or ref_h.device != h.device:
+        raise TypeError(
+            f"ref_h_TD is {ref_h.dtype} on {ref_h.device}, h_TD is {h.dtype} on {h.device}; they "
+            "must agree"
+        )
+
+
+def check_pair_value(
+    name: str, x: Any, P: int, device: torch.device, low: float, high: float, neutral: float | None
+) -> Tensor | None:
+    """A number a pair as fp64; if it is left out, ``neutral`` where one is wanted."""
+    if x is not None:
+        return check_vector(name, x, P, "P", device, low=low, high=high).double()
+    if neutral is None:
+        return None
+    return torch.full((P,), neutral, dtype=torch.float64, device=device)

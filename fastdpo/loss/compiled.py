@@ -1,20 +1,25 @@
 """The ops under torch.compile: each one opaque node of the graph, so ``fullgraph=True`` works.
 
-Inside a node the usual eager op runs, with its routes and its kernels.  A node cannot hand a stash
-to its backward: `linear_logp` computes it again there, and a preference loss finishes its gradients
-in the forward, whose product with the upstream gradient is rounded once more.
+Inside a node `eager` runs, with its routes and its kernels.  A node cannot hand a stash to its
+backward: `logp` computes it again there, and a preference loss finishes its gradients in the
+forward, whose product with the upstream gradient is rounded once more.  A KL and an objective of
+the caller's own are left to Python.
 
-Legend as in `fastdpo.loss.ops`.
+A node takes the fields of the bundles one after the other, the differentiable tensors first.
+Legend as in `ops`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdpo.loss import objectives, ops
+from . import eager
+from .call import HeadInputs, PairInputs
+from .objectives import KERNEL_FORMULAS, Objective
+from .result import METRICS, PreferenceLoss
 
 # A node reads its bounds on the host, which the replay of a CUDA graph would not.
 _HOST = torch._C.Tag.cudagraph_unsafe
@@ -24,6 +29,27 @@ _AUTOGRAD_KEYS = (
     torch._C.DispatchKey.AutogradNestedTensor,
     torch._C.DispatchKey.ADInplaceOrView,
 )
+_NAMESPACE = __name__.partition(".")[0]  # a copy in another package has nodes of its own
+_HEAD, _PAIRS = len(HeadInputs._fields), len(PairInputs._fields)
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Any: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int",
+    float | None: "float?", str: "str", bool: "bool", tuple[str, ...]: "str[]",
+}  # fmt: skip
+
+
+class _Numbers(NamedTuple):
+    """An objective of the pair kernel."""
+
+    code: int
+    beta: float
+    alpha: float
+    length_normalized: bool
+
+
+def _schema(*bundles: Any) -> str:
+    """The fields of the bundles as a node's arguments."""
+    fields = (item for bundle in bundles for item in bundle.__annotations__.items())
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in fields)
 
 
 @contextmanager
@@ -37,193 +63,147 @@ def _autograd() -> Iterator[None]:
         yield
 
 
-def _leaves(wanted: Sequence[bool], *tensors: Tensor | None) -> list[Any]:
-    """Detached copies of the handles, those wanted with a gradient."""
-    return [
-        None if x is None else x.detach().requires_grad_(want) for want, x in zip(wanted, tensors)
+def _leaves(given: HeadInputs, wanted: Sequence[bool]) -> HeadInputs:
+    """Detached copies of the first three, those wanted with a gradient."""
+    leaves = [
+        None if x is None else x.detach().requires_grad_(want) for x, want in zip(given[:3], wanted)
     ]
+    return HeadInputs(*leaves, *given[3:])  # type: ignore[arg-type]
 
 
-def _grads(output: Tensor, upstream: Tensor | None, leaves: list[Any]) -> list[Tensor]:
+def _grads(output: Tensor, upstream: Tensor | None, leaves: HeadInputs) -> list[Tensor]:
     """Gradients of the leaves that want one, and empty tensors for the others."""
-    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    wanted = [x for x in leaves[:3] if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(output, wanted, upstream) if wanted else ())
     return [
         next(found).contiguous() if x is not None and x.requires_grad else output.new_empty(0)
-        for x in leaves
+        for x in leaves[:3]
     ]
 
 
-def _empty_grads(wanted: Sequence[bool], like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+def _empty_grads(given: HeadInputs, wanted: Sequence[bool]) -> list[Tensor]:
     """What `_grads` will return, for shape inference."""
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         if want and x is not None
-        else like.new_empty(0)
-        for want, x in zip(wanted, tensors)
+        else given.h_TD.new_empty(0, dtype=_accumulator(given))
+        for x, want in zip(given[:3], wanted)
     ]
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _accumulator(given: HeadInputs) -> torch.dtype:
+    return torch.promote_types(given.h_TD.dtype, torch.float32)
 
 
-# ------------------------------------------------------------------------------------- linear_logp
-@torch.library.custom_op("fastdpo::linear_logp", mutates_args=(), tags=(_HOST,))
-def _logp(
-    h_TD: Tensor,
-    w_VD: Tensor,
-    target_N: Tensor,
-    rows_N: Tensor | None,
-    bias_V: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    workspace_mib: float | None,
-    impl: str,
-) -> Tensor:
+def _outside(op: Callable) -> Callable:
+    """A call that torch.compile leaves to Python: a graph break, refused by ``fullgraph=True``."""
+    return torch.compiler.disable(op)
+
+
+# ------------------------------------------------------------------------------------------- tokens
+@torch.library.custom_op(
+    f"{_NAMESPACE}::linear_logp", mutates_args=(), tags=(_HOST,),
+    schema=f"({_schema(HeadInputs)}) -> Tensor",
+)  # fmt: skip
+def _logp(*given):
     with torch.no_grad():
-        return ops.linear_logp(
-            h_TD, w_VD, target_N, rows_N=rows_N, bias_V=bias_V, scale=scale, softcap=softcap,
-            workspace_mib=workspace_mib, impl=impl,
-        )  # fmt: skip
+        return eager.logp(HeadInputs(*given))
 
 
 @_logp.register_fake
-def _(h_TD, w_VD, target_N, rows_N, bias_V, scale, softcap, workspace_mib, impl):
-    return h_TD.new_empty(target_N.shape[0], dtype=_accumulator(h_TD))
+def _(*fields):
+    given = HeadInputs(*fields)
+    return given.h_TD.new_empty(given.target_N.shape[0], dtype=_accumulator(given))
 
 
-@torch.library.custom_op("fastdpo::linear_logp_backward", mutates_args=(), tags=(_HOST,))
-def _logp_backward(
-    dlogp_N: Tensor,
-    h_TD: Tensor,
-    w_VD: Tensor,
-    target_N: Tensor,
-    rows_N: Tensor | None,
-    bias_V: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    workspace_mib: float | None,
-    impl: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    f"{_NAMESPACE}::linear_logp_backward", mutates_args=(), tags=(_HOST,),
+    schema=f"({_schema(HeadInputs)}, Tensor dlogp_N, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _logp_backward(*fields):
+    *given, dlogp_N, wanted = fields
     with _autograd():
-        h, w, bias = leaves = _leaves(wanted, h_TD, w_VD, bias_V)
-        logp_N = ops.linear_logp(
-            h, w, target_N, rows_N=rows_N, bias_V=bias, scale=scale, softcap=softcap,
-            workspace_mib=workspace_mib, impl=impl,
-        )  # fmt: skip
-        dh, dw, dbias = _grads(logp_N, dlogp_N, leaves)
-    return dh, dw, dbias
+        leaves = _leaves(HeadInputs(*given), wanted)
+        return tuple(_grads(eager.logp(leaves), dlogp_N, leaves))
 
 
 @_logp_backward.register_fake
-def _(dlogp_N, h_TD, w_VD, target_N, rows_N, bias_V, scale, softcap, workspace_mib, impl, wanted):
-    dh, dw, dbias = _empty_grads(wanted, dlogp_N, h_TD, w_VD, bias_V)
-    return dh, dw, dbias
+def _(*fields):
+    *given, _, wanted = fields
+    return tuple(_empty_grads(HeadInputs(*given), wanted))
 
 
 def _save_logp(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    h_TD, w_VD, target_N, rows_N, bias_V, *ctx.options = inputs
-    ctx.save_for_backward(h_TD, w_VD, target_N, rows_N, bias_V)
+    ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.fields = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
 
 
 def _backward_logp(ctx: Any, dlogp_N: Tensor) -> tuple:
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[1], needs[4]]
-    grads = _logp_backward(dlogp_N, *ctx.saved_tensors, *ctx.options, wanted)
-    dh, dw, dbias = (g if want else None for g, want in zip(grads, wanted))
-    return dh, dw, None, None, dbias, None, None, None, None
+    fields = list(ctx.fields)
+    for i, x in zip(ctx.places, ctx.saved_tensors):
+        fields[i] = x
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = _logp_backward(*fields, dlogp_N, wanted)
+    return *(g if want else None for g, want in zip(grads, wanted)), *[None] * (_HEAD - 3)
 
 
 _logp.register_autograd(_backward_logp, setup_context=_save_logp)
 
 
-def linear_logp(
-    h_TD: Tensor,
-    w_VD: Tensor,
-    target_N: Tensor,
-    *,
-    rows_N: Tensor | None,
-    bias_V: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    workspace_mib: float | None,
-    impl: str,
-) -> Tensor:
-    """`fastdpo.linear_logp` as a node of a compiled graph."""
-    return _logp(h_TD, w_VD, target_N, rows_N, bias_V, scale, softcap, workspace_mib, impl)
+def logp(given: HeadInputs) -> Tensor:
+    """`eager.logp` as a node of a compiled graph."""
+    return _logp(*given)
 
 
-# -------------------------------------------------------------------------------- preference losses
-@torch.library.custom_op("fastdpo::preference_loss", mutates_args=(), tags=(_HOST,))
-def _preference(
-    h_TD: Tensor,
-    w_VD: Tensor,
-    bias_V: Tensor | None,
-    target_N: Tensor,
-    bounds_S1: Tensor,
-    rows_N: Tensor | None,
-    ref_logp_S: Tensor | None,
-    ref_h_TD: Tensor | None,
-    ref_w_VD: Tensor | None,
-    ref_bias_V: Tensor | None,
-    margin_P: Tensor | None,
-    smoothing_P: Tensor | None,
-    weight_P: Tensor | None,
-    kind: str,
-    beta: float,
-    alpha: float,
-    length_normalized: bool,
-    scale: float,
-    softcap: float | None,
-    num_pairs: float | None,
-    stats: str,
-    workspace_mib: float | None,
-    impl: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def kl(given: HeadInputs) -> Tensor:
+    """`eager.kl`, outside the graph."""
+    return _outside(eager.kl)(given)
+
+
+# -------------------------------------------------------------------------------------------- pairs
+@torch.library.custom_op(
+    f"{_NAMESPACE}::preference_loss", mutates_args=(), tags=(_HOST,),
+    schema=f"({_schema(HeadInputs, PairInputs, _Numbers)}, bool[] wanted) -> ("
+    + ", ".join(["Tensor"] * 9) + ")",
+)  # fmt: skip
+def _preference(*fields):
     """Loss, sums, reference sums, lengths, metrics, statistics, and finished gradients."""
+    given, pairs, objective, wanted = _bundles(fields)
     with _autograd():
-        h, w, bias = leaves = _leaves(wanted, h_TD, w_VD, bias_V)
-        result = ops.linear_preference_loss(
-            h, w, target_N, bounds_S1, ref_logp_S,
-            objectives.of_kind(kind, beta, alpha, length_normalized),
-            rows_N=rows_N, bias_V=bias, scale=scale, softcap=softcap, ref_h_TD=ref_h_TD,
-            ref_w_VD=ref_w_VD, ref_bias_V=ref_bias_V, margin_P=margin_P, smoothing_P=smoothing_P,
-            weight_P=weight_P, num_pairs=num_pairs, stats=_names(stats),
-            workspace_mib=workspace_mib, impl=impl,
-        )  # fmt: skip
-        dh, dw, dbias = _grads(result.loss, None, leaves)
-    metrics = torch.stack([result.metrics[name] for name in ops.METRICS])
-    acc = _accumulator(h_TD)
-    parts = [result.stats[name].to(acc) for name in _names(stats)]
-    per_token = torch.stack(parts) if parts else metrics.new_empty(0, len(target_N), dtype=acc)
+        leaves = _leaves(given, wanted)
+        result = eager.preference(leaves, pairs, objective)
+        grads = _grads(result.loss, None, leaves)
+    metrics = torch.stack([result.metrics[name] for name in METRICS])
+    acc = _accumulator(given)
+    parts = [result.stats[name].to(acc) for name in given.stats]
+    N = len(given.target_N)
+    per_token = torch.stack(parts) if parts else metrics.new_empty(0, N, dtype=acc)
     return (
         result.loss.detach(), result.logp_S, result.ref_logp_S.clone(), result.lengths_S, metrics,
-        per_token, dh, dw, dbias,
+        per_token, *grads,
     )  # fmt: skip
 
 
 @_preference.register_fake
-def _(
-    h_TD, w_VD, bias_V, target_N, bounds_S1, rows_N, ref_logp_S, ref_h_TD, ref_w_VD, ref_bias_V,
-    margin_P, smoothing_P, weight_P, kind, beta, alpha, length_normalized, scale, softcap,
-    num_pairs, stats, workspace_mib, impl, wanted,
-):  # fmt: skip
-    S, acc = bounds_S1.shape[0] - 1, _accumulator(h_TD)
-    sums = acc if ref_logp_S is None else torch.promote_types(ref_logp_S.dtype, torch.float32)
-    dh, dw, dbias = _empty_grads(wanted, h_TD.new_empty(0, dtype=acc), h_TD, w_VD, bias_V)
+def _(*fields):
+    given, pairs, _, wanted = _bundles(fields)
+    new, acc, S = given.h_TD.new_empty, _accumulator(given), pairs.bounds_S1.shape[0] - 1
+    sums = acc
+    if pairs.ref_logp_S is not None:
+        sums = torch.promote_types(pairs.ref_logp_S.dtype, torch.float32)
     return (
-        h_TD.new_empty((), dtype=acc), h_TD.new_empty(S, dtype=sums),
-        h_TD.new_empty(S, dtype=sums), h_TD.new_empty(S, dtype=torch.int64),
-        h_TD.new_empty(len(ops.METRICS), dtype=torch.float32),
-        h_TD.new_empty(len(_names(stats)), target_N.shape[0], dtype=acc), dh, dw, dbias,
+        new((), dtype=acc), new(S, dtype=sums), new(S, dtype=sums), new(S, dtype=torch.int64),
+        new(len(METRICS), dtype=torch.float32),
+        new(len(given.stats), given.target_N.shape[0], dtype=acc), *_empty_grads(given, wanted),
     )  # fmt: skip
 
 
-def _names(stats: str) -> tuple[str, ...]:
-    return tuple(stats.split())
+def _bundles(fields: tuple) -> tuple[HeadInputs, PairInputs, Objective, list[bool]]:
+    """The arguments of `_preference` again."""
+    pairs, numbers = fields[_HEAD : _HEAD + _PAIRS], _Numbers(*fields[_HEAD + _PAIRS : -1])
+    objective = Objective(KERNEL_FORMULAS[numbers.code], *numbers[1:])
+    return HeadInputs(*fields[:_HEAD]), PairInputs(*pairs), objective, fields[-1]
 
 
 def _save_preference(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -243,43 +223,19 @@ def _backward_preference(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
 _preference.register_autograd(_backward_preference, setup_context=_save_preference)
 
 
-def linear_preference_loss(
-    h_TD: Tensor,
-    w_VD: Tensor,
-    target_N: Tensor,
-    bounds_S1: Tensor,
-    ref_logp_S: Tensor | None,
-    objective: tuple[str, float, float, bool],
-    *,
-    rows_N: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    ref_h_TD: Tensor | None = None,
-    ref_w_VD: Tensor | None = None,
-    ref_bias_V: Tensor | None = None,
-    margin_P: Tensor | None = None,
-    smoothing_P: Tensor | None = None,
-    weight_P: Tensor | None = None,
-    num_pairs: float | None = None,
-    stats: tuple[str, ...] = (),
-    workspace_mib: float | None = None,
-    impl: str = "auto",
-) -> "ops.PreferenceLoss":
-    """`fastdpo.linear_preference_loss` as a node of a compiled graph; its result has no plan.
-
-    ``objective`` is what `objectives.of_kind` takes.
-    """
-    grad = torch.is_grad_enabled()
-    wanted = [grad and x is not None and x.requires_grad for x in (h_TD, w_VD, bias_V)]
-    names = sorted(stats)
+def preference(given: HeadInputs, pairs: PairInputs, objective: Any) -> PreferenceLoss:
+    """`eager.preference` as a node of a compiled graph; its result has no plan."""
+    if not isinstance(objective, Objective) or objective.code is None:
+        return _outside(eager.preference)(given, pairs, objective)
+    numbers = objective.code, objective.beta, objective.alpha, objective.length_normalized
+    grad, names = torch.is_grad_enabled(), sorted(given.stats)
+    wanted = [grad and x is not None and x.requires_grad for x in given[:3]]
+    given = HeadInputs(*given[:9], tuple(names), *given[10:])
     loss, logp_S, ref_S, lengths_S, metrics, per_token, *_ = _preference(
-        h_TD, w_VD, bias_V, target_N, bounds_S1, rows_N, ref_logp_S, ref_h_TD, ref_w_VD,
-        ref_bias_V, margin_P, smoothing_P, weight_P, *objective, scale, softcap,
-        num_pairs, " ".join(names), workspace_mib, impl, wanted,
-    )  # fmt: skip
-    return ops.PreferenceLoss(
+        *given, *pairs, *numbers, wanted
+    )
+    return PreferenceLoss(
         {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": lengths_S},
-        dict(zip(ops.METRICS, metrics.unbind())),
+        dict(zip(METRICS, metrics.unbind())),
         dict(zip(names, per_token.unbind())),
     )

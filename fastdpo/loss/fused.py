@@ -1,4 +1,4 @@
-"""The head through the Triton kernels: the blocks of `fastdpo.loss.streaming`, on a GPU.
+"""The head through the Triton kernels: the blocks of `streaming`, on a GPU.
 
 Products whose result is a plain matrix are the matrix library's; the kernels do the rest in one
 pass each.  The projection is one kernel that folds its tiles in registers, where a copy engine
@@ -14,17 +14,15 @@ T hidden rows.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdpo.kernels import fold, pair, project, scatter
-from fastdpo.loss.gemm import fp32_product
-from fastdpo.loss.objectives import kind_of
-from fastdpo.loss.passes import Call, Pairs, Scored
-from fastdpo.loss.plan import Plan
-from fastdpo.loss.streaming import IGNORE, Block, Grads, Head, Needs, Rows
+from ..kernels import fold, pair, project, scatter
+from .call import Call, Pairs
+from .gemm import fp32_product
+from .plan import Plan
+from .streaming import IGNORE, Block, Grads, Head, Needs, TokenRows
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -50,7 +48,7 @@ class _Tokens:
     """What the head's gradient takes of each token: factors of its kept row and of its target."""
 
     h_ND: Tensor
-    by_target: scatter.Segments | None
+    by_target: scatter.TokenGroups | None
     row_N: Tensor
     own_N: Tensor | None  # None where no target has an entry of its own
     scaled_ND: Tensor | None  # ``row * h``, in fp16 over `gain`, which keeps it in range
@@ -58,7 +56,7 @@ class _Tokens:
 
 
 class FusedStreamer:
-    """Runs a head over blocks of rows; the interface of `fastdpo.loss.streaming.Streamer`."""
+    """Runs a head over blocks of rows; the interface of `streaming.Streamer`."""
 
     acc_dtype = torch.float32
 
@@ -218,7 +216,7 @@ class FusedStreamer:
         into: Grads,
         *,
         final: bool,
-        rows: Rows | None = None,
+        rows: TokenRows | None = None,
         out_ND: Tensor | None = None,
         upstream: Tensor | None = None,
     ) -> Tensor | None:
@@ -264,7 +262,7 @@ class FusedStreamer:
             gain = scatter.gain_of(row_N)
             scaled_ND = scatter.scaled_rows(h_ND, row_N, gain)
         if own_N is not None and (into.w is not None or into.bias is not None):
-            segments = scatter.Segments.of(target_N, self.V)
+            segments = scatter.TokenGroups.of(target_N, self.V)
         return _Tokens(h_ND, segments, row_N, own_N, scaled_ND, gain)
 
     def _head_grads(
@@ -306,7 +304,7 @@ class FusedStreamer:
         product_ND: Tensor,
         tokens: "_Tokens",
         target_N: Tensor,
-        segments: scatter.Segments | None = None,
+        segments: scatter.TokenGroups | None = None,
     ) -> None:
         """``row * product + own * w[target]`` of each token, or summed; no ``own``, first term."""
         w_VD, index_N, own_N = self.head.w_VD, target_N, tokens.own_N
@@ -318,7 +316,7 @@ class FusedStreamer:
         )  # fmt: skip
 
     def _placed(
-        self, rows: Rows, product_ND: Tensor, tokens: "_Tokens", target_N: Tensor
+        self, rows: TokenRows, product_ND: Tensor, tokens: "_Tokens", target_N: Tensor
     ) -> Tensor:
         """The gradient of all hidden rows, each summed in fp32 and rounded once."""
         out_TD = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
@@ -328,11 +326,11 @@ class FusedStreamer:
     def recompute_backward(
         self,
         blocks: list[tuple[int, int, Block]],
-        rows: Rows,
+        rows: TokenRows,
         coef_N: Tensor,
         needs: Needs,
         into: Grads,
-        ref: "tuple[FusedStreamer, Rows] | None" = None,
+        ref: "tuple[FusedStreamer, TokenRows] | None" = None,
         upstream: Tensor | None = None,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp.
@@ -343,9 +341,12 @@ class FusedStreamer:
         h_ND, target_N = self.rows_of(rows, 0, coef_N.shape[0])
         h_ND = _rows_in_memory(h_ND)
         lse_N = torch.cat([block.lse_N for _, _, block in blocks])
-        own_N, sign = None, -1.0
+        own_N, sign, other = None, -1.0, None
         if ref is None:
             own_N, sign = torch.cat([block.own_N for _, _, block in blocks]), 1.0
+        else:
+            ref_lses = [x.ref_lse_N for _, _, x in blocks if x.ref_lse_N is not None]
+            other = ref[0], self.rows_of(ref[1], 0, len(h_ND))[0], torch.cat(ref_lses)
         tokens = self._tokens(h_ND, target_N, coef_N, upstream, into, None, None, own_N, sign)
         dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if needs.h else None
         width = self.plan.vocab_chunk
@@ -353,75 +354,66 @@ class FusedStreamer:
         for v0 in range(0, self.V, width):
             columns = slice(v0, min(v0 + width, self.V))
             kept_NC = stash_NC[:, : columns.stop - v0]
-            if ref is None:
-                self._keep(h_ND, target_N, lse_N, columns, kept_NC)
-            else:
-                self._keep_difference(h_ND, lse_N, columns, kept_NC, *ref, blocks)
+            self._keep(h_ND, target_N, lse_N, columns, kept_NC, other)
             self._head_grads(kept_NC, columns, tokens, into, add=False)
             if dh_ND is not None:
                 fp32_product(kept_NC, self.head.w_VD[columns], dh_ND, add=v0 > 0)
         if dh_ND is not None:
             into.h = self._placed(rows, dh_ND, tokens, target_N)
 
-    def _keep_difference(
+    def _keep(
         self,
         h_ND: Tensor,
+        target_N: Tensor,
         lse_N: Tensor,
         columns: slice,
         kept_NC: Tensor,
-        ref: "FusedStreamer",
-        ref_rows: Rows,
-        blocks: list[tuple[int, int, Block]],
+        ref: "tuple[FusedStreamer, Tensor, Tensor] | None",
     ) -> None:
-        """Probabilities of some columns, less the reference's."""
-        ref_h_ND, _ = self.rows_of(ref_rows, 0, len(h_ND))
-        found = [block.ref_lse_N for _, _, block in blocks if block.ref_lse_N is not None]
-        ref_lse_N = torch.cat(found)
-        width, row_tiles = self._tiles(len(h_ND), 2)
-        for rows in row_tiles:
-            for v0 in range(columns.start, columns.stop, width):
-                part = slice(v0, min(v0 + width, columns.stop))
-                product, bias = self._products(h_ND[rows], part)
-                other = (*ref._products(ref_h_ND[rows], part), ref_lse_N[rows])
-                kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
-                fold.keep(product, bias, self.shape, None, lse_N[rows], v0, kept_RC, other)
-                del product, other
+        """Probabilities of some columns of finished rows, or less those of the reference.
 
-    def _keep(
-        self, h_ND: Tensor, target_N: Tensor, lse_N: Tensor, columns: slice, kept_NC: Tensor
-    ) -> None:
-        """Probabilities of some columns of finished rows."""
-        if self.projects(h_ND):
+        ``ref`` is its head, hidden rows and log-sum-exps.
+        """
+        if ref is None and self.projects(h_ND):
             project.project(
                 h_ND, self.head.w_VD, self.head.bias_V, self.shape, target_N, lse_N,
                 tile=self.kernel_tile(), columns=(columns.start, columns.stop), stash_NC=kept_NC,
             )  # fmt: skip
             return
-        width, row_tiles = self._tiles(len(h_ND))
+        width, row_tiles = self._tiles(len(h_ND), 1 if ref is None else 2)
         for rows in row_tiles:
             for v0 in range(columns.start, columns.stop, width):
                 part = slice(v0, min(v0 + width, columns.stop))
                 product, bias = self._products(h_ND[rows], part)
+                target_R, other = target_N[rows], None
+                if ref is not None:
+                    streamer, ref_h_ND, ref_lse_N = ref
+                    target_R = None
+                    other = (*streamer._products(ref_h_ND[rows], part), ref_lse_N[rows])
                 kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
-                fold.keep(product, bias, self.shape, target_N[rows], lse_N[rows], v0, kept_RC)
-                del product
+                fold.keep(product, bias, self.shape, target_R, lse_N[rows], v0, kept_RC, other)
+                del product, other
 
-    def rows_of(self, rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def rows_of(self, rows: TokenRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Hidden rows and targets of a block."""
         if rows.rows_N is None:
             return rows.block(start, stop)
         h_TD = _rows_in_memory(rows.h_TD)
         return scatter.gather(h_TD, rows.rows_N[start:stop]), rows.target_N[start:stop]
 
-    def add_rows(self, rows: Rows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
+    def add_rows(
+        self, rows: TokenRows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor
+    ) -> None:
         """Add a block's gradient to the hidden rows it came from."""
         if rows.rows_N is None:
             rows.scatter(total_TD, start, stop, dh_ND)
             return
-        segments = scatter.Segments.of(rows.rows_N[start:stop], len(total_TD))
+        segments = scatter.TokenGroups.of(rows.rows_N[start:stop], len(total_TD))
         scatter.row_sums(total_TD, segments=segments, a_ND=dh_ND, accumulate=True)
 
-    def place(self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool) -> Tensor:
+    def place(
+        self, rows: TokenRows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool
+    ) -> Tensor:
         """``x * scale`` of each token summed into its hidden row in fp32, and rounded once.
 
         With ``reuse`` the memory of ``x_ND`` becomes that of the result, if it has its dtype: then
@@ -434,15 +426,15 @@ class FusedStreamer:
         return out_TD
 
 
-def _by_row(rows: Rows) -> scatter.Segments | None:
+def _by_row(rows: TokenRows) -> scatter.TokenGroups | None:
     """Which tokens each hidden row predicts; None if token i has row i."""
     if rows.rows_N is None:
         return None
-    return scatter.Segments.of(rows.rows_N, len(rows.h_TD))
+    return scatter.TokenGroups.of(rows.rows_N, len(rows.h_TD))
 
 
 def _rows_in_memory(h_ND: Tensor) -> Tensor:
-    """Rows with neighbouring elements side by side, as the kernels read them."""
+    """TokenRows with neighbouring elements side by side, as the kernels read them."""
     return h_ND if h_ND.stride(1) == 1 else h_ND.contiguous()
 
 
@@ -473,7 +465,7 @@ def count_scored(target_N: Tensor, bounds_S1: Tensor) -> Tensor:
     return before[bounds_S1].diff()
 
 
-def score_pairs(
+def launch_pairs(
     call: Call,
     pairs: Pairs,
     logp_N: Tensor,
@@ -481,56 +473,28 @@ def score_pairs(
     part: tuple[int, int],
     *,
     slopes: bool,
-) -> Scored:
-    """Loss and slopes of some pairs in one launch; an objective of the caller's own runs after."""
+) -> pair.PairResult:
+    """Sums, loss and slopes of some pairs in one launch; only sums without a kernel's objective."""
     first, last = part
+
+    def of_part(x_P: Tensor | None, each: int = 1) -> Tensor | None:
+        return None if x_P is None else x_P[each * first : each * last].contiguous()
+
     assert call.bounds_S1 is not None
-    start = pairs.edges[2 * first]
+    start, stop = pairs.edges[2 * first], pairs.edges[2 * last]
     bounds_S1 = call.bounds_S1[2 * first : 2 * last + 1]
-    if start:
-        bounds_S1 = bounds_S1 - start
-    kind = kind_of(pairs.objective)
-    objective: Any = pairs.objective
-    if kind is None:  # the kernel sums its sequences all the same
-        known = pair.Objective(pair.MARGIN_KINDS[0], 1.0)
-    else:
-        known = pair.Objective(
-            kind,
-            objective.beta,
-            getattr(objective, "alpha", 0.0),
-            getattr(objective, "length_normalized", False),
-        )
-    ref_S = None
-    if pairs.ref_logp_S is not None:
-        ref_S = pairs.ref_logp_S[2 * first : 2 * last].contiguous()
-    result = pair.pair_losses(
+    found = pair.pair_losses(
         logp_N,
-        call.target_N[start : pairs.edges[2 * last]],
-        bounds_S1,
-        known,
-        ref_logp_S=ref_S,
+        call.target_N[start:stop],
+        bounds_S1 - start if start else bounds_S1,
+        pairs.objective,
+        ref_logp_S=of_part(pairs.ref_logp_S, 2),
         ref_logp_N=ref_logp_N,
-        margin_P=_part(pairs.margin_P, first, last),
-        smoothing_P=_part(pairs.smoothing_P, first, last),
-        weight_P=_part(pairs.weight_P, first, last),
+        margin_P=of_part(pairs.margin_P),
+        smoothing_P=of_part(pairs.smoothing_P),
+        weight_P=of_part(pairs.weight_P),
         num_pairs=pairs.num_pairs,
         want_coef=slopes,
     )
-    pairs.results.append(result)
-    if kind is not None:
-        return Scored(
-            result.totals[0], result.logp_S, result.ref_logp_S, result.slope_S, result.coef_N
-        )
-    everything = slice(first, last)
-    if not slopes:
-        loss_P = pairs.loss(result.logp_S, result.ref_logp_S, everything)
-        loss = loss_P.sum() / pairs.num_pairs
-        return Scored(loss, result.logp_S, result.ref_logp_S, None, None)
-    loss, slope_S = pairs.loss_and_slope(result.logp_S, result.ref_logp_S, everything)
-    size = pairs.edges[2 * last] - start
-    coef_N = torch.repeat_interleave(slope_S, bounds_S1.diff(), output_size=size)
-    return Scored(loss, result.logp_S, result.ref_logp_S, slope_S, coef_N)
-
-
-def _part(x_P: Tensor | None, first: int, last: int) -> Tensor | None:
-    return None if x_P is None else x_P[first:last].contiguous()
+    pairs.results.append(found)
+    return found

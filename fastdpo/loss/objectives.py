@@ -8,40 +8,96 @@ differentiable function with this signature can be used:
 
 A *margin* objective depends on the log-ratios only through ``d = chosen - rejected`` (each divided
 by its length first if ``length_normalized``).  The gradient of every token of a pair is then one
-unknown scalar times a sign known beforehand, which is what lets `fastdpo.loss.ops` train the head
-on a pair of any length with three matrix products.
+unknown scalar times a sign known beforehand, which is what lets a loss train the head on a pair of
+any length with three matrix products.
 
-P pairs.  All tensors are (P,); lengths are token counts, the end token included.
+To add an objective: write its formula ``f`` below, a `Formula` with its name and form, and a
+function that returns the `Objective`.  It then works everywhere; on a GPU PyTorch computes it from
+the sums that the pair kernel returns.  To have the kernel compute it too, append the formula to
+`KERNEL_FORMULAS` and give that number a branch in ``kernels/pair.py``: ``_margin_loss`` or
+``_separate_loss``, and its name to the ``KINDS`` there.
+
+P pairs, S = 2P sequences (2i chosen, 2i+1 rejected).  Tensors are (P,) unless named otherwise;
+lengths are token counts, the end token included.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdpo.loss.checks import require_number
+from .checks import check_objective, require_number
+
+
+class Formula(NamedTuple):
+    """What an objective computes.
+
+    ``f`` is a function of z and beta ("margin"), of the two sides' log-ratios times beta ("sides"),
+    or of the six arguments of an objective ("own").
+    """
+
+    name: str
+    form: Literal["margin", "sides", "own"]
+    f: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class MarginObjective:
-    """``(1 - eps) * f(z) + eps * f(-z)`` with ``z = beta * d + alpha * (nw - nl) + m``.
+class Objective:
+    """A formula with its parameters; call it with the six arguments above.
 
-    ``m`` is the pair's margin and ``eps`` its smoothing, the probability that its label is flipped
-    (cDPO).  ``alpha`` is not multiplied by ``beta``; its sign is plus, so a chosen response longer
-    than the rejected one gets a smaller gradient (arXiv 2403.19159, equation 9; arXiv 2406.11817).
+    A "margin" formula gives ``(1 - eps) * f(z) + eps * f(-z)`` with
+    ``z = beta * d + alpha * (nw - nl) + m``.  ``m`` is the pair's margin and ``eps`` its smoothing,
+    the probability that its label is flipped (cDPO).  ``alpha`` is not multiplied by ``beta``; its
+    sign is plus, so a chosen response longer than the rejected one gets a smaller gradient (arXiv
+    2403.19159, equation 9; arXiv 2406.11817).
+
+    With "sides" margin and smoothing have no meaning; passing either to the op is an error.
+
+    Raises:
+        TypeError, ValueError: ``beta`` is not a number > 0, or ``alpha`` no finite one.
     """
 
-    f: Callable[[Tensor], Tensor]
-    beta: float
+    formula: Formula
+    beta: float = 1.0
     alpha: float = 0.0
     length_normalized: bool = False
-    margin: bool = True
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, low=0, open_low=True)
         require_number("alpha", self.alpha)
+
+    @property
+    def name(self) -> str:
+        return self.formula.name
+
+    @property
+    def by_margin(self) -> bool:
+        """Whether a pair enters by its margin alone."""
+        return self.formula.form == "margin"
+
+    @property
+    def takes_margin(self) -> bool:
+        """Whether margin and smoothing of a pair mean something."""
+        return self.formula.form != "sides"
+
+    @property
+    def code(self) -> int | None:
+        """Its number in the pair kernel; None if PyTorch computes it."""
+        known = enumerate(KERNEL_FORMULAS)
+        return next((i for i, formula in known if formula.f is self.formula.f), None)
+
+    def token_signs(self, lengths_S: Any, S: int, device: torch.device) -> Tensor:
+        """Coefficient of each sequence's tokens up to a scalar: a pair's if ``by_margin``, else a
+        side's.  (S,) fp64; the lengths are read only where they count.
+        """
+        sign_S = torch.ones(S, dtype=torch.float64, device=device)
+        if not self.by_margin:
+            return sign_S
+        sign_S[1::2] = -1.0
+        return sign_S / lengths_S if self.length_normalized else sign_S
 
     def __call__(
         self,
@@ -52,48 +108,29 @@ class MarginObjective:
         margin_P: Tensor,
         smoothing_P: Tensor,
     ) -> Tensor:
+        f = self.formula.f
+        if self.formula.form == "own":
+            return f(chosen_P, rejected_P, chosen_len_P, rejected_len_P, margin_P, smoothing_P)
+        if self.formula.form == "sides":
+            return f(self.beta * chosen_P, self.beta * rejected_P)
         if self.length_normalized:
             chosen_P, rejected_P = chosen_P / chosen_len_P, rejected_P / rejected_len_P
         z_P = self.beta * (chosen_P - rejected_P) + margin_P
         z_P = z_P + self.alpha * (chosen_len_P - rejected_len_P)
-        return (1 - smoothing_P) * self.f(z_P) + smoothing_P * self.f(-z_P)
+        return (1 - smoothing_P) * f(z_P, self.beta) + smoothing_P * f(-z_P, self.beta)
 
 
-@dataclass(frozen=True)
-class SeparateObjective:
-    """``f(beta * chosen, beta * rejected)``: the two sides enter on their own.
-
-    Margin and smoothing have no meaning here; passing either to the op is an error.
-    """
-
-    f: Callable[[Tensor, Tensor], Tensor]
-    beta: float
-    margin: bool = False
-
-    def __post_init__(self) -> None:
-        require_number("beta", self.beta, low=0, open_low=True)
-
-    def __call__(self, chosen_P, rejected_P, chosen_len_P, rejected_len_P, margin_P, smoothing_P):
-        return self.f(self.beta * chosen_P, self.beta * rejected_P)
-
-
-Objective = MarginObjective | SeparateObjective
-
-
-def _softplus_of_minus(z_P: Tensor) -> Tensor:
+# ---------------------------------------------------------------------------------------- formulas
+def _softplus_of_minus(z_P: Tensor, beta: float = 1.0) -> Tensor:
     return F.softplus(-z_P, threshold=50.0)
 
 
-def _hinge(z_P: Tensor) -> Tensor:
+def _hinge(z_P: Tensor, beta: float) -> Tensor:
     return F.relu(1 - z_P)
 
 
-@dataclass(frozen=True)
-class _Ipo:
-    beta: float
-
-    def __call__(self, z_P: Tensor) -> Tensor:
-        return ((z_P - 0.5) / self.beta).square()
+def _ipo(z_P: Tensor, beta: float) -> Tensor:
+    return ((z_P - 0.5) / beta).square()
 
 
 def _apo_zero(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
@@ -105,55 +142,53 @@ def _nca_pair(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
     return softplus(chosen_P) + 0.5 * softplus(-chosen_P) + 0.5 * softplus(-rejected_P)
 
 
-def lr_dpo(beta: float = 0.1, alpha: float = 0.0) -> MarginObjective:
+SIGMOID = Formula("sigmoid", "margin", _softplus_of_minus)
+HINGE = Formula("hinge", "margin", _hinge)
+IPO = Formula("ipo", "margin", _ipo)
+APO_ZERO = Formula("apo_zero", "sides", _apo_zero)
+NCA_PAIR = Formula("nca_pair", "sides", _nca_pair)
+# Those that the pair kernel knows, by number.
+KERNEL_FORMULAS = (SIGMOID, HINGE, IPO, APO_ZERO, NCA_PAIR)
+
+
+# -------------------------------------------------------------------------------------- objectives
+def lr_dpo(beta: float = 0.1, alpha: float = 0.0) -> Objective:
     """Length-regularized DPO (arXiv 2406.11817); ``alpha=0`` is DPO (arXiv 2305.18290, eq. 7)."""
-    return MarginObjective(_softplus_of_minus, beta, alpha)
+    return Objective(SIGMOID, beta, alpha)
 
 
-def length_normalized_dpo(beta: float = 0.1, alpha: float = 0.0) -> MarginObjective:
+def length_normalized_dpo(beta: float = 0.1, alpha: float = 0.0) -> Objective:
     """DPO on log-ratios divided by length (arXiv 2411.15124, section 5); TRL's ``sigmoid_norm``."""
-    return MarginObjective(_softplus_of_minus, beta, alpha, length_normalized=True)
+    return Objective(SIGMOID, beta, alpha, length_normalized=True)
 
 
-def hinge(beta: float = 0.1, alpha: float = 0.0) -> MarginObjective:
+def hinge(beta: float = 0.1, alpha: float = 0.0) -> Objective:
     """Hinge loss of the margin (SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657)."""
-    return MarginObjective(_hinge, beta, alpha)
+    return Objective(HINGE, beta, alpha)
 
 
-def ipo(beta: float = 0.1) -> MarginObjective:
+def ipo(beta: float = 0.1) -> Objective:
     """IPO on length-averaged log-ratios (arXiv 2310.12036, eq. 17): ``(d - 1/(2 beta))^2``."""
-    return MarginObjective(_Ipo(beta), beta, length_normalized=True)
+    return Objective(IPO, beta, length_normalized=True)
 
 
-def apo_zero(beta: float = 0.1) -> SeparateObjective:
+def apo_zero(beta: float = 0.1) -> Objective:
     """Anchored preference optimization, zero variant (arXiv 2408.06266)."""
-    return SeparateObjective(_apo_zero, beta)
+    return Objective(APO_ZERO, beta)
 
 
-def nca_pair(beta: float = 0.1) -> SeparateObjective:
+def nca_pair(beta: float = 0.1) -> Objective:
     """Noise contrastive alignment of pairs (arXiv 2402.05369)."""
-    return SeparateObjective(_nca_pair, beta)
+    return Objective(NCA_PAIR, beta)
 
 
-def kind_of(objective: object) -> str | None:
-    """The name of an objective of this module in the pair kernel; None for one of the caller's."""
-    if isinstance(objective, MarginObjective):
-        if objective.f == _Ipo(objective.beta):
-            return "ipo"
-    elif not isinstance(objective, SeparateObjective):
-        return None
-    names = ("sigmoid", _softplus_of_minus), ("hinge", _hinge)
-    separate = ("apo_zero", _apo_zero), ("nca_pair", _nca_pair)
-    return next((name for name, f in (*names, *separate) if objective.f is f), None)
+def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
+    """An `Objective` as it is; a function of the caller's own as one, in which `beta` is 1.
 
-
-def of_kind(kind: str, beta: float, alpha: float, length_normalized: bool) -> Objective:
-    """The objective with these attributes, for where only numbers and names can be passed."""
-    if kind == "apo_zero":
-        return apo_zero(beta)
-    if kind == "nca_pair":
-        return nca_pair(beta)
-    if kind == "ipo":
-        return replace(ipo(beta), alpha=alpha, length_normalized=length_normalized)
-    margin = {"sigmoid": lr_dpo, "hinge": hinge}[kind](beta, alpha)
-    return replace(margin, length_normalized=length_normalized)
+    Raises:
+        TypeError: it is no function of the six arguments.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    check_objective(objective)
+    return Objective(Formula("own", "own", objective))

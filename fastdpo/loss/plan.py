@@ -115,6 +115,21 @@ def _fused_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
     return _Space(V, stash + sums, stash, tile, (4 + itemsize) * D, fused=True)
 
 
+def _capacity(space: _Space, V: int, workspace_bytes: int) -> int:
+    """Rows that a workspace holds."""
+    capacity = (workspace_bytes - space.fixed_bytes) // space.row_bytes
+    if space.fused and capacity > 128:
+        capacity -= capacity % 128  # whole tiles of a matrix product
+    if capacity < 1:
+        share = _TILE_SHARE / (_TILE_SHARE - 1) if space.fused else 1.0
+        needed = max(space.row_bytes + space.fixed_bytes, share * space.row_bytes) / MIB
+        raise ValueError(
+            f"workspace_mib={workspace_bytes / MIB:g} is too small: one row of V={V} logits with "
+            f"its tile of the head needs {needed:.3g} MiB"
+        )
+    return capacity
+
+
 def make_plan(
     bounds: list[int],
     D: int,
@@ -147,16 +162,7 @@ def make_plan(
         space = _torch_space(D, V, itemsize, workspace_bytes)
     else:
         space = _fused_space(D, V, fused_itemsize, workspace_bytes)
-    capacity = (workspace_bytes - space.fixed_bytes) // space.row_bytes
-    if space.fused and capacity > 128:
-        capacity -= capacity % 128  # whole tiles of a matrix product
-    if capacity < 1:
-        share = _TILE_SHARE / (_TILE_SHARE - 1) if space.fused else 1.0
-        needed = max(space.row_bytes + space.fixed_bytes, share * space.row_bytes) / MIB
-        raise ValueError(
-            f"workspace_mib={workspace_bytes / MIB:g} is too small: one row of V={V} logits with "
-            f"its tile of the head needs {needed:.3g} MiB"
-        )
+    capacity = _capacity(space, V, workspace_bytes)
     groups = _groups(bounds, capacity)
     rows, head_bytes, h_bytes = bounds[-1], itemsize * V * D, itemsize * T * D
     tokens_bytes = itemsize * rows * D

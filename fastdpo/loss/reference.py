@@ -7,6 +7,8 @@ Legend: N scored tokens, T hidden rows, D hidden size, V vocabulary, P pairs, S 
 (2i chosen, 2i+1 rejected).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,18 +31,12 @@ def linear_logits(
     return z_NV if softcap is None else softcap * torch.tanh(z_NV / softcap)
 
 
-def linear_logp(
-    h_TD: Tensor,
-    w_VD: Tensor,
-    target_N: Tensor,
-    *,
-    rows_N: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """Log-probability of each target, (N,); zero where the target is -100."""
-    z_NV = linear_logits(h_TD, w_VD, rows_N=rows_N, bias_V=bias_V, scale=scale, softcap=softcap)
+def linear_logp(h_TD: Tensor, w_VD: Tensor, target_N: Tensor, **head: Any) -> Tensor:
+    """Log-probability of each target, (N,); zero where the target is -100.
+
+    ``head`` has the keyword arguments of `linear_logits`.
+    """
+    z_NV = linear_logits(h_TD, w_VD, **head)
     scored_N = target_N != IGNORE
     index_N1 = torch.where(scored_N, target_N, 0)[:, None]
     logp_N = torch.log_softmax(z_NV, -1).gather(1, index_N1)[:, 0]
@@ -126,15 +122,13 @@ def linear_dpo_loss(
     *,
     beta: float = 0.1,
     alpha: float = 0.0,
-    rows_N: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    **head: Any,
 ) -> Tensor:
-    """Mean length-regularized DPO loss of a packed batch, from materialized logits."""
-    logp_N = linear_logp(
-        h_TD, w_VD, target_N, rows_N=rows_N, bias_V=bias_V, scale=scale, softcap=softcap
-    )
+    """Mean length-regularized DPO loss of a packed batch, from materialized logits.
+
+    ``head`` has the keyword arguments of `linear_logits`.
+    """
+    logp_N = linear_logp(h_TD, w_VD, target_N, **head)
     lengths_S = sequence_sums((target_N != IGNORE).to(logp_N.dtype), bounds_S1)
     logp_S = sequence_sums(logp_N, bounds_S1)
     return dpo_loss(logp_S, ref_logp_S.to(logp_S.dtype), lengths_S, beta, alpha).mean()

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdpo.loss.gemm import Products
-from fastdpo.loss.plan import Plan
+from .gemm import Products
+from .plan import Plan
 
 IGNORE = -100
 
@@ -59,8 +59,8 @@ class Grads:
     bias: Tensor | None = None
 
 
-class Rows(NamedTuple):
-    """The scored rows: which hidden row predicts which target."""
+class TokenRows(NamedTuple):
+    """Scored tokens: which hidden row predicts which target."""
 
     h_TD: Tensor
     rows_N: Tensor | None
@@ -240,17 +240,17 @@ class Streamer:
         self.acc_dtype = self.products.acc_dtype
 
     @staticmethod
-    def rows_of(rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def rows_of(rows: TokenRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Hidden rows and targets of a block."""
         return rows.block(start, stop)
 
     @staticmethod
-    def add_rows(rows: Rows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
+    def add_rows(rows: TokenRows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
         """Add a block's gradient to the hidden rows it came from."""
         rows.scatter(total_TD, start, stop, dh_ND)
 
     def place(
-        self, rows: Rows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool = False
+        self, rows: TokenRows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool = False
     ) -> Tensor:
         """``x * scale`` of each token summed into its hidden row; (T, D) in the accumulator."""
         dh_TD = torch.zeros_like(rows.h_TD, dtype=self.acc_dtype)
@@ -322,6 +322,11 @@ class Streamer:
         block.stats = take.finish(fold, lse_N, self.head.w_VD.shape[0], ref_fold, ref_lse_N)
         return block
 
+    def _coefficients(self, target_N: Tensor, coef_N: Tensor, upstream: Tensor | None) -> Tensor:
+        """What multiplies each token's log-prob, zero where it is ignored."""
+        coef_N = coef_N if upstream is None else coef_N * upstream
+        return torch.where(target_N == IGNORE, 0.0, coef_N).to(self.acc_dtype)
+
     def _dlogits(
         self, block: Block, e_NC: Tensor, target_N: Tensor, coef_N: Tensor, k: int
     ) -> Tensor:
@@ -367,10 +372,11 @@ class Streamer:
         into: Grads,
         *,
         final: bool,
-        rows: Rows | None = None,
+        rows: TokenRows | None = None,
         out_ND: Tensor | None = None,
+        upstream: Tensor | None = None,
     ) -> Tensor | None:
-        """Add the head's gradients of ``sum coef * logp`` to ``into``; return that of the rows.
+        """Add the head's gradients of ``upstream * sum coef * logp`` to ``into``; return the rows'.
 
         That is ``h_ND``'s, in ``out_ND`` if given, or that of all hidden rows.  With ``final`` this
         block is the whole call: each chunk of the weight's gradient is then one product, rounded
@@ -379,7 +385,7 @@ class Streamer:
         """
         assert block.stash is not None
         h_ND = _clean(h_ND, target_N)
-        coef_N = torch.where(target_N == IGNORE, 0.0, coef_N).to(self.acc_dtype)
+        coef_N = self._coefficients(target_N, coef_N, upstream)
         operand = self.products.operand
         h_acc_ND = operand(h_ND)
         shape = h_ND.shape
@@ -402,11 +408,12 @@ class Streamer:
     def recompute_backward(
         self,
         blocks: list[tuple[int, int, Block]],
-        rows: Rows,
+        rows: TokenRows,
         coef_N: Tensor,
         needs: Needs,
         into: Grads,
-        ref: "tuple[Streamer, Rows] | None" = None,
+        ref: "tuple[Streamer, TokenRows] | None" = None,
+        upstream: Tensor | None = None,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp, vocabulary chunks outermost.
 
@@ -415,7 +422,7 @@ class Streamer:
         ``sum coef * KL(ref || policy)``.
         """
         operand, acc = self.products.operand, self.acc_dtype
-        coef_N = torch.where(rows.target_N == IGNORE, 0.0, coef_N).to(acc)
+        coef_N = self._coefficients(rows.target_N, coef_N, upstream)
         if needs.h:
             into.h = torch.zeros_like(rows.h_TD, dtype=acc)
         for k, (v0, v1) in enumerate(self.chunks):

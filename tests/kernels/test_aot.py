@@ -26,6 +26,7 @@ import triton.language as tl  # noqa: E402
 
 from fastdpo.kernels import fold, pair, pointwise, project, scatter  # noqa: E402
 from fastdpo.loss import fused  # noqa: E402
+from fastdpo.loss.objectives import KERNEL_FORMULAS, Objective  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -226,8 +227,8 @@ def launch_merge(
     fold.merge(partials, targets(), V, head(softcap), stash_NV)
 
 
-def segments(count: int) -> scatter.Segments:
-    return scatter.Segments.of(targets(), count)
+def segments(count: int) -> scatter.TokenGroups:
+    return scatter.TokenGroups.of(targets(), count)
 
 
 def launch_head_grads(dtype: torch.dtype, width: int = D) -> None:
@@ -291,7 +292,7 @@ def launch_pair(
     per_pair = meta(P, dtype=torch.float64) if options else None
     pair.pair_losses(
         meta(N), targets(), meta(2 * P + 1, dtype=torch.int64),
-        pair.Objective(kind, 0.1, 0.02, normalized),
+        Objective(KERNEL_FORMULAS[pair.KINDS.index(kind)], 0.1, 0.02, normalized),
         ref_logp_S=None if ref_dtype is None else meta(2 * P, dtype=ref_dtype),
         ref_logp_N=meta(N) if ref_dtype is None else None, margin_P=per_pair,
         smoothing_P=per_pair, weight_P=per_pair, num_pairs=float(P), want_coef=coef,

@@ -43,19 +43,21 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastdpo import LinearDPOLoss, linear_logp, linear_preference_loss
 from fastdpo.kernels import fold, pair, pointwise, project, scatter, support
 from fastdpo.kernels.fold import HeadShape, Partials
-from fastdpo.loss import ops, reference
+from fastdpo.loss import module, reference
 from fastdpo.loss.objectives import (
+    KERNEL_FORMULAS,
+    SIGMOID,
     apo_zero,
+    as_objective,
     hinge,
     ipo,
-    kind_of,
     length_normalized_dpo,
     lr_dpo,
     nca_pair,
 )
-from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.loss.plan import MIB, Plan, make_plan
 from fastdpo.loss.reference import IGNORE
+from fastdpo.loss.result import METRICS, PreferenceLoss
 
 pytestmark = [
     pytest.mark.skipif(not support.is_interpreted(), reason="written for the interpreter"),
@@ -733,7 +735,7 @@ def test_order_of_segments(by_sorting, monkeypatch):
     index_N = torch.randint(I, (N,))
     index_N[index_N == 4], index_N[3::6], index_N[40:90] = 2, IGNORE, 7
     index_N[5], index_N[6] = 0, I - 1
-    segments = scatter.Segments.of(index_N, I)
+    segments = scatter.TokenGroups.of(index_N, I)
     assert torch.equal(segments.order_N.long(), index_N.sort(stable=True).indices)
     for i in range(I):
         place = int(segments.start_I[i])
@@ -747,7 +749,7 @@ def test_row_sums_need_no_cleared_starts(start):
     """Whatever is in memory where a row has no tokens, its sum is empty."""
     index_N = torch.tensor([3, 3, 0, -100, 5])
     a_ND = random_rows(5, 21, torch.float32)
-    segments = scatter.Segments.of(index_N, 7)
+    segments = scatter.TokenGroups.of(index_N, 7)
     segments.start_I[[1, 2, 4, 6]] = start
     out_ID = output(7, 21, torch.float32)
     scatter.row_sums(out_ID, segments=segments, a_ND=a_ND)
@@ -777,7 +779,7 @@ def test_row_sums_of_segments(D, out_dtype, accumulate_):
     base_factor = torch.tensor(-1.3)
     out_ID = spaced(torch.randn(I, D).to(out_dtype), between=7.0)
     before = out_ID.double()
-    segments = scatter.Segments.of(index_N, I)
+    segments = scatter.TokenGroups.of(index_N, I)
     scatter.row_sums(
         out_ID, segments=segments, base_ID=base_ID, base_factor=base_factor, a_ND=a_ND,
         a_scale_N=a_scale_N, b_ND=b_ND, b_scale_N=b_scale_N, accumulate=accumulate_,
@@ -799,7 +801,7 @@ def test_row_sums_of_some_segments():
     N, I, D = 30, 11, 19  # noqa: E741
     index_N = torch.randint(-2, I, (N,))
     a_ND = random_rows(N, D, torch.float32)
-    segments = scatter.Segments.of(index_N, I)
+    segments = scatter.TokenGroups.of(index_N, I)
     whole_ID, parts_ID = torch.full((I, D), NAN), torch.full((I, D), NAN)
     scatter.row_sums(whole_ID, segments=segments, a_ND=a_ND)
     for rows in (slice(0, 4), slice(4, 5), slice(5, 11)):
@@ -816,7 +818,7 @@ def test_row_sums_of_rows_far_apart():
     for n in range(4):
         b_ND[n] = 2.0**n
     out_ID = output(2, 16, torch.float32)
-    segments = scatter.Segments.of(torch.tensor([1, 0, 1, 1]), 2)
+    segments = scatter.TokenGroups.of(torch.tensor([1, 0, 1, 1]), 2)
     scatter.row_sums(out_ID, segments=segments, b_ND=b_ND, b_scale_N=torch.ones(4))
     assert torch.equal(out_ID, torch.tensor([[2.0], [13.0]]).expand(2, 16))
 
@@ -828,7 +830,7 @@ def test_row_sums_of_a_column():
     out_V = torch.randn(V)
     gold = out_V.double() + index_sum(V, index_N, own_N.double()[:, None])[:, 0]
     scatter.row_sums(
-        out_V[:, None], segments=scatter.Segments.of(index_N, V), accumulate=True,
+        out_V[:, None], segments=scatter.TokenGroups.of(index_N, V), accumulate=True,
         b_ND=torch.ones(N, 1), b_scale_N=own_N,
     )  # fmt: skip
     assert_within(out_V, gold, U * 12 * (out_V.abs() + 10))
@@ -962,17 +964,6 @@ PAIR_OBJECTIVES = {
 PAIR_LENGTHS = (1, 5, 7, 1, 1100, 30, 2, 1030, 4, 4, 1, 1, 9, 3)
 
 
-def known(objective: Any) -> pair.Objective:
-    kind = kind_of(objective)
-    assert kind is not None
-    return pair.Objective(
-        kind,
-        objective.beta,
-        getattr(objective, "alpha", 0.0),
-        getattr(objective, "length_normalized", False),
-    )
-
-
 def pair_tokens(lengths: tuple[int, ...], ignored: bool):
     """Log-probs of policy and reference, targets, bounds and scored tokens of each sequence."""
     N = sum(lengths)
@@ -1020,7 +1011,7 @@ def assert_pairs(
         "logps/rejected": logp_S[1::2],
         "lengths/chosen": n_S[0::2],
         "lengths/rejected": n_S[1::2],
-        "length_margin": getattr(objective, "alpha", 0.0) * (n_S[0::2] - n_S[1::2]),
+        "length_margin": objective.alpha * (n_S[0::2] - n_S[1::2]),
     }
     assert ("loss", *wanted) == pair.TOTALS
     assert torch.equal(found.lengths_S, lengths_S)
@@ -1044,12 +1035,12 @@ def test_pair_of_each_kind(name, ignored):
     logp_N, ref_N, target_N, bounds_S1, lengths_S = tokens
     P = len(lengths_S) // 2
     extra = {"weight_P": torch.rand(P).double() + 0.5}
-    if objective.margin:
+    if objective.by_margin:
         extra["margin_P"] = torch.randn(P).double()
         extra["smoothing_P"] = torch.rand(P).double() / 2
     ref_S = reference.sequence_sums(ref_N.double(), bounds_S1)
     found = pair.pair_losses(
-        logp_N, target_N, bounds_S1, known(objective), ref_logp_S=ref_S,
+        logp_N, target_N, bounds_S1, objective, ref_logp_S=ref_S,
         num_pairs=7.3, want_coef=True, **extra,
     )  # fmt: skip
     assert found.logp_S.dtype == found.ref_logp_S.dtype == torch.float64
@@ -1065,7 +1056,7 @@ def test_pair_with_a_reference_of_tokens(name):
     objective, tokens = PAIR_OBJECTIVES[name], pair_tokens(PAIR_LENGTHS, True)
     logp_N, ref_N, target_N, bounds_S1, _ = tokens
     found = pair.pair_losses(
-        logp_N, target_N, bounds_S1, known(objective), ref_logp_N=ref_N,
+        logp_N, target_N, bounds_S1, objective, ref_logp_N=ref_N,
         num_pairs=7.0, want_coef=False,
     )  # fmt: skip
     assert found.coef_N is None
@@ -1081,7 +1072,7 @@ def test_pair_of_few_among_many():
     objective, tokens = lr_dpo(0.1, 0.01), pair_tokens((1,) * 300, False)
     logp_N, ref_N, target_N, bounds_S1, _ = tokens
     found = pair.pair_losses(
-        logp_N, target_N, bounds_S1, known(objective), ref_logp_S=ref_N,
+        logp_N, target_N, bounds_S1, objective, ref_logp_S=ref_N,
         num_pairs=150.0, want_coef=True,
     )  # fmt: skip
     assert torch.equal(found.logp_S, logp_N) and torch.equal(found.ref_logp_S, ref_N)
@@ -1097,7 +1088,7 @@ def test_pair_of_extreme_margins(name, z):
     ref_S = reference.sequence_sums(logp_N.double(), bounds_S1)
     ref_S -= torch.tensor([z / 0.1, -1.5 * z / 0.1])
     found = pair.pair_losses(
-        logp_N, target_N, bounds_S1, known(objective), ref_logp_S=ref_S,
+        logp_N, target_N, bounds_S1, objective, ref_logp_S=ref_S,
         num_pairs=1.0, want_coef=True,
     )  # fmt: skip
     assert_pairs(found, objective, tokens, 1.0)
@@ -1215,7 +1206,7 @@ def run(
     objective = lr_dpo(BETA, 0.02) if objective is None else objective
     q = p.leaves(wanted_by(route))
     if impl == "triton":
-        buffers = 1 if getattr(objective, "margin", False) else 2
+        buffers = 1 if as_objective(objective).by_margin else 2
         options["workspace_mib"] = fused_workspace(p, route, buffers)
     with way_of(projects):
         result = preference(q, objective, impl=impl, **options)
@@ -1363,7 +1354,7 @@ def test_op_of_every_objective(name, route):
     p = make_problem((2, 4, 1, 3, 14, 16), 8, 67, dtype=torch.float32, masked=True, seed=1)
     P = p.num_pairs
     p.extra = {"weight_P": torch.rand(P).double() + 0.5, "num_pairs": 7.3}
-    if getattr(objective, "margin", False):
+    if as_objective(objective).by_margin:
         p.extra["margin_P"] = 0.3 * torch.randn(P).double()
         p.extra["smoothing_P"] = torch.rand(P).double() / 2
     found = run(p, route, False, objective=objective)
@@ -1659,8 +1650,12 @@ def test_op_inputs_need_not_be_contiguous():
     assert torch.equal(loss(lambda x: x), loss(lambda x: x.clone()))
 
 
+def test_the_kernel_numbers_the_formulas_as_they_are():
+    assert tuple(formula.name for formula in KERNEL_FORMULAS) == pair.KINDS
+
+
 def test_the_kernel_sums_the_metrics_in_their_order():
-    assert ("loss", *ops.METRICS) == pair.TOTALS
+    assert ("loss", *METRICS) == pair.TOTALS
 
 
 @pytest.mark.parametrize("workspace_mib", [0.022, 0.05, 1.0])
@@ -1683,7 +1678,7 @@ def test_op_gradients_of_transposed_operands(workspace_mib):
 def test_op_an_objective_is_known_by_its_function():
     """One with another function is the caller's own, whatever it was made from."""
     p = make_problem(D=16, V=70, dtype=torch.float32)
-    own = replace(lr_dpo(BETA), f=lambda z_P: (1 - z_P).square())
+    own = replace(lr_dpo(BETA), formula=SIGMOID._replace(f=lambda z_P, _: (1 - z_P).square()))
     losses = [
         linear_preference_loss(
             p.h_TD, p.w_VD, p.target_N, p.bounds_S1, p.ref_logp_S, own, rows_N=p.rows_N, impl=impl
@@ -1702,7 +1697,7 @@ def test_op_a_padded_batch_that_may_be_looked_at_gives_the_same(monkeypatch, imp
     target[0, :3] = target[2, 4:] = target[3, 0] = IGNORE
     found = []
     for looks in (False, True):
-        monkeypatch.setattr(ops, "_may_wait_for", lambda target, looks=looks: looks)
+        monkeypatch.setattr(module, "_may_wait_for", lambda target, looks=looks: looks)
         loss = LinearDPOLoss(BETA, 0.02, impl=impl, stats=("entropy",))
         result = loss(h, w, target, ref_logp_S=-torch.ones(4) * 20)
         grads = torch.autograd.grad(result.loss, (h, w))

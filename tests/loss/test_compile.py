@@ -8,13 +8,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastdpo import LinearDPOLoss, linear_dpo_loss, linear_kl, linear_logp, linear_preference_loss
 from fastdpo.loss.objectives import (
+    KERNEL_FORMULAS,
+    Objective,
     apo_zero,
     hinge,
     ipo,
-    kind_of,
     length_normalized_dpo,
     nca_pair,
-    of_kind,
 )
 
 N, D, V = 24, 16, 101
@@ -89,7 +89,7 @@ def test_dpo_loss_with_a_reference_head():
 OBJECTIVES = [length_normalized_dpo(0.5, 0.01), hinge(0.2), ipo(0.1), apo_zero(0.1), nca_pair(0.1)]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=kind_of)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda x: x.name)
 def test_objectives(objective):
     bounds, target, ref_logp = torch.tensor(BOUNDS), targets(), -torch.rand(4) * 90
     weight = torch.rand(2)
@@ -102,13 +102,12 @@ def test_objectives(objective):
 
     leaves = inputs()
     assert_same(run(function, leaves), run(whole(function), leaves))
-    kind = kind_of(objective)
-    assert kind is not None
-    again = of_kind(
-        kind,
+    assert objective.code is not None
+    again = Objective(
+        KERNEL_FORMULAS[objective.code],
         objective.beta,
-        getattr(objective, "alpha", 0.0),
-        getattr(objective, "length_normalized", False),
+        objective.alpha,
+        objective.length_normalized,
     )
     chosen, rejected, zeros, lengths = torch.randn(2), torch.randn(2), torch.zeros(2), torch.ones(2)
     losses = [f(chosen, rejected, 3 * lengths, lengths, zeros, zeros) for f in (objective, again)]

@@ -40,7 +40,7 @@ from fastdpo import (
     reference,
 )
 from fastdpo.kernels import support
-from fastdpo.loss import ops
+from fastdpo.loss import module
 from fastdpo.loss.objectives import (
     apo_zero,
     hinge,
@@ -230,7 +230,7 @@ def pair_options(p, objective):
     """Every per-pair option the objective takes."""
     P = p.num_pairs
     options = {"weight_P": torch.rand(P).double() + 0.5, "num_pairs": 7.0}
-    if objective.margin:
+    if objective.by_margin:
         options["margin_P"] = 0.3 * torch.randn(P).double()
         options["smoothing_P"] = torch.rand(P).double() / 2
     return options
@@ -249,7 +249,7 @@ def test_every_route_gives_the_same_loss_and_gradients(name, wanted, dtype):
     gold = grads_of(gold_p, gold_value * 3) if wanted else {}
     frozen = {"h": "frozen", "": "forward"}.get(wanted)
     for route, is_wanted in ROUTES.items():
-        workspace = workspace_for(p, is_wanted, 1 if objective.margin else 2)
+        workspace = workspace_for(p, is_wanted, 1 if objective.by_margin else 2)
         q = p.leaves(wanted)
         result = preference(q, objective, workspace_mib=workspace)
         assert result.plan.route == frozen if frozen else is_wanted(result.plan)
@@ -452,7 +452,7 @@ def test_gradcheck_linear_preference_loss(route, name):
     p = small(route, bias=True, softcap=5.0)
     workspace = None
     if route != "frozen":
-        workspace = workspace_for(p, ROUTES[route], 1 if objective.margin else 2)
+        workspace = workspace_for(p, ROUTES[route], 1 if objective.by_margin else 2)
     q = p.leaves("h" if route == "frozen" else "h w bias")
 
     def op(h_TD, w_VD, bias_V):
@@ -977,6 +977,6 @@ def test_a_constant_objective_is_an_error_with_and_without_gradients(requires_gr
 
 def test_scored_targets_of_a_padded_batch():
     target_N = torch.tensor([-100, 3, 4, -100, 5, -100, -100, -100, 0])
-    keep_N, bounds_S1 = ops._scored(target_N, 3)
+    keep_N, bounds_S1 = module._scored(target_N, 3)
     assert keep_N.tolist() == [1, 2, 4, 8]
     assert bounds_S1.tolist() == [0, 2, 3, 4]

@@ -1,0 +1,180 @@
+"""The autograd functions of the ops: what the forward keeps, and the way back.
+
+Legend as in `ops`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call, Pairs
+from .passes import (
+    Share,
+    forward_blocks,
+    frozen_forward,
+    grouped_pass,
+    kl_backward,
+    ref_logps,
+    rounded,
+    score,
+    token_backward,
+)
+
+
+@contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """Outside autocast, which would round fp32 products, and on the device, where kernels start."""
+    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with guard, torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _plain_precision(method: Callable) -> Callable:
+    """Run an autograd method `plainly`."""
+
+    @wraps(method)
+    def run(ctx, x, *args):
+        with nullcontext() if x is None else plainly(x.device):
+            return method(ctx, x, *args)
+
+    return run
+
+
+def _once(backward: Callable) -> Callable:
+    """Refuse to be differentiated twice, whatever the upstream gradient requires.
+
+    ``once_differentiable`` would let ``create_graph=True`` through with gradients that carry no
+    graph, so that a penalty on them silently contributed nothing.
+    """
+
+    @wraps(backward)
+    def run(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastdpo's ops cannot be differentiated twice (create_graph=True): their gradients "
+                "carry no graph; use fastdpo.reference for second derivatives"
+            )
+        return backward(ctx, *grads)
+
+    return run
+
+
+def _is_last_backward() -> bool:
+    """Whether autograd lets go of the graph after this backward; False where torch cannot say."""
+    autograd = getattr(torch._C, "_autograd", None)
+    graph_is_kept = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    return graph_is_kept is not None and not graph_is_kept()
+
+
+def _free_unless_retained(ctx: Any) -> None:
+    """Let go of the stash and the finished gradients as autograd lets go of saved tensors.
+
+    They live outside `save_for_backward` so that a stash can be lent again; a loss that is kept
+    for logging must not keep them.
+    """
+    if _is_last_backward():
+        ctx.call.blocks, ctx.grads = [], None
+
+
+def _log_probs(ctx: Any, call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Log-probs of the scored tokens; saves what `token_backward` reads."""
+    unit_ND = None
+    if call.plan.route == "frozen":
+        logp_N, unit_ND = frozen_forward(call, h_TD, w_VD, bias_V)
+    else:
+        logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
+    ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND, call.target_N, call.rows_N)
+    return logp_N
+
+
+class LinearLogp(torch.autograd.Function):
+    """Log-probs of all targets, from which any gradient may come back."""
+
+    @staticmethod
+    @_plain_precision
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
+        ctx.call = call
+        return call.full(_log_probs(ctx, call, h_TD, w_VD, bias_V))
+
+    @staticmethod
+    @_once
+    @_plain_precision
+    def backward(ctx, dlogp_N):
+        call: Call = ctx.call
+        coef_N = dlogp_N if call.keep_N is None else dlogp_N[call.keep_N]
+        grads = token_backward(call, ctx.saved_tensors[:4], coef_N, reuse=_is_last_backward())
+        _free_unless_retained(ctx)
+        return *grads, None
+
+
+class LinearKL(torch.autograd.Function):
+    """KL(reference || policy) of each row."""
+
+    @staticmethod
+    @_plain_precision
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
+        forward_blocks(call, h_TD, w_VD, bias_V)
+        ctx.call = call
+        ctx.save_for_backward(h_TD, w_VD, bias_V)
+        return call.token_stats()["kl_ref"]
+
+    @staticmethod
+    @_once
+    @_plain_precision
+    def backward(ctx, dkl_N):
+        return *kl_backward(ctx.call, ctx.saved_tensors, dkl_N), None
+
+
+class LinearPreference(torch.autograd.Function):
+    """Loss and both sums of each sequence; only the loss has a gradient."""
+
+    @staticmethod
+    @_plain_precision
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call, pairs: Pairs):  # type: ignore[override]
+        ctx.call, ctx.grads, ctx.coef_N = call, None, None
+        if call.plan.route == "grouped":
+            loss, logp_S, ref_S, ctx.grads = grouped_pass(call, pairs, h_TD, w_VD, bias_V)
+            ctx.save_for_backward(h_TD, w_VD, bias_V)
+        else:
+            logp_N = _log_probs(ctx, call, h_TD, w_VD, bias_V)
+            loss, logp_S, ref_S, _, ctx.coef_N = score(call, pairs, logp_N, ref_logps(call))
+        ctx.mark_non_differentiable(logp_S, ref_S)
+        ctx.set_materialize_grads(False)  # the sums' would be cleared for nothing
+        return _returned(loss, h_TD, pairs), logp_S, ref_S
+
+    @staticmethod
+    @_once
+    @_plain_precision
+    def backward(ctx, dloss, *_):
+        if dloss is None:  # nothing depends on the loss
+            return (None,) * 5
+        call, saved = ctx.call, ctx.saved_tensors
+        if ctx.grads is not None:
+            grads = rounded(call, ctx.grads, saved[0].dtype, dloss)
+        else:
+            grads = token_backward(call, saved[:4], ctx.coef_N, dloss, reuse=_is_last_backward())
+        _free_unless_retained(ctx)
+        return *grads, None, None
+
+
+def score_only(
+    call: Call, pairs: Pairs, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `LinearPreference` returns, where no gradient is wanted."""
+    with torch.no_grad(), plainly(h_TD.device):
+        logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
+        # Slopes only for their check of the objective; inference mode has none.
+        slopes = not torch.is_inference_mode_enabled()
+        share: Share = score(call, pairs, logp_N, ref_logps(call), slopes=slopes)
+        return _returned(share.loss, h_TD, pairs), share.logp_S, share.ref_logp_S
+
+
+def _returned(loss: Tensor, h_TD: Tensor, pairs: Pairs) -> Tensor:
+    """The loss in the accumulator's dtype, as the kernel left it where it made all of it."""
+    if pairs.by_kernel and len(pairs.results) == 1:
+        return pairs.results[0].loss
+    return loss.to(torch.promote_types(h_TD.dtype, torch.float32))

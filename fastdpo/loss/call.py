@@ -1,0 +1,167 @@
+"""What travels through a call: its arguments in two bundles, then the same checked and planned.
+
+Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P pairs, S = 2P sequences.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_pair_losses
+from .objectives import Objective
+from .plan import Plan
+from .streaming import Block, Head, Needs, TokenRows
+
+
+class HeadInputs(NamedTuple):
+    """What goes through a head, as the caller gave it: the arguments of `ops.linear_logp`.
+
+    Those of the reference come last; the first three may have a gradient.
+    """
+
+    h_TD: Tensor
+    w_VD: Tensor
+    bias_V: Tensor | None
+    target_N: Any  # a tensor; None for a KL, which has no targets
+    rows_N: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    workspace_mib: float | None = None
+    impl: str = "auto"
+    stats: tuple[str, ...] = ()
+    ref_h_TD: Tensor | None = None
+    ref_w_VD: Tensor | None = None
+    ref_bias_V: Tensor | None = None
+
+
+class PairInputs(NamedTuple):
+    """What makes tokens pairs, as the caller gave it: see `ops.linear_preference_loss`."""
+
+    bounds_S1: Tensor
+    ref_logp_S: Tensor | None = None
+    margin_P: Tensor | None = None
+    smoothing_P: Tensor | None = None
+    weight_P: Tensor | None = None
+    num_pairs: float | None = None
+
+
+@dataclass
+class Call:
+    """One checked call: what the autograd functions need beside the differentiable tensors."""
+
+    scale: float
+    softcap: float | None
+    rows_N: Tensor | None
+    target_N: Tensor
+    keep_N: Tensor | None  # positions of the scored targets, where ignored ones were left out
+    num_targets: int
+    needs: Needs
+    plan: Plan
+    edges: list[int]
+    fused: bool  # by the Triton kernels
+    streamer: Any  # `streaming.Streamer` or `fused.FusedStreamer`
+    stats: frozenset[str] = frozenset()
+    ref: tuple[Head, Tensor] | None = None
+    bounds_S1: Tensor | None = None  # the edges on the device, for the kernels
+    blocks: list[tuple[int, int, Block]] = field(default_factory=list)
+
+    def open(self, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> tuple[Any, TokenRows]:
+        """The policy's head as a streamer, and its rows."""
+        head = Head(w_VD, bias_V, self.scale, self.softcap)
+        return self.streamer(head, self.plan), TokenRows(h_TD, self.rows_N, self.target_N)
+
+    def open_reference(self) -> tuple[Any, TokenRows] | None:
+        """The same of the reference, if it comes as a head."""
+        if self.ref is None:
+            return None
+        head, h_TD = self.ref
+        return self.streamer(head, self.plan), TokenRows(h_TD, self.rows_N, self.target_N)
+
+    def full(self, x_N: Tensor) -> Tensor:
+        """Put values of the scored targets back among the ignored ones."""
+        if self.keep_N is None:
+            return x_N
+        return x_N.new_zeros(self.num_targets).index_copy_(0, self.keep_N, x_N)
+
+    def collect(self, value: Callable[[Block], Tensor | None]) -> Tensor:
+        """A value of all blocks, one after the other."""
+        return join([x for _, _, block in self.blocks if (x := value(block)) is not None])
+
+    def token_stats(self) -> dict[str, Tensor]:
+        return {
+            name: self.full(self.collect(lambda block, name=name: block.stats[name]))
+            for name in sorted(self.stats)
+        }
+
+
+@dataclass
+class Pairs:
+    """The per-pair side of a call: everything the objective reads beside the log-probs.
+
+    ``lengths_S``, and margin, smoothing and weight with their neutral values, are None where only
+    a kernel would read them.
+    """
+
+    objective: Objective
+    edges: list[int]
+    lengths_S: Any
+    ref_logp_S: Tensor | None
+    margin_P: Any
+    smoothing_P: Any
+    weight_P: Any
+    num_pairs: float
+    device: torch.device
+    results: list[Any] = field(default_factory=list)  # what a kernel found of some pairs each
+
+    @property
+    def sizes(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.edges)]
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether a kernel computed losses and metrics, not only sums."""
+        return bool(self.results) and self.objective.code is not None
+
+    def sums(self, logp_N: Tensor, sizes: list[int]) -> Tensor:
+        """Sum over each sequence, in the reference's precision and at least in fp32."""
+        ref = logp_N if self.ref_logp_S is None else self.ref_logp_S
+        dtype = torch.promote_types(ref.dtype, torch.float32)
+        return torch.stack([part.sum(dtype=dtype) for part in logp_N.split(sizes)])
+
+    def loss(self, logp_S: Tensor, ref_logp_S: Tensor, pairs: slice) -> Tensor:
+        """Summed loss of a slice over ``num_pairs``, fp64: few numbers, and sums are large."""
+        ratio_S = logp_S.double() - ref_logp_S.double()
+        lengths_S = self.lengths_S[2 * pairs.start : 2 * pairs.stop].double()
+        loss_P = self.objective(
+            ratio_S[0::2],
+            ratio_S[1::2],
+            lengths_S[0::2],
+            lengths_S[1::2],
+            self.margin_P[pairs],
+            self.smoothing_P[pairs],
+        )
+        check_pair_losses(loss_P, pairs.stop - pairs.start)
+        return (loss_P * self.weight_P[pairs]).sum() / self.num_pairs
+
+    def loss_and_slope(
+        self, logp_S: Tensor, ref_logp_S: Tensor, pairs: slice
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a slice, and its derivative by each sequence's sum."""
+        with torch.enable_grad():
+            leaf_S = logp_S.detach().double().requires_grad_()
+            loss = self.loss(leaf_S, ref_logp_S, pairs)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "objective must return a function of the log-ratios; it has no gradient"
+                )
+            (slope_S,) = torch.autograd.grad(loss, leaf_S)
+        return loss.detach(), slope_S
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """One after the other; of a single one no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
