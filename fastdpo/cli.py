@@ -125,7 +125,8 @@ def _quiet_loading() -> None:
 
 def run_train(config: TrainConfig) -> None:
     from fastdpo.data.clock import KEY, rendering_at
-    from fastdpo.data.rows import preference_rows, read_rows, tokenize_dataset
+    from fastdpo.data.rows import preference_rows, read_rows
+    from fastdpo.data.tokenize import tokenize_dataset
     from fastdpo.model.load import check_start, load_tokenizer, stop_ids
     from fastdpo.pair.stage import load_pairs, split_stages
     from fastdpo.rounds.run import response_lengths

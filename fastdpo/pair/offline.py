@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.parts import read_scored
 from fastdpo.data.records import PairRow, PreferenceRow, Prompt, Scored, prompt_key
-from fastdpo.data.rendering import is_empty, last_token, special_ids
-from fastdpo.data.rows import render_prompt, takes_as_chat, tokenize_dataset
+from fastdpo.data.rendering import is_empty, last_token, render_prompt, special_ids, takes_as_chat
+from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
 

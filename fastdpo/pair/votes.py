@@ -99,20 +99,22 @@ def strengths(pairs: Sequence[PairRow], weights: Sequence[float] | None = None) 
     """
     result = []
     for row in pairs:
-        sides = row.scores_chosen, row.scores_rejected
-        if sides[0] is None or sides[1] is None:
+        chosen_K, rejected_K = row.scores_chosen, row.scores_rejected
+        if chosen_K is None or rejected_K is None:
             raise DataError(
                 f"pair of prompt {row.prompt_index}: the scores of several scorers are missing, "
                 "which preference strength needs."
             )
-        of_all = [1.0] * len(sides[0]) if weights is None else weights
-        if any(len(side) != len(of_all) for side in sides):
+        of_all = [1.0] * len(chosen_K) if weights is None else weights
+        if any(len(side) != len(of_all) for side in (chosen_K, rejected_K)):
             raise DataError(
-                f"pair of prompt {row.prompt_index}: chosen and rejected have {len(sides[0])} and "
-                f"{len(sides[1])} scores, of {len(of_all)} scorers. Score both by all of them."
+                f"pair of prompt {row.prompt_index}: chosen and rejected have {len(chosen_K)} and "
+                f"{len(rejected_K)} scores, of {len(of_all)} scorers. Score both by all of them."
             )
         # Sums first, like the score that a label comes from: rounding then can't part the two.
-        chosen, rejected = (sum(w * x for w, x in zip(of_all, side)) for side in sides)
+        chosen, rejected = (
+            sum(w * x for w, x in zip(of_all, side)) for side in (chosen_K, rejected_K)
+        )
         result.append((chosen - rejected) / len(of_all))
     return result
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fastdpo.errors import DataError
+from fastdpo.model.logps import load_packed, response_logps
 from fastdpo.report.evaluation import (
     by_length,
     by_score,
@@ -14,7 +15,6 @@ from fastdpo.report.evaluation import (
     standard_error,
     win_rates,
 )
-from fastdpo.score.rewards import load_packed, response_logps
 from fastdpo.score.stage import Scorer
 from fastdpo.storage import read_parts
 

@@ -31,7 +31,8 @@ import torch
 
 from fastdpo.data.clock import KEY, Clock, rendering_at
 from fastdpo.data.records import PreferenceRow, Prompt, prompt_key
-from fastdpo.data.rows import preference_rows, prompt_rows, read_rows, render_prompt
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
 from fastdpo.errors import ConfigError, DataError, require, require_used
 from fastdpo.model.load import check_start, combine, load_causal_lm, load_tokenizer, stop_ids
 from fastdpo.pair import filters, offline
@@ -49,6 +50,7 @@ from fastdpo.sample.samplers import SamplingConfig
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.score.stage import Scorer, check_columns, score
 from fastdpo.storage import (
+    check_directory,
     file_digest,
     list_parts,
     locked,
@@ -56,7 +58,6 @@ from fastdpo.storage import (
     read_parts,
     write_json_atomic,
 )
-from fastdpo.train.checkpoint import check_directory
 from fastdpo.train.control import LengthController
 from fastdpo.train.trainer import CONTROL, FREE, TrainingConfig, check_control, check_model, train
 
