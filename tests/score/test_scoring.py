@@ -111,8 +111,8 @@ def counted(_: int, body: Any) -> Any:
     return {"scores": [len(text) for text in body["responses"]]}
 
 
-def candidate(prompt_index: int, sample_index: int, response: str, **changes: Any) -> Any:
-    return {
+def candidate(prompt_index: int, sample_index: int, response: str, **changes: Any) -> Candidate:
+    row = {
         "prompt_index": prompt_index,
         "sample_index": sample_index,
         "prompt": f"Prompt {prompt_index}",
@@ -120,15 +120,15 @@ def candidate(prompt_index: int, sample_index: int, response: str, **changes: An
         "response": response,
         "response_ids": [10 + len(response), 2],
         "finish_reason": "stop",
-        "extra": {},
         **changes,
     }
+    return Candidate(**row)
 
 
 def write_candidates(folder: Path, texts: list[list[str]]) -> None:
     """One prompt a part."""
     for i, of_prompt in enumerate(texts):
-        rows = [candidate(i, j, text) for j, text in enumerate(of_prompt)]
+        rows = [candidate(i, j, text).to_json() for j, text in enumerate(of_prompt)]
         storage.write_jsonl_atomic(storage.part_path(folder, i), rows)
 
 
@@ -322,7 +322,7 @@ def partials(folder: Path) -> list[Path]:
 
 def test_what_a_server_answered_of_a_part_is_not_asked_again(tmp_path):
     """It dies amid the questions of one part, which are paid for one by one."""
-    rows = [candidate(i, j, "ab"[i] * (j + 1)) for i in range(2) for j in range(4)]
+    rows = [candidate(i, j, "ab"[i] * (j + 1)).to_json() for i in range(2) for j in range(4)]
     path = storage.part_path(tmp_path / "candidates", 0)
     storage.write_jsonl_atomic(path, rows)
 
@@ -1111,8 +1111,8 @@ def test_the_implicit_reward_is_that_of_plain_forwards(tmp_path, family):
     rows = sampled_rows()
     models = [load_causal_lm(name, dtype=torch.float64).eval() for name in folders]
     by_hand = [
-        plain_logp(models[0], row["prompt_ids"], row["response_ids"])
-        - plain_logp(models[1], row["prompt_ids"], row["response_ids"])
+        plain_logp(models[0], row.prompt_ids, row.response_ids)
+        - plain_logp(models[1], row.prompt_ids, row.response_ids)
         for row in rows
     ]
     assert by_hand[-1] == 0 and min(map(abs, by_hand[:-1])) > 0.01
@@ -1130,7 +1130,7 @@ def test_the_implicit_reward_is_that_of_plain_forwards(tmp_path, family):
 def test_implicit_scores_belong_to_their_models(tmp_path):
     a, b, c = (str(save_tiny(LLAMA, tmp_path / name, i)) for i, name in enumerate("abc"))
     storage.write_jsonl_atomic(
-        storage.part_path(tmp_path / "candidates", 0), [{**row} for row in sampled_rows()]
+        storage.part_path(tmp_path / "candidates", 0), [row.to_json() for row in sampled_rows()]
     )
     first = run_score(load_scorer("implicit", policy=a, previous=b), tmp_path)
     assert run_score(load_scorer("implicit", policy=a, previous=b), tmp_path, "two") == first
@@ -1256,7 +1256,7 @@ def test_answers_score_candidates(tmp_path):
     storage.write_jsonl_atomic(path, rows)
     assert run_score(load_scorer("answer"), tmp_path) == [1.0, 0.0]
     for extra in ({}, {"answer": None}, {"answer": []}, {"answer": [1, None]}):
-        storage.write_jsonl_atomic(path, [candidate(3, 0, "4", extra=extra)])
+        storage.write_jsonl_atomic(path, [candidate(3, 0, "4", extra=extra).to_json()])
         with pytest.raises(DataError, match=r"part-00000.jsonl:1 \(prompt 3\): .* column 'answer'"):
             run_score(load_scorer("answer"), tmp_path, "bad")
         assert not (tmp_path / "bad").exists()
