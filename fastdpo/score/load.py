@@ -13,6 +13,7 @@ from fastdpo.errors import ConfigError
 from fastdpo.model.identity import dtype_name, policy_digest
 from fastdpo.remote import Endpoint, Remote, check_url
 from fastdpo.score.answer import right_answer
+from fastdpo.score.follow_up import load_follow_up
 from fastdpo.score.implicit import load_implicit, load_likelihood
 from fastdpo.score.judge import JUDGE_TEMPLATE, Judge, check_template, load_local_judge
 from fastdpo.score.remote import PooledScores, RemoteJudge, RemoteScores
@@ -27,6 +28,7 @@ _USES = {  # by kind of scorer, what `load_scorer` reads beside the name
     "judge": {"template", "dtype", "batch_size"},
     "remote judge": {"template", "remote"},
     "pooling": {"remote"},
+    "follow-up": {"dtype", "batch_size"},
     "endpoint": {"remote", "batch_size"},
     "reward model": {"dtype", "batch_size"},
 }
@@ -44,6 +46,8 @@ def _kind(spec: str) -> str:
     url = spec.removeprefix("judge:").startswith(("http://", "https://"))
     if spec.startswith("judge:"):
         return "remote judge" if url else "judge"
+    if spec.startswith("follow_up:"):
+        return "follow-up"
     if url:
         pooled = spec.partition("#")[0].rstrip("/").endswith("/pooling")
         return "pooling" if pooled else "endpoint"
@@ -70,6 +74,8 @@ def load_scorer(
     - `judge:URL#model`: the same by an OpenAI-compatible server; `URL` ends in `/v1` mostly.
     - `http://...`, `https://...`: an endpoint of one's own, see `RemoteScores`.
     - `http://.../pooling#model`: a reward model under vLLM, see `PooledScores`.
+    - `follow_up:name`: how much likelier a causal language model finds praise after the response
+      than a complaint, see `follow_up_scores`.
     - `answer`: 1 where the response gives the prompt's `answer`, see `right_answer`.
     - `implicit`: log-ratio of `policy` and `previous`, see `ImplicitReward`.
     - `likelihood`: mean log-probability under `policy`, see `Likelihood`.
@@ -85,7 +91,11 @@ def load_scorer(
 
     Raises ConfigError or ModelError when it can't be loaded.
     """
-    kind, template, on = _kind(spec), judge_template or JUDGE_TEMPLATE, (device, dtype, batch_size)
+    kind, template, on = (
+        _kind(spec),
+        JUDGE_TEMPLATE if judge_template is None else judge_template,
+        (device, dtype, batch_size),
+    )
     settings: dict[str, Any] = {}
     if kind == "answer":
         return Scorer(spec, right_answer, on="rows", columns=("answer",))
@@ -108,6 +118,10 @@ def load_scorer(
         reward_model = load_reward_model(spec, *on)
         folder = spec if Path(spec).exists() else spec.partition("#")[0]
         return Scorer(spec, reward_model, settings=_weights(folder, reward_model.model))
+    if kind == "follow-up":
+        name = spec.removeprefix("follow_up:")
+        follow_up = load_follow_up(name, *on)
+        return Scorer(spec, follow_up, settings=_weights(name, follow_up.model))
     if kind in ("judge", "remote judge"):
         check_template(template)
         settings = {"template": template}

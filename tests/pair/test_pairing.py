@@ -264,7 +264,8 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
         assert row.score_chosen - row.score_rejected > min_gap
         assert row.chosen_ids != row.rejected_ids
         for side in ("chosen_ids", "rejected_ids"):
-            assert row[side] and (row.prompt_index, tuple(row[side])) in by_ids
+            ids = getattr(row, side)
+            assert ids and (row.prompt_index, tuple(ids)) in by_ids
     counts = Counter(row.prompt_index for row in pairs)
     if rule in ONE_A_UNIT - {"tree_siblings"}:
         assert set(counts.values()) <= {1}
@@ -620,7 +621,7 @@ def test_a_tie_after_the_length_penalty_is_one(tmp_path):
     rows = [candidate(0, i, 0.0, [5] * n) for i, n in enumerate((2, 4))]
     candidates, scores = on_disk(tmp_path, rows, [1.0, 2.0])
     with pytest.raises(DataError, match="tie: 1"):
-        pair(candidates, scores, tmp_path / "pairs.jsonl", shaping=PairConfig(length_penalty=0.5))
+        pair(candidates, scores, tmp_path / "pairs.jsonl", PairConfig(length_penalty=0.5))
 
 
 def test_votes_that_can_change_no_label_are_refused(tmp_path):
