@@ -126,13 +126,7 @@ def pair(
     rows, work.facts = scored_candidates(candidates_dir, folders, config, reference_scores)
     pairs, work.dropped = select(rows, config)
     if config.consistency != "none" and pairs:
-        alike = config
-        if config.length_penalty == "auto":  # one penalty for both
-            alike = replace(config, length_penalty=work.facts["shaping"]["length_penalty"])
-        previous, _ = scored_candidates(candidates_dir, before, alike)
-        agreement = votes.consistency(rows, {x.place: x.rank for x in previous})
-        pairs = votes.smooth(pairs, agreement, config.consistency)
-        work.facts["consistency"] = statistics.fmean(agreement.values())
+        pairs = work.smoothed(pairs, rows, candidates_dir, before)
     pairs = work.voted(pairs)
     if measure is not None and config.needs_model and pairs:
         pairs = work.measured(pairs, measure)
@@ -206,6 +200,18 @@ class _Work:
     def has_votes(self, row: PairRow) -> bool:
         """Whether all scorers scored the pair."""
         return len(row.scores_chosen or ()) == len(self.weights)
+
+    def smoothed(
+        self, pairs: list[PairRow], rows: list[Scored], candidates_dir: Path, before: list[Path]
+    ) -> list[PairRow]:
+        """The pairs with the label smoothing of `consistency`."""
+        alike = self.config
+        if alike.length_penalty == "auto":  # one penalty for both
+            alike = replace(alike, length_penalty=self.facts["shaping"]["length_penalty"])
+        previous, _ = scored_candidates(candidates_dir, before, alike)
+        agreement = votes.consistency(rows, {x.place: x.rank for x in previous})
+        self.facts["consistency"] = statistics.fmean(agreement.values())
+        return votes.smooth(pairs, agreement, self.config.consistency)
 
     def voted(self, pairs: list[PairRow]) -> list[PairRow]:
         """The pairs, flipped and softened by their scorers, those without all votes as they are."""

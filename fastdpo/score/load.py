@@ -91,12 +91,7 @@ def load_scorer(
 
     Raises ConfigError or ModelError when it can't be loaded.
     """
-    kind, template, on = (
-        _kind(spec),
-        JUDGE_TEMPLATE if judge_template is None else judge_template,
-        (device, dtype, batch_size),
-    )
-    settings: dict[str, Any] = {}
+    kind, on = _kind(spec), (device, dtype, batch_size)
     if kind == "answer":
         return Scorer(spec, right_answer, on="rows", columns=("answer",))
     if kind == "function":
@@ -122,39 +117,39 @@ def load_scorer(
         name = spec.removeprefix("follow_up:")
         follow_up = load_follow_up(name, *on)
         return Scorer(spec, follow_up, settings=_weights(name, follow_up.model))
+    template = JUDGE_TEMPLATE if judge_template is None else judge_template
     if kind in ("judge", "remote judge"):
         check_template(template)
-        settings = {"template": template}
-    name = spec.removeprefix("judge:")
     if kind == "judge":
+        name = spec.removeprefix("judge:")
         local = load_local_judge(name, *on)
-        judge, settings = Judge(local, template), settings | _weights(name, local.model)
-        return Scorer(spec, judge, "rows", judge.compare, settings)
-    endpoint, model = _endpoint(name, remote or Remote(), kind)
+        judge, settings = Judge(local, template), _weights(name, local.model)
+        return Scorer(spec, judge, "rows", judge.compare, {"template": template} | settings)
+    return _load_remote(spec, kind, remote or Remote(), batch_size, template)
+
+
+def _load_remote(spec: str, kind: str, remote: Remote, batch_size: int, template: str) -> Scorer:
+    """A scorer that asks a server; what follows the # of its URL names a model."""
+    url = spec.removeprefix("judge:")
+    check_url(url)
+    remote.key()  # where there is none, it is better said now
+    address, _, model = url.partition("#")
     if kind == "endpoint":
+        endpoint = Endpoint(address, remote)
         return Scorer(spec, RemoteScores(endpoint, batch_size), endpoint=endpoint)
     if not model:
         raise ConfigError(f"scorer {spec!r}: name the model that the server has after a #")
+    path = "/chat/completions" if kind == "remote judge" else ""
+    endpoint = Endpoint(address.rstrip("/") + path, remote)
     if kind == "pooling":
         return Scorer(spec, PooledScores(endpoint, model), endpoint=endpoint)
     judge = Judge(RemoteJudge(endpoint, model), template)
-    return Scorer(spec, judge, "rows", judge.compare, settings, endpoint)
+    return Scorer(spec, judge, "rows", judge.compare, {"template": template}, endpoint)
 
 
 def _weights(name: str, model: Any) -> dict[str, str]:
     """What decides the scores of a model beside its name."""
     return {"weights": policy_digest(name), "dtype": dtype_name(model.dtype)}
-
-
-def _endpoint(url: str, remote: Remote, kind: str) -> tuple[Endpoint, str]:
-    """The endpoint of a URL, and the name after its #."""
-    check_url(url)
-    remote.key()  # where there is none, it is better said now
-    address, _, model = url.partition("#")
-    if kind == "endpoint":
-        return Endpoint(address, remote), model
-    path = "/chat/completions" if kind == "remote judge" else ""
-    return Endpoint(address.rstrip("/") + path, remote), model
 
 
 def _load_function(spec: str) -> Callable[..., Any]:

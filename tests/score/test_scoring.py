@@ -1150,7 +1150,7 @@ def test_implicit_scores_belong_to_their_models(tmp_path):
 
 
 def test_scorers_on_rows_need_whole_candidates(tmp_path):
-    row = candidate(0, 0, "x").to_json()
+    row = candidate(0, 0, "x", extra={"answer": 4}).to_json()
     del row["prompt_ids"]
     storage.write_jsonl_atomic(storage.part_path(tmp_path / "candidates", 0), [row])
     with pytest.raises(DataError, match="'prompt_ids' is missing"):
