@@ -275,7 +275,10 @@ def test_scorers_vote_on_the_labels_of_offline_pairs(tmp_path):
     # By the scorers' sum prompts 10 to 14 are labelled the wrong way, 11 and 13 the most.
     gaps = [1.0, 5.0, 1.0, 4.0, 1.0] + [-1.0] * 15
     for i, against in enumerate(gaps):
-        votes = {"scores_chosen": [0.0, 0.0], "scores_rejected": [against + 2, -2.0]}
+        votes: dict[str, Any] = {
+            "scores_chosen": [0.0, 0.0],
+            "scores_rejected": [against + 2, -2.0],
+        }
         pool[i] = replace(pool[i], **votes)
     pool[5] = offline(1, 15)[0]  # has no votes
     out = tmp_path / "pairs.jsonl"

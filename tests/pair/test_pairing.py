@@ -41,7 +41,7 @@ def candidate(
     prompt_index: int, sample_index: int, score: Any, ids: Any = None, **more: Any
 ) -> Scored:
     ids = [7, prompt_index, sample_index] if ids is None else ids
-    row = {
+    row: dict[str, Any] = {
         "prompt_index": prompt_index,
         "sample_index": sample_index,
         "prompt": f"p{prompt_index}",
@@ -563,8 +563,13 @@ def test_shaping_that_can_change_no_pair_is_refused(tmp_path):
         ({"weights": [2.0]}, 1),
         (both | par, 2),
     ]
+    others: list[dict[str, Any]] = [
+        {},
+        {"rule": "all_ranked"},
+        {"rule": "curriculum", "max_pairs": 2},
+    ]
     for shaping, count in idle:
-        for rules in ({}, {"rule": "all_ranked"}, {"rule": "curriculum", "max_pairs": 2}):
+        for rules in others:
             with pytest.raises(ConfigError, match="changes no pair: it keeps the order"):
                 pair(candidates, scores[:count], out, PairConfig(**shaping, **rules))
     assert not out.exists()
@@ -630,14 +635,16 @@ def test_votes_that_can_change_no_label_are_refused(tmp_path):
     out = tmp_path / "pairs.jsonl"
     ranked: dict[str, Any] = {"rule": "all_ranked", "flip_share": 0.25, "soft_label": 0.1}
     unscored = [replace(best_worst(group([1.0, 2.0], 9))[0][0], score_chosen=None)]
-    for shaping in ({}, {"weights": [1.0, -1.0], "transform": "par"}):
+    shapings: list[dict[str, Any]] = [{}, {"weights": [1.0, -1.0], "transform": "par"}]
+    for shaping in shapings:
         with pytest.raises(ConfigError, match=r"flip_share=0.25 and soft_label=0.1 can change no"):
             pair(candidates, scores, out, PairConfig(**ranked, **shaping))
         replayed = PairConfig(flip_share=0.25, replay_share=0.5, **shaping)
         with pytest.raises(ConfigError, match=r"^flip_share=0.25 can change no label"):
             pair(candidates, scores, out, replayed, replay=unscored)
     assert not out.exists()
-    for more in ({"combine": "log_sigmoid"}, {"length_penalty": 0.1}):
+    reordering: list[dict[str, Any]] = [{"combine": "log_sigmoid"}, {"length_penalty": 0.1}]
+    for more in reordering:
         assert "flipped" in pair(candidates, scores, out, PairConfig(**ranked, **more))
     PairConfig(**ranked).check_votes(offline=True)
     PairConfig().check_votes(offline=False)

@@ -113,7 +113,7 @@ def counted(_: int, body: Any) -> Any:
 
 
 def candidate(prompt_index: int, sample_index: int, response: str, **changes: Any) -> Candidate:
-    row = {
+    row: dict[str, Any] = {
         "prompt_index": prompt_index,
         "sample_index": sample_index,
         "prompt": f"Prompt {prompt_index}",
@@ -1091,7 +1091,7 @@ def plain_logp(model: Any, prompt_ids: list[int], response_ids: list[int]) -> fl
     return sum(logp[row, token].item() for row, token in zip(rows, response_ids))
 
 
-def sampled_rows() -> list[dict[str, Any]]:
+def sampled_rows() -> list[Candidate]:
     """Three, two and one responses to three prompts, mixed, and an empty one."""
     generator = torch.Generator().manual_seed(1)
 
