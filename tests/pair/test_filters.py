@@ -14,7 +14,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pairing import candidate, group, read_pairs, samples, write_stage
+from test_pairing import candidate, gap, group, read_pairs, samples, write_stage
 
 from fastdpo import storage
 from fastdpo.data.batch import TokenizedPair, pack_pairs
@@ -237,7 +237,7 @@ def test_flips_of_anything(gaps, share):
     result, count = flip_weakest(pairs, share)
     assert count == sum(bool(row.flipped) for row in result) <= share * len(pairs) + 1e-6
     for row, was in zip(result, pairs):
-        above = row.score_chosen > row.score_rejected
+        above = gap(row) > 0
         assert above != bool(row.flipped)
         assert above or strengths([was])[0] < 0
     left = [strengths([row])[0] for row in result if not row.flipped]
@@ -474,7 +474,7 @@ def test_offline_pairs_are_tokenized_as_samples_are(preferences, tokenizer):
         assert row.prompt_ids == render_prompt(prompt, tokenizer, as_chat=True)  # type: ignore[arg-type]
         assert tokenizer.eos_token_id in row.chosen_ids
     assert pairs[0].chosen.strip() == "no idea" and pairs[2].rejected.strip() == "tell me"
-    assert pairs[0].origin.extra == {"id": 7} and pairs[1].origin.extra == {}
+    assert [row.extra for row in prompt_rows(pairs)][:2] == [{"id": 7}, {}]
     plain = copy.copy(tokenizer)
     plain.chat_template = None
     text = PreferenceRow("here", "walk\n", "no idea", "be nice")

@@ -56,6 +56,11 @@ def candidate(
     return Scored(**row)
 
 
+def gap(row: PairRow) -> float:
+    assert row.score_chosen is not None and row.score_rejected is not None
+    return row.score_chosen - row.score_rejected
+
+
 def read_pairs(path: Path) -> list[PairRow]:
     return [PairRow.from_json(row, str(path)) for row in storage.read_jsonl(path)]
 
@@ -97,7 +102,7 @@ def test_all_ranked_pairs_everything_that_differs():
     pairs, dropped = all_ranked(rows)
     assert sorted(samples(pairs)) == [(0, 1), (0, 2), (0, 3), (2, 1), (3, 1)]
     assert dropped == {"tie": 1}
-    assert all(row.score_chosen > row.score_rejected for row in pairs)
+    assert all(gap(row) > 0 for row in pairs)
     pairs, dropped = all_ranked(rows, max_pairs=2)
     assert samples(pairs) == [(0, 1), (0, 2)]  # the widest gaps, then the smaller index
     assert dropped == {"tie": 1, "over max_pairs": 3}
@@ -261,7 +266,7 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
 
     by_ids = {(row.prompt_index, tuple(row.response_ids)) for row in left}
     for row in pairs:
-        assert row.score_chosen - row.score_rejected > min_gap
+        assert gap(row) > min_gap
         assert row.chosen_ids != row.rejected_ids
         for side in ("chosen_ids", "rejected_ids"):
             ids = getattr(row, side)
@@ -275,7 +280,7 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
         for i in counts:
             of_prompt = [row for row in pairs if row.prompt_index == i]
             assert [row.stage for row in of_prompt] == list(range(counts[i]))
-            gaps = [row.score_chosen - row.score_rejected for row in of_prompt]
+            gaps = [gap(row) for row in of_prompt]
             assert gaps == sorted(gaps, reverse=True)
 
     shuffle.shuffle(rows)
