@@ -74,7 +74,8 @@ from fastdpo.report.summary import prompt_means
 from fastdpo.rounds.run import IterateConfig, iterate
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import open_sampler, sample
-from fastdpo.score.stage import load_scorer, score
+from fastdpo.score.load import load_scorer
+from fastdpo.score.stage import score
 from fastdpo.storage import (
     read_json,
     read_parts,

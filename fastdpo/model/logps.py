@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.data.batch import TokenizedPair, pack_pairs, plan_batches
+from fastdpo.data.records import Candidate
 from fastdpo.loss.ops import linear_logp
 from fastdpo.loss.reference import sequence_sums
 from fastdpo.model.head import packed_forward
@@ -54,10 +55,10 @@ def pair_logps(model: Any, pairs: Sequence[TokenizedPair], *, batch_size: int = 
     return logp_P2
 
 
-def response_logps(model: Any, rows: list[dict[str, Any]], *, batch_size: int = 8) -> Tensor:
+def response_logps(model: Any, rows: Sequence[Candidate], *, batch_size: int = 8) -> Tensor:
     """Log-probability of each candidate given its prompt, in nats; 0 of one without tokens.
 
-    `model` is of `load_packed`; rows have prompt_ids and response_ids.
+    `model` is of `load_packed`.
 
     Returns (rows,) fp64 on the CPU.
 
@@ -73,20 +74,20 @@ def response_logps(model: Any, rows: list[dict[str, Any]], *, batch_size: int = 
 
 
 def _in_pairs(
-    rows: list[dict[str, Any]],
+    rows: Sequence[Candidate],
 ) -> tuple[list[TokenizedPair], list[tuple[int, ...]]]:
     """Responses to the same prompt two by two, and the one or two rows of each pair."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(rows):
-        if row["response_ids"]:
-            by_prompt.setdefault(tuple(row["prompt_ids"]), []).append(i)
+        if row.response_ids:
+            by_prompt.setdefault(tuple(row.prompt_ids), []).append(i)
     pairs, places = [], []
     for prompt_ids, members in by_prompt.items():
         for start in range(0, len(members), 2):
             place = tuple(members[start : start + 2])
-            first = rows[place[0]]["response_ids"]
+            first = rows[place[0]].response_ids
             # Where one is left over, a token of its own stands in for the second.
-            second = rows[place[1]]["response_ids"] if len(place) == 2 else first[:1]
+            second = rows[place[1]].response_ids if len(place) == 2 else first[:1]
             pairs.append(TokenizedPair(list(prompt_ids), first, second))
             places.append(place)
     return pairs, places
