@@ -1,11 +1,13 @@
-"""The evaluation of a policy on held-out prompts: a judge's scores, and the row of the report."""
+"""The evaluation of a policy on held-out prompts: its samples and scores, and the report's row."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdpo.errors import DataError
+from fastdpo.report import summary as report
 from fastdpo.report.evaluation import (
     by_length,
     by_score,
@@ -14,9 +16,93 @@ from fastdpo.report.evaluation import (
     standard_error,
     win_rates,
 )
+from fastdpo.rounds.folder import Run
 from fastdpo.score.rewards import load_packed, response_logps
-from fastdpo.score.stage import Scorer
-from fastdpo.storage import read_parts
+from fastdpo.score.stage import Scorer, score
+from fastdpo.storage import read_json, read_parts, write_json_atomic
+
+
+def evaluate(run: Run, index: int) -> None:
+    """The stages that score a round's policy on held-out prompts, and write its report.
+
+    Round 0 is the model before training.
+    """
+    config, folder, name, stage = (
+        run.config,
+        run.folder(index),
+        f"round-{index:02d}",
+        run.stages.run,
+    )
+    policy, start = run.start_of(index + 1), run.folder(0) / "eval"
+    candidates, scores = folder / "eval" / "candidates", folder / "eval" / "scores"
+    needs = [folder / "train.json"] if index else []
+    if run.heldout:
+        count = config.evaluate.num_samples
+        settings = replace(config.sample, seed=config.seed + 1, num_samples=count)
+        stage(
+            f"{name}/eval-sample",
+            lambda: run.sample(policy, run.heldout, settings, candidates, index),
+            makes=candidates,
+            needs=[Path(policy)],
+        )
+        stage(
+            f"{name}/eval-score",
+            lambda: _score(run, candidates, scores),
+            makes=scores,
+            needs=[candidates, start / "candidates"],
+        )
+        needs += [candidates, scores, start / "candidates", start / "scores"]
+        if index:
+            kl = folder / "eval" / "kl.json"
+            stage(
+                f"{name}/eval-kl",
+                lambda: _measure_kl(run, policy, candidates, kl),
+                makes=kl,
+                needs=[candidates, Path(policy)],
+            )
+            needs.append(kl)
+    stage(
+        f"{name}/report",
+        lambda: _summarize(run, index),
+        makes=folder / "summary.json",
+        needs=needs,
+    )
+
+
+def _score(run: Run, candidates: Path, scores: Path) -> None:
+    scorer = run.config.score.load(run.config.evaluated_by)
+    if scorer.compare is not None:
+        scorer = against_start(scorer, run.folder(0) / "eval" / "candidates")
+    score(scorer, candidates, scores, progress=run.progress)
+
+
+def _measure_kl(run: Run, policy: str, candidates: Path, path: Path) -> None:
+    config = run.config
+    found = kl_to_start(
+        policy,
+        config.model,
+        candidates,
+        dtype=getattr(torch, config.sample.dtype),
+        batch_size=config.score.batch_size,
+    )
+    write_json_atomic(path, found, checksum=True)
+
+
+def _summarize(run: Run, index: int) -> None:
+    config, folder = run.config, run.folder(index)
+    row: dict[str, Any] = {"round": index}
+    if run.heldout:
+        row |= heldout_row(folder / "eval", run.folder(0) / "eval")
+        row |= read_json(folder / "eval" / "kl.json") if index else {}
+    if index:
+        row |= read_json(folder / "train.json")
+        summary = read_json(folder / "pairs.summary.json")
+        row |= {"pairs": summary["pairs"], "dropped": summary["dropped"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / "summary.json", row)
+    rows = report.summarize(run.out)
+    title = f"{config.evaluated_by}, beta={config.train.beta:g}, alpha={config.train.alpha}"
+    report.plot(rows, run.out / "rounds.png", title=title)
 
 
 def against_start(scorer: Scorer, start: Path) -> Scorer:
