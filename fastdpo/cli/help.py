@@ -4,6 +4,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Mapping
 
+from fastdpo.cli.names import table
 from fastdpo.cli.options import Option, meanings_of, options_of
 
 _WIDTH, _INDENT = 100, 34
@@ -11,33 +12,6 @@ _FILES = (
     "Options can stand in a YAML file too, those of a section nested under its name. What the "
     "command line says comes before what a file says."
 )
-# What most people need, by command; a command of few options has none to choose from.
-FIRST = {
-    "iterate": (
-        "model", "prompts", "output_dir", "rounds", "score.scorer", "sample.num_samples",
-        "sample.max_new_tokens", "train.beta", "train.alpha", "train.learning_rate",
-    ),
-    "sample": (
-        "model", "prompts", "output_dir", "num_samples", "max_new_tokens", "temperature", "top_p",
-        "backend", "batch_prompts", "seed",
-    ),
-    "score": (
-        "candidates", "scorer", "output_dir", "batch_size", "dtype", "judge_template", "policy",
-        "previous_model", "api_key_env", "concurrency",
-    ),
-    "pair": (
-        "candidates", "scores", "output", "rule", "min_gap", "max_pairs", "length_penalty",
-        "weights", "drop_truncated", "seed",
-    ),
-    "train": (
-        "model", "dataset", "output_dir", "beta", "alpha", "learning_rate", "num_train_epochs",
-        "batch_size", "max_length", "use_peft",
-    ),
-    "plan": (
-        "model", "gpu_gib", "max_length", "max_tokens", "dtype", "use_peft", "load_in_4bit",
-        "gradient_checkpointing", "activation_offloading", "mlp_tile_tokens",
-    ),
-}  # fmt: skip
 
 
 def overview(commands: Mapping[str, type]) -> str:
@@ -59,7 +33,7 @@ def overview(commands: Mapping[str, type]) -> str:
 def help_of(command: str, config: type) -> str:
     """All options of a command, with their defaults and meanings."""
     options, sections = options_of(config), meanings_of(config)
-    first = [options[name] for name in FIRST.get(command, ())]
+    first = [options[name] for name in table()["first"].get(command, "").split()]
     rest = [x for x in options.values() if x not in first]
     needed = " ".join(f"--{x.name} ..." for x in options.values() if x.required)
     lines = [

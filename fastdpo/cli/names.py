@@ -2,79 +2,22 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
 
 from fastdpo.cli.options import Given, Option
 from fastdpo.errors import ConfigError
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.rounds.old_names import RENAMED, moved, old_names
 
-_MODEL, _SAMPLES = ("{model}, a folder or hub name",), ("{num_samples}, responses to a prompt",)
-_NO_TRUNCATION = ("{max_length}, tokens of prompt and response together, and {overlong}",)
-_ALWAYS_LOGS = (
-    "no option: a run writes every step to metrics/, as JSON lines and for TensorBoard",
-)
-_RESUMES = ("no option: the same command goes on where it stopped; {output_dir} starts anew",)
-_EVALUATES = ("{evaluate}", "no option: sample and score the policy on prompts that were held out")
-_LOSS = ("no option: the loss is length-regularized DPO; fastdpo.objectives has others, for a loop "
-         "of your own",)  # fmt: skip
-# What TRL's and transformers' options are here; of several lines the first whose options exist.
-TRL: dict[str, tuple[str, ...]] = {
-    "model_name_or_path": _MODEL,
-    "model_name": _MODEL,
-    "ref_model": ("{reference}",),
-    "ref_model_name_or_path": ("{reference}",),
-    "sync_ref_model": ("{reference}: average",),
-    "dataset_name": ("{dataset}", "{prompts}"),
-    "train_dataset": ("{dataset}", "{prompts}"),
-    "dataset_train_split": ("{split}",),
-    "per_device_train_batch_size": (
-        "{batch_size}, pairs of a step over all processes, and {max_tokens}, tokens at a time",
-    ),
-    "gradient_accumulation_steps": (
-        "{batch_size}, pairs of a step, which is split by {max_tokens}, tokens at a time",
-    ),
-    "train_batch_size": ("{batch_size}, pairs of an optimizer step",),
-    "max_prompt_length": _NO_TRUNCATION,
-    "max_completion_length": ("{max_new_tokens}", *_NO_TRUNCATION),
-    "truncation_mode": ("{overlong}",),
-    "padding_free": ("{layout}; packed is the default",),
-    "ld_alpha": ("{alpha}, the length penalty",),
-    "loss_type": _LOSS,
-    "label_smoothing": _LOSS,
-    "use_weighting": _LOSS,
-    "lr": ("{learning_rate}",),
-    "lr_scheduler_type": ("no option: a cosine after {warmup_ratio}",),
-    "warmup_steps": ("{warmup_ratio}, a share of the steps",),
-    "max_steps": ("{num_train_epochs}, passes over the pairs",),
-    "optim": ("no option: AdamW, with {weight_decay}",),
-    "torch_dtype": ("{dtype}",),
-    "fp16": ("{bf16}",),
-    "load_in_8bit": ("{load_in_4bit}",),
-    "use_lora": ("{use_peft}",),
-    "lora_dropout": ("no option: adapters have no dropout",),
-    "use_liger_loss": ("no option: the loss is fused already",),
-    "precompute_ref_batch_size": ("{max_tokens}, tokens at a time",),
-    "report_to": _ALWAYS_LOGS,
-    "logging_steps": _ALWAYS_LOGS,
-    "logging_dir": _ALWAYS_LOGS,
-    "logging_strategy": _ALWAYS_LOGS,
-    "run_name": ("{output_dir}, the folder of the run",),
-    "save_strategy": ("{save_steps}, steps between checkpoints",),
-    "save_total_limit": ("no option: a run keeps its last checkpoint",),
-    "resume_from_checkpoint": _RESUMES,
-    "overwrite_output_dir": _RESUMES,
-    "push_to_hub": ("no option: the policy is a folder in {output_dir}",),
-    "eval_strategy": _EVALUATES,
-    "eval_steps": _EVALUATES,
-    "do_eval": _EVALUATES,
-    "data_seed": ("{seed}",),
-    "reward_model_path": ("{scorer}",),
-    "reward_funcs": ("{scorer}",),
-    "judge": ("{scorer}: judge:NAME",),
-    "num_generations": _SAMPLES,
-    "n": _SAMPLES,
-    "use_vllm": ("{backend}: vllm",),
-}
+
+@cache
+def table() -> dict[str, Any]:
+    """``names.yaml``: what comes first in ``--help``, and TRL's names."""
+    return yaml.safe_load((resources.files(__package__) / "names.yaml").read_text())
 
 
 def refuse(unknown: Sequence[Given], command: str, options: Mapping[str, Option]) -> None:
@@ -111,9 +54,7 @@ def _old(command: str, place: str) -> dict[str, str]:
 def _of_trl(name: str, options: Mapping[str, Option]) -> str | None:
     """What stands for an option of TRL, if it is one of those listed."""
     places = {short: f"--{name}" for short, name in _short(options).items()}
-    if "heldout" in places:
-        places["evaluate"] = "the section evaluate: --evaluate.heldout and its other options"
-    for line in TRL.get(name, ()):
+    for line in (x for row in table()["trl"] if name in row["names"].split() for x in row["are"]):
         try:
             return line.format_map(places)
         except KeyError:
