@@ -175,6 +175,11 @@ class IterateConfig:
             pair.check_scorers(len(scorers), offline=pair.replay is not None)
         if pair.fresh_threshold is None:
             return
+        if pair.replay is None:
+            raise ConfigError(
+                f"pair.fresh_threshold={pair.fresh_threshold} needs pair.replay, the pairs that it "
+                "filters"
+            )
         for spec in scorers:
             if spec == "implicit" or spec.startswith("judge:"):
                 raise ConfigError(

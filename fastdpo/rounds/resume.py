@@ -18,13 +18,13 @@ from fastdpo.rounds.config import IterateConfig
 from fastdpo.rounds.old_names import moved, old_names
 from fastdpo.storage import list_parts, read_json, write_json_atomic
 from fastdpo.train.checkpoint import check_directory
-from fastdpo.train.config import FREE
+from fastdpo.train import config as training
 
 # What does not change what a run makes of its prompts.
-_FREE = {
+FREE = {
     "rounds", "output_dir", "sample.server_url", "sample.server_command", "sample.server_timeout",
     "sample.api_key_env", "score.timeout", "score.retries", "score.concurrency",
-    "score.api_key_env", "score.batch_size", *(f"train.{name}" for name in FREE),
+    "score.api_key_env", "score.batch_size", *(f"train.{name}" for name in training.FREE),
 }  # fmt: skip
 _EARLY = {"train.max_length", "train.overlong"}  # of training, but used from the prompts on
 
@@ -107,7 +107,7 @@ class Stages:
             early = (name.startswith("pair.") and "pair" not in used) or (
                 name.startswith("train.") and name not in _EARLY and "train" not in used
             )
-            if name not in _FREE and not early and before.get(name) != value:
+            if name not in FREE and not early and before.get(name) != value:
                 raise ConfigError(
                     f"{self.out} holds a run with {name}={before.get(name)}, not {value}; give the "
                     "same options to go on, or another output_dir to start anew"
