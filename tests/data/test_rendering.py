@@ -27,7 +27,8 @@ from fastdpo.data.rows import (
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model.load import load_tokenizer, stop_ids
 from fastdpo.pair.offline import offline_pairs
-from fastdpo.rounds.run import IterateConfig, split_prompts
+from fastdpo.rounds.config import EvaluateConfig, IterateConfig
+from fastdpo.rounds.inputs import split_prompts
 from fastdpo.sample import stage as sampling
 
 CHATML = (
@@ -524,7 +525,9 @@ def test_a_prompt_is_the_same_however_it_is_written(tmp_path):
     rows: list[dict[str, Any]] = [{"prompt": f"p{i}"} for i in range(8)]
     rows += [{"prompt": [u(f"p{i}")]} for i in range(8)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = IterateConfig(model="m", prompts=str(tmp_path / "p.jsonl"), heldout=4)
+    config = IterateConfig(
+        model="m", prompts=str(tmp_path / "p.jsonl"), evaluate=EvaluateConfig(heldout=4)
+    )
     train, held = split_prompts(config, tokenizer())
 
     def keys(rows: list[Prompt]) -> set[str]:
