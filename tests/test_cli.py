@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -328,10 +332,6 @@ def test_bad_configs_are_typed_errors(bad):
     ids=["shared", "padded", "lora"],
 )
 def test_two_processes_train_like_one(model, tmp_path, options):
-    import os
-    import subprocess
-    import sys
-
     from safetensors.torch import load_file
     from torch.testing import assert_close
 
@@ -374,3 +374,12 @@ def test_plan_says_what_fits(tmp_path, capsys):
     assert "Longest pair on 24 GiB" in out and "2 x   2048 (the model's limit)" in out
     assert main(["plan", f"--model={path}", "--gpu-gib", "0"]) == 2
     assert "gpu_gib=0" in capsys.readouterr().err
+
+
+def test_the_tables_of_options_are_up_to_date():
+    script = Path(__file__).parents[1] / ".ci" / "options.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--check"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, f"run python .ci/options.py: {done.stdout}{done.stderr}"
