@@ -66,6 +66,7 @@ from fastdpo.data.records import Text
 from fastdpo.data.rows import preference_rows, prompt_rows, read_rows, render_prompt
 from fastdpo.errors import ConfigError
 from fastdpo.loss.gemm import has_native_bf16
+from fastdpo.model.identity import dtype_name
 from fastdpo.model.load import load_tokenizer, save_policy
 from fastdpo.pair.config import PairConfig
 from fastdpo.pair.rules import best_worst
@@ -75,7 +76,7 @@ from fastdpo.rounds.config import EvaluateConfig, IterateConfig
 from fastdpo.rounds.old_names import old_names
 from fastdpo.rounds.run import iterate
 from fastdpo.sample.config import SampleConfig
-from fastdpo.sample.stage import SamplingConfig, open_sampler, sample
+from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.score.config import ScoreConfig
 from fastdpo.score.stage import load_scorer, score
 from fastdpo.storage import (
@@ -606,13 +607,14 @@ def reward_row(args: argparse.Namespace) -> dict[str, Any]:
     scorer = load_scorer(str(args.out / "reward"), dtype=dtype)
     pairs = pair_bias(pair_rewards(scorer, tokenizer, held))
     prompts = prompt_rows(read_rows(args.out / "prompts.jsonl"))[: args.bias_prompts]
-    settings = SamplingConfig(
+    settings = SampleConfig(
         num_samples=args.samples,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         batch_prompts=args.batch_prompts,
+        dtype=dtype_name(dtype),
     )
-    with open_sampler(args.model, tokenizer, settings, dtype=dtype) as sampler:
+    with open_sampler(args.model, tokenizer, settings) as sampler:
         sample(sampler, tokenizer, prompts, settings, folder / "candidates", round_index=0)
     score(scorer, folder / "candidates", folder / "scores")
     trained = read_json(args.out / "reward.json")

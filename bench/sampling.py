@@ -32,7 +32,8 @@ import fastdpo
 from fastdpo.data.records import Prompt
 from fastdpo.data.rows import prompt_rows, read_rows, render_prompt
 from fastdpo.model.load import load_causal_lm, load_tokenizer
-from fastdpo.sample.samplers import BACKENDS, GenerateSampler, Sampler, SamplingConfig
+from fastdpo.sample.config import BACKENDS, SampleConfig
+from fastdpo.sample.samplers import GenerateSampler, Sampler
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.storage import read_json, read_parts
 
@@ -90,16 +91,16 @@ class Study:
         ]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.exact = load_causal_lm(args.model, dtype=torch.float32).to(self.device).eval()
-        self.config = SamplingConfig(
+        self.config = SampleConfig(
             num_samples=args.num_samples,
             max_new_tokens=args.max_new_tokens,
             batch_prompts=args.batch_prompts,
-            server_url=None,
+            dtype=args.dtype,
             server_command=args.server_command,
         )
         self.greedy = replace(self.config, temperature=0.0, num_samples=1)
 
-    def open(self, stack: ExitStack, backend: str, config: SamplingConfig) -> Sampler:
+    def open(self, stack: ExitStack, backend: str, config: SampleConfig) -> Sampler:
         url = self.args.server_url if backend == "server" else None
         longest = max(map(len, self.prompt_ids)) + self.args.max_new_tokens
         return stack.enter_context(
@@ -107,7 +108,6 @@ class Study:
                 self.args.model,
                 self.tokenizer,
                 replace(config, backend=backend, server_url=url),
-                dtype=getattr(torch, self.args.dtype),
                 max_length=longest,
             )
         )
@@ -120,7 +120,7 @@ class Study:
         sampler.close()
         return found
 
-    def stage(self, sampler: Sampler, config: SamplingConfig, seed: int) -> tuple[list, dict]:
+    def stage(self, sampler: Sampler, config: SampleConfig, seed: int) -> tuple[list, dict]:
         """Rows and throughput of one whole stage in a folder of its own."""
         with tempfile.TemporaryDirectory() as folder:
             out, config = Path(folder), replace(config, seed=seed)
@@ -277,7 +277,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--backends", default="generate,continuous", help=f"of {', '.join(BACKENDS[1:])}")
     add("--dtype", default="bfloat16" if cuda else "float32", choices=TIES)
     add("--server_url", help="of a running server")
-    add("--server_command", default=SamplingConfig.server_command)
+    add("--server_command", default=SampleConfig.server_command)
     add("--threads", type=int)
     add("--out", type=Path, help="rows are appended to this .jsonl")
     add("--commit", help="the commit to record where there is no repository")

@@ -27,6 +27,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastdpo.errors import ConfigError, require
+
 _log = logging.getLogger(__name__)
 
 _MAX_PAUSE = 60.0  # seconds
@@ -48,7 +50,7 @@ class PassingError(Exception):
 
 @dataclass(frozen=True)
 class Remote:
-    """How servers are asked. Raises ValueError, naming the field, when one is out of its range.
+    """How servers are asked. Raises ConfigError, naming the field, when one is out of its range.
 
     What may pass is tried again: no connection, a connection that breaks off, a timeout, and the
     statuses 408, 425, 429 and 5xx. The pause is `backoff`, doubled each time up to a minute, less
@@ -65,27 +67,26 @@ class Remote:
 
     def __post_init__(self) -> None:
         for name in ("timeout", "backoff"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+            require(self, name, getattr(self, name) > 0, "a finite number above 0")
         for name, least in (("retries", 0), ("concurrency", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+            count = getattr(self, name)
+            require(
+                self, name, type(count) is int and count >= least, f"an int of at least {least}"
+            )
         check_variable(self.api_key_env)
 
     def key(self) -> str | None:
-        """The key, from the environment. Raises ValueError, without it, when there is none."""
+        """The key, from the environment. Raises ConfigError, without it, when there is none."""
         if self.api_key_env is None:
             return None
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
-            raise ValueError(
+            raise ConfigError(
                 f"api_key_env: the environment variable {self.api_key_env} is not set; "
                 "set it to the key"
             )
         if not (key.isascii() and key.isprintable()):
-            raise ValueError(
+            raise ConfigError(
                 f"api_key_env: the environment variable {self.api_key_env} holds a character that "
                 "can't be in a key; set it anew"
             )
@@ -93,23 +94,25 @@ class Remote:
 
 
 def check_variable(name: str | None) -> None:
-    """Raise ValueError unless this is None or can be the name of a key's environment variable.
+    """Raise ConfigError unless this is None or can be the name of a key's environment variable.
 
     Lower case is refused: most keys have some, and a key in its place would be written to disk.
     """
     if name is not None and not _VARIABLE.fullmatch(name):
         # Not shown: it may be the key itself.
-        raise ValueError(
+        raise ConfigError(
             "api_key_env must be the name of an environment variable, in capital letters, "
             "digits and underscores; put the key into that variable"
         )
 
 
-def check_url(url: str) -> None:
-    """Raise ValueError unless a URL is one of HTTP, without a name, a key or a query in it.
+def check_url(url: str, option: str = "") -> None:
+    """Raise ConfigError unless a URL is one of HTTP, without a name, a key or a query in it.
 
-    What follows a # may name a model. A URL that may hold a key is not shown.
+    What follows a # may name a model. A URL that may hold a key is not shown. The message begins
+    with the name of the option, where one is given.
     """
+    named = f"{option}: " if option else ""
     address, _, model = url.partition("#")
     for found, what in (
         ("@" in address, "a name or key before an @"),
@@ -117,18 +120,17 @@ def check_url(url: str) -> None:
         (any(mark in model for mark in "?&="), "a query after its #"),
     ):
         if found:
-            raise ValueError(
-                f"the URL has {what}, which would be written to disk; put the key into an "
+            raise ConfigError(
+                f"{named}the URL has {what}, which would be written to disk; put the key into an "
                 "environment variable and name that in api_key_env"
             )
     try:
         parts = urllib.parse.urlsplit(url)
-        port_is_valid = parts.port is None or parts.port > 0
-    except ValueError as error:
-        raise ValueError(f"{url!r} is not a URL ({error}); write http://host:port/path") from error
-    plain = url.isascii() and url.isprintable() and " " not in url
-    if parts.scheme not in ("http", "https") or not (parts.hostname and port_is_valid and plain):
-        raise ValueError(f"{url!r} is not a URL; write http://host:port/path")
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port
+        valid = False
+    if not (valid and url.isascii() and url.isprintable() and " " not in url):
+        raise ConfigError(f"{named}{url!r} is not a URL; write http://host:port/path")
 
 
 class Stop(threading.Event):

@@ -12,136 +12,25 @@ import gc
 import hashlib
 import logging
 import math
-import shlex
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from fastdpo.errors import ModelError, is_default
+from fastdpo.errors import ModelError
 from fastdpo.model import rope
+from fastdpo.model.identity import dtype_name, policy_digest
 from fastdpo.model.load import end_ids
 from fastdpo.model.noise import random_state_kept
-from fastdpo.remote import check_url, check_variable
+from fastdpo.sample.config import SampleConfig
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 _log = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "generate", "continuous", "vllm", "server")
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How to sample. Raises ValueError, naming the field, when one is out of its range.
-
-    Responses come from exactly this distribution: the top-k, repetition penalty and other settings
-    that a model brings along in its generation config are left out. `batch_prompts` is a part of
-    the plan: another value gives other random numbers. The last four say how a server is reached,
-    and may change between a run and its resumption.
-
-    Attributes:
-        num_samples: responses per prompt.
-        max_new_tokens: tokens of a response, the end token included.
-        temperature: 0 takes the most probable token.
-        top_p: share of the probability that is kept, from the most probable token on.
-        stop: strings that end a response. Its text ends before the first of them, its tokens with
-            the one that completes it.
-        batch_prompts: prompts per part; `num_samples` times as many sequences at once. Continuous
-            batching and vLLM want many, 64 and more; the key-value cache of a part must fit.
-        seed: of all random numbers.
-        backend: "generate" (transformers, padded batches), "continuous" (transformers, paged
-            cache), "vllm" (in this process) or "server" (vLLM's, over HTTP). "auto" is the server
-            if `server_url` is given, else "continuous" on a GPU with flash-attn where a trial
-            works, else "generate"; a GPU's reason for that is logged.
-        server_url: a running server, "http://host:8000"; its model must be the policy. None starts
-            one.
-        server_command: starts a server; {model} becomes the policy, and the arguments of
-            `vllm serve` for host, port, name, dtype, defaults and length are appended.
-        server_timeout: seconds for the responses to one prompt.
-        api_key_env: name of the environment variable with the server's key, in capital letters.
-    """
-
-    num_samples: int = 4
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: Sequence[str] = ()
-    batch_prompts: int = 8
-    seed: int = 0
-    backend: str = "auto"
-    server_url: str | None = None
-    server_command: str = "vllm serve {model}"
-    server_timeout: float = 600.0
-    api_key_env: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "batch_prompts"):
-            value = getattr(self, name)
-            _require(name, value, type(value) is int and value >= 1, "an int of at least 1")
-        _require("seed", self.seed, type(self.seed) is int, "an int")
-        finite = _is_number(self.temperature) and 0 <= self.temperature < float("inf")
-        _require("temperature", self.temperature, finite, "a finite number of at least 0")
-        in_range = _is_number(self.top_p) and 0 < self.top_p <= 1
-        _require("top_p", self.top_p, in_range, "a number above 0 and at most 1")
-        if self.temperature == 0:
-            allowed = "1 with temperature 0, where all samples are the same"
-            _require("num_samples", self.num_samples, self.num_samples == 1, allowed)
-            _require(
-                "top_p", self.top_p, self.top_p == 1, "1 with temperature 0, which draws nothing"
-            )
-        listed = isinstance(self.stop, list | tuple)
-        strings = listed and all(isinstance(x, str) and x for x in self.stop)
-        _require("stop", self.stop, strings, "a list of strings that aren't empty")
-        _require("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
-        self._check_server()
-
-    def _check_server(self) -> None:
-        if self.server_url is not None:
-            _check_server_url(self.server_url)
-            server = self.backend in ("auto", "server")
-            _require("backend", self.backend, server, "'server' or 'auto' with a server_url")
-        try:
-            named = "{model}" in self.server_command and bool(shlex.split(self.server_command))
-        except ValueError:
-            named = False
-        _require("server_command", self.server_command, named, "a command line with {model} in it")
-        positive = _is_number(self.server_timeout) and 0 < self.server_timeout < float("inf")
-        _require("server_timeout", self.server_timeout, positive, "a finite number above 0")
-        check_variable(self.api_key_env)
-        asks = self.backend == "server" or self.server_url is not None
-        for name, used, where in (
-            ("server_command", asks and self.server_url is None, "started"),
-            ("server_timeout", asks, "asked"),
-            ("api_key_env", asks, "asked"),
-        ):
-            idle = not used and not is_default(self, name)
-            allowed = f"left out where no server is {where} for samples, where it has no effect"
-            _require(name, getattr(self, name), not idle, allowed)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _require(name: str, value: Any, valid: bool, allowed: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _check_server_url(url: Any) -> None:
-    _require("server_url", url, isinstance(url, str), "a text, http://host:port")
-    try:
-        check_url(url)
-    except ValueError as error:
-        raise ValueError(f"server_url: {error}") from None
-    if "#" in url:
-        raise ValueError("server_url must have no #, its model is the policy; leave it out")
 
 
 @dataclass(frozen=True)
@@ -196,7 +85,7 @@ class Sampler(Protocol):
     `at_once` how many calls of `generate` may run at the same time, in threads.
     """
 
-    config: SamplingConfig
+    config: SampleConfig
     backend: str
     policy: str | None
     dtype: str | None
@@ -219,41 +108,6 @@ def context_of(model_config: Any) -> int | None:
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
-# What weights are kept in, in the order in which transformers looks for them.
-_WEIGHTS = (("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"))
-
-
-def policy_digest(policy: str) -> str:
-    """What tells a policy's weights from those of another, wherever its folder lies.
-
-    From the checksums in the folder where it has some, else from the names, sizes and last MiB of
-    its weight files; a hub name stands for itself.
-
-    Raises ModelError when a folder has neither.
-    """
-    folder = Path(policy)
-    if not folder.is_dir():
-        return policy
-    digest, sums = hashlib.sha256(), folder / "SHA256SUMS"
-    if sums.is_file():
-        digest.update(sums.read_bytes())
-        return digest.hexdigest()[:16]
-    found = ([x for one in names for x in folder.glob(one) if x.is_file()] for names in _WEIGHTS)
-    paths = next(filter(None, found), None)
-    if paths is None:
-        known = ", ".join(one for names in _WEIGHTS for one in names)
-        raise ModelError(
-            f"{policy} has no file of weights ({known}), so they can't be told from others; name "
-            "the folder that has them"
-        )
-    for path in sorted(paths):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            file.seek(max(0, size - 2**20))
-            digest.update(f"{path.name}/{size}/".encode() + file.read())
-    return digest.hexdigest()[:16]
-
-
 def prompt_seed(seed: int, place: int) -> int:
     """The seed of one prompt of a part, below 2**48: vLLM counts up from it for its samples."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:6], "big")
@@ -263,13 +117,13 @@ def prompt_seed(seed: int, place: int) -> int:
 
 
 def model_sampler(
-    model: Any, tokenizer: Any, config: SamplingConfig
+    model: Any, tokenizer: Any, config: SampleConfig
 ) -> "GenerateSampler | ContinuousSampler":
-    """The sampler of a loaded model: as `config.backend` says, "auto" as `SamplingConfig` has it.
+    """The sampler of a loaded model: as `config.backend` says, "auto" as `SampleConfig` has it.
 
     Raises ModelError when the backend can't be used with a loaded model, or with this one.
     """
-    if config.backend in ("vllm", "server") or config.server_url is not None:
+    if config.backend == "vllm" or config.asks_server:
         raise ModelError(
             "a loaded model can't be sampled by vLLM: give open_sampler its folder, or set backend "
             "to 'generate'"
@@ -284,7 +138,7 @@ def model_sampler(
     return GenerateSampler(model, tokenizer, config)
 
 
-def _why_not_continuous(model: Any, tokenizer: Any, config: SamplingConfig) -> str | None:
+def _why_not_continuous(model: Any, tokenizer: Any, config: SampleConfig) -> str | None:
     """None where continuous batching should pay on a GPU, and a trial of it works."""
     if config.stop:
         return "it can't end a response at a stop string"
@@ -307,7 +161,7 @@ class GenerateSampler:
     at_once = 1
     policy: str | None = None
 
-    def __init__(self, model: Any, tokenizer: Any, config: SamplingConfig) -> None:
+    def __init__(self, model: Any, tokenizer: Any, config: SampleConfig) -> None:
         self.model: Any = model
         rope.attach(model)  # a row's frequencies are its own, whatever else is in the batch
         self.config, self.context = config, context_of(model.config)
@@ -384,7 +238,7 @@ class ContinuousSampler:
     at_once = 1
     policy: str | None = None
 
-    def __init__(self, model: Any, tokenizer: Any, config: SamplingConfig) -> None:
+    def __init__(self, model: Any, tokenizer: Any, config: SampleConfig) -> None:
         try:
             from transformers import ContinuousBatchingConfig  # noqa: F401
         except ImportError as error:
@@ -543,7 +397,7 @@ def _flash_attention(model: Any) -> str | None:
     return "flash_attention_2" if usable and has_flash_attn() else None
 
 
-def _settings(config: SamplingConfig, ends: list[int]) -> "GenerationConfig":
+def _settings(config: SampleConfig, ends: list[int]) -> "GenerationConfig":
     from transformers import GenerationConfig
 
     options: dict[str, Any] = {"do_sample": False}
@@ -613,9 +467,8 @@ class VllmSampler:
         self,
         policy: str,
         ending: Ending,
-        config: SamplingConfig,
+        config: SampleConfig,
         *,
-        dtype: torch.dtype,
         max_length: int | None,
     ) -> None:
         try:
@@ -626,11 +479,11 @@ class VllmSampler:
             ) from error
         self.config, self.ending, self.context = config, ending, max_length
         self.policy: str | None = policy_digest(policy)
-        self.dtype: str | None = dtype_name(dtype)
+        self.dtype: str | None = config.dtype
         try:
             self._llm: Any = LLM(
                 model=policy,
-                dtype=dtype_name(dtype),
+                dtype=config.dtype,
                 max_model_len=max_length,
                 generation_config="vllm",  # its own defaults, not the model's
             )
@@ -677,11 +530,6 @@ class VllmSampler:
                 _log.warning("vLLM's engine didn't end in order: %s", error)
         self._llm = None
         _free()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As vLLM spells it: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def finished(ending: Ending, ids: list[int], reason: Any) -> Output:

@@ -14,16 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fastdpo.model.identity import policy_digest
 from fastdpo.remote import Endpoint, PassingError, Remote, RemoteError, Stop, hidden
+from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.samplers import (
     Ending,
     Output,
-    SamplingConfig,
-    dtype_name,
     finished,
-    policy_digest,
     prompt_seed,
 )
 
@@ -37,9 +34,8 @@ _SEQUENCES = 256  # in flight, so that parts of a few prompts don't leave the se
 def open_server(
     policy: str,
     ending: Ending,
-    config: SamplingConfig,
+    config: SampleConfig,
     *,
-    dtype: torch.dtype,
     max_length: int | None,
     log_path: Path | None,
 ) -> "ServerSampler":
@@ -50,10 +46,10 @@ def open_server(
     key, url, local = _key(Remote(api_key_env=config.api_key_env)), config.server_url, None
     if url is None:
         local = LocalServer(
-            policy, config.server_command, dtype, max_length, key=key, log_path=log_path
+            policy, config.server_command, config.dtype, max_length, key=key, log_path=log_path
         )
         url = local.url
-    sampler = ServerSampler(url, ending, config, dtype=dtype_name(dtype), local=local)
+    sampler = ServerSampler(url, ending, config, local=local)
     try:
         if local is not None:
             local.wait_until(sampler.is_healthy)
@@ -110,9 +106,8 @@ class ServerSampler:
         self,
         url: str,
         ending: Ending,
-        config: SamplingConfig,
+        config: SampleConfig,
         *,
-        dtype: str | None = None,
         local: "LocalServer | None" = None,
     ) -> None:
         remote = Remote(
@@ -120,7 +115,8 @@ class ServerSampler:
         )
         self._endpoint = Endpoint(url.rstrip("/").removesuffix("/v1"), remote)
         self.url = self._endpoint.url
-        self.config, self.ending, self.dtype = config, ending, dtype
+        self.config, self.ending = config, ending
+        self.dtype: str | None = config.dtype
         self.policy: str | None = None
         self.context: int | None = None
         self.vocab: int | None = None  # the server refuses other tokens
@@ -284,7 +280,7 @@ class LocalServer:
         self,
         policy: str,
         command: str,
-        dtype: torch.dtype,
+        dtype: str,
         max_length: int | None,
         *,
         key: str | None = None,
@@ -303,7 +299,7 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{port}"
         arguments = [word.replace("{model}", policy) for word in shlex.split(command)]
         arguments += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", policy]
-        arguments += ["--dtype", dtype_name(dtype), "--generation-config", "vllm"]
+        arguments += ["--dtype", dtype, "--generation-config", "vllm"]
         if max_length is not None:
             arguments += ["--max-model-len", str(max_length)]
         environment = {**os.environ, "VLLM_API_KEY": key} if key else dict(os.environ)

@@ -1,6 +1,6 @@
 """Sampling responses: the first stage of a round.
 
-    config = SamplingConfig(num_samples=8)
+    config = SampleConfig(num_samples=8)
     with open_sampler("policy", tokenizer, config) as sampler:
         sample(sampler, tokenizer, prompt_rows(read_rows("prompts.jsonl")), config, out_dir,
                round_index=1)
@@ -32,17 +32,17 @@ import torch
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.records import Prompt
 from fastdpo.data.rows import render_prompt, warn_of_unread
-from fastdpo.errors import DataError
+from fastdpo.errors import ConfigError, DataError
+from fastdpo.model.identity import policy_digest
 from fastdpo.model.load import end_ids, load_causal_lm, load_config, stop_ids
+from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.samplers import (
     Ending,
     Output,
     Sampler,
-    SamplingConfig,
     VllmSampler,
     context_of,
     model_sampler,
-    policy_digest,
 )
 from fastdpo.sample.server import open_server
 from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic
@@ -50,19 +50,17 @@ from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SamplingConfig", "open_sampler", "sample"]
-
 # Which backend drew the samples is in the plan by the name of the one that "auto" found.
-_UNPLANNED = {"backend", "server_url", "server_command", "server_timeout", "api_key_env"}
+# So is what its weights are kept in.
+_UNPLANNED = {"backend", "dtype", "server_url", "server_command", "server_timeout", "api_key_env"}
 
 
 @contextmanager
 def open_sampler(
     policy: str,
     tokenizer: "PreTrainedTokenizerBase",
-    config: SamplingConfig,
+    config: SampleConfig,
     *,
-    dtype: torch.dtype = torch.bfloat16,
     max_length: int | None = None,
     log_path: Path | None = None,
 ) -> Iterator[Sampler]:
@@ -79,7 +77,7 @@ def open_sampler(
         ModelError: the model or its backend can't be used; says why.
         RemoteError: the server can't be reached, doesn't start, or serves another model.
     """
-    sampler = _open(policy, tokenizer, config, dtype, max_length, log_path)
+    sampler = _open(policy, tokenizer, config, max_length, log_path)
     try:
         yield sampler
     finally:
@@ -89,33 +87,29 @@ def open_sampler(
 def _open(
     policy: str,
     tokenizer: Any,
-    config: SamplingConfig,
-    dtype: torch.dtype,
+    config: SampleConfig,
     max_length: int | None,
     log_path: Path | None,
 ) -> Sampler:
-    server = config.backend == "server" or config.server_url is not None
-    if not server and config.backend != "vllm":
+    if not config.asks_server and config.backend != "vllm":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_causal_lm(policy, dtype=dtype).to(device)
+        model = load_causal_lm(policy, dtype=getattr(torch, config.dtype)).to(device)
         sampler = model_sampler(model, tokenizer, config)
         sampler.policy = policy_digest(policy)
         sampler.context = _shorter(max_length, sampler.context)
         return sampler
     ending, context = _of_folder(policy, tokenizer, config)
     longest = _shorter(max_length, context)
-    if server:
-        return open_server(
-            policy, ending, config, dtype=dtype, max_length=longest, log_path=log_path
-        )
-    return VllmSampler(policy, ending, config, dtype=dtype, max_length=longest)
+    if config.asks_server:
+        return open_server(policy, ending, config, max_length=longest, log_path=log_path)
+    return VllmSampler(policy, ending, config, max_length=longest)
 
 
 def _shorter(*lengths: int | None) -> int | None:
     return min((x for x in lengths if x is not None), default=None)
 
 
-def _of_folder(policy: str, tokenizer: Any, config: SamplingConfig) -> tuple[Ending, int | None]:
+def _of_folder(policy: str, tokenizer: Any, config: SampleConfig) -> tuple[Ending, int | None]:
     """End tokens and context of a model whose weights vLLM loads."""
     model_config = load_config(policy)
     ends = end_ids(stop_ids(policy, tokenizer), tokenizer.eos_token_id)
@@ -126,7 +120,7 @@ def sample(
     source: "PreTrainedModel | Sampler",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Prompt],
-    config: SamplingConfig,
+    config: SampleConfig,
     out_dir: Path,
     *,
     round_index: int,
@@ -146,7 +140,7 @@ def sample(
 
     Raises DataError when there are no prompts; naming the row, when a prompt can't be rendered, has
     no tokens, leaves no room for `max_new_tokens` in the model's context, or has columns that can't
-    be written as JSON; and when `out_dir` holds parts of another plan. ValueError when the sampler
+    be written as JSON; and when `out_dir` holds parts of another plan. ConfigError when the sampler
     was opened with other settings. ModelError and RemoteError as `open_sampler`, at any time.
     """
     from tqdm import tqdm
@@ -158,9 +152,7 @@ def sample(
     for name in ("max_new_tokens", "temperature", "top_p", "stop"):
         mine, its = getattr(config, name), getattr(sampler.config, name)
         if mine != its:
-            raise ValueError(
-                f"{name}={mine!r} is not the sampler's, {its!r}; open it with this one"
-            )
+            raise ConfigError(f"{name}={mine} must be the sampler's, {its}; open it with this one")
     with closing(sampler) if owned else nullcontext():
         with rendering_at((read_plan(out_dir) or {}).get(KEY)) as clock:
             prompt_ids = _render_all(sampler, tokenizer, prompts, config.max_new_tokens)

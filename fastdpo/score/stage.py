@@ -25,8 +25,8 @@ import torch
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.records import Text
 from fastdpo.errors import DataError
+from fastdpo.model.identity import dtype_name, policy_digest
 from fastdpo.remote import Endpoint, Remote, check_url
-from fastdpo.sample.samplers import dtype_name, policy_digest
 from fastdpo.score.rewards import (
     JUDGE_TEMPLATE,
     Judge,

@@ -279,11 +279,12 @@ def test_frequencies_through_a_checkpoint_of_the_module_itself():
 def test_rows_of_a_sampled_batch_and_of_a_reward_model(of):
     from transformers import AutoModelForSequenceClassification
 
-    from fastdpo.sample.samplers import GenerateSampler, SamplingConfig
+    from fastdpo.sample.config import SampleConfig
+    from fastdpo.sample.samplers import GenerateSampler
     from fastdpo.score.rewards import RewardModel
 
     short, long = ids(9, 4), ids(150, 5)
-    config = SamplingConfig(num_samples=1, temperature=0, max_new_tokens=6)
+    config = SampleConfig(num_samples=1, temperature=0, max_new_tokens=6)
 
     def sampled(*prompts):
         sampler = GenerateSampler(build(of, torch.float32), build_tokenizer(), config)

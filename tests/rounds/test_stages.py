@@ -24,7 +24,8 @@ from fastdpo.data.records import Prompt
 from fastdpo.data.rows import Rows, prompt_rows, read_rows
 from fastdpo.errors import DataError
 from fastdpo.pair.stage import best_worst, load_pairs, pair
-from fastdpo.sample.stage import SamplingConfig, sample
+from fastdpo.sample.config import SampleConfig
+from fastdpo.sample.stage import sample
 from fastdpo.score.stage import Scorer, load_scorer, plain_language, score
 
 torch.set_num_threads(1)
@@ -112,7 +113,7 @@ def rows_of(prompts: list[Any], **columns: Any) -> list[Prompt]:
 
 def run_sample(model, tokenizer, out_dir, prompts=PROMPTS, round_index=1, **options):
     options = {"num_samples": 3, "max_new_tokens": 12, "batch_prompts": 2, **options}
-    config = SamplingConfig(**options)
+    config = SampleConfig(**options)
     sample(
         model,
         tokenizer,
@@ -224,7 +225,7 @@ def test_sampled_rows(model, tokenizer, tmp_path):
 
 def test_other_columns_are_kept_and_strings_stay_without_a_template(model, tmp_path):
     plain = make_tokenizer(None)
-    config = SamplingConfig(num_samples=1, max_new_tokens=2)
+    config = SampleConfig(num_samples=1, max_new_tokens=2)
     prompts = rows_of(["The sky"], id=7, tags=["é"])
     sample(model, plain, prompts, config, tmp_path, round_index=1, progress=False)
     (row,) = storage.read_parts(tmp_path)
@@ -380,7 +381,7 @@ def test_sampling_errors_come_before_any_sample(model, tokenizer, tmp_path):
         run_sample(model, tokenizer, tmp_path / "b", [])
     with pytest.raises(DataError, match=r"here, row 0.*no chat template"):
         run_sample(model, make_tokenizer(None), tmp_path / "b", [PROMPTS[2]])
-    prompts, config = rows_of(["Hi"], weight=math.nan), SamplingConfig(max_new_tokens=2)
+    prompts, config = rows_of(["Hi"], weight=math.nan), SampleConfig(max_new_tokens=2)
     with pytest.raises(DataError, match=r"here, row 0.*JSON"):
         sample(model, tokenizer, prompts, config, tmp_path / "b", round_index=1)
     empty = [Prompt("there", "")]
@@ -409,7 +410,7 @@ def test_sampling_errors_come_before_any_sample(model, tokenizer, tmp_path):
 def test_sampling_config_names_what_is_wrong(options):
     name = list(options)[-1]
     with pytest.raises(ValueError, match=rf"{name} must be .*, got {options[name]!r}"):
-        SamplingConfig(**options)
+        SampleConfig(**options)
 
 
 # Scoring

@@ -32,17 +32,17 @@ from bench.sampling import main as bench_main
 from bench.sampling import parting, surprise
 from fastdpo import storage
 from fastdpo.data.rows import Rows, prompt_rows
-from fastdpo.errors import DataError, ModelError
+from fastdpo.errors import ConfigError, DataError, ModelError
+from fastdpo.model.identity import policy_digest
 from fastdpo.model.load import load_causal_lm
 from fastdpo.remote import RemoteError, Stop
+from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.samplers import (
     ContinuousSampler,
     Ending,
     GenerateSampler,
     Output,
-    SamplingConfig,
     model_sampler,
-    policy_digest,
     prompt_seed,
 )
 from fastdpo.sample.server import ServerSampler
@@ -75,20 +75,20 @@ def model(folder):
     return load_causal_lm(str(folder))
 
 
-def config_of(**options: Any) -> SamplingConfig:
-    defaults = {"num_samples": 3, "max_new_tokens": 12, "batch_prompts": 2}
-    return SamplingConfig(**{**defaults, **options})
+def config_of(**options: Any) -> SampleConfig:
+    defaults = {"num_samples": 3, "max_new_tokens": 12, "batch_prompts": 2, "dtype": "float32"}
+    return SampleConfig(**{**defaults, **options})
 
 
-def run(source: Any, tokenizer: Any, out: Path, config: SamplingConfig, prompts=PROMPTS, **options):
+def run(source: Any, tokenizer: Any, out: Path, config: SampleConfig, prompts=PROMPTS, **options):
     rows = prompt_rows(Rows("here", [{"prompt": prompt} for prompt in prompts]))
     options = {"round_index": 1, "progress": False, **options}
     sample(source, tokenizer, rows, config, out, **options)
     return storage.read_parts(out)
 
 
-def run_open(folder: Any, tokenizer: Any, out: Path, config: SamplingConfig, **options: Any):
-    with open_sampler(str(folder), tokenizer, config, dtype=torch.float32) as sampler:
+def run_open(folder: Any, tokenizer: Any, out: Path, config: SampleConfig, **options: Any):
+    with open_sampler(str(folder), tokenizer, config) as sampler:
         return run(sampler, tokenizer, out, config, **options)
 
 
@@ -405,27 +405,31 @@ def test_a_gpu_that_gets_padded_batches_is_told_why(model, tokenizer, caplog, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "fast"}, "backend must be one of .*'fast'"),
-        ({"stop": "x"}, "stop must be a list"),
-        ({"stop": ["x", ""]}, "stop must be a list"),
+        ({"backend": "fast"}, "backend=fast must be one of"),
+        ({"dtype": "int8"}, "dtype=int8 must be one of float32, "),
+        ({"stop": "x"}, "stop=x must be a list"),
+        ({"stop": ["x", ""]}, "stop=.* must be a list"),
+        ({"seed": 1.5}, "seed=1.5 must be an int"),
         ({"server_url": "host:8000"}, "server_url: 'host:8000' is not a URL"),
         ({"server_url": "http://me:secret@host"}, "server_url: the URL has a name or key"),
         ({"server_url": "http://me:secret@host:port"}, "server_url: the URL has a name or key"),
         ({"server_url": "http://host?key=secret"}, "server_url: the URL has a query.*api_key_env"),
         ({"server_url": "http://host#model"}, "server_url must have no #"),
         ({"server_url": "http://host:port"}, "server_url: .*is not a URL"),
-        ({"server_url": 8000}, "server_url must be a text"),
-        ({"server_url": "http://h", "backend": "generate"}, "backend must be 'server' or 'auto'"),
-        ({"server_command": "vllm serve"}, "server_command must be"),
-        ({"server_command": "vllm '{model}"}, "server_command must be"),
-        ({"server_timeout": 0}, "server_timeout must be"),
+        ({"server_url": 8000}, "server_url=8000 must be a text"),
+        ({"server_url": "http://h", "backend": "generate"}, "backend=generate must be 'server' or"),
+        ({"server_command": "vllm serve"}, "server_command=vllm serve must be"),
+        ({"server_command": "vllm '{model}"}, "server_command=.* must be a command line"),
+        ({"server_command": "serve {model}"}, "server_command=.* must be left out"),
+        ({"server_timeout": 0}, "server_timeout=0 must be"),
+        ({"server_timeout": 9.0}, "server_timeout=9.0 must be left out"),
         ({"api_key_env": "sk-secret"}, "api_key_env must be the name"),
         ({"api_key_env": "gsk_secret"}, "api_key_env must be the name"),
     ],
 )
 def test_options_of_samplers_are_checked(options, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        SamplingConfig(**options)
+    with pytest.raises(ConfigError, match=message) as caught:
+        SampleConfig(**options)
     assert "secret" not in str(caught.value)
 
 
@@ -466,9 +470,10 @@ def test_samples_of_another_dtype_are_refused(folder, tokenizer, tmp_path, vllm,
     with serve(folder) as server:
         url = server.url if backend == "server" else None
         config = config_of(backend=backend, server_url=url, max_new_tokens=2)
-        for dtype in (torch.bfloat16, torch.float32):
-            with open_sampler(str(folder), tokenizer, config, dtype=dtype) as sampler:
-                if dtype == torch.bfloat16:
+        for dtype in ("bfloat16", "float32"):
+            config = replace(config, dtype=dtype)
+            with open_sampler(str(folder), tokenizer, config) as sampler:
+                if dtype == "bfloat16":
                     run(sampler, tokenizer, tmp_path, config)
                     storage.part_path(tmp_path, 1).unlink()
                     continue
@@ -478,7 +483,7 @@ def test_samples_of_another_dtype_are_refused(folder, tokenizer, tmp_path, vllm,
 
 def test_a_sampler_of_other_settings_is_refused(folder, tokenizer, tmp_path):
     with open_sampler(str(folder), tokenizer, config_of(stop=["x"])) as sampler:
-        with pytest.raises(ValueError, match=r"stop=\(\) is not the sampler's, \['x'\]"):
+        with pytest.raises(ConfigError, match=r"stop=\[\] must be the sampler's, \['x'\]"):
             run(sampler, tokenizer, tmp_path, config_of())
         run(sampler, tokenizer, tmp_path, config_of(stop=["x"], seed=3, num_samples=1))
 
@@ -833,9 +838,7 @@ def test_a_started_server_samples_and_ends(folder, tokenizer, tmp_path, monkeypa
     monkeypatch.setenv("THE_KEY", "s3cret")
     log = tmp_path / "logs" / "server.log"
     config = config_of(backend="server", server_command=command(), api_key_env="THE_KEY")
-    with open_sampler(
-        str(folder), tokenizer, config, dtype=torch.float32, max_length=100, log_path=log
-    ) as sampler:
+    with open_sampler(str(folder), tokenizer, config, max_length=100, log_path=log) as sampler:
         assert sampler.context == 100
         rows = run(sampler, tokenizer, tmp_path / "a", config)
         pid = pid_in(log)
@@ -881,13 +884,13 @@ def test_a_started_server_that_dies_midway_is_told_with_its_log(
 def test_a_started_server_ends_with_a_killed_process(folder, tmp_path):
     """SIGKILL leaves no time to stop it; memory of a GPU must come free all the same."""
     code = (
-        "import sys, time, torch\n"
+        "import sys, time\n"
         "from fastdpo.model.load import load_tokenizer\n"
-        "from fastdpo.sample.stage import SamplingConfig, open_sampler\n"
+        "from fastdpo.sample.config import SampleConfig\n"
+        "from fastdpo.sample.stage import open_sampler\n"
         "folder, command, log = sys.argv[1:]\n"
-        "config = SamplingConfig(backend='server', server_command=command)\n"
-        "with open_sampler(folder, load_tokenizer(folder), config, dtype=torch.float32,"
-        " log_path=log):\n"
+        "config = SampleConfig(backend='server', dtype='float32', server_command=command)\n"
+        "with open_sampler(folder, load_tokenizer(folder), config, log_path=log):\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(600)\n"
     )
@@ -985,7 +988,7 @@ def test_vllm_is_called_as_published_and_draws_as_its_server(
     (llm,) = vllm.made
     assert llm.options == {
         "model": str(folder),
-        "dtype": "bfloat16",
+        "dtype": "float32",
         "max_model_len": 100,
         "generation_config": "vllm",
     }

@@ -22,9 +22,9 @@ from tiny import GEMMA, GEMMA3, LLAMA, MAMBA, build_tokenizer, save_tiny
 
 from fastdpo import storage
 from fastdpo.errors import DataError, ModelError
+from fastdpo.model.identity import policy_digest
 from fastdpo.model.load import load_causal_lm
 from fastdpo.remote import Endpoint, Remote, RemoteError, Stop
-from fastdpo.sample.samplers import policy_digest
 from fastdpo.score.rewards import JUDGE_TEMPLATE, Judge
 from fastdpo.score.stage import Scorer, check_scored, load_scorer, right_answer, score
 
