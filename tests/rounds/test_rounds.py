@@ -344,7 +344,7 @@ def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_pa
         ({"score__scorer": "no_such_module:f"}, "no_such_module"),
         ({"evaluate__heldout": 10}, "heldout=10"),
         ({"sample__num_samples": 1}, "num_samples=1"),
-        ({"sample__temperature": 0}, "temperature=0"),
+        ({"sample__temperature": 0}, "1 with temperature 0"),
         ({"train__beta": -1}, "beta=-1"),
         ({"train__max_tokens": 2}, "max_tokens=2"),
         ({"sample__max_new_tokens": 64}, "max_new_tokens=64"),
@@ -357,3 +357,15 @@ def test_bad_options_are_one_error_before_any_work(inputs, tmp_path, capsys, cha
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
     assert not (tmp_path / "out" / "round-00").exists()
+
+
+def test_a_run_of_before_sections_says_so(inputs, tmp_path, capsys):
+    """One line, with the new place of every option."""
+    out = tmp_path / "old"
+    out.mkdir()
+    config = {"model": "m", "rounds": 2, "sampler": "auto", "num_samples": 4, "alpha": 0.01}
+    (out / "state.json").write_text(json.dumps({"config": config, "done": ["round-00/report"]}))
+    assert main(arguments(inputs, out)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "holds a run of before options had sections" in error
+    assert "sample: backend (was sampler), num_samples; train: alpha" in error
