@@ -89,8 +89,8 @@ ITERATE = ("iterate", "--model=m", "--prompts=p")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "--model=m"], "needs --dataset"),
-        (["iterate"], "needs --model and --prompts"),
+        (["train", "--model=m"], "--dataset must be given"),
+        (["iterate"], "--model and --prompts must be given"),
         ([*TRAIN, "--max_lenght=1"], "did you mean --max_length?"),
         ([*TRAIN, "--entirely"], "--entirely is no option of fastdpo train"),
         ([*TRAIN, "--beta=much"], "beta=much must be a number"),
@@ -322,7 +322,7 @@ def test_bad_configs_are_typed_errors(bad):
     name, value = bad
     with pytest.raises(ConfigError) as error:
         parse([*ITERATE, f"--{name}={value}"])
-    assert name in str(error.value) and "\n" not in str(error.value)
+    assert name.rpartition(".")[2] in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.slow

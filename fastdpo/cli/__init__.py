@@ -15,15 +15,7 @@ from typing import Any
 from fastdpo import __version__
 from fastdpo.cli import commands, names, stages
 from fastdpo.cli.help import help_of, overview
-from fastdpo.cli.options import (
-    Given,
-    Option,
-    build,
-    options_of,
-    read_arguments,
-    read_file,
-    value_of,
-)
+from fastdpo.cli.options import Given, made, options_of, read_arguments, read_file
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.rounds.config import IterateConfig
 
@@ -56,33 +48,23 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     given = list(read_arguments(rest, options))
     files = [str(x.value) for x in given if x.name == "config"]
     given = [
-        *(x for path in files for x in _of_file(path, command, options)),
+        *(x for path in files for x in _of_file(path, command)),
         *(x for x in given if x.name != "config"),
     ]
     unknown = [x for x in given if x.name not in options]
     if unknown:
         names.refuse(unknown, command, options)
-    values = {x.name: value_of(x, options[x.name]) for x in given}
-    missing = [x for x in options.values() if x.required and x.name not in values]
-    if missing:
-        raise ConfigError(f"fastdpo {command} needs {' and '.join(f'--{x.name}' for x in missing)}")
-    return command, build(config, values)
+    return command, made(config, given)
 
 
-def _of_file(path: str, command: str, options: dict[str, Option]) -> list[Given]:
+def _of_file(path: str, command: str) -> list[Given]:
     """What a file gives to a command; to `plan`, which takes that of a whole run, what it uses."""
-    whole = options_of(IterateConfig)
-    sections = {x.section for x in (whole if command == "plan" else options).values()}
-    found = list(read_file(path, sections - {""}))
     if command != "plan":
-        return found
-    others = {name for config, _ in COMMANDS.values() for name in options_of(config)}
-    kept = []
-    for x in found:
-        name = x.name.removeprefix("train.")
-        if name in options or name not in others:
-            kept.append(x._replace(name=name))
-    return kept
+        return list(read_file(path, COMMANDS[command][0]))
+    own = options_of(commands.PlanCommand)
+    others = {name for config, _ in COMMANDS.values() for name in options_of(config)} - {*own}
+    found = (x._replace(name=x.name.removeprefix("train.")) for x in read_file(path, IterateConfig))
+    return [x for x in found if x.name not in others]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

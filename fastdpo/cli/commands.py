@@ -6,18 +6,15 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import fastdpo
+from fastdpo.cli.options import Given, made, read_file
 from fastdpo.errors import ConfigError
-from fastdpo.pair.config import PairConfig
-from fastdpo.rounds.config import EvaluateConfig, IterateConfig
-from fastdpo.sample.config import SampleConfig
-from fastdpo.score.config import ScoreConfig
+from fastdpo.rounds.config import IterateConfig
 from fastdpo.train.config import TrainConfig
 
 
@@ -109,33 +106,17 @@ def run_demo(config: DemoCommand) -> None:
     from fastdpo.model.load import demo_model
 
     bf16 = torch.cuda.is_available() or has_native_bf16()
-    settings = IterateConfig(
-        model=config.model or demo_model(),
-        prompts=str(resources.files(fastdpo) / "demo_prompts.jsonl"),
-        output_dir=config.output_dir,
-        rounds=2,
-        seed=config.seed,
-        sample=SampleConfig(
-            num_samples=6,
-            max_new_tokens=64,
-            batch_prompts=12,
-            dtype="bfloat16" if bf16 else "float32",
-        ),
-        score=ScoreConfig(scorer="fastdpo.scoring:plain_language"),
-        pair=PairConfig(),
-        train=TrainConfig(
-            alpha=0.01,
-            learning_rate=4e-5,
-            warmup_ratio=0.0,
-            batch_size=4,
-            max_length=256,
-            max_tokens=2048,
-            gradient_checkpointing=False,
-            save_steps=3,
-            bf16=bf16,
-        ),
-        evaluate=EvaluateConfig(heldout=24),
-    )
+    recipe = Path(fastdpo.__file__).parent / "recipes" / "demo.yaml"
+    changes = {
+        "model": config.model or demo_model(),
+        "prompts": str(recipe.with_name("demo_prompts.jsonl")),
+        "output_dir": config.output_dir,
+        "seed": str(config.seed),
+        "sample.dtype": "bfloat16" if bf16 else "float32",
+        "train.bf16": str(bf16),
+    }
+    given = [Given(name, value, "") for name, value in changes.items()]
+    settings = made(IterateConfig, [*read_file(str(recipe), IterateConfig), *given])
     train = settings.train
     print(
         f"two rounds of length-regularized DPO: {settings.model}, beta={train.beta}, "
@@ -182,7 +163,7 @@ def run_doctor(config: DoctorCommand) -> None:
     lines = {
         "fastdpo": fastdpo.__version__,
         "python": platform.python_version(),
-        "torch": torch.fastdpo.__version__,
+        "torch": torch.__version__,
         "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
         "dtype": "bf16 autocast" if fast_bf16 else "bf16 works, but is slow here: set bf16=false",
         "attention": _attention(device),
@@ -202,19 +183,6 @@ def run_doctor(config: DoctorCommand) -> None:
     for package, use in optional.items():
         if importlib.util.find_spec(package) is None:
             print(f"{'missing':>10}  {package}: needed for {use}")
-
-
-def _attention(device: Any) -> str:
-    """What packed attention runs on; `fastdpo.model.attention.route` decides it for each call."""
-    from fastdpo.model.attention import has_flash_attn, varlen_options
-
-    if device.type != "cuda":
-        return "PyTorch SDPA, one call a packed segment"
-    if has_flash_attn():
-        return "flash-attn"
-    if "window_size" in varlen_options():
-        return "PyTorch varlen_attn; SDPA a segment for soft caps and fp32"
-    return "PyTorch SDPA, one call a packed segment: torch 2.11 or flash-attn would be faster"
 
 
 def _attention(device: Any) -> str:

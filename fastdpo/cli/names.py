@@ -17,7 +17,7 @@ from fastdpo.rounds.old_names import RENAMED, moved, old_names
 @cache
 def table() -> dict[str, Any]:
     """``names.yaml``: what comes first in ``--help``, and TRL's names."""
-    return yaml.safe_load((resources.files(__package__) / "names.yaml").read_text())
+    return yaml.safe_load((resources.files("fastdpo.cli") / "names.yaml").read_text())
 
 
 def refuse(unknown: Sequence[Given], command: str, options: Mapping[str, Option]) -> None:

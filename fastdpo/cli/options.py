@@ -7,7 +7,7 @@ the whole and a section both have, as ``seed``, is the whole's, and is said once
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -170,8 +170,8 @@ def _listed(text: str) -> Any:
         return text
 
 
-def read_file(path: str, sections: set[str]) -> Iterator[Given]:
-    """What a YAML file gives, with the names of the sections before those of their options.
+def read_file(path: str, config: type) -> Iterator[Given]:
+    """What a YAML file gives, with the names of the dataclass's sections before their options'.
 
     Raises ConfigError, with the file and the line, when it is no mapping in YAML.
     """
@@ -188,6 +188,8 @@ def read_file(path: str, sections: set[str]) -> Iterator[Given]:
         raise ConfigError(f"{place}: this is no YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: this is no YAML: {str(error).splitlines()[0]}") from error
+
+    sections = {option.section for option in options_of(config).values()} - {""}
 
     def leaves(node: Any, prefix: str) -> Iterator[Given]:
         if not isinstance(node, yaml.MappingNode):
@@ -215,6 +217,20 @@ def value_of(given: Given, option: Option) -> Any:
     except ValueError:
         wanted = kinds_of(option.kind)
         raise ConfigError(f"{given.place}{option.name}={given.value} must be {wanted}") from None
+
+
+def made(config: type, given: Iterable[Given]) -> Any:
+    """The dataclass of options that were given; of one given twice the last counts.
+
+    Raises ConfigError, in one line, for a value of another type, an impossible one, or a missing
+    one.
+    """
+    options = options_of(config)
+    values = {x.name: value_of(x, options[x.name]) for x in given}
+    missing = [f"--{x.name}" for x in options.values() if x.required and x.name not in values]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given")
+    return build(config, values)
 
 
 def build(config: type, values: Mapping[str, Any], prefix: str = "") -> Any:

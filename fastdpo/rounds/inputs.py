@@ -37,9 +37,9 @@ def check_inputs(config: IterateConfig) -> None:
     config.score.check_servers(config.all_scorers)
     for spec in dict.fromkeys(config.all_scorers):
         scorer = config.score.load(spec, config.model, config.score.previous_model)
-        rows: list[Any] = [*held] if spec == config.evaluated_by else []
-        if spec in config.score.scorers:
-            rows += [*prompts, *(replayed if config.scores_offline else [])]
+        rows: list[Any] = [*prompts] if spec in config.score.scorers else []
+        rows += held if spec == config.evaluated_by else []
+        rows += replayed if spec in config.score.scorers and config.scores_offline else []
         check_columns(scorer, ((row.where, row.extra) for row in rows))
         del scorer
     for name in models:
