@@ -22,7 +22,8 @@ from bench import architectures
 from bench.sweep import VARIANTS, Case, random_pairs
 from fastdpo.data.batch import LAYOUTS, TokenizedPair
 from fastdpo.errors import ModelError
-from fastdpo.train.trainer import TrainingConfig, train
+from fastdpo.train.config import TrainConfig
+from fastdpo.train.trainer import train
 
 TABLE = Path(__file__).with_name("LOG2.md")
 _LLAMAS = ("linear", "dynamic", "yarn", "llama3")
@@ -81,7 +82,7 @@ def worst(
 ) -> float:
     """Largest distance of a loss from log 2 over three epochs."""
     losses: list[float] = []
-    config = TrainingConfig(
+    config = TrainConfig(
         **{
             "alpha": 0.0, "beta": 0.5, "learning_rate": 1e-12, "num_train_epochs": 3,
             "batch_size": 2, "max_length": 256, "max_tokens": 600, "reference_cache": None,

@@ -37,7 +37,7 @@ GOLD = "fp32, each sequence alone"  # no variant, but what their first steps are
 
 
 class Variant(NamedTuple):
-    """`settings` are of `TrainingConfig`, or of TRL's `DPOConfig` where it is a peer."""
+    """`settings` are of `TrainConfig`, or of TRL's `DPOConfig` where it is a peer."""
 
     name: str
     kind: str
@@ -184,14 +184,15 @@ def planned(pairs: list[TokenizedPair], batch_size: int, seed: int) -> list[list
 
 
 def train_fastdpo(job: dict[str, Any], turns: Turns) -> None:
-    from fastdpo.train.trainer import TrainingConfig, train
+    from fastdpo.train.config import TrainConfig
+    from fastdpo.train.trainer import train
 
     def on_step(row: dict[str, float]) -> None:
         found = {name: row[name] for name in METRICS}
         turns.end({**found, "tokens": row["num_tokens"], "fill_rate": row["fill_rate"]})
 
     lora = job["lora"]
-    config = TrainingConfig(
+    config = TrainConfig(
         beta=job["beta"],
         alpha=0.0,  # the length penalty is fastdpo's only; without it the losses are one function
         learning_rate=job["learning_rate"],

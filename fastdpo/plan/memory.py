@@ -37,7 +37,8 @@ from fastdpo.loss.streaming import Block, Grads, Head, Needs, Rows, Stash
 from fastdpo.model import attention, balance, head, longcontext
 from fastdpo.model import prepare as policy
 from fastdpo.model.load import check_folder, refuse_quantized
-from fastdpo.train.trainer import TrainingConfig, with_adapters
+from fastdpo.train.config import TrainConfig
+from fastdpo.train.trainer import with_adapters
 
 GIB = 2**30
 # Of a GPU's memory, a CUDA context with its libraries takes this, and of the rest the caching
@@ -101,7 +102,7 @@ def _gib(size: float) -> str:
 
 def estimate(
     model: Any,
-    config: TrainingConfig,
+    config: TrainConfig,
     *,
     prompt: int,
     response: int,
@@ -250,7 +251,7 @@ def usable_bytes(gpu_gib: float) -> int:
     return int((gpu_gib - CONTEXT_GIB) * ALLOCATED_SHARE * GIB)
 
 
-def longest_pair(model: Any, config: TrainingConfig, gpu_gib: float) -> Fit:
+def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
     """The longest pairs that a GPU can train on, as configured and with what saves memory.
 
     A pair is 2 x N tokens: a prompt of N / 4 and two responses of the rest, alone in its
@@ -592,7 +593,7 @@ def _quantize(model: nn.Module) -> None:
 class _Simulation:
     """One model with one set of options, on a GPU of ``gpu_gib`` or a CPU (0); many steps."""
 
-    def __init__(self, configuration: Any, config: TrainingConfig, gpu_gib: float) -> None:
+    def __init__(self, configuration: Any, config: TrainConfig, gpu_gib: float) -> None:
         self.config, self.gpu_gib = config, gpu_gib
         self.device = device = "cuda" if gpu_gib else "cpu"
         # What these find out once is for real calls.

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdpo.data.batch import (
-    LAYOUTS,
     Layout,
     PackedPairs,
     TokenizedPair,
@@ -35,8 +34,8 @@ from fastdpo.data.batch import (
     plan_steps,
     share_step,
 )
-from fastdpo.data.rows import OVERLONG, counted, fit_to_budget
-from fastdpo.errors import ConfigError, ModelError, require, require_used
+from fastdpo.data.rows import counted, fit_to_budget
+from fastdpo.errors import ConfigError, ModelError
 from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.model import balance
 from fastdpo.model.adapters import (
@@ -60,144 +59,22 @@ from fastdpo.model.prepare import check_range, layout_of, packed_loss, prepare_m
 from fastdpo.storage import read_json, write_json_atomic
 from fastdpo.train import ref_logps
 from fastdpo.train.checkpoint import load_checkpoint, save_checkpoint
+from fastdpo.train.config import FREE, TrainConfig, check_control
 from fastdpo.train.control import LengthController
 from fastdpo.train.metrics import MetricsLog, read_metrics
 from fastdpo.train.ref_logps import cache_key, pairs_digest, weights_digest
 
 _log = logging.getLogger(__name__)
-_CHOICES = {
-    "overlong": OVERLONG,
-    "layout": ("auto", *LAYOUTS),
-    "impl": ("auto", "triton", "torch"),
-    "dtype": ("float32", "bfloat16"),
-}
 CONTROL = "control.json"  # the state of alpha=auto at the end
 _SUMS = ("loss", "preference_loss")  # metrics that are a step's share of a sum over pairs
 _COVARIANCE = "covariance"  # of margins and lengths, for alpha=auto
 FITTED = "fitted.json"  # how many pairs were too long
-# What does not change the weights that come out.
-FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
-
-
-@dataclass
-class TrainingConfig:
-    """Hyper-parameters of a round; names are TRL's where TRL has them.
-
-    Attributes:
-        beta: strength of the KL penalty.
-        alpha: length penalty per token, not multiplied by beta; 0 is plain DPO. "auto" holds the
-            mean response length at `target_length`, see `fastdpo.train.control`.
-        target_length: tokens that alpha="auto" holds; by default the mean length of the samples
-            that the first round starts with.
-        learning_rate: peak of the cosine schedule.
-        warmup_ratio: share of the steps that warm up linearly.
-        weight_decay: AdamW's.
-        max_grad_norm: gradient norm that is clipped to.
-        num_train_epochs: passes over the pairs.
-        batch_size: pairs of an optimizer step, over all processes and micro-batches.
-        max_length: tokens of prompt and response kept, from the start.
-        max_tokens: tokens of a micro-batch.
-        overlong: what becomes of a pair over max_length or max_tokens: "truncate" keeps the start
-            of its responses, "drop" leaves it out and counts it, "stop" is an error.
-        layout: "shared" computes a pair's prompt once, "packed" twice, "padded" gives each sequence
-            a row; "auto" takes the first that the model computes exactly.
-        precompute_ref_log_probs: compute the reference once, before training; otherwise in every
-            step, with a copy of the model in memory (none with use_peft).
-        reference_cache: folder that keeps reference log-probs for other runs on the same pairs.
-        dtype: of the weights, "float32" or "bfloat16"; the optimizer's state has the same. Small
-            steps are lost in bfloat16 weights: it is for frozen ones, under use_peft.
-        gradient_checkpointing: recompute activations in the backward.
-        bf16: compute in bf16 under autocast.
-        save_steps: optimizer steps between checkpoints.
-        workspace_mib: bound on the head's tiles and stash; default 1/32 of a GPU's memory
-            and at least 256, which is a CPU's.
-        impl: of the head: "triton", "torch", or "auto" for what the device has.
-        activation_offloading: keep what the backward needs in CPU memory.
-        mlp_tile_tokens: tokens that go through an MLP at a time; bounds its activations.
-        use_liger_kernel: Liger's RMSNorm, RoPE and SwiGLU, on this model only.
-        use_peft: train LoRA adapters; the reference is the model with them off.
-        lora_r, lora_alpha, lora_target_modules: as in PEFT; by default all linear layers but the
-            head.
-        lora_target_parameters: experts and routers that are parameters, as in PEFT; by default all
-            of them, or none where lora_target_modules names layers.
-        load_in_4bit: QLoRA, frozen weights in NF4; needs use_peft.
-        router_aux_loss_coef: of the balancing loss that a mixture of experts has, added to the
-            loss; 0 is none. By default the model's own where its configuration has
-            output_router_logits.
-        seed: order of the pairs.
-    """
-
-    beta: float = 0.1
-    alpha: float | str = 0.01
-    target_length: float | None = None
-    learning_rate: float = 1e-6
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    num_train_epochs: int = 1
-    batch_size: int = 32
-    max_length: int = 1024
-    max_tokens: int = 4096
-    overlong: str = "truncate"
-    layout: str = "auto"
-    precompute_ref_log_probs: bool = True
-    reference_cache: str | None = "~/.cache/fastdpo/ref_logps"
-    dtype: str = "float32"
-    gradient_checkpointing: bool = True
-    bf16: bool = True
-    save_steps: int = 50
-    workspace_mib: float | None = None
-    impl: str = "auto"
-    activation_offloading: bool = False
-    mlp_tile_tokens: int | None = None
-    use_liger_kernel: bool = False
-    use_peft: bool = False
-    lora_r: int = 16
-    lora_alpha: float = 32.0
-    lora_target_modules: list[str] | None = None
-    lora_target_parameters: list[str] | None = None
-    load_in_4bit: bool = False
-    router_aux_loss_coef: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "learning_rate", "max_grad_norm"):
-            require(self, name, getattr(self, name) > 0, "> 0")
-        for name in ("num_train_epochs", "batch_size", "save_steps"):
-            require(self, name, getattr(self, name) >= 1, ">= 1")
-        for name in ("weight_decay", "seed"):
-            require(self, name, getattr(self, name) >= 0, ">= 0")
-        known = self.alpha == "auto" or isinstance(self.alpha, int | float)
-        require(self, "alpha", known, "a finite number or auto")
-        if self.target_length is not None:
-            valid = self.alpha == "auto" and 0 < self.target_length < math.inf
-            require(self, "target_length", valid, "a finite number > 0, and needs alpha=auto")
-        require(self, "warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
-        require(self, "max_length", self.max_length >= 2, ">= 2 (a prompt and a response token)")
-        require(self, "max_tokens", self.max_tokens >= 3, ">= 3 (a prompt and two responses)")
-        for name, choices in _CHOICES.items():
-            require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        require(self, "lora_r", self.lora_r >= 1, ">= 1")
-        require(self, "lora_alpha", self.lora_alpha > 0, "> 0")
-        if self.mlp_tile_tokens is not None:
-            require(self, "mlp_tile_tokens", self.mlp_tile_tokens >= 1, ">= 1")
-        # Its linear layers compute in bf16, whatever is around them.
-        fits = (self.use_peft and self.bf16) or not self.load_in_4bit
-        require(self, "load_in_4bit", fits, "false without use_peft and bf16")
-        if self.router_aux_loss_coef is not None:
-            require(self, "router_aux_loss_coef", self.router_aux_loss_coef >= 0, ">= 0")
-        if self.workspace_mib is not None:
-            require(self, "workspace_mib", self.workspace_mib > 0, "> 0")
-        for name in ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters"):
-            require_used(self, name, self.use_peft, "use_peft be true")
-        cached = self.precompute_ref_log_probs or self.reference_cache is None
-        require_used(self, "reference_cache", cached, "precompute_ref_log_probs be true")
 
 
 def check_model(
     name: str,
     tokenizer: Any,
-    config: TrainingConfig,
+    config: TrainConfig,
     tokens: Iterable[tuple[str, Sequence[int]]],
 ) -> None:
     """Refuse a model or options that `train` would refuse, before samples are drawn for it.
@@ -214,7 +91,7 @@ def check_model(
             check_range(model, max(ids, default=0), 0, f"{where}: the", "")
 
 
-def load_start(start: Any, config: TrainingConfig, device: torch.device) -> Any:
+def load_start(start: Any, config: TrainConfig, device: torch.device) -> Any:
     """The model that training starts from, on its device, as the options have its weights.
 
     Raises:
@@ -246,7 +123,7 @@ def load_start(start: Any, config: TrainingConfig, device: torch.device) -> Any:
     return start.to(device)
 
 
-def with_adapters(model: Any, config: TrainingConfig) -> Any:
+def with_adapters(model: Any, config: TrainConfig) -> Any:
     """The model, or with ``use_peft`` its new adapters around it."""
     if not config.use_peft:
         return model
@@ -260,7 +137,7 @@ def with_adapters(model: Any, config: TrainingConfig) -> Any:
     )
 
 
-def prepare_policy(model: Any, config: TrainingConfig) -> nn.Module:
+def prepare_policy(model: Any, config: TrainConfig) -> nn.Module:
     """Everything that the options patch onto a model: adapters, layout, head, memory."""
     model = with_adapters(model, config)
     if config.dtype == "bfloat16" and not config.use_peft:
@@ -287,7 +164,7 @@ def train(
     model: Any,
     tokenizer: Any,
     pairs: Sequence[TokenizedPair],
-    config: TrainingConfig,
+    config: TrainConfig,
     out: Path,
     *,
     reference: str | Path | None = None,
@@ -327,19 +204,6 @@ def train(
     ).run()
 
 
-def check_control(config: TrainingConfig, reference: str | Path | None) -> None:
-    """Raises ConfigError when alpha is to be found on the way and the reference is not the start.
-
-    The controller reads from the log-ratios how far a round has moved, which they tell only from
-    where it began (`fastdpo.train.control`).
-    """
-    if config.alpha == "auto" and reference is not None:
-        raise ConfigError(
-            f"alpha=auto needs the round's start as its reference, not reference={reference}; "
-            "leave reference out, or give alpha a number"
-        )
-
-
 class _Round:
     """The state of one round; `run` reads from top to bottom."""
 
@@ -348,7 +212,7 @@ class _Round:
         model: Any,
         tokenizer: Any,
         pairs: Sequence[TokenizedPair],
-        config: TrainingConfig,
+        config: TrainConfig,
         out: Path,
         reference: str | Path | None,
         control: LengthController | None,
@@ -478,7 +342,7 @@ class _Round:
             return None
         off: dict[str, Any] = {
             field.name: field.default
-            for field in fields(TrainingConfig)
+            for field in fields(TrainConfig)
             if field.name in ("use_peft", "load_in_4bit") or field.name.startswith("lora_")
         }
         off["router_aux_loss_coef"] = 0.0
@@ -563,7 +427,7 @@ class _Round:
 
     def _claim_folder(self) -> None:
         """Write what this run is, or refuse a folder that holds another one."""
-        names = {field.name for field in fields(TrainingConfig)} - FREE
+        names = {field.name for field in fields(TrainConfig)} - FREE
         run = {name: value for name, value in asdict(self.config).items() if name in names}
         named = isinstance(self.start, str | Path)
         run["model"] = str(self.start) if named else weights_digest(self.start)
@@ -849,7 +713,7 @@ def _check_accelerator(accelerator: Any) -> Any:
     return accelerator
 
 
-def _cosine(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int) -> Any:
+def _cosine(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
     """Linear warm-up to the peak, then half a cosine.
 
     The first step is at ``peak / warmup`` rather than at zero, so that no step is wasted and a run

@@ -28,8 +28,9 @@ from fastdpo.model.adapters import (
     trainable_share,
 )
 from fastdpo.model.prepare import packed_loss, prepare_model
+from fastdpo.train.config import TrainConfig
 from fastdpo.train.metrics import read_metrics
-from fastdpo.train.trainer import TrainingConfig, prepare_policy, train
+from fastdpo.train.trainer import prepare_policy, train
 
 PAIRS = [
     TokenizedPair([5, 6, 7], [8, 9, 10, 11], [12, 13]),
@@ -117,12 +118,12 @@ def test_the_balancing_loss_is_that_of_the_models_own_forward(family, layout, ch
         torch.testing.assert_close(parameter.grad, gradients[name], **close, msg=name)
 
 
-def options(**changes: Any) -> TrainingConfig:
+def options(**changes: Any) -> TrainConfig:
     defaults: dict[str, Any] = dict(
         batch_size=3, max_length=64, max_tokens=20, bf16=False, learning_rate=1e-3, alpha=0.0,
         reference_cache=None, warmup_ratio=0.0,
     )  # fmt: skip
-    return TrainingConfig(**{**defaults, **changes})
+    return TrainConfig(**{**defaults, **changes})
 
 
 @pytest.mark.parametrize(("layout", "budget"), [("shared", 20), ("padded", 28)])
@@ -231,7 +232,7 @@ def _doubled(output: Any) -> Any:
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_an_impossible_coefficient_is_refused(value):
     with pytest.raises(ConfigError, match="router_aux_loss_coef"):
-        TrainingConfig(router_aux_loss_coef=value)
+        TrainConfig(router_aux_loss_coef=value)
 
 
 # ------------------------------------------------------------------------------------------- LoRA

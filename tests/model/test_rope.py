@@ -16,7 +16,8 @@ from fastdpo.errors import ModelError
 from fastdpo.loss import reference
 from fastdpo.model import rope
 from fastdpo.model.prepare import layout_of, packed_loss, prepare_model
-from fastdpo.train.trainer import TrainingConfig, train
+from fastdpo.train.config import TrainConfig
+from fastdpo.train.trainer import train
 
 VOCAB, SWITCH = 320, 64
 SIZES = dict(
@@ -239,7 +240,7 @@ def test_every_loss_is_log_2_while_nothing_is_learnt(tmp_path):
     tokenizer.save_pretrained(path)
     losses, made = [], []
     for name, seed in (("first", 0), ("other plan", 1)):
-        config = TrainingConfig(
+        config = TrainConfig(
             batch_size=3, max_length=256, max_tokens=420, bf16=False, alpha=0.0, beta=0.5,
             seed=seed, learning_rate=1e-12, num_train_epochs=3,
             reference_cache=str(tmp_path / "cache"),

@@ -35,8 +35,9 @@ from fastdpo.plan.memory import longest_pair
 from fastdpo.sample.samplers import GenerateSampler
 from fastdpo.storage import read_parts
 from fastdpo.train import trainer
+from fastdpo.train.config import TrainConfig
 from fastdpo.train.metrics import read_metrics
-from fastdpo.train.trainer import TrainingConfig, load_start, train
+from fastdpo.train.trainer import load_start, train
 
 DATED = "Today is {{ strftime_now('%d %b %Y, %H:%M') }}.\n" + CHAT_TEMPLATE
 FAST = ["--bf16=false", "--batch_size=2", "--max_length=256", "--max_tokens=1024", "--save_steps=1",
@@ -246,7 +247,7 @@ def test_a_quantized_model_in_memory_is_refused(model):
     except Exception as error:  # where bitsandbytes does not run
         pytest.skip(str(error))
     with pytest.raises(ModelError, match=r"LlamaForCausalLM.* quantized weights \(bitsandbytes\)"):
-        load_start(quantized, TrainingConfig(), torch.device("cpu"))
+        load_start(quantized, TrainConfig(), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------- tokens without an embedding
@@ -321,7 +322,7 @@ def train_all(model, folder):
             reference_cache=None, gradient_checkpointing=False, warmup_ratio=0,
         ) | changes  # fmt: skip
         reference = model if options.pop("reference", False) else None
-        tokenizer, config = load_tokenizer(str(model)), TrainingConfig(**options)
+        tokenizer, config = load_tokenizer(str(model)), TrainConfig(**options)
         pairs, out = random_pairs(count), folder / name
         train(str(model), tokenizer, pairs, config, out, reference=reference, progress=False)
 
@@ -386,7 +387,7 @@ def test_a_reference_that_takes_pairs_otherwise_is_refused(families, change, pro
     pairs = [TokenizedPair([5] * 4, [6] * 4, [7] * 9), TokenizedPair([5] * 4, [6] * 2, [7] * 8)]
     options = {"bf16": False, "max_length": 64, "max_tokens": 64, "reference_cache": None}
     tokenizer = load_tokenizer(str(start))
-    config = TrainingConfig(**(options | change))
+    config = TrainConfig(**(options | change))
     with pytest.raises(ConfigError, match=problem):
         train(
             str(start), tokenizer, pairs, config, tmp_path / "o", reference=str(other),
@@ -414,7 +415,7 @@ def test_what_is_saved_is_what_was_loaded(model, tmp_path):
     )  # fmt: skip
     assert main(arguments(tmp_path, tmp_path / "run", **options)) == 0
     memory = AutoModelForCausalLM.from_pretrained(start)
-    config = TrainingConfig(reference_cache=None, bf16=False, max_length=64, max_tokens=128)
+    config = TrainConfig(reference_cache=None, bf16=False, max_length=64, max_tokens=128)
     train(
         memory, load_tokenizer(str(start)), random_pairs(2), config, tmp_path / "m", progress=False
     )
@@ -442,7 +443,7 @@ def test_what_could_not_be_saved_is_refused_before_the_work(model, tmp_path, by_
     else:
         assert by_name
         pytest.skip("this transformers saves what it has loaded")
-    config = TrainingConfig(reference_cache=None, bf16=False)
+    config = TrainConfig(reference_cache=None, bf16=False)
     given: Any = start if by_name else memory
     with pytest.raises(ModelError, match=r"generation_config.json; correct .*temperature"):
         train(given, build_tokenizer(), random_pairs(2), config, tmp_path / "m", progress=False)
@@ -455,7 +456,7 @@ def test_a_start_without_all_its_weights_is_refused(model, tmp_path, load_in_4bi
     weights = load_file(start / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, start / "model.safetensors", {"format": "pt"})
-    config = TrainingConfig(use_peft=load_in_4bit, load_in_4bit=load_in_4bit)
+    config = TrainConfig(use_peft=load_in_4bit, load_in_4bit=load_in_4bit)
     with pytest.raises(ModelError, match=r"lacks 1 .* model.layers.1.mlp.up_proj.weight; name"):
         load_start(str(start), config, torch.device("cpu"))
 
@@ -463,7 +464,7 @@ def test_a_start_without_all_its_weights_is_refused(model, tmp_path, load_in_4bi
 def test_the_text_model_of_a_larger_start_is_said_to_be_all_that_is_kept(tmp_path, caplog):
     settings = architectures.config("mllama")
     MllamaForConditionalGeneration(settings).save_pretrained(tmp_path)
-    load_start(str(tmp_path), TrainingConfig(), torch.device("cpu"))
+    load_start(str(tmp_path), TrainConfig(), torch.device("cpu"))
     load_causal_lm(str(tmp_path))
     [record] = [x for x in caplog.records if x.name == "fastdpo.model.load"]
     assert "weights of model=" in record.getMessage() and "multi_modal" in record.getMessage()
@@ -506,7 +507,7 @@ def test_a_file_of_a_start_that_is_wrong_is_one_error(model, tmp_path, file, cha
 def test_a_model_in_memory_need_not_generate(model):
     memory = AutoModelForCausalLM.from_pretrained(model)
     del memory.generation_config
-    assert load_start(memory, TrainingConfig(), torch.device("cpu")) is memory
+    assert load_start(memory, TrainConfig(), torch.device("cpu")) is memory
 
 
 def test_files_given_with_the_policy_win(model, tmp_path):
@@ -546,7 +547,7 @@ def test_what_may_be_a_hub_name_is_asked_for(tmp_path, monkeypatch):
 
 def test_a_plan_without_peft_leaves_lora_out(model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    config = TrainingConfig(max_length=64, max_tokens=256)
+    config = TrainConfig(max_length=64, max_tokens=256)
     found = longest_pair(str(model), config, 24.0)
     assert found.options and not any("use_peft" in option.changes for option in found.options)
     assert "use_peft is left out: it needs peft" in str(found)

@@ -14,7 +14,7 @@ from fastdpo.model import balance
 from fastdpo.model.adapters import add_lora
 from fastdpo.model.prepare import layout_of, packed_loss, prepare_model
 from fastdpo.plan.memory import estimate, longest_pair, usable_bytes
-from fastdpo.train.trainer import TrainingConfig
+from fastdpo.train.config import TrainConfig
 
 # Large enough for activations to count beside weights, small enough for seconds.
 _SIZES: dict[str, Any] = dict(
@@ -36,7 +36,7 @@ def configuration(family: str, **changes: Any) -> Any:
     return getattr(transformers, f"{family}Config")(**{**_SIZES, **_EXTRA[family], **changes})
 
 
-def measured_peak(sizes: Any, config: TrainingConfig) -> int:
+def measured_peak(sizes: Any, config: TrainConfig) -> int:
     """Most bytes alive in a real run of two optimizer steps, its model included."""
     Stash._idle.clear()
     gc.collect()
@@ -52,7 +52,7 @@ def measured_peak(sizes: Any, config: TrainingConfig) -> int:
     return peak
 
 
-def _train(sizes: Any, config: TrainingConfig) -> None:
+def _train(sizes: Any, config: TrainConfig) -> None:
     """The steps of `fastdpo.train.trainer`, two micro-batches each unless the batch is one."""
     model: Any = transformers.AutoModelForCausalLM.from_config(
         sizes, dtype=getattr(torch, config.dtype)
@@ -105,7 +105,7 @@ def _train(sizes: Any, config: TrainingConfig) -> None:
     ],
 )
 def test_the_peak_of_a_real_step(family, options):
-    config = TrainingConfig(**{"max_tokens": 1100, **options})
+    config = TrainConfig(**{"max_tokens": 1100, **options})
     found = estimate(configuration(family), config, prompt=PROMPT, response=RESPONSE, device="cpu")
     wanted = measured_peak(configuration(family), config)
     # Observed within 1%; what is asked for is 10%.
@@ -113,7 +113,7 @@ def test_the_peak_of_a_real_step(family, options):
 
 
 def cuda(family: str = "Llama", **options: Any) -> Any:
-    config = TrainingConfig(**{"max_tokens": 2000, **options})
+    config = TrainConfig(**{"max_tokens": 2000, **options})
     return estimate(configuration(family), config, prompt=512, response=256)
 
 
@@ -143,25 +143,25 @@ def test_a_shared_prompt_saves_memory():
 def test_steps_do_not_leave_anything_behind():
     import fastdpo.plan.memory as memory
 
-    simulation = memory._Simulation(configuration("Llama"), TrainingConfig(), 24.0)
+    simulation = memory._Simulation(configuration("Llama"), TrainConfig(), 24.0)
     assert simulation.step(200, 300) == simulation.step(200, 300)
 
 
 def test_real_calls_get_no_buffer_of_a_simulated_one():
     Stash._idle.clear()
-    estimate(configuration("Llama"), TrainingConfig(), prompt=64, response=64, device="cpu")
+    estimate(configuration("Llama"), TrainConfig(), prompt=64, response=64, device="cpu")
     assert not Stash._idle
 
 
 def test_longest_pair_fits_and_a_longer_one_does_not():
     sizes = configuration("Llama", max_position_embeddings=2**15, num_hidden_layers=1)
-    config = TrainingConfig(gradient_checkpointing=False)
+    config = TrainConfig(gradient_checkpointing=False)
     found = longest_pair(sizes, config, 0.8)
     prompt = found.longest // 4
     assert 0 < found.longest < found.limit
 
     def peak(length: int) -> int:
-        whole = TrainingConfig(gradient_checkpointing=False, max_tokens=length)
+        whole = TrainConfig(gradient_checkpointing=False, max_tokens=length)
         return estimate(sizes, whole, prompt=prompt, response=length - prompt).peak
 
     assert peak(found.longest) == found.estimate.peak <= found.usable
@@ -181,11 +181,11 @@ def test_memory_of_no_gpu(gpu_gib):
 def test_a_gpu_too_small_for_the_weights():
     sizes = configuration("Llama", vocab_size=400_000, hidden_size=512)
     with pytest.raises(ConfigError, match=r"^gpu_gib=0.7 is too small for this model whatever"):
-        longest_pair(sizes, TrainingConfig(), 0.7)
+        longest_pair(sizes, TrainConfig(), 0.7)
 
 
 def test_bad_input(tmp_path):
-    config, sizes = TrainingConfig(), configuration("Llama")
+    config, sizes = TrainConfig(), configuration("Llama")
     with pytest.raises(ConfigError, match=r"^prompt=0 must be a positive number of tokens"):
         estimate(sizes, config, prompt=0, response=1)
     with pytest.raises(ConfigError, match=r"^device='tpu' must be one of cuda, cpu"):
@@ -197,6 +197,6 @@ def test_bad_input(tmp_path):
 def test_a_folder_with_its_configuration_is_enough(tmp_path):
     configuration("Llama").save_pretrained(tmp_path)
     args: dict[str, Any] = {"prompt": 64, "response": 64}
-    assert estimate(str(tmp_path), TrainingConfig(), **args) == estimate(
-        configuration("Llama"), TrainingConfig(), **args
+    assert estimate(str(tmp_path), TrainConfig(), **args) == estimate(
+        configuration("Llama"), TrainConfig(), **args
     )

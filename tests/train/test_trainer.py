@@ -33,7 +33,8 @@ from fastdpo.loss import reference
 from fastdpo.model import attention, head
 from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.model.prepare import layout_of, packed_loss, prepare_model
-from fastdpo.train.trainer import TrainingConfig, train
+from fastdpo.train.config import TrainConfig
+from fastdpo.train.trainer import train
 
 FAMILIES = [LLAMA, QWEN, GEMMA, GEMMA3, MISTRAL, COHERE, GRANITE, PHI, OLMO, OLMO2]
 VOCAB = len(build_tokenizer())
@@ -291,7 +292,7 @@ def weights(folder):
 
 def run(model_path, out, pairs=None, **changes):
     pairs = random_pairs(14) if pairs is None else pairs
-    config = TrainingConfig(**{**CONFIG, **changes})
+    config = TrainConfig(**{**CONFIG, **changes})
     return train(model_path, load_tokenizer(model_path), pairs, config, out, progress=False)
 
 

@@ -13,8 +13,9 @@ from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model import longcontext
 from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.train import trainer
+from fastdpo.train.config import TrainConfig
 from fastdpo.train.ref_logps import weights_digest
-from fastdpo.train.trainer import TrainingConfig, train
+from fastdpo.train.trainer import train
 
 LOG_2 = torch.tensor(2.0).log()
 
@@ -157,7 +158,7 @@ def test_a_model_in_memory_is_trained_against_what_it_was(model_path, tmp_path):
     start = copy.deepcopy(model)
     for name, each in (("once", False), ("each", True)):
         start_again = copy.deepcopy(start)
-        config = TrainingConfig(**CONFIG, precompute_ref_log_probs=not each)  # type: ignore[arg-type]
+        config = TrainConfig(**CONFIG, precompute_ref_log_probs=not each)  # type: ignore[arg-type]
         train(start_again, tokenizer, random_pairs(14), config, tmp_path / name, progress=False)
         assert losses(tmp_path / name)[0].float() == LOG_2
         start_again.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)  # a model as before
@@ -175,7 +176,7 @@ def test_models_in_memory_that_cannot_be_trained(model_path, tmp_path):
     )
     half = load_causal_lm(model_path, dtype=torch.bfloat16)
     frozen = load_causal_lm(model_path).requires_grad_(False)
-    config = TrainingConfig(**CONFIG)  # type: ignore[arg-type]
+    config = TrainConfig(**CONFIG)  # type: ignore[arg-type]
     cases = ((adapted, "has adapters"), (half, "dtype=float32"), (frozen, "is frozen"))
     for i, (model, message) in enumerate(cases):
         with pytest.raises(ModelError, match=message):
@@ -269,7 +270,7 @@ def test_adapters_on_four_bits(model_path, tmp_path):
     assert found[0].float() == LOG_2 and found[-1] < 0.65
     assert weights(tmp_path / "run")["lm_head.weight"].dtype == torch.float32
     with pytest.raises(ConfigError, match="by name"):
-        config = TrainingConfig(**{**CONFIG, **LORA}, load_in_4bit=True)  # type: ignore[arg-type]
+        config = TrainConfig(**{**CONFIG, **LORA}, load_in_4bit=True)  # type: ignore[arg-type]
         train(load_causal_lm(path), build_tokenizer(), random_pairs(4), config, tmp_path / "b")
 
 
@@ -344,7 +345,7 @@ def test_a_model_that_cannot_share_is_padded_or_refused(tmp_path):
 
 def test_each_step_is_reported(model_path, tmp_path):
     rows = []
-    config = TrainingConfig(**CONFIG)  # type: ignore[arg-type]
+    config = TrainConfig(**CONFIG)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(model_path)
     train(
         model_path,
@@ -375,4 +376,4 @@ def test_each_step_is_reported(model_path, tmp_path):
 )
 def test_bad_options_are_refused(option, message):
     with pytest.raises(ConfigError, match=message):
-        TrainingConfig(**option)
+        TrainConfig(**option)

@@ -1,0 +1,146 @@
+"""Options of training, and what they may be."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdpo.data.batch import LAYOUTS
+from fastdpo.data.rows import OVERLONG
+from fastdpo.errors import ConfigError, require, require_used
+
+# What does not change the weights that come out.
+FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
+_CHOICES = {
+    "overlong": OVERLONG,
+    "layout": ("auto", *LAYOUTS),
+    "impl": ("auto", "triton", "torch"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclass
+class TrainConfig:
+    """Hyper-parameters of a round; names are TRL's where TRL has them.
+
+    Attributes:
+        beta: strength of the KL penalty.
+        alpha: length penalty per token, not multiplied by beta; 0 is plain DPO. "auto" holds the
+            mean response length at `target_length`, see `fastdpo.train.control`.
+        target_length: tokens that alpha="auto" holds; by default the mean length of the samples
+            that the first round starts with.
+        learning_rate: peak of the cosine schedule.
+        warmup_ratio: share of the steps that warm up linearly.
+        weight_decay: AdamW's.
+        max_grad_norm: gradient norm that is clipped to.
+        num_train_epochs: passes over the pairs.
+        batch_size: pairs of an optimizer step, over all processes and micro-batches.
+        max_length: tokens of prompt and response kept, from the start.
+        max_tokens: tokens of a micro-batch.
+        overlong: what becomes of a pair over max_length or max_tokens: "truncate" keeps the start
+            of its responses, "drop" leaves it out and counts it, "stop" is an error.
+        layout: "shared" computes a pair's prompt once, "packed" twice, "padded" gives each sequence
+            a row; "auto" takes the first that the model computes exactly.
+        precompute_ref_log_probs: compute the reference once, before training; otherwise in every
+            step, with a copy of the model in memory (none with use_peft).
+        reference_cache: folder that keeps reference log-probs for other runs on the same pairs.
+        dtype: of the weights, "float32" or "bfloat16"; the optimizer's state has the same. Small
+            steps are lost in bfloat16 weights: it is for frozen ones, under use_peft.
+        gradient_checkpointing: recompute activations in the backward.
+        bf16: compute in bf16 under autocast.
+        save_steps: optimizer steps between checkpoints.
+        workspace_mib: bound on the head's tiles and stash; default 1/32 of a GPU's memory
+            and at least 256, which is a CPU's.
+        impl: of the head: "triton", "torch", or "auto" for what the device has.
+        activation_offloading: keep what the backward needs in CPU memory.
+        mlp_tile_tokens: tokens that go through an MLP at a time; bounds its activations.
+        use_liger_kernel: Liger's RMSNorm, RoPE and SwiGLU, on this model only.
+        use_peft: train LoRA adapters; the reference is the model with them off.
+        lora_r, lora_alpha, lora_target_modules: as in PEFT; by default all linear layers but the
+            head.
+        lora_target_parameters: experts and routers that are parameters, as in PEFT; by default all
+            of them, or none where lora_target_modules names layers.
+        load_in_4bit: QLoRA, frozen weights in NF4; needs use_peft.
+        router_aux_loss_coef: of the balancing loss that a mixture of experts has, added to the
+            loss; 0 is none. By default the model's own where its configuration has
+            output_router_logits.
+        seed: order of the pairs.
+    """
+
+    beta: float = 0.1
+    alpha: float | str = 0.01
+    target_length: float | None = None
+    learning_rate: float = 1e-6
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_train_epochs: int = 1
+    batch_size: int = 32
+    max_length: int = 1024
+    max_tokens: int = 4096
+    overlong: str = "truncate"
+    layout: str = "auto"
+    precompute_ref_log_probs: bool = True
+    reference_cache: str | None = "~/.cache/fastdpo/ref_logps"
+    dtype: str = "float32"
+    gradient_checkpointing: bool = True
+    bf16: bool = True
+    save_steps: int = 50
+    workspace_mib: float | None = None
+    impl: str = "auto"
+    activation_offloading: bool = False
+    mlp_tile_tokens: int | None = None
+    use_liger_kernel: bool = False
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: float = 32.0
+    lora_target_modules: list[str] | None = None
+    lora_target_parameters: list[str] | None = None
+    load_in_4bit: bool = False
+    router_aux_loss_coef: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "learning_rate", "max_grad_norm"):
+            require(self, name, getattr(self, name) > 0, "> 0")
+        for name in ("num_train_epochs", "batch_size", "save_steps"):
+            require(self, name, getattr(self, name) >= 1, ">= 1")
+        for name in ("weight_decay", "seed"):
+            require(self, name, getattr(self, name) >= 0, ">= 0")
+        known = self.alpha == "auto" or isinstance(self.alpha, int | float)
+        require(self, "alpha", known, "a finite number or auto")
+        if self.target_length is not None:
+            valid = self.alpha == "auto" and 0 < self.target_length < math.inf
+            require(self, "target_length", valid, "a finite number > 0, and needs alpha=auto")
+        require(self, "warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
+        require(self, "max_length", self.max_length >= 2, ">= 2 (a prompt and a response token)")
+        require(self, "max_tokens", self.max_tokens >= 3, ">= 3 (a prompt and two responses)")
+        for name, choices in _CHOICES.items():
+            require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        require(self, "lora_r", self.lora_r >= 1, ">= 1")
+        require(self, "lora_alpha", self.lora_alpha > 0, "> 0")
+        if self.mlp_tile_tokens is not None:
+            require(self, "mlp_tile_tokens", self.mlp_tile_tokens >= 1, ">= 1")
+        # Its linear layers compute in bf16, whatever is around them.
+        fits = (self.use_peft and self.bf16) or not self.load_in_4bit
+        require(self, "load_in_4bit", fits, "false without use_peft and bf16")
+        if self.router_aux_loss_coef is not None:
+            require(self, "router_aux_loss_coef", self.router_aux_loss_coef >= 0, ">= 0")
+        if self.workspace_mib is not None:
+            require(self, "workspace_mib", self.workspace_mib > 0, "> 0")
+        for name in ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters"):
+            require_used(self, name, self.use_peft, "use_peft be true")
+        cached = self.precompute_ref_log_probs or self.reference_cache is None
+        require_used(self, "reference_cache", cached, "precompute_ref_log_probs be true")
+
+
+def check_control(config: TrainConfig, reference: str | Path | None) -> None:
+    """Raises ConfigError when alpha is to be found on the way and the reference is not the start.
+
+    The controller reads from the log-ratios how far a round has moved, which they tell only from
+    where it began (`fastdpo.train.control`).
+    """
+    if config.alpha == "auto" and reference is not None:
+        raise ConfigError(
+            f"alpha=auto needs the round's start as its reference, not reference={reference}; "
+            "leave reference out, or give alpha a number"
+        )
