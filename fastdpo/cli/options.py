@@ -78,7 +78,7 @@ def _options(config: type, prefix: str, said: frozenset[str]) -> Iterator[Option
     kinds, meanings = get_type_hints(config), meanings_of(config)
     stages = [base for base in config.__bases__ if is_dataclass(base)]
     inherited = {field.name for base in stages for field in fields(base)}
-    for field in fields(config):
+    for field in sorted(fields(config), key=lambda field: field.name in inherited):
         name, kind = prefix + field.name, kinds[field.name]
         if is_dataclass(kind):
             outer = said | {other.name for other in fields(config)}
