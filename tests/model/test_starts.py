@@ -145,7 +145,7 @@ def test_sampling_goes_on_after_midnight(dated, tmp_path, monkeypatch):
     def run():
         return main(
             ["sample", f"--model={model}", f"--prompts={prompts}", f"--output_dir={tmp_path / 'c'}",
-             "--batch_prompts=2", "--max_new_tokens=4", "--sample_dtype=float32",
+             "--batch_prompts=2", "--max_new_tokens=4", "--dtype=float32",
              "--sampler=generate"]
         )  # fmt: skip
 
