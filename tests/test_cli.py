@@ -178,6 +178,7 @@ def test_a_switch_needs_no_value():
         ("beta: 1\nnothing: 1", "2: nothing is no option of fastdpo train"),
         ("\nbatch_size: many", "2: batch_size=many must be a whole number"),
         ("bf16: 3", "1: bf16=3 must be true or false"),
+        ("beta: {[1]: 2}", "1: this is no YAML: found unhashable key"),
     ],
 )
 def test_unreadable_configs(text, message, tmp_path, capsys):
@@ -208,7 +209,7 @@ def test_sections_of_a_file(tmp_path):
     path.write_text(
         "model: m\nprompts: p\nseed: 3\nscore: {scorer: [a:b, c:d]}\n"
         "train:\n  beta: 5e-1\n  alpha: auto\n  reference_cache: null\n"
-        "sample: {stop: ['1', no], num_samples: 8}\n"
+        "sample: {stop: ['1', no], num_samples: 8}\npair:\n"
     )
     _, config = parse(["iterate", f"--config={path}", "--train.beta=0.2", "--pair.min_gap=1"])
     assert (config.train.beta, config.train.alpha, config.pair.min_gap) == (0.2, "auto", 1.0)

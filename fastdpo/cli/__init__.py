@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 def _of_file(path: str, command: str) -> list[Given]:
     """What a file gives to a command; to `plan`, which takes that of a whole run, what it uses."""
     if command != "plan":
-        return list(read_file(path, COMMANDS[command][0]))
+        return read_file(path, COMMANDS[command][0])
     own = options_of(commands.PlanCommand)
     others = {name for config, _ in COMMANDS.values() for name in options_of(config)} - {*own}
     found = (x._replace(name=x.name.removeprefix("train.")) for x in read_file(path, IterateConfig))

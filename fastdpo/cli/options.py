@@ -170,14 +170,16 @@ def _listed(text: str) -> Any:
         return text
 
 
-def read_file(path: str, config: type) -> Iterator[Given]:
+def read_file(path: str, config: type) -> list[Given]:
     """What a YAML file gives, with the names of the dataclass's sections before their options'.
 
     Raises ConfigError, with the file and the line, when it is no mapping in YAML.
     """
+    sections = {option.section for option in options_of(config).values()} - {""}
     try:
         loader = yaml.BaseLoader(Path(path).read_text(encoding="utf-8"))
         root = loader.get_single_node()
+        return list(_leaves(loader, root, path, "", sections)) if root is not None else []
     except OSError as error:
         raise ConfigError(f"config={path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -189,22 +191,21 @@ def read_file(path: str, config: type) -> Iterator[Given]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: this is no YAML: {str(error).splitlines()[0]}") from error
 
-    sections = {option.section for option in options_of(config).values()} - {""}
 
-    def leaves(node: Any, prefix: str) -> Iterator[Given]:
-        if not isinstance(node, yaml.MappingNode):
-            what = prefix[:-1] or "a file of options"
-            place = f"{path}:{node.start_mark.line + 1}"
-            raise ConfigError(f"{place}: {what} must be lines of 'name: value'")
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            if name in sections:
-                yield from leaves(value, f"{name}.")
-            else:
-                place = f"{path}:{key.start_mark.line + 1}: "
-                yield Given(name, loader.construct_object(value, deep=True), place)
-
-    return leaves(root, "") if root is not None else iter(())
+def _leaves(loader: Any, node: Any, path: str, prefix: str, sections: set[str]) -> Iterator[Given]:
+    if isinstance(node, yaml.ScalarNode) and not node.value:  # a section of comments
+        return
+    if not isinstance(node, yaml.MappingNode):
+        what = prefix[:-1] or "a file of options"
+        place = f"{path}:{node.start_mark.line + 1}"
+        raise ConfigError(f"{place}: {what} must be lines of 'name: value'")
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if name in sections:
+            yield from _leaves(loader, value, path, f"{name}.", sections)
+        else:
+            place = f"{path}:{key.start_mark.line + 1}: "
+            yield Given(name, loader.construct_object(value, deep=True), place)
 
 
 def value_of(given: Given, option: Option) -> Any:

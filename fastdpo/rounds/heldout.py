@@ -27,11 +27,11 @@ def evaluate(run: Run, index: int) -> None:
 
     Round 0 is the model before training.
     """
-    config, folder, name, stage = (
+    config, stage, name, folder = (
         run.config,
-        run.folder(index),
-        f"round-{index:02d}",
         run.stages.run,
+        f"round-{index:02d}",
+        run.folder(index),
     )
     policy, start = run.start_of(index + 1), run.folder(0) / "eval"
     candidates, scores = folder / "eval" / "candidates", folder / "eval" / "scores"

@@ -73,11 +73,11 @@ def _scorers_left(run: Run) -> list[str]:
 
 def _round(run: Run, index: int) -> None:
     """One round, from the samples of its start to the start of the next."""
-    config, folder, name, stage = (
+    config, stage, name, folder = (
         run.config,
-        run.folder(index),
-        f"round-{index:02d}",
         run.stages.run,
+        f"round-{index:02d}",
+        run.folder(index),
     )
     start, before = run.start_of(index), run.before(index)
     candidates, scores, pairs = folder / "candidates", run.scores(folder), folder / "pairs.jsonl"
