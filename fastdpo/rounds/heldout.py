@@ -27,12 +27,8 @@ def evaluate(run: Run, index: int) -> None:
 
     Round 0 is the model before training.
     """
-    config, stage, name, folder = (
-        run.config,
-        run.stages.run,
-        f"round-{index:02d}",
-        run.folder(index),
-    )
+    config, stage, folder = run.config, run.stages.run, run.folder(index)
+    name = folder.name
     policy, start = run.start_of(index + 1), run.folder(0) / "eval"
     candidates, scores = folder / "eval" / "candidates", folder / "eval" / "scores"
     needs = [folder / "train.json"] if index else []

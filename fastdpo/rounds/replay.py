@@ -28,7 +28,7 @@ def read_offline(run: Run) -> None:
 
 def answer_offline(run: Run, index: int) -> None:
     """The stages of one fresh response to each offline prompt, and its score."""
-    config, name, folder = run.config, f"round-{index:02d}", run.folder(index) / "offline"
+    config, name, folder = run.config, run.folder(index).name, run.folder(index) / "offline"
     start, candidates = run.start_of(index), folder / "candidates"
     prompts = offline.prompt_rows(_rows(run)[0])
     settings = replace(config.sample, seed=config.seed + 2, num_samples=1)

@@ -73,12 +73,8 @@ def _scorers_left(run: Run) -> list[str]:
 
 def _round(run: Run, index: int) -> None:
     """One round, from the samples of its start to the start of the next."""
-    config, stage, name, folder = (
-        run.config,
-        run.stages.run,
-        f"round-{index:02d}",
-        run.folder(index),
-    )
+    config, stage, folder = run.config, run.stages.run, run.folder(index)
+    name = folder.name
     start, before = run.start_of(index), run.before(index)
     candidates, scores, pairs = folder / "candidates", run.scores(folder), folder / "pairs.jsonl"
     stage(
