@@ -5,7 +5,6 @@ Endpoint("http://localhost:8000", Remote(api_key_env="SCORE_KEY")).ask({"prompts
 
 import contextlib
 import hashlib
-import http.client
 import json
 import logging
 import math
@@ -15,8 +14,6 @@ import re
 import socket
 import ssl
 import threading
-import urllib.error
-import urllib.parse
 import urllib.request
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +23,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    wait_exponential,
+)
 
 from fastdpo.errors import ConfigError, require
 
@@ -80,15 +88,10 @@ class Remote:
         if self.api_key_env is None:
             return None
         key = os.environ.get(self.api_key_env, "").strip()
-        if not key:
+        if not (key and key.isascii() and key.isprintable()):
+            what = "holds a character that can't be in a key" if key else "is not set"
             raise ConfigError(
-                f"api_key_env: the environment variable {self.api_key_env} is not set; "
-                "set it to the key"
-            )
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError(
-                f"api_key_env: the environment variable {self.api_key_env} holds a character that "
-                "can't be in a key; set it anew"
+                f"api_key_env: the environment variable {self.api_key_env} {what}; set it to the key"
             )
         return key
 
@@ -125,7 +128,7 @@ def check_url(url: str, option: str = "") -> None:
                 "environment variable and name that in api_key_env"
             )
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # of the port
         valid = False
@@ -155,12 +158,14 @@ class Stop(threading.Event):
             for one in self._sockets:
                 _shut(one)
 
-    def holds(self, one: socket.socket) -> None:
-        """A request waits at this socket."""
-        with self._lock:
-            self._sockets.add(one)
-            if self._cut:
-                _shut(one)
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """What httpcore tells of a request: here, the connections that it waits at."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            one = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._sockets.add(one)
+                if self._cut:
+                    _shut(one)
 
 
 def _shut(one: socket.socket) -> None:
@@ -168,47 +173,25 @@ def _shut(one: socket.socket) -> None:
         one.shutdown(socket.SHUT_RDWR)
 
 
-class _Request(urllib.request.Request):
-    stop: Stop
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: a POST would lose its body, and the key could go elsewhere."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-class _Held(urllib.request.AbstractHTTPHandler):
-    """Shows the connection of a request to its `Stop`."""
-
-    def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
-        def connection_of(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
-            connection = http_class(*args, **kwargs)
-            connect = connection.connect
-
-            def connect_and_hold() -> None:
-                connect()
-                req.stop.holds(connection.sock)
-
-            connection.connect = connect_and_hold
-            return connection
-
-        return super().do_open(connection_of, req, **options)  # type: ignore[arg-type]
-
-
-class _Http(_Held, urllib.request.HTTPHandler):
-    pass
-
-
-class _Https(_Held, urllib.request.HTTPSHandler):
-    pass
-
-
 @cache
-def _opener(direct: bool) -> urllib.request.OpenerDirector:
-    proxies = [urllib.request.ProxyHandler({})] if direct else []
-    return urllib.request.build_opener(*proxies, _NoRedirects, _Http, _Https)
+def _certificates() -> ssl.SSLContext:
+    """The system's, to which an organisation may have added its own."""
+    return ssl.create_default_context()
+
+
+def _client(proxy: str | None, timeout: float) -> httpx.Client:
+    return httpx.Client(timeout=timeout, verify=_certificates(), proxy=proxy, trust_env=False)
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL; never one for this machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    direct = host in ("localhost", "::1") or host.startswith("127.")
+    if direct or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 class Journal:
@@ -221,20 +204,16 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.values: dict[str, Any] = {}  # by request
         self._lock = threading.Lock()
-        self._values: dict[str, Any] = {}
         data = self.path.read_bytes() if self.path.is_file() else b""
-        whole = data[: data.rfind(b"\n") + 1]
+        whole, _, rest = data.rpartition(b"\n")
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
-                self._values[row["request"]] = row["value"]
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
-
-    def find(self, request: str) -> tuple[Any] | None:
-        """The value of a request in a tuple, None where there is none."""
-        return (self._values[request],) if request in self._values else None
+                self.values[row["request"]] = row["value"]
+        if rest:
+            os.truncate(self.path, len(data) - len(rest))
 
     def add(self, request: str, value: Any) -> None:
         line = json.dumps({"request": request, "value": value}, allow_nan=False) + "\n"
@@ -266,13 +245,12 @@ class Endpoint:
 
         Behind a proxy that can't be told.
         """
-        parts = urllib.parse.urlsplit(self.url)
-        host = parts.hostname or ""
-        if urllib.request.getproxies() and not _is_direct(host):
+        if _proxy(self.url):
             return
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        parts = urlsplit(self.url)
+        address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         try:
-            socket.create_connection((host, port), min(self.remote.timeout, 10.0)).close()
+            socket.create_connection(address, min(self.remote.timeout, 10.0)).close()
         except OSError as error:
             raise RemoteError(
                 f"{self.url} can't be reached ({error}). Start the server, or mend the URL."
@@ -315,9 +293,8 @@ class Endpoint:
         if self.journal is None:
             return read(self.ask(body, stop=stop), body)
         request = hashlib.sha256(f"{self.url}\n{json.dumps(body)}".encode()).hexdigest()
-        known = self.journal.find(request)
-        if known is not None:
-            return known[0]
+        if request in self.journal.values:
+            return self.journal.values[request]
         value = read(self.ask(body, stop=stop), body)
         if keep(value):
             self.journal.add(request, value)
@@ -339,68 +316,80 @@ class Endpoint:
         Raises RemoteError when tries run out, and at once when the server refuses the request
         (another 4xx, or a redirect) or answers with what isn't JSON.
         """
-        stop = stop or Stop()
-        parse = parse or self._parse
         data = None if body is None else json.dumps(body).encode("ascii")
-        problem = ""
-        for attempt in range(self.remote.retries + 1):
-            stop.check()
-            try:
-                found = parse(self.once(data, path, stop))
-                self._warned = False
-                return found
-            except PassingError as passing:
-                problem = hidden(str(passing), self.remote.key())
-                stop.check()
-                if attempt < self.remote.retries:
-                    self._warn(path, problem)
-                    stop.wait(self._pause(attempt, passing.pause))
-        raise RemoteError(
-            f"{self.url}{path} gave no answer in {self.remote.retries + 1} tries, the last one: "
-            f"{problem}. Check the server; the same command goes on where this one stopped."
+        tries = Retrying(
+            retry=retry_if_exception_type(PassingError),
+            stop=stop_after_attempt(self.remote.retries + 1),
+            wait=self._pause,
+            before_sleep=self._warn,
+            sleep=sleep_using_event(stop := stop or Stop()),
+            reraise=True,
         )
+        try:
+            found = tries(self._try, self.url + path, data, stop, parse or self._parse)
+        except PassingError as problem:
+            raise RemoteError(
+                f"{self.url}{path} gave no answer in {self.remote.retries + 1} tries, the last "
+                f"one: {problem}. Check the server; the same command goes on where this one "
+                "stopped."
+            ) from None
+        self._warned = False
+        return found
 
-    def _pause(self, attempt: int, asked: float | None) -> float:
+    def _try(self, url: str, data: bytes | None, stop: Stop, parse: Callable[[bytes], Any]) -> Any:
+        stop.check()
+        return parse(self.once(url, data, stop))
+
+    def _pause(self, state: RetryCallState) -> float:
+        """Seconds before the next try."""
+        asked = _passing(state).pause
         if asked is not None:
             return min(asked, _MAX_PAUSE)
-        whole = min(self.remote.backoff * 2.0 ** min(attempt, 30), _MAX_PAUSE)
+        whole = wait_exponential(multiplier=self.remote.backoff, max=_MAX_PAUSE)(state)
         return whole * random.uniform(0.5, 1.0)
 
-    def _warn(self, path: str, problem: str) -> None:
+    def _warn(self, state: RetryCallState) -> None:
         """Once for an outage, not for each of the requests that it hits."""
+        url, _, stop, _ = state.args
+        stop.check()
         if not self._warned:
             self._warned = True
-            _log.warning("%s%s: %s; trying again", self.url, path, problem)
+            _log.warning("%s: %s; trying again", url, _passing(state))
 
-    def once(self, data: bytes | None, path: str, stop: Stop) -> bytes:
+    def once(self, url: str, data: bytes | None, stop: Stop) -> bytes:
         """The body of the answer to one try.
 
         Raises PassingError for what may work a moment later, RemoteError for what won't.
         """
-        request = _Request(self.url + path, data, {"Content-Type": "application/json"})
-        request.stop = stop
-        key = self.remote.key()
+        key, method = self.remote.key(), "GET" if data is None else "POST"
+        headers = {"Content-Type": "application/json", "Connection": "close"}
         if key is not None:
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        host = urllib.parse.urlsplit(self.url).hostname or ""
+            headers["Authorization"] = f"Bearer {key}"
         try:
-            with _opener(_is_direct(host)).open(request, timeout=self.remote.timeout) as response:
-                return response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                status = f"status {error.code} ({_excerpt(error, key)})"
-            if error.code in _TRY_AGAIN or error.code >= 500:
-                raise PassingError(status, _retry_after(error)) from None
-            raise RemoteError(
-                f"{self.url}{path} refused the request: {status}. Mend the URL, the model's name "
-                "or the key; it is not tried again."
-            ) from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            with (
+                _client(_proxy(url), self.remote.timeout) as client,
+                client.stream(
+                    method, url, content=data, headers=headers, extensions={"trace": stop.trace}
+                ) as response,
+            ):
+                # A redirect is an error: a POST would lose its body, the key could go elsewhere.
+                if response.is_success:
+                    return response.read()
+                refused = f"status {response.status_code} ({_excerpt(response, key)})"
+        except (httpx.HTTPError, OSError) as error:
+            reason = _root(error)
             problem = f"{type(reason).__name__}: {hidden(str(reason), key)}"
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise RemoteError(f"{self.url}: {problem}. Mend its certificate.") from None
             raise PassingError(problem) from None
+        except (httpx.InvalidURL, ValueError, ImportError) as error:  # of the URL, or a proxy's
+            raise RemoteError(f"{url} can't be asked: {error}. Mend the URL or proxy.") from None
+        if response.status_code in _TRY_AGAIN or response.is_server_error:
+            raise PassingError(refused, _retry_after(response))
+        raise RemoteError(
+            f"{url} refused the request: {refused}. Mend the URL, the model's name or the key; it "
+            "is not tried again."
+        )
 
     def _parse(self, answer: bytes) -> Any:
         try:
@@ -422,16 +411,25 @@ class Endpoint:
         return _shortened(text, self.remote.key())
 
 
-def _is_direct(host: str) -> bool:
-    """Whether a host is never asked by a proxy."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+def _passing(state: RetryCallState) -> PassingError:
+    error = state.outcome and state.outcome.exception()
+    assert isinstance(error, PassingError)
+    return error
 
 
-def _excerpt(error: urllib.error.HTTPError, key: str | None) -> str:
+def _root(error: BaseException) -> BaseException:
+    """The system's own error, where one is behind those that httpx makes of it."""
+    this: BaseException | None = error
+    while this is not None and not isinstance(this, OSError):
+        this = this.__cause__ or this.__context__
+    return this or error
+
+
+def _excerpt(response: httpx.Response, key: str | None) -> str:
     """What the body of an error says, in a line; it may repeat what it was sent."""
     try:
-        text = error.read().decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
+        text = response.read().decode("utf-8", "replace")
+    except (httpx.HTTPError, OSError):
         return "no reason given"
     with contextlib.suppress(ValueError, RecursionError, AttributeError, LookupError, TypeError):
         reply = json.loads(text)
@@ -455,10 +453,10 @@ def hidden(text: str, key: str | None) -> str:
     return text
 
 
-def _retry_after(error: urllib.error.HTTPError) -> float | None:
+def _retry_after(response: httpx.Response) -> float | None:
     """Seconds that the server asks to wait; a date, its other form, is left to the back-off."""
     try:
-        seconds = float(error.headers.get("Retry-After", ""))
+        seconds = float(response.headers.get("Retry-After", ""))
     except ValueError:
         return None
     return seconds if 0 <= seconds < math.inf else None

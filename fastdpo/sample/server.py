@@ -127,7 +127,7 @@ class ServerSampler:
     def is_healthy(self) -> bool:
         """Whether the server answers, asked once."""
         try:
-            self._endpoint.once(None, "/health", self._stop)
+            self._endpoint.once(f"{self.url}/health", None, self._stop)
         except (PassingError, RemoteError):
             return False
         return True
@@ -216,8 +216,8 @@ class ServerSampler:
             try:
                 return read(json.loads(data))
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                problem = f"the reply can't be used, {type(error).__name__}: {error}"
-                raise PassingError(problem) from None
+                problem = self._endpoint.excerpt(f"{type(error).__name__}: {error}")
+                raise PassingError(f"the reply can't be used, {problem}") from None
 
         try:
             return self._endpoint.ask(body, path, parse=parse, stop=self._stop)

@@ -545,7 +545,7 @@ def test_nonsense_in_retry_after_is_left_aside(asked):
 )
 def test_remote_names_what_is_wrong(options):
     (name,) = options
-    with pytest.raises(ValueError, match=rf"{name} must be .*, got {options[name]!r}"):
+    with pytest.raises(ValueError, match=rf"{name}={options[name]} must be "):
         Remote(**options)
 
 
