@@ -5,7 +5,8 @@ Each says in one line which argument, option, file or row is wrong, its value, a
 
 import math
 from dataclasses import MISSING, fields
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 
 class DataError(ValueError):
@@ -18,6 +19,14 @@ class ModelError(ValueError):
 
 class ConfigError(ValueError):
     """An option with an impossible value; the message begins with ``name=value``."""
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number that a float can hold; True and False are none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int above the largest float
+        return False
 
 
 def require(config: Any, name: str, holds: bool, wanted: str) -> None:

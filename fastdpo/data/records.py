@@ -6,11 +6,11 @@ Each is written as a line of JSON by its `to_json` and read, and checked, by its
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from fastdpo.errors import DataError
+from fastdpo.errors import DataError, is_number
 
 Text = str | list[dict[str, Any]]  # a string, or messages
 
@@ -74,8 +74,15 @@ class Candidate:
         return dict(vars(self))
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any], where: str) -> "Candidate":
-        """Raises DataError, naming the place and the column, when one is missing."""
+    def from_json(
+        cls, row: Mapping[str, Any], where: str, *, text_only: bool = False
+    ) -> "Candidate":
+        """Of a row of JSON; with `text_only` it may lack tokens and finish reason, left empty then.
+
+        Raises DataError, naming the place and the column, when one is missing.
+        """
+        spare = {"prompt_ids": [], "response_ids": [], "finish_reason": ""} if text_only else {}
+        row = {**spare, **row}
         names = [name for name in cls.__dataclass_fields__ if name != "extra"]
         missing = [name for name in names if name not in row]
         if missing:
@@ -86,6 +93,165 @@ class Candidate:
     def place(self) -> tuple[int, int]:
         """What tells it from the other candidates of a stage."""
         return self.prompt_index, self.sample_index
+
+
+@dataclass(frozen=True)
+class Scored(Candidate):
+    """A candidate and what it scored. Raises DataError unless its score is a finite number.
+
+    Attributes:
+        score: what pairs are made by, after shaping.
+        scores: each scorer's own, before.
+        unshaped: the weighted sum of these, which ranks those whose scores shaping made equal; 0
+            where nothing was shaped.
+        penalized: whether length was taken off the score.
+    """
+
+    score: float = field(kw_only=True)
+    scores: list[float] = field(kw_only=True)
+    unshaped: float = field(default=0.0, kw_only=True)
+    penalized: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not is_number(self.score):
+            raise DataError(
+                f"{self.name}: the score is {self.score!r}, not a finite number. Score it again."
+            )
+
+    @classmethod
+    def of(cls, candidate: Candidate, scores: list[float]) -> "Scored":
+        """A candidate with the scores of all scorers, of which the first one counts."""
+        return cls(**vars(candidate), score=scores[0], scores=scores)
+
+    @property
+    def name(self) -> str:
+        """Its place, for messages."""
+        return f"candidate (prompt {self.prompt_index}, sample {self.sample_index})"
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What it is ranked by: its score, and among equal ones its score before shaping."""
+        return self.score, self.unshaped
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A preference pair in tokens, as `pair` writes it and training reads it.
+
+    Attributes:
+        prompt_index: place of the prompt; of an offline pair that of its row.
+        score_chosen, score_rejected: after shaping; None of an offline pair without scores.
+        chosen_finish, rejected_finish: the finish reasons of the two candidates.
+        scores_chosen, scores_rejected: of several scorers, each one's own.
+        stage: of a curriculum, from 0.
+        flipped: whether the two sides were turned round.
+        smoothing, weight: of the pair's loss.
+        source: "sampled" or "offline", where both are there.
+        origin: of an offline pair, its prompt with all that sampling takes; not written.
+    """
+
+    prompt_index: int
+    prompt: Text
+    prompt_ids: list[int]
+    chosen: str
+    rejected: str
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    score_chosen: float | None
+    score_rejected: float | None
+    chosen_finish: str
+    rejected_finish: str
+    scores_chosen: list[float] | None = None
+    scores_rejected: list[float] | None = None
+    stage: int | None = None
+    flipped: bool | None = None
+    smoothing: float | None = None
+    source: str | None = None
+    weight: float | None = None
+    origin: Prompt | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, chosen: Scored, rejected: Scored) -> "PairRow":
+        """Two responses to one prompt."""
+        several = len(chosen.scores) > 1
+        return cls(
+            chosen.prompt_index,
+            chosen.prompt,
+            chosen.prompt_ids,
+            chosen.response,
+            rejected.response,
+            chosen.response_ids,
+            rejected.response_ids,
+            chosen.score,
+            rejected.score,
+            chosen.finish_reason,
+            rejected.finish_reason,
+            scores_chosen=chosen.scores if several else None,
+            scores_rejected=rejected.scores if several else None,
+        )
+
+    @property
+    def key(self) -> str:
+        """What tells its prompt from others: see `prompt_key`."""
+        return prompt_key(self.prompt)
+
+    def turned(self) -> "PairRow":
+        """The pair with chosen and rejected exchanged."""
+        return replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            chosen_ids=self.rejected_ids,
+            rejected_ids=self.chosen_ids,
+            score_chosen=self.score_rejected,
+            score_rejected=self.score_chosen,
+            chosen_finish=self.rejected_finish,
+            rejected_finish=self.chosen_finish,
+            scores_chosen=self.scores_rejected,
+            scores_rejected=self.scores_chosen,
+            flipped=True,
+        )
+
+    def candidates(self) -> tuple[Candidate, Candidate]:
+        """Both sides as responses to the prompt, sample 0 the chosen one."""
+        index, prompt, ids = self.prompt_index, self.prompt, self.prompt_ids
+        extra = self.origin.extra if self.origin else {}
+        chosen = self.chosen, self.chosen_ids, self.chosen_finish
+        rejected = self.rejected, self.rejected_ids, self.rejected_finish
+        return (
+            Candidate(index, 0, prompt, ids, *chosen, extra),
+            Candidate(index, 1, prompt, ids, *rejected, extra),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the columns that nothing set."""
+        row = {name: value for name, value in vars(self).items() if name != "origin"}
+        return {name: x for name, x in row.items() if x is not None or name not in _OPTIONAL}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], where: str) -> "PairRow":
+        """Texts may be left out. Raises DataError, naming the place and the column, when another
+        column is missing, or a number is out of its range.
+        """
+        row = {"prompt": "", "chosen": "", "rejected": "", **row}
+        names = [x.name for x in fields(cls) if x.name in row or x.name not in _OPTIONAL]
+        for name in names:
+            if name not in row:
+                raise DataError(f"{where}: {name!r} is missing. Pair again.")
+            if not _CHECKS.get(name, lambda value: True)(row[name]):
+                raise DataError(f"{where}: {name} is {row[name]!r}. Pair again.")
+        return cls(**{name: row[name] for name in names})
+
+
+_OPTIONAL = {x.name for x in fields(PairRow) if x.default is None}
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "score_chosen": lambda x: x is None or is_number(x),
+    "score_rejected": lambda x: x is None or is_number(x),
+    "weight": lambda x: is_number(x) and x >= 0,
+    "smoothing": lambda x: is_number(x) and 0 <= x <= 1,
+    "stage": lambda x: type(x) is int and x >= 0,
+    "source": lambda x: x in ("sampled", "offline"),
+}
 
 
 def prompt_key(prompt: Text) -> str:

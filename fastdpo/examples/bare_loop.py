@@ -1,6 +1,6 @@
 """The loss in a PyTorch loop of your own: tokenize, reference, AdamW, save.
 
-    python -m fastdpo.examples.bare_loop --model MODEL --dataset pairs.jsonl --output_dir policy
+python -m fastdpo.examples.bare_loop --model MODEL --dataset pairs.jsonl --output_dir policy
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """TRL's DPOTrainer with the fused, length-regularized loss: one class exchanged, one argument more.
 
-    python -m fastdpo.examples.trl_trainer --model MODEL --dataset pairs.jsonl --output_dir out
+python -m fastdpo.examples.trl_trainer --model MODEL --dataset pairs.jsonl --output_dir out
 """
 
 import argparse
