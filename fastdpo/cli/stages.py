@@ -69,7 +69,7 @@ class SampleCommand(SampleConfig):
         require(self, "max_length", room, f"> max_new_tokens={self.max_new_tokens}")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreCommand(ScoreConfig):
     """Score candidates by one scorer.
 
@@ -96,7 +96,7 @@ class ScoreCommand(ScoreConfig):
         require_used(self, "policy", needs, "scorer be implicit or likelihood")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PairCommand(PairConfig):
     """Make pairs of scored candidates.
 
