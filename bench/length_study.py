@@ -63,7 +63,8 @@ import torch
 from torch import Tensor
 
 from fastdpo.data.records import Text
-from fastdpo.data.rows import preference_rows, prompt_rows, read_rows, render_prompt
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
 from fastdpo.errors import ConfigError
 from fastdpo.loss.gemm import has_native_bf16
 from fastdpo.model.identity import dtype_name
@@ -78,7 +79,8 @@ from fastdpo.rounds.run import iterate
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.score.config import ScoreConfig
-from fastdpo.score.stage import load_scorer, score
+from fastdpo.score.load import load_scorer
+from fastdpo.score.stage import score
 from fastdpo.storage import (
     read_json,
     read_parts,

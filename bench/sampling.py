@@ -30,7 +30,8 @@ import torch
 
 import fastdpo
 from fastdpo.data.records import Prompt
-from fastdpo.data.rows import prompt_rows, read_rows, render_prompt
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rows import prompt_rows, read_rows
 from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.sample.config import BACKENDS, SampleConfig
 from fastdpo.sample.samplers import GenerateSampler, Sampler

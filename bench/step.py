@@ -56,7 +56,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdpo.data.batch import TokenizedPair
-from fastdpo.data.rows import preference_rows, read_rows, tokenize_dataset
+from fastdpo.data.rows import preference_rows, read_rows
+from fastdpo.data.tokenize import tokenize_dataset
 
 from .measure import OUT_OF_MEMORY, installed, release, summary, where
 from .report import bars, grouped, load, markdown_table, number

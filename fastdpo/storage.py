@@ -4,7 +4,8 @@ A stage writes a directory of *parts*, `part-00000.jsonl`, `part-00001.jsonl`, .
 `plan.json` that tells what they are parts of. Every file is written under a temporary name,
 flushed to the disk and renamed. A stage that starts again skips the parts that are there.
 
-Rows lie beside their SHA-256, in the format of `sha256sum`, which is compared when they are read.
+Rows lie beside their SHA-256, in the format of `sha256sum`, which is compared when they are read. A
+folder of weights has the SHA-256 of its files in it (`atomic_directory`).
 """
 
 import hashlib
@@ -19,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data.rows import read_rows
 from fastdpo.errors import DataError
 
 _PLAN = "plan.json"
+_SUMS = "SHA256SUMS"  # of a folder, in it
 _PART_NAME = re.compile(r"part-(\d{5,})\.jsonl")
 
 
@@ -137,7 +138,53 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     when it is missing, empty or not what was written.
     """
     check_rows(path)
-    return read_rows(path).rows
+    return [row for _, row in json_lines(read_text(path), path)]
+
+
+def read_text(path: Path, name: str | None = None) -> str:
+    """The text of a file of rows; errors call the file `name`.
+
+    Raises DataError when it is missing, unreadable, empty, or not UTF-8, with the line.
+    """
+    name = str(path) if name is None else name
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file or directory. Check the path.") from error
+    except OSError as error:
+        raise DataError(f"{name}: can't be read ({error.strerror}). Check permissions.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{name}:{line}: not UTF-8. Save the file with UTF-8 encoding.") from error
+    if not text.strip():
+        raise DataError(f"{name}: the file is empty. Write one object per row.")
+    return text
+
+
+def json_lines(text: str, name: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects in a text of one a line, and the line of each, from 1.
+
+    Raises DataError, naming file and line, for what isn't one.
+    """
+    # Only "\n" ends a line: str.splitlines also breaks at separators that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{name}:{number}: not valid JSON ({error}). "
+                "Fix or remove the line; at the end of a file it is often cut short."
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{name}:{number}: a JSON {type(row).__name__}, not an object. "
+                'Write one object per line, {"prompt": ..., ...}.'
+            )
+        yield number, row
 
 
 def read_json(path: Path) -> Any:
@@ -249,9 +296,56 @@ def _write_atomic(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere directories can't be opened
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes ``path`` if the block ends without an exception."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    with told_when_full(path):
+        yield scratch
+    files = sorted(file for file in scratch.rglob("*") if file.is_file())
+    sums = [f"{file_digest(file)}  {file.relative_to(scratch).as_posix()}\n" for file in files]
+    (scratch / _SUMS).write_text("".join(sums))
+    for file in scratch.rglob("*"):
+        sync(file)
+    sync(scratch)
+    if path.exists():
+        shutil.rmtree(path)
+    scratch.rename(path)
+    sync(path.parent)
+
+
+def check_directory(path: Path) -> None:
+    """Compare the files of a folder with their checksums; a folder without any is left alone.
+
+    Raises:
+        DataError: a file is missing or differs.
+    """
+    path = Path(path)
+    if not (path / _SUMS).is_file():
+        return
+    for line in (path / _SUMS).read_text().splitlines():
+        wanted, _, name = line.partition("  ")
+        file = path / name
+        if not file.is_file() or file_digest(file) != wanted:
+            what = "differs from what was written" if file.is_file() else "is missing"
+            raise DataError(
+                f"{file} {what}: the folder is damaged. Delete {path}, and the same command makes "
+                "it again."
+            )
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    if os.name != "posix" and path.is_dir():  # directories can't be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

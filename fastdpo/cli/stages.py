@@ -19,7 +19,9 @@ import torch
 
 from fastdpo.cli.commands import quiet_loading, save_options
 from fastdpo.data.clock import KEY, now, rendering_at
-from fastdpo.data.rows import preference_rows, prompt_rows, read_rows, tokenize_dataset
+from fastdpo.data.records import PairRow
+from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
+from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, is_default, require, require_used
 from fastdpo.model.load import check_start, load_causal_lm, load_tokenizer, stop_ids
 from fastdpo.pair import filters
@@ -30,7 +32,8 @@ from fastdpo.rounds.run import response_lengths
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.score.config import ScoreConfig
-from fastdpo.score.stage import score, uses
+from fastdpo.score.load import uses
+from fastdpo.score.stage import score
 from fastdpo.storage import locked, read_json, write_json_atomic
 from fastdpo.train.config import TrainConfig, check_control
 from fastdpo.train.control import LengthController
@@ -226,7 +229,7 @@ def run_score(config: ScoreCommand) -> None:
 
 
 def run_pair(config: PairCommand) -> None:
-    replay: list[Any] = []
+    replay: list[PairRow] = []
     if config.replay is not None:
         tokenizer = load_tokenizer(str(config.model), config.chat_template)
         replay, dropped = offline_pairs(

@@ -20,6 +20,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -253,7 +254,7 @@ def pack_pairs(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
     responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    lay_out = {"shared": _shared, "packed": _packed, "padded": _padded}[layout]
+    lay_out = _padded if layout == "padded" else _one_row
     return PackedPairs(
         **lay_out(pairs, layout),
         target_N=torch.tensor([token for ids in responses for token in ids]),
@@ -270,76 +271,43 @@ def _values(values: list[float], usual: float) -> Tensor | None:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _shared(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
-    """`[prompt][chosen][rejected]`: segments (prompt + chosen) and (rejected).
-
-    Where the sides can't share the prompt: `[prompt][chosen][prompt][rejected]`, as `_packed`.
-    """
+def _one_row(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
+    """`[prompt][chosen][rejected]` a pair that shares its prompt, segments (prompt + chosen) and
+    (rejected); else `[prompt][chosen][prompt][rejected]`, a segment for each side."""
     ids, positions, rows, keys, again_keys, again_rows, first = [], [], [], [], [], [], []
     bounds_q, bounds_k = [0], [0]
     for pair in pairs:
-        start, taken = len(ids), len(keys)
-        prompt, chosen, rejected = map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        middle = start + prompt + chosen  # of the packed row: where the rejected side starts
-        repeated = taken + prompt + chosen  # among the keys: where those of the rejected side do
-        # The hidden state before a target predicts it: the prompt's last token predicts the first
-        # of a response.
-        rows += range(start + prompt - 1, middle - 1)
-        ids += pair.prompt_ids + pair.chosen_ids
-        positions += range(prompt + chosen)
-        keys += range(start, middle)
-        if _shares_prompt(prompt, chosen, rejected, layout):
-            stop = middle + rejected
-            ids += pair.rejected_ids
-            positions += range(prompt, prompt + rejected)
-            rows += [start + prompt - 1, *range(middle, stop - 1)]
-            keys += [*range(start, start + prompt), *range(middle, stop)]
-            first += [*range(taken, repeated), *range(repeated + prompt, len(keys))]
-            again_keys += range(repeated, repeated + prompt)
-            again_rows += range(start, start + prompt)
-        else:
-            stop = middle + prompt + rejected
-            ids += pair.prompt_ids + pair.rejected_ids
-            positions += range(prompt + rejected)
-            rows += range(middle + prompt - 1, stop - 1)
-            keys += range(middle, stop)
-            first += range(taken, len(keys))
-        bounds_q += [middle, stop]
-        bounds_k += [repeated, len(keys)]
-    segments = Segments(
-        tuple(bounds_q),
-        tuple(bounds_k),
-        torch.tensor(bounds_q, dtype=torch.int32),
-        torch.tensor(bounds_k, dtype=torch.int32),
-        torch.tensor(keys),
-        torch.tensor(first),
-        torch.tensor(again_keys, dtype=torch.int64),
-        torch.tensor(again_rows, dtype=torch.int64),
-    )
-    return _one_row(ids, positions, segments, rows)
-
-
-def _packed(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
-    """`[prompt][chosen]` and `[prompt][rejected]`: a segment each."""
-    ids, positions, rows, bounds = [], [], [], [0]
-    for pair in pairs:
+        prompt = len(pair.prompt_ids)
+        sizes = prompt, len(pair.chosen_ids), len(pair.rejected_ids)
+        shares = layout == "shared" and _shares_prompt(*sizes, layout)
+        start = 0  # of the prompt, in the row
         for response in (pair.chosen_ids, pair.rejected_ids):
-            before = len(ids) + len(pair.prompt_ids) - 1
-            rows += range(before, before + len(response))
-            ids += pair.prompt_ids + response
-            positions += range(len(ids) - bounds[-1])
-            bounds.append(len(ids))
-    cu = torch.tensor(bounds, dtype=torch.int32)
-    return _one_row(ids, positions, Segments(tuple(bounds), tuple(bounds), cu, cu), rows)
-
-
-def _one_row(
-    ids: list[int], positions: list[int], segments: Segments, rows: list[int]
-) -> dict[str, Any]:
+            again, taken = shares and response is pair.rejected_ids, len(keys)
+            if not again:
+                start = len(ids)
+                ids += pair.prompt_ids
+                positions += range(prompt)
+            own = range(len(ids), len(ids) + len(response))
+            ids += response
+            positions += range(prompt, prompt + len(response))
+            # The hidden state before a target predicts it: the prompt's last token predicts the
+            # first of a response.
+            rows += [start + prompt - 1, *own[:-1]]
+            keys += [*range(start, start + prompt), *own]
+            if again:
+                again_keys += range(taken, taken + prompt)
+                again_rows += range(start, start + prompt)
+                taken += prompt
+            first += range(taken, len(keys))
+            bounds_q.append(len(ids))
+            bounds_k.append(len(keys))
+    int64 = partial(torch.tensor, dtype=torch.int64)
+    gathered = map(int64, (keys, first, again_keys, again_rows)) if again_rows else ()
+    cu_q, cu_k = (torch.tensor(bounds, dtype=torch.int32) for bounds in (bounds_q, bounds_k))
     return {
         "input_ids_BT": torch.tensor([ids]),
         "position_ids_BT": torch.tensor([positions]),
-        "segments": segments,
+        "segments": Segments(tuple(bounds_q), tuple(bounds_k), cu_q, cu_k, *gathered),
         "rows_N": torch.tensor(rows),
     }
 

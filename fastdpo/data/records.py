@@ -257,8 +257,14 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 def prompt_key(prompt: Text) -> str:
     """What tells two prompts apart: their messages, a string being one message of the user, and
     parts of text one text."""
+    messages = [_joined(message) for message in messages_of(prompt)]
+    return json.dumps(messages, sort_keys=True, default=str)
+
+
+def messages_of(prompt: Text, response: str | None = None) -> list[dict[str, Any]]:
+    """A prompt as messages, a string being one of the user; with the response, if one is given."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return json.dumps([_joined(message) for message in messages], sort_keys=True, default=str)
+    return messages if response is None else [*messages, {"role": "assistant", "content": response}]
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,15 @@ reasoning in a field of its own, whitespace about <think> and </think>, tool cal
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastdpo.data.records import PreferenceRow, Prompt, Text
+from fastdpo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 
@@ -208,3 +215,276 @@ def own_prefix(tokenizer: Any) -> list[int]:
     )
     places = range(len(ids) - len(plain) + 1)
     return ids[: next((i for i in places if ids[i : i + len(plain)] == plain), 0)]
+
+
+def text_of(prompt: Text, role: str | None = None) -> str:
+    """A prompt as plain text; of messages the contents, `role` selects some of them."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(content_of(m) for m in prompt if role in (None, m["role"]))
+
+
+def content_of(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(x.get("text", "") for x in content)
+
+
+def render_prompt(
+    prompt: Text,
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: list[Any] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    *,
+    as_chat: bool = False,
+) -> list[int]:
+    """Token ids of a prompt, to sample a response after it.
+
+    Messages go through the chat template with its generation prompt; a string stays as it is, or
+    with `as_chat` becomes one user message where `takes_as_chat` says so. Training tokenizes
+    prompts by this function too. A string gets the beginning token of tokenizers that put one,
+    unless it has it already, and never an end token.
+
+    Raises DataError when the tokenizer or its chat template can't render the prompt.
+    """
+    if as_chat and isinstance(prompt, str) and takes_as_chat(prompt, tokenizer):
+        prompt = [{"role": "user", "content": prompt}]
+    options = {"tools": tools, **(chat_template_kwargs or {})}
+    return Renderer(tokenizer).ids(prompt, options, add_generation_prompt=True)
+
+
+def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether sampling takes a string as a message of the user: not where there is no chat
+    template, nor where the string was rendered before, and begins with a special token that the
+    template writes too."""
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        first = tokenizer(text=prompt[:64], add_special_tokens=False)["input_ids"][:1]
+        if not first or first[0] not in special_ids(tokenizer):
+            return True
+        own = tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
+    except Exception:  # told of by the rendering
+        return True
+    chat = Renderer(tokenizer).ids([{"role": "user", "content": prompt}], {})
+    return chat.count(first[0]) == own.count(first[0])  # type: ignore[index,union-attr]
+
+
+class Renderer:
+    """Texts to token ids by one tokenizer, and what was found out about it on the way."""
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", stop_ids: Collection[int] | None = None
+    ) -> None:
+        self.tokenizer: Any = tokenizer
+        self.stop_ids = stop_ids  # None: not known
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        return own_prefix(self.tokenizer)
+
+    @cached_property
+    def special(self) -> set[int]:
+        return special_ids(self.tokenizer)
+
+    @cached_property
+    def ends(self) -> dict[int, str]:
+        """Tokens known to end a response, and the first row that ends in each."""
+        return {x: "" for x in [self.tokenizer.eos_token_id] if x is not None}
+
+    def ids(self, text: Text, options: dict[str, Any], **extra: bool) -> list[int]:
+        """Ids of a string, or of messages through the chat template with `options`.
+
+        One beginning token at most; of a string no end token but its own.
+        """
+        if isinstance(text, str):
+            ids = self._call(lambda: self._plain(text))
+            return ids if starts_with(ids, self.prefix) else self.prefix + ids
+        encoded = self._template(text, options, tokenize=True, return_dict=True, **extra)
+        ids = encoded["input_ids"]
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            ids = ids[1:]
+        if any(isinstance(message.get("content"), list) for message in text):
+            raw = raw_part(text, self._decode(ids))
+            if raw is not None:
+                raise DataError(
+                    "the chat template doesn't take a list of parts as content: it writes "
+                    f"{_short(raw)}. Write the content as one string, or give a template that "
+                    "reads parts (chat_template)."
+                )
+        return ids
+
+    def join(self, row: PreferenceRow, response: Text) -> Text:
+        """Prompt and response as one text; a string response ends in the end token."""
+        prompt = row.prompt
+        if isinstance(prompt, list) and isinstance(response, list):
+            return prompt + response
+        if not isinstance(prompt, str) or not isinstance(response, str):
+            raise DataError("prompt and responses have different formats. Use strings or messages.")
+        begin, end = self.tokenizer.bos_token, self.tokenizer.eos_token
+        if begin and begin != end:  # a response that was rendered alone
+            response = response.removeprefix(begin)
+        if not row.append_eos:
+            return prompt + response
+        if not isinstance(end, str):
+            raise DataError("the tokenizer has no end token. Set tokenizer.eos_token.")
+        return prompt + (response if response.rstrip().endswith(end) else response + end)
+
+    def checked(
+        self,
+        row: PreferenceRow,
+        options: dict[str, Any],
+        name: str,
+        prompt: list[int],
+        ids: list[int],
+    ) -> tuple[list[int], bool]:
+        """A response's ids, all text in them and ended once; and whether its end was added here.
+
+        `prompt` are the ids of the prompt alone, `name` is that of the response's column.
+        """
+        after = ""
+        if isinstance(row.prompt, list):
+            after = self._after_text(row, options, name, ids)
+        if not row.append_eos:
+            return ids, False
+        last = last_token(ids, self.tokenizer)
+        if last >= 0 and self._is_end(ids[last], row, options, prompt, after):
+            ids = once(ids, self.tokenizer, self.ends, self.stop_ids or ())
+            end = ids[last_token(ids, self.tokenizer)]
+            self.ends[end] = self.ends.get(end) or row.where
+            return ids, False
+        if after.strip() and self._decode(prompt).rstrip().endswith(after.strip()):
+            raise DataError(
+                f"the chat template writes {_short(after)} after {name} as it does before it, "
+                "which begins another turn. Give a template that does so with "
+                "add_generation_prompt only (chat_template)."
+            )
+        if self.tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end token. Set tokenizer.eos_token.")
+        end = self.tokenizer.eos_token_id
+        self.ends[end] = self.ends[end] or row.where
+        return [*ids, end], True
+
+    def unread(self, row: PreferenceRow | Prompt, ids: list[int]) -> str | None:
+        """What a template leaves out of a prompt: a message, or a tool; None: nothing.
+
+        Turns of the assistant are not looked at: templates cut the reasoning off earlier ones.
+        """
+        if isinstance(row.prompt, str):
+            return None
+        given = [
+            ("content", text)
+            for message in row.prompt
+            if message.get("role") != "assistant"
+            for name, text in texts(message)
+            if name == "content"
+        ]
+        for tool in row.tools or ():
+            function = tool.get("function", tool) if isinstance(tool, dict) else None
+            if isinstance(function, dict) and isinstance(function.get("name"), str):
+                given.append(("tools", function["name"]))
+        rendered = self._decode(ids)
+        lost = next((x for x in given if not is_in(x[1], rendered)), None)
+        if lost is None:
+            return None
+        # A tokenizer may not give the text back: ask the text.
+        options = {"tools": row.tools, **row.chat_template_kwargs}
+        rendered = self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
+        lost = next((x for x in given if not is_in(x[1], rendered)), None)
+        if lost is None:
+            return None
+        reason = cause(Lost(0, *lost), str(self.tokenizer.chat_template))
+        return f"{lost[0]} {_short(lost[1])} ({reason})"
+
+    def _after_text(
+        self, row: PreferenceRow, options: dict[str, Any], name: str, ids: list[int]
+    ) -> str:
+        """What a template wrote after the text of a response; DataError where text is lost."""
+        response: Any = getattr(row, name)
+        lost, after = trace(response, "", self._decode(ids))
+        if lost is None:
+            return after
+        # A beginning in the prompt, or a tokenizer that doesn't give the text back: ask the text.
+        prompt = self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
+        side = self._template([*row.prompt, *response], options, tokenize=False)
+        split = common_prefix_length(prompt, side)
+        given = [text.strip() for message in row.prompt for _, text in texts(message)]  # type: ignore[arg-type]
+        opening = prompt[:split]
+        if given and given[-1] in opening:
+            opening = opening[opening.rindex(given[-1]) + len(given[-1]) :]
+        lost, after = trace(response, opening, side[split:])
+        if lost is not None:
+            raise DataError(self._told(lost, name, side[split:]))
+        return after
+
+    def _told(self, lost: Lost, name: str, rendered: str) -> str:
+        template = str(self.tokenizer.chat_template)
+        return (
+            f"{lost.name} {_short(lost.text)} of message {lost.index} of {name} is not in what the "
+            f"chat template renders, {_short(rendered)}: {cause(lost, template)}. Give a template "
+            "that keeps it (chat_template), or write the row without it."
+        )
+
+    def _is_end(
+        self,
+        token: int,
+        row: PreferenceRow,
+        options: dict[str, Any],
+        prompt: list[int],
+        after: str,
+    ) -> bool:
+        """Whether a token ends a turn: a special one that the template wrote `after` the text of
+        the response, unless it begins turns with it."""
+        if token in self.ends or token not in self.special or isinstance(row.prompt, str):
+            return token in self.ends
+        tokenizer = self.tokenizer
+        others = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+        if token in others or self._decode([token]).strip() not in after:
+            return False
+        alone = self.ids(row.prompt, options, add_generation_prompt=False)
+        opening = prompt[common_prefix_length(alone, prompt) :]
+        if token in (opening or prompt[last_token(prompt, self.tokenizer) :]):
+            return False
+        self.ends[token] = row.where
+        return True
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
+
+    def _template(self, messages: Any, options: dict[str, Any], **settings: Any) -> Any:
+        if not (self.tokenizer.chat_template or options.get("chat_template")):
+            raise DataError(
+                "the tokenizer has no chat template for message lists. Use the tokenizer of a chat "
+                "model, give one (chat_template), or write strings."
+            )
+        return self._call(
+            lambda: self.tokenizer.apply_chat_template(messages, **settings, **options)
+        )
+
+    def _call(self, render: Callable[[], Any]) -> Any:
+        try:
+            return render()
+        except Exception as error:  # a template is a program of its own and can raise anything
+            raise DataError(
+                f"the tokenizer can't render this ({named(error)}). "
+                "Fix the row, or use a chat template that accepts it."
+            ) from error
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:45]} ... {text[-10:]}")
+
+
+def starts_with(ids: Sequence[int], prefix: Sequence[int]) -> bool:
+    return ids[: len(prefix)] == prefix
+
+
+def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def named(error: Exception) -> str:
+    """The kind of an exception of a library, and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

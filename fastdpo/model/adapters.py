@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdpo.errors import ModelError
 from fastdpo.model import head
 from fastdpo.model.load import load_causal_lm
-from fastdpo.train.checkpoint import atomic_directory
+from fastdpo.storage import atomic_directory
 
 ALL_LINEAR = "all-linear"
 # Layers of experts and routers before transformers 5.
@@ -69,25 +69,11 @@ def add_lora(
             f"this {type(model).__name__} has adapters already; give a model in which they are "
             "merged (peft's merge_and_unload)"
         )
-    names = [target_modules] if isinstance(target_modules, str) else target_modules
-    everywhere = names is None or names == [ALL_LINEAR]
     of_mixture = mixture_parameters(model)
-    if everywhere:
-        modules = _linear_layers(model)
-        parameters = list(of_mixture) if target_parameters is None else target_parameters
-    else:
-        assert names is not None
-        parameters = target_parameters or []
-        if names or not parameters:
-            _check_targets(model, names)
-        modules = [n for n in _linear_layers(model) if _fits(n, names)]
-    if target_parameters is not None:
-        parameters = _fitting_parameters(of_mixture, target_parameters, type(model).__name__)
+    names, modules, parameters = _targets(model, of_mixture, target_modules, target_parameters)
     wanted = {*parameters, *(f"{name}.weight" for name in modules)}
-    weights: list[str] = []
-    if of_mixture:
-        modules, weights = _split_renamed(modules)
-    if names and not everywhere and not weights:
+    modules, weights = _split_renamed(modules) if of_mixture else (modules, [])
+    if names and not weights:
         modules = names
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -113,6 +99,26 @@ def add_lora(
         ends = sorted({".".join(n.split(".")[-2:]) for n in frozen})
         _log.warning("%s; lora_target_parameters=%s adapts them", trainable_share(adapted), ends)
     return adapted
+
+
+def _targets(
+    model: Any,
+    of_mixture: dict[str, str],
+    target_modules: list[str] | str | None,
+    target_parameters: list[str] | None,
+) -> tuple[list[str], list[str], list[str]]:
+    """Names of layers that the user gave, if some, and full names of layers and parameters."""
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
+    modules, parameters = _linear_layers(model), list(of_mixture)
+    if names == [ALL_LINEAR]:
+        names = None
+    if names is not None:
+        if names or not target_parameters:
+            _check_targets(model, names)
+        modules, parameters = [n for n in modules if _fits(n, names)], []
+    if target_parameters is not None:
+        parameters = _fitting_parameters(of_mixture, target_parameters, type(model).__name__)
+    return names or [], modules, parameters
 
 
 def _import_peft() -> Any:

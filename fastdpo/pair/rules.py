@@ -5,54 +5,38 @@ two scores are equal or too close, or whose responses are the same tokens, is dr
 `fastdpo.pair.stage` applies one of these to the files of a round.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
-from numbers import Real
 from typing import Any
 
-from fastdpo.errors import DataError
-from fastdpo.pair.filters import Row, draw_key, is_above, order
+from fastdpo.data.records import PairRow, Scored
+from fastdpo.errors import DataError, is_number
+from fastdpo.pair.filters import draw_key
 
-Pairs = tuple[list[Row], dict[str, int]]  # pairs, and what was dropped by reason
-
-_COLUMNS = (
-    "prompt_index",
-    "sample_index",
-    "prompt",
-    "prompt_ids",
-    "response",
-    "response_ids",
-    "finish_reason",
-    "score",
-)
+Pairing = tuple[list[PairRow], dict[str, int]]  # pairs, and what was dropped by reason
+Proposal = tuple[Scored, Scored]  # chosen, rejected
 
 
-def best_worst(rows: Sequence[Row], *, min_gap: float = 0.0) -> Pairs:
+def best_worst(rows: Sequence[Scored], *, min_gap: float = 0.0) -> Pairing:
     """Pair the best and the worst response of every prompt; returns the pairs and what was dropped.
 
     What most iterative recipes do, among them Online-RLHF's ``max_min`` (arXiv 2405.07863) and
     DICE (arXiv 2406.09760). Of equal scores the smallest sample_index counts. Scores that shaping
-    rounded to the same value are not equal: `filters.order` tells them apart.
+    rounded to the same value are not equal: `Scored.rank` tells them apart.
 
-    This and all other rules: `rows` are candidates, each with its "score", in any order. Pairs come
-    in order of prompt_index, with the columns prompt_index, prompt, prompt_ids, chosen, rejected,
-    chosen_ids, rejected_ids, score_chosen, score_rejected, chosen_finish and rejected_finish; and
-    with scores_chosen and scores_rejected where the rows have "scores", one for each scorer.
+    This and all other rules: `rows` are in any order, pairs come in order of prompt_index.
 
     `dropped` counts proposed pairs by reason: "tie" (equal scores), "gap at most min_gap",
     "identical responses" (the same tokens), and here a prompt proposes one. "fewer than two
     responses" counts prompts, which propose none, and "empty response" responses, without tokens or
     with nothing but white space, never paired.
-
-    Raises ValueError when `min_gap` is negative, and DataError when a row lacks a column or its
-    score isn't a finite number.
     """
     return _pairs(rows, _best_and_worst, min_gap)
 
 
-def best_random(rows: Sequence[Row], *, min_gap: float = 0.0, seed: int = 0) -> Pairs:
+def best_random(rows: Sequence[Scored], *, min_gap: float = 0.0, seed: int = 0) -> Pairing:
     """Pair the best response of every prompt with one drawn from the others.
 
     Online-RLHF's ``max_random`` (arXiv 2405.07863; its released code takes the first of the
@@ -60,18 +44,20 @@ def best_random(rows: Sequence[Row], *, min_gap: float = 0.0, seed: int = 0) -> 
     the reason of its worst response. Otherwise as `best_worst`.
     """
 
-    def propose(group: list[Row]) -> list[tuple[Row, Row]]:
+    def propose(group: list[Scored]) -> list[Proposal]:
         best = group[0]
         others = [row for row in group if _refusal(best, row, min_gap) is None]
         if not others:
             return _best_and_worst(group)
-        place = best["prompt_index"]
-        return [(best, min(others, key=lambda x: draw_key(seed, place, x["sample_index"])))]
+        place = best.prompt_index
+        return [(best, min(others, key=lambda x: draw_key(seed, place, x.sample_index)))]
 
     return _pairs(rows, propose, min_gap)
 
 
-def all_ranked(rows: Sequence[Row], *, min_gap: float = 0.0, max_pairs: int | None = None) -> Pairs:
+def all_ranked(
+    rows: Sequence[Scored], *, min_gap: float = 0.0, max_pairs: int | None = None
+) -> Pairing:
     """Pair every response with every one that scores lower.
 
     All comparisons of a ranking, as InstructGPT trains its reward model on (arXiv 2203.02155,
@@ -80,17 +66,19 @@ def all_ranked(rows: Sequence[Row], *, min_gap: float = 0.0, max_pairs: int | No
     responses proposes n (n - 1) / 2 pairs. Otherwise as `best_worst`.
     """
 
-    def widest(pairs: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
-        def wide(pair: tuple[Row, Row]) -> tuple[float, float]:
-            chosen, rejected = map(order, pair)
-            return rejected[0] - chosen[0], rejected[1] - chosen[1]
+    def widest(pairs: list[Proposal]) -> list[Proposal]:
+        def wide(pair: Proposal) -> tuple[float, float]:
+            chosen, rejected = pair
+            return rejected.score - chosen.score, rejected.unshaped - chosen.unshaped
 
         return sorted(pairs, key=wide)[:max_pairs]
 
     return _pairs(rows, lambda group: list(combinations(group, 2)), min_gap, keep=widest)
 
 
-def curriculum(rows: Sequence[Row], *, min_gap: float = 0.0, max_pairs: int | None = None) -> Pairs:
+def curriculum(
+    rows: Sequence[Scored], *, min_gap: float = 0.0, max_pairs: int | None = None
+) -> Pairing:
     """Pair the best response with each other one, easy pairs (wide gaps) before hard ones.
 
     Curry-DPO (arXiv 2403.07230): of four ranked responses (R1, R4), (R1, R3), (R1, R2) are trained
@@ -101,24 +89,25 @@ def curriculum(rows: Sequence[Row], *, min_gap: float = 0.0, max_pairs: int | No
     prompt of n responses proposes n - 1 pairs. Otherwise as `best_worst`.
     """
 
-    def spread(pairs: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
+    def spread(pairs: list[Proposal]) -> list[Proposal]:
         count = len(pairs) if max_pairs is None else min(max_pairs, len(pairs))
         last, steps = len(pairs) - 1, max(count - 1, 1)
         return [pairs[stage * last // steps] for stage in range(count)]
 
-    def propose(group: list[Row]) -> list[tuple[Row, Row]]:
-        others = sorted(group[1:], key=lambda row: (order(row), row["sample_index"]))
+    def propose(group: list[Scored]) -> list[Proposal]:
+        others = sorted(group[1:], key=lambda row: (row.rank, row.sample_index))
         return [(group[0], row) for row in others]
 
     pairs, dropped = _pairs(rows, propose, min_gap, keep=spread)
     stages: Counter[int] = Counter()
+    staged = []
     for row in pairs:
-        row["stage"] = stages[row["prompt_index"]]
-        stages[row["prompt_index"]] += 1
-    return pairs, dropped
+        staged.append(replace(row, stage=stages[row.prompt_index]))
+        stages[row.prompt_index] += 1
+    return staged, dropped
 
 
-def nearest_margin(rows: Sequence[Row], *, target: float, min_gap: float = 0.0) -> Pairs:
+def nearest_margin(rows: Sequence[Scored], *, target: float, min_gap: float = 0.0) -> Pairing:
     """Pair the two responses of every prompt whose gap in score is nearest to `target`.
 
     Of equally near gaps the one with the highest scores counts, those of chosen first, then the
@@ -128,7 +117,7 @@ def nearest_margin(rows: Sequence[Row], *, target: float, min_gap: float = 0.0) 
     2 standard deviations instead. Otherwise as `best_worst`.
     """
 
-    def propose(group: list[Row]) -> list[tuple[Row, Row]]:
+    def propose(group: list[Scored]) -> list[Proposal]:
         good = [pair for pair in combinations(group, 2) if _refusal(*pair, min_gap) is None]
         # The pairs are in order of the chosen score, and min takes the first.
         return [min(good, key=lambda x: abs(_gap(x) - target))] if good else _best_and_worst(group)
@@ -136,7 +125,7 @@ def nearest_margin(rows: Sequence[Row], *, target: float, min_gap: float = 0.0) 
     return _pairs(rows, propose, min_gap)
 
 
-def tree_siblings(rows: Sequence[Row], *, min_gap: float = 0.0) -> Pairs:
+def tree_siblings(rows: Sequence[Scored], *, min_gap: float = 0.0) -> Pairing:
     """Pair the best and the worst child of every node of a search tree.
 
     A candidate is a node: ``extra["parent"]``, a string or int, names its parent among those of its
@@ -153,119 +142,79 @@ def tree_siblings(rows: Sequence[Row], *, min_gap: float = 0.0) -> Pairs:
     prompts differ.
     """
 
-    def sibling_pair(best: Row, worst: Row) -> Row:
-        visits = [row["extra"].get("visits") for row in (best, worst)]
-        if best["prompt_ids"] != worst["prompt_ids"]:
-            raise DataError(f"{_where(worst)}: its prompt_ids differ from its sibling's. Fix them.")
-        result = _pair_row(best, worst)
+    def sibling_pair(best: Scored, worst: Scored) -> PairRow:
+        visits = [row.extra.get("visits") for row in (best, worst)]
+        if best.prompt_ids != worst.prompt_ids:
+            raise DataError(f"{worst.name}: its prompt_ids differ from its sibling's. Fix them.")
+        result = PairRow.of(best, worst)
         if visits == [None, None]:
             return result
-        if not all(is_finite(n) and n >= 0 for n in visits):
+        if not all(is_number(n) and n >= 0 for n in visits):
             raise DataError(
-                f"{_where(worst)}: visits of it and its sibling are {visits[1]!r} and "
+                f"{worst.name}: visits of it and its sibling are {visits[1]!r} and "
                 f"{visits[0]!r}. Give both a count, or none."
             )
         confidence = 1 / (1 + visits[1] / max(1, visits[0]))
-        return {**result, "smoothing": min(1 - confidence, 0.5)}
+        return replace(result, smoothing=min(1 - confidence, 0.5))
 
     return _pairs(rows, _best_and_worst, min_gap, unit=family, finish=sibling_pair)
 
 
-def prompt_of(row: Row) -> int:
+def prompt_of(row: Scored) -> int:
     """What most rules pair within."""
-    return row["prompt_index"]
+    return row.prompt_index
 
 
-def family(row: Row) -> tuple[int, str]:
+def family(row: Scored) -> tuple[int, str]:
     """What `tree_siblings` pairs within. Raises DataError when a candidate has no parent."""
-    parent = (row.get("extra") or {}).get("parent")
+    parent = row.extra.get("parent")
     if not isinstance(parent, str | int):
         raise DataError(
-            f"{_where(row)}: its parent is {parent!r}. The rule tree_siblings needs "
+            f"{row.name}: its parent is {parent!r}. The rule tree_siblings needs "
             'extra["parent"], a string or int.'
         )
-    return row["prompt_index"], repr(parent)
+    return row.prompt_index, repr(parent)
 
 
-def _best_and_worst(group: list[Row]) -> list[tuple[Row, Row]]:
-    return [(group[0], min(group, key=lambda row: (order(row), row["sample_index"])))]
+def _best_and_worst(group: list[Scored]) -> list[Proposal]:
+    return [(group[0], min(group, key=lambda row: (row.rank, row.sample_index)))]
 
 
-def _gap(pair: tuple[Row, Row]) -> float:
-    return pair[0]["score"] - pair[1]["score"]
+def _gap(pair: Proposal) -> float:
+    return pair[0].score - pair[1].score
 
 
-def _refusal(chosen: Row, rejected: Row, min_gap: float) -> str | None:
+def _refusal(chosen: Scored, rejected: Scored, min_gap: float) -> str | None:
     """The reason why two responses can't be paired, or None."""
     gap = _gap((chosen, rejected))
-    if gap == 0 and not is_above(chosen, rejected):
+    if gap == 0 and _is_tie(chosen, rejected):
         return "tie"
     if gap <= min_gap > 0:
         return "gap at most min_gap"
-    return "identical responses" if chosen["response_ids"] == rejected["response_ids"] else None
+    return "identical responses" if chosen.response_ids == rejected.response_ids else None
 
 
-def _pair_row(chosen: Row, rejected: Row) -> Row:
-    row = {
-        "prompt_index": chosen["prompt_index"],
-        "prompt": chosen["prompt"],
-        "prompt_ids": chosen["prompt_ids"],
-        "chosen": chosen["response"],
-        "rejected": rejected["response"],
-        "chosen_ids": chosen["response_ids"],
-        "rejected_ids": rejected["response_ids"],
-        "score_chosen": chosen["score"],
-        "score_rejected": rejected["score"],
-        "chosen_finish": chosen["finish_reason"],
-        "rejected_finish": rejected["finish_reason"],
-    }
-    if "scores" in chosen:
-        row |= {"scores_chosen": chosen["scores"], "scores_rejected": rejected["scores"]}
-    return row
-
-
-def _where(row: Row) -> str:
-    return f"candidate (prompt {row.get('prompt_index')}, sample {row.get('sample_index')})"
-
-
-def check_row(row: Row) -> None:
-    """Raise DataError unless a scored candidate has all columns and a finite score."""
-    missing = [column for column in _COLUMNS if column not in row]
-    if missing:
-        raise DataError(f"{_where(row)}: {missing[0]!r} is missing; it has {sorted(row)}. Add it.")
-    if not is_finite(row["score"]):
-        raise DataError(
-            f"{_where(row)}: the score is {row['score']!r}, not a finite number. Score it again."
-        )
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value from a file is a number that can be compared."""
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an int above the largest float
-        return False
+def _is_tie(chosen: Scored, rejected: Scored) -> bool:
+    """Of equal scores; after a length penalty, those of different lengths are a tie."""
+    lengths = {len(x.response_ids) for x in (chosen, rejected) if x.penalized}
+    return chosen.rank <= rejected.rank or len(lengths) > 1
 
 
 def _pairs(
-    rows: Sequence[Row],
-    propose: Callable[[list[Row]], list[tuple[Row, Row]]],
+    rows: Sequence[Scored],
+    propose: Callable[[list[Scored]], list[Proposal]],
     min_gap: float,
     *,
-    keep: Callable[[list[tuple[Row, Row]]], list[tuple[Row, Row]]] = list,
-    unit: Callable[[Row], Any] = prompt_of,
-    finish: Callable[[Row, Row], Row] = _pair_row,
-) -> Pairs:
+    keep: Callable[[list[Proposal]], list[Proposal]] = list,
+    unit: Callable[[Scored], Any] = prompt_of,
+    finish: Callable[[Scored, Scored], PairRow] = PairRow.of,
+) -> Pairing:
     """Pair each unit's responses: propose, refuse what can't be paired, keep, finish the rows."""
-    if not 0 <= min_gap < math.inf:
-        raise ValueError(f"min_gap must be a finite number of at least 0, got {min_gap!r}")
-    for row in rows:
-        check_row(row)
-    groups: dict[Any, list[Row]] = {}
+    groups: dict[Any, list[Scored]] = {}
     dropped: Counter[str] = Counter()
-    for row in sorted(rows, key=lambda row: (row["prompt_index"], row["sample_index"])):
+    for row in sorted(rows, key=lambda row: row.place):
         group = groups.setdefault(unit(row), [])
-        if row["response_ids"] and row["response"].strip():
+        if row.response_ids and row.response.strip():
             group.append(row)
         else:
             dropped["empty response"] += 1
@@ -275,7 +224,7 @@ def _pairs(
             dropped["fewer than two responses"] += 1
             continue
         # Stable: of equal scores by sample_index.
-        group.sort(key=order, reverse=True)
+        group.sort(key=lambda row: row.rank, reverse=True)
         good = []
         for proposal in propose(group):
             reason = _refusal(*proposal, min_gap)

@@ -1,6 +1,6 @@
 """Raw scores -> the scores that pairs are made from.
 
-    scores, facts = shape(rows, [helpful, harmless], Shaping(combine="log_sigmoid"))
+    scores, facts = shape(rows, [helpful, harmless], PairConfig(combine="log_sigmoid"))
 
 In this order: `combine` makes one score of several, `transform` reshapes it within each prompt, and
 `penalize` takes off what length earned.
@@ -12,81 +12,23 @@ same value, as PAR does 50 and 60 against 0, their order is still that of `unsha
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
-COMBINATIONS = ("weighted", "log_sigmoid")
-TRANSFORMS = ("none", "par", "log_sigmoid", "mean_std")
+from fastdpo.data.records import Candidate
+from fastdpo.pair.config import PairConfig
+
 _PERCENTILE = NormalDist().inv_cdf(0.85)
 
 References = Mapping[Any, Sequence[float]]  # scores of reference responses, by prompt
 
 
-@dataclass(frozen=True)
-class Shaping:
-    """What becomes of scores before pairing. Raises ValueError, naming the field."""
-
-    weights: list[float] | None = None  # of each scorer, negative to avoid something; None: all 1
-    combine: str = "weighted"  # or log_sigmoid, a logical and
-    transform: str = "none"  # par, log_sigmoid or mean_std
-    length_penalty: float | str = 0.0  # a token, in units of the transformed score; "auto": DICE's
-
-    def __post_init__(self) -> None:
-        for name, choices in (("combine", COMBINATIONS), ("transform", TRANSFORMS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        if self.weights is not None and not (any(self.weights) and all(map(_finite, self.weights))):
-            raise ValueError(
-                f"weights must be a list of finite numbers, not all of them 0, got {self.weights!r}"
-            )
-        penalty = self.length_penalty
-        if penalty != "auto" and not (_finite(penalty) and penalty >= 0):  # type: ignore[operator]
-            raise ValueError(
-                f'length_penalty must be a finite number of at least 0 or "auto", got {penalty!r}'
-            )
-
-    @property
-    def refers(self) -> bool:
-        """Whether scores are compared with those of reference responses."""
-        return self.combine == "log_sigmoid" or self.transform in ("par", "log_sigmoid")
-
-    @property
-    def reorders(self) -> bool:
-        """Whether a prompt's final scores can be in another order than `sum_k w_k s_k`.
-
-        Not by a transform, which keeps the order.
-        """
-        return self.combine != "weighted" or self.length_penalty != 0
-
-
-def check_scorers(shaping: Shaping | None, count: int) -> list[float]:
-    """The weights of `count` scorers. Raises ValueError when `shaping` doesn't fit so many."""
-    if shaping is None and count > 1:
-        raise ValueError(f"{count} scorers need shaping, which makes one score of theirs")
-    if shaping is None or shaping.weights is None:
-        return [1.0] * count
-    if len(shaping.weights) != count:
-        raise ValueError(
-            f"scorer_weights (Shaping.weights) must be one for each of the {count} scorers, got "
-            f"{len(shaping.weights)}: {shaping.weights}; give {count}"
-        )
-    return list(shaping.weights)
-
-
-def _finite(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
-
-
 def shape(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Candidate],
     raw: Sequence[Sequence[float]],
-    shaping: Shaping,
-    paired: Callable[[dict[str, Any]], bool] = lambda row: True,
+    config: PairConfig,
+    paired: Callable[[Any], bool] = lambda row: True,
     references_K: Sequence[References] | None = None,
 ) -> tuple[list[float], dict[str, float]]:
     """Final scores of candidates, and facts for the summary.
@@ -101,31 +43,28 @@ def shape(
     `length_gap_before` and `length_gap` after it. Responses that are not `paired`, and those
     without tokens or with nothing but white space, count in neither the search nor these.
 
-    Raises ValueError when there are no scores, not one for each row, or not one weight for each
-    scorer; and as `transform`.
+    Raises ConfigError when there isn't a weight for each scorer, and ValueError as `transform`.
     """
-    groups = [row["prompt_index"] for row in rows]
-    weights = check_scorers(shaping, len(raw))
+    groups = [row.prompt_index for row in rows]
+    weights = config.weights_of(len(raw))
     order = unshaped(raw, weights)
-    options: Any = {"weights": weights, "how": shaping.combine, "references_K": references_K}
+    options: Any = {"weights": weights, "how": config.combine, "references_K": references_K}
     scores = combine(raw, groups, **options)
     references = None if references_K is None else _combined(references_K, options)
-    scores = transform(scores, groups, shaping.transform, references=references)
-    if shaping.length_penalty == 0:
+    scores = transform(scores, groups, config.transform, references=references)
+    if config.length_penalty == 0:
         return scores, {}
-    lengths = [len(row["response_ids"]) for row in rows]
+    lengths = [len(row.response_ids) for row in rows]
     used = [
-        i
-        for i, row in enumerate(rows)
-        if row["response_ids"] and row["response"].strip() and paired(row)
+        i for i, row in enumerate(rows) if row.response_ids and row.response.strip() and paired(row)
     ]
     of_used = [lengths[i] for i in used], [groups[i] for i in used]
     before, order = [scores[i] for i in used], [order[i] for i in used]
     gap_before = length_gap(list(zip(before, order)), *of_used)
-    if shaping.length_penalty == "auto":
+    if config.length_penalty == "auto":
         alpha, gap = find_alpha(before, *of_used, order=order)
     else:
-        alpha = float(shaping.length_penalty)
+        alpha = float(config.length_penalty)
         gap = length_gap(list(zip(penalize(before, of_used[0], alpha), order)), *of_used)
     facts = {
         "length_penalty": alpha,
@@ -171,28 +110,15 @@ def combine(
 
     One scorer is passed through by "weighted" as it is, up to its weight.
 
-    Raises ValueError as `shape` and `transform` do.
+    Raises ValueError as `transform` does.
     """
-    if not scores_K:
-        raise ValueError("there are no scores to combine; give those of at least one scorer")
-    if any(len(scores) != len(groups) for scores in scores_K):
-        counts = [len(scores) for scores in scores_K]
-        raise ValueError(f"scores must be {len(groups)} a scorer, one a response, got {counts}")
-    if weights is None:
-        weights = [1.0] * len(scores_K)
-    if len(weights) != len(scores_K):
-        raise ValueError(
-            f"weights must be one for each of the {len(scores_K)} scorers, got {len(weights)}"
-        )
+    weights = [1.0] * len(scores_K) if weights is None else weights
     if how == "log_sigmoid":
+        given = [None] * len(scores_K) if references_K is None else references_K
         scores_K = [
-            transform(
-                scores, groups, how, references=None if references_K is None else references_K[k]
-            )
-            for k, scores in enumerate(scores_K)
+            transform(scores, groups, how, references=references)
+            for scores, references in zip(scores_K, given)
         ]
-    elif how != "weighted":
-        raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {how!r}")
     return unshaped(scores_K, weights)
 
 
@@ -226,10 +152,8 @@ def transform(
     No value is below that of a lower score, but rounding may make them equal: 1 is the nearest
     float to sigmoid(37) and to all above.
 
-    Raises ValueError when `how` is unknown, or a prompt has no references among those given.
+    Raises ValueError when a prompt has no references among those given.
     """
-    if how not in TRANSFORMS:
-        raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, got {how!r}")
     result = list(map(float, values))
     if how == "none":
         return result

@@ -34,7 +34,7 @@ from fastdpo.loss.objectives import lr_dpo
 from fastdpo.loss.passes import Call, Pairs
 from fastdpo.loss.plan import default_workspace_mib
 from fastdpo.loss.streaming import Block, Grads, Head, Needs, Rows, Stash
-from fastdpo.model import attention, balance, head, longcontext
+from fastdpo.model import attention, balance, head, offload, tiling
 from fastdpo.model import prepare as policy
 from fastdpo.model.load import check_folder, refuse_quantized
 from fastdpo.train.config import TrainConfig
@@ -651,7 +651,7 @@ class _Simulation:
             raise ModelError(str(error)) from error
         policy._disable_dropout(model)
         if config.mlp_tile_tokens is not None:
-            longcontext.tile_mlp(model, config.mlp_tile_tokens)
+            tiling.tile_mlp(model, config.mlp_tile_tokens)
         if config.activation_offloading and self.device == "cuda":
             self._offload(model)
         head.base_of(model)._fastdpo_layout = self._use_layout(model)
@@ -678,14 +678,14 @@ class _Simulation:
         raise ModelError("; ".join(reasons))
 
     def _offload(self, model: Any) -> None:
-        """`fastdpo.model.longcontext.offload`, for tensors that only say they were on a GPU."""
+        """`fastdpo.model.offload.offload`, for tensors that only say they were on a GPU."""
         body, live = head.base_of(model).base_model, self.live
 
         def pack(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-            size = longcontext._without_repeats(tensor).numel() * tensor.element_size()
-            if size < longcontext._MIN_BYTES or longcontext._is_parameter(tensor):
+            size = offload._without_repeats(tensor).numel() * tensor.element_size()
+            if size < offload._MIN_BYTES or offload._is_parameter(tensor):
                 return tensor, None
-            memory_E = longcontext._memory(tensor.detach())
+            memory_E = offload._memory(tensor.detach())
             with live.on_host():
                 host_E = torch.empty(memory_E.shape, dtype=tensor.dtype)
             # Its shape without its memory.

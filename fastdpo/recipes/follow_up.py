@@ -9,8 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from fastdpo.data.batch import TokenizedPair
-from fastdpo.data.records import Text
-from fastdpo.score.rewards import pair_logps, text_of
+from fastdpo.data.records import Text, messages_of
+from fastdpo.data.rendering import text_of
+from fastdpo.model.logps import pair_logps
 
 POSITIVE = (
     "Thank you, that is just what I wanted to know.",
@@ -38,7 +39,7 @@ def follow_up_scores(
 
     `mean_k l(positive_k) - mean_k l(negative_k)`, where l is the log-probability of a follow-up
     after prompt and response, in nats per token, under any causal language model
-    (`fastdpo.score.rewards.load_packed`); none is trained.
+    (`fastdpo.model.logps.load_packed`); none is trained.
 
     The paper takes log-likelihoods. Its code averages over tokens as is done here, but it averages
     logits, and not those of the positions before the tokens; that is not followed. The follow-ups
@@ -89,9 +90,7 @@ def _split(
     if tokenizer.chat_template is None:
         before, special = f"{text_of(prompt)}\n{response}\n", True
     else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [*messages, {"role": "assistant", "content": response}]
-        messages = [*messages, {"role": "user", "content": follow_up}]
+        messages = [*messages_of(prompt, response), {"role": "user", "content": follow_up}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         place = text.rfind(follow_up)
         if place < 0:

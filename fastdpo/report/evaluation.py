@@ -14,9 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastdpo.data.parts import check_scored
 from fastdpo.data.records import Text
 from fastdpo.errors import DataError
-from fastdpo.score.stage import check_scored
 from fastdpo.storage import read_parts
 
 NORMAL = 1.959964  # quantile of many degrees of freedom

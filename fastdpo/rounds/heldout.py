@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
+from fastdpo.data.parts import read_candidates
+from fastdpo.data.records import Candidate
 from fastdpo.errors import DataError
+from fastdpo.model.logps import load_packed, response_logps
 from fastdpo.report import summary as report
 from fastdpo.report.evaluation import (
     by_length,
@@ -17,9 +20,8 @@ from fastdpo.report.evaluation import (
     win_rates,
 )
 from fastdpo.rounds.folder import Run
-from fastdpo.score.rewards import load_packed, response_logps
 from fastdpo.score.stage import Scorer, score
-from fastdpo.storage import read_json, read_parts, write_json_atomic
+from fastdpo.storage import read_json, write_json_atomic
 
 
 def evaluate(run: Run, index: int) -> None:
@@ -115,18 +117,18 @@ def against_start(scorer: Scorer, start: Path) -> Scorer:
     compare = scorer.compare
     assert compare is not None
     others: dict[int, list[str]] = {}
-    for row in read_parts(start):
-        others.setdefault(row["prompt_index"], []).append(row["response"])
+    for row in read_candidates(start).values():
+        others.setdefault(row.prompt_index, []).append(row.response)
 
-    def function(rows: list[dict[str, Any]]) -> list[float]:
+    def function(rows: list[Candidate]) -> list[float]:
         prompts, first, second, counts = [], [], [], []
         for row in rows:
-            known = others.get(row["prompt_index"])
+            known = others.get(row.prompt_index)
             if not known:
-                raise DataError(f"{start}: there is no response to prompt {row['prompt_index']}")
-            different = [x for x in known if x != row["response"]]
-            prompts += [row["prompt"]] * len(different)
-            first += [row["response"]] * len(different)
+                raise DataError(f"{start}: there is no response to prompt {row.prompt_index}")
+            different = [x for x in known if x != row.response]
+            prompts += [row.prompt] * len(different)
+            first += [row.response] * len(different)
             second += different
             counts.append((len(different), len(known)))
         found = iter(compare(prompts, first, second))
@@ -160,14 +162,14 @@ def kl_to_start(
         dtype: of both models.
         batch_size: sequences at a time.
     """
-    rows = read_parts(candidates)
+    rows = list(read_candidates(candidates).values())
     logp_2R = [
         response_logps(load_packed(name, dtype=dtype), rows, batch_size=batch_size)
         for name in (policy, start)
     ]
     ratios: dict[int, list[float]] = {}
     for row, ratio in zip(rows, (logp_2R[0] - logp_2R[1]).tolist()):
-        ratios.setdefault(row["prompt_index"], []).append(ratio)
+        ratios.setdefault(row.prompt_index, []).append(ratio)
     means = [sum(group) / len(group) for group in ratios.values()]
     return {"kl": sum(means) / len(means), "kl_se": standard_error(means)}
 

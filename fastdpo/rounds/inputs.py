@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fastdpo.data.records import PreferenceRow, Prompt
-from fastdpo.data.rows import preference_rows, prompt_rows, read_rows, render_prompt
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.model.load import check_start, load_tokenizer
 from fastdpo.pair.offline import offline_pairs
@@ -65,8 +66,8 @@ def _tokens(
             replay, tokenizer, max_length=longest, exclude=heldout, progress=False
         )
         for pair in pairs:
-            ids = pair["prompt_ids"] + pair["chosen_ids"] + pair["rejected_ids"]
-            yield pair["prompt_row"].where, ids
+            assert pair.origin is not None
+            yield pair.origin.where, pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
 
 
 def split_prompts(config: IterateConfig, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from fastdpo.data.records import PairRow
 from fastdpo.data.rows import preference_rows, read_rows
 from fastdpo.model.load import stop_ids
 from fastdpo.pair import offline
@@ -52,7 +52,7 @@ def answers(run: Run, index: int) -> list[Path]:
     return [y for x in folders for y in (x / "candidates", *run.scores(x))]
 
 
-def offline_pairs(run: Run, index: int) -> tuple[list[Any], list[dict[str, float]]]:
+def offline_pairs(run: Run, index: int) -> tuple[list[PairRow], list[dict[str, float]]]:
     """Offline pairs, and the scores of each round's fresh responses to their prompts."""
     config, folder = run.config, run.out / "offline"
     rows, _ = _rows(run)
@@ -68,7 +68,7 @@ def offline_pairs(run: Run, index: int) -> tuple[list[Any], list[dict[str, float
     ]
 
 
-def _rows(run: Run) -> tuple[list[Any], dict[str, int]]:
+def _rows(run: Run) -> tuple[list[PairRow], dict[str, int]]:
     config = run.config
     fresh = config.pair.fresh_threshold is not None
     return offline.offline_pairs(

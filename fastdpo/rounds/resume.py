@@ -16,9 +16,8 @@ from fastdpo.errors import ConfigError, DataError
 from fastdpo.report import summary as report
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.rounds.old_names import moved, old_names
-from fastdpo.storage import list_parts, read_json, write_json_atomic
+from fastdpo.storage import check_directory, list_parts, read_json, write_json_atomic
 from fastdpo.train import config as training
-from fastdpo.train.checkpoint import check_directory
 
 # What does not change what a run makes of its prompts.
 FREE = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastdpo.data.clock import KEY, rendering_at
+from fastdpo.data.parts import read_candidates
 from fastdpo.errors import ConfigError
 from fastdpo.model.load import combine, load_causal_lm
 from fastdpo.pair import filters
@@ -22,7 +23,7 @@ from fastdpo.rounds.heldout import evaluate
 from fastdpo.rounds.inputs import check_inputs
 from fastdpo.rounds.replay import answer_offline, answers, offline_pairs, read_offline
 from fastdpo.score.stage import score
-from fastdpo.storage import locked, read_json, read_parts, write_json_atomic
+from fastdpo.storage import locked, read_json, write_json_atomic
 from fastdpo.train.control import LengthController
 from fastdpo.train.trainer import CONTROL, train
 
@@ -242,6 +243,6 @@ def _mean(found: list[dict[str, float]], sizes: list[int]) -> dict[str, float]:
 def response_lengths(candidates: Path) -> list[list[int]]:
     """Tokens of each response, a list for each prompt."""
     found: dict[int, list[int]] = {}
-    for row in read_parts(candidates):
-        found.setdefault(row["prompt_index"], []).append(len(row["response_ids"]))
-    return [found[i] for i in sorted(found)]
+    for row in read_candidates(candidates).values():  # in order
+        found.setdefault(row.prompt_index, []).append(len(row.response_ids))
+    return list(found.values())

@@ -23,7 +23,7 @@ import torch
 from fastdpo.errors import ModelError
 from fastdpo.model import rope
 from fastdpo.model.identity import dtype_name, policy_digest
-from fastdpo.model.load import end_ids
+from fastdpo.model.load import context_of, end_ids
 from fastdpo.model.noise import random_state_kept
 from fastdpo.sample.config import SampleConfig
 
@@ -101,11 +101,6 @@ class Sampler(Protocol):
     def close(self) -> None:
         """Give back memory and processes, and end calls of `generate` that wait."""
         ...
-
-
-def context_of(model_config: Any) -> int | None:
-    """The most tokens that a model is made for; None where its config doesn't say."""
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def prompt_seed(seed: int, place: int) -> int:

@@ -31,17 +31,17 @@ import torch
 
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.records import Prompt
-from fastdpo.data.rows import render_prompt, warn_of_unread
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.tokenize import warn_of_unread
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.model.identity import policy_digest
-from fastdpo.model.load import end_ids, load_causal_lm, load_config, stop_ids
+from fastdpo.model.load import context_of, end_ids, load_causal_lm, load_config, stop_ids
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.samplers import (
     Ending,
     Output,
     Sampler,
     VllmSampler,
-    context_of,
     model_sampler,
 )
 from fastdpo.sample.server import open_server

@@ -6,72 +6,15 @@ leaves either the old state or the new one. It holds the SHA-256 of its files in
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdpo.errors import DataError
-from fastdpo.storage import file_digest, told_when_full
+from fastdpo.storage import atomic_directory, check_directory
 
 _STEP = "step-{:08d}"
-_SUMS = "SHA256SUMS"
-
-
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a scratch folder that becomes ``path`` if the block ends without an exception."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    with told_when_full(path):
-        yield scratch
-    files = sorted(file for file in scratch.rglob("*") if file.is_file())
-    sums = [f"{file_digest(file)}  {file.relative_to(scratch).as_posix()}\n" for file in files]
-    (scratch / _SUMS).write_text("".join(sums))
-    for file in scratch.rglob("*"):
-        sync(file)
-    sync(scratch)
-    if path.exists():
-        shutil.rmtree(path)
-    scratch.rename(path)
-    sync(path.parent)
-
-
-def check_directory(path: Path) -> None:
-    """Compare the files of a folder with their checksums; a folder without any is left alone.
-
-    Raises:
-        DataError: a file is missing or differs.
-    """
-    path = Path(path)
-    if not (path / _SUMS).is_file():
-        return
-    for line in (path / _SUMS).read_text().splitlines():
-        wanted, _, name = line.partition("  ")
-        file = path / name
-        if not file.is_file() or file_digest(file) != wanted:
-            what = "differs from what was written" if file.is_file() else "is missing"
-            raise DataError(
-                f"{file} {what}: the folder is damaged. Delete {path}, and the same command makes "
-                "it again."
-            )
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    if os.name != "posix" and path.is_dir():  # directories can't be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(

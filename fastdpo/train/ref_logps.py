@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdpo import __version__
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ModelError
-from fastdpo.storage import told_when_full
-from fastdpo.train.checkpoint import sync
+from fastdpo.storage import sync, told_when_full
 
 _log = logging.getLogger(__name__)
 _DIGESTS = "digests"  # of the weights and of the log-probs; safetensors keeps no order of entries
@@ -37,26 +36,6 @@ def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
         if (pair.weight, pair.smoothing) != (1.0, 0.0):
             parts.append([pair.weight, pair.smoothing])
         digest.update(json.dumps(parts).encode())
-    return digest.hexdigest()
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Digest of a model's configuration, parameters and buffers.
-
-    It reads the weights themselves, so it is the same for a folder, a hub name and a model in
-    memory.
-    """
-    digest = hashlib.sha256()
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        # Where it was loaded from and how it attends do not change what a model is.
-        settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
-        settings = {k: v for k, v in settings.items() if k != "transformers_version"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(memoryview(data.numpy()))
     return digest.hexdigest()
 
 

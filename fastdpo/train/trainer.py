@@ -34,7 +34,7 @@ from fastdpo.data.batch import (
     plan_steps,
     share_step,
 )
-from fastdpo.data.rows import counted, fit_to_budget
+from fastdpo.data.budget import counted, fit_to_budget
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.model import balance
@@ -54,6 +54,7 @@ from fastdpo.model.load import (
     load_causal_lm,
     refuse_quantized,
     save_policy,
+    weights_digest,
 )
 from fastdpo.model.prepare import check_range, layout_of, packed_loss, prepare_model
 from fastdpo.storage import read_json, write_json_atomic
@@ -62,7 +63,7 @@ from fastdpo.train.checkpoint import load_checkpoint, save_checkpoint
 from fastdpo.train.config import FREE, TrainConfig, check_control
 from fastdpo.train.control import LengthController
 from fastdpo.train.metrics import MetricsLog, read_metrics
-from fastdpo.train.ref_logps import cache_key, pairs_digest, weights_digest
+from fastdpo.train.ref_logps import cache_key, pairs_digest
 
 _log = logging.getLogger(__name__)
 CONTROL = "control.json"  # the state of alpha=auto at the end

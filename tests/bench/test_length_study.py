@@ -519,7 +519,7 @@ def test_prompts_are_single_turns_and_the_scorer_is_the_trained_model(finished):
     assert prompts[3] == "tell me about number 3 be nice"
     folder = finished / "alpha-0" / "seed-1" / "round-01"
     candidates, scores = read_parts(folder / "candidates"), read_parts(folder / "scores")
-    from fastdpo.score.stage import load_scorer
+    from fastdpo.score.load import load_scorer
 
     name = load([finished / "results.jsonl"])[-1]["settings"]["scorer_dtype"]
     scorer = load_scorer(str(finished / "reward"), dtype=getattr(torch, name))

@@ -17,19 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.budget import OVERLONG, Fitted, fit_to_budget
 from fastdpo.data.records import PreferenceRow
-from fastdpo.data.rows import (
-    OVERLONG,
-    Fitted,
-    Rows,
-    fit_to_budget,
-    preference_rows,
-    prompt_rows,
-    read_rows,
-    render_prompt,
-    tokenize_dataset,
-    tokenize_pair,
-)
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rows import Rows, preference_rows, prompt_rows, read_rows
+from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import DataError
 
 torch.set_num_threads(1)
@@ -365,8 +357,7 @@ def test_pairs_remember_their_row(tokenizer):
     rows = preference_rows(Rows("pairs.jsonl", CHATS, lines=[1, 17]))
     result = tokenize_dataset(rows, tokenizer, max_length=None, progress=False)
     assert [pair.where for pair in result.pairs] == ["pairs.jsonl:1", "pairs.jsonl:17"]
-    pair = tokenize_pair(rows[1], tokenizer, None)
-    assert isinstance(pair, TokenizedPair) and pair.where == "pairs.jsonl:17"
+    pair = result.pairs[1]
     assert pair == replace(pair, where="elsewhere")
 
 
@@ -536,14 +527,6 @@ def test_nothing_left_is_an_error(tokenizer):
         tokenize(STRINGS, tokenizer, max_length=1)
 
 
-def test_tokenize_pair_agrees_with_the_dataset(tokenizer):
-    rows = preference_rows(Rows("here", CHATS))
-    kept, reason = [tokenize_pair(row, tokenizer, 34) for row in rows]
-    assert [kept] == tokenize(CHATS, tokenizer, 34).pairs
-    assert reason == "responses truncated to nothing"
-    assert tokenize_pair(rows[0], tokenizer, 3) == "responses truncated to nothing"
-
-
 def test_implicit_and_redundant_prompts_become_explicit():
     redundant = {**IMPLICIT_CHATS[0], "prompt": "The sky?"}
     rows = Rows("here", [IMPLICIT_STRINGS[0], IMPLICIT_STRINGS[2], IMPLICIT_CHATS[1], redundant])
@@ -650,7 +633,7 @@ def test_tokenizers_that_lack_something_are_refused():
         tokenize(STRINGS, endless)
     mixed = PreferenceRow("here", "p", [a("c")], [a("r")])
     with pytest.raises(DataError, match="different formats"):
-        tokenize_pair(mixed, make_tokenizer(), None)
+        tokenize_dataset([mixed], make_tokenizer(), max_length=None, progress=False)
 
 
 def test_render_prompt_gives_the_ids_of_training(tokenizer):

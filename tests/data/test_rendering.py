@@ -14,16 +14,9 @@ from tiny import LLAMA, save_tiny
 
 from fastdpo.data import rendering
 from fastdpo.data.records import Prompt, prompt_key
-from fastdpo.data.rows import (
-    Rows,
-    preference_rows,
-    prompt_rows,
-    read_rows,
-    render_prompt,
-    takes_as_chat,
-    tokenize_dataset,
-    tokenize_pair,
-)
+from fastdpo.data.rendering import render_prompt, takes_as_chat
+from fastdpo.data.rows import Rows, preference_rows, prompt_rows, read_rows
+from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model.load import load_tokenizer, stop_ids
 from fastdpo.pair.offline import offline_pairs
@@ -139,12 +132,11 @@ def test_a_template_keeps_a_response_or_is_refused(kind):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                pair = tokenize_pair(row, tok, None)
+                (pair,) = tokenize_dataset([row], tok, max_length=None, progress=False).pairs
         except DataError as error:
             assert "chat template" in str(error), name
             verdicts[name] = False
         else:
-            assert not isinstance(pair, str)
             text = tok.decode(pair.chosen_ids).rstrip()
             assert text.endswith((">", "<turn|>")) and pair.chosen_ids != pair.rejected_ids, name
             verdicts[name] = True
@@ -548,7 +540,8 @@ def test_a_response_of_blanks_is_empty():
     tok = tokenizer(CHATML.replace("m.content", "m.content | trim"))
     row = {"prompt": [u("p")], "chosen": [a("x")], "rejected": [a(" \n")]}
     (checked,) = preference_rows(Rows("here", [row]))
-    assert tokenize_pair(checked, tok, None) == "empty response"
+    with pytest.raises(DataError, match="empty response: 1"):
+        tokenize_dataset([checked], tok, max_length=None, progress=False)
 
 
 def test_a_prompt_that_is_null_is_not_made_up(tmp_path):

@@ -11,7 +11,7 @@ from tiny import LLAMA, Family, build_tokenizer
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo.data.batch import Layout, LengthClasses, TokenizedPair, pack_pairs
-from fastdpo.data.rows import fit_to_budget
+from fastdpo.data.budget import fit_to_budget
 from fastdpo.errors import ModelError
 from fastdpo.loss import reference
 from fastdpo.model import rope
@@ -282,7 +282,7 @@ def test_rows_of_a_sampled_batch_and_of_a_reward_model(of):
 
     from fastdpo.sample.config import SampleConfig
     from fastdpo.sample.samplers import GenerateSampler
-    from fastdpo.score.rewards import RewardModel
+    from fastdpo.score.reward_model import RewardModel
 
     short, long = ids(9, 4), ids(150, 5)
     config = SampleConfig(num_samples=1, temperature=0, max_new_tokens=6)

@@ -19,7 +19,8 @@ from test_pairing import candidate, group, samples, write_stage
 from fastdpo import storage
 from fastdpo.data.batch import TokenizedPair, pack_pairs
 from fastdpo.data.records import PreferenceRow, Prompt, prompt_key
-from fastdpo.data.rows import preference_rows, read_rows, render_prompt
+from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rows import preference_rows, read_rows
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model.prepare import packed_loss, prepare_model
 from fastdpo.pair.filters import (

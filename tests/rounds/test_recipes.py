@@ -13,13 +13,13 @@ from fastdpo import recipes
 from fastdpo.cli import main, parse
 from fastdpo.data.rows import prompt_rows, read_rows
 from fastdpo.model.load import load_causal_lm, load_tokenizer
+from fastdpo.model.logps import load_packed
 from fastdpo.recipes import nectar
 from fastdpo.recipes.best_of_majority import best_of_majority
 from fastdpo.recipes.follow_up import NEGATIVE, POSITIVE, follow_up_scores
 from fastdpo.recipes.relevance import length_incentive, open_ended, repetition_penalty
 from fastdpo.recipes.unlikeliness import unlikeliness
-from fastdpo.score.rewards import load_packed
-from fastdpo.score.stage import load_scorer
+from fastdpo.score.load import load_scorer
 
 STORM = Path(recipes.__file__).parent / "storm-7b.yaml"
 

@@ -21,12 +21,15 @@ import torch
 from tiny import GEMMA, GEMMA3, LLAMA, MAMBA, build_tokenizer, save_tiny
 
 from fastdpo import storage
+from fastdpo.data.parts import check_scored
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model.identity import policy_digest
 from fastdpo.model.load import load_causal_lm
 from fastdpo.remote import Endpoint, Remote, RemoteError, Stop
-from fastdpo.score.rewards import JUDGE_TEMPLATE, Judge
-from fastdpo.score.stage import Scorer, check_scored, load_scorer, right_answer, score
+from fastdpo.score.answer import right_answer
+from fastdpo.score.judge import JUDGE_TEMPLATE, Judge
+from fastdpo.score.load import load_scorer
+from fastdpo.score.stage import Scorer, score
 
 torch.set_num_threads(1)
 

@@ -10,11 +10,10 @@ from tiny import LLAMA, MAMBA, QWEN, build_tokenizer, save_tiny
 
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ConfigError, DataError, ModelError
-from fastdpo.model import longcontext
-from fastdpo.model.load import load_causal_lm, load_tokenizer
+from fastdpo.model import liger, offload
+from fastdpo.model.load import load_causal_lm, load_tokenizer, weights_digest
 from fastdpo.train import trainer
 from fastdpo.train.config import TrainConfig
-from fastdpo.train.ref_logps import weights_digest
 from fastdpo.train.trainer import train
 
 LOG_2 = torch.tensor(2.0).log()
@@ -295,13 +294,13 @@ def test_options_of_memory_do_not_change_training(options, model_path, tmp_path)
 
 
 def test_activations_are_offloaded_around_the_body(model_path, tmp_path, monkeypatch):
-    entered, real = [], longcontext.offload_activations
+    entered, real = [], offload.offload_activations
 
     def counted():
         entered.append(torch.is_grad_enabled())
         return real()
 
-    monkeypatch.setattr(longcontext, "offload_activations", counted)
+    monkeypatch.setattr(offload, "offload_activations", counted)
     run(model_path, tmp_path, activation_offloading=True)
     assert sum(entered) >= 4
 
@@ -317,7 +316,7 @@ def test_kernels_that_compute_something_else_are_named(model_path, tmp_path, mon
         for layer in model.model.layers:
             layer.mlp.act_fn = torch.nn.ReLU()
 
-    monkeypatch.setattr(longcontext, "use_liger", wrong)
+    monkeypatch.setattr(liger, "use_liger", wrong)
     with pytest.raises(ModelError, match="use_liger_kernel: Liger's kernels give Qwen3ForCausalLM"):
         run(model_path, tmp_path, use_liger_kernel=True)
 

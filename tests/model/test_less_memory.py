@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdpo import linear_logp
 from fastdpo.data.batch import TokenizedPair, pack_pairs
 from fastdpo.errors import ModelError
-from fastdpo.model import longcontext
-from fastdpo.model.longcontext import _Moved, _Offload, offload_activations, tile_mlp, use_liger
+from fastdpo.model import liger, offload, tiling
+from fastdpo.model.liger import use_liger
+from fastdpo.model.offload import _Moved, _Offload, offload_activations
 from fastdpo.model.prepare import checkpoint_activations
+from fastdpo.model.tiling import tile_mlp
 from fastdpo.train.trainer import packed_loss, prepare_model
 
 GEMMA3 = _family("gemma3_text", "Gemma3TextConfig", sliding_window=8, query_pre_attn_scalar=8)
@@ -198,7 +200,7 @@ def test_tiles_without_gradients_are_not_checkpointed(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("checkpointed")
 
-    monkeypatch.setattr(longcontext, "checkpoint", refuse)
+    monkeypatch.setattr(tiling, "checkpoint", refuse)
     with torch.no_grad():
         assert torch.equal(model(IDS, use_cache=False).logits, wanted)
     with pytest.raises(AssertionError, match="checkpointed"):
@@ -276,7 +278,7 @@ class Pretend(_Offload):
 
 @pytest.fixture
 def tiny_limit(monkeypatch):
-    monkeypatch.setattr(longcontext, "_MIN_BYTES", 1)
+    monkeypatch.setattr(offload, "_MIN_BYTES", 1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -431,7 +433,7 @@ def test_offloading_disabled_does_nothing():
 def interpreted(monkeypatch):
     """Liger's kernels in Triton's interpreter, which lacks some of what they use."""
     pytest.importorskip("liger_kernel")
-    if ON_GPU or not longcontext.is_interpreted():
+    if ON_GPU or not liger.is_interpreted():
         pytest.skip("needs Triton's interpreter")
     import triton.language as tl
     from triton.runtime import interpreter
@@ -572,7 +574,7 @@ def test_liger_stays_on_one_model_and_follows_a_deep_copy(interpreted):
 
 def test_liger_rounds_olmo_as_transformers_does():
     """In bf16 the order of rounding and multiplying shows; which one each family takes."""
-    assert {name: family.casting for name, family in longcontext._LIGER.items()} == {
+    assert {name: family.casting for name, family in liger._LIGER.items()} == {
         "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama", "phi3": "llama",
         "olmo2": "gemma", "gemma2": "gemma", "gemma3_text": "gemma",
     }  # fmt: skip
@@ -581,7 +583,7 @@ def test_liger_rounds_olmo_as_transformers_does():
         x = torch.randn(300, 32, dtype=torch.bfloat16)
         x_32 = x.float()
         x_32 = x_32 * torch.rsqrt(x_32.square().mean(-1, keepdim=True) + 1e-6)
-        known = longcontext._LIGER[family.name]
+        known = liger._LIGER[family.name]
         if known.casting == "llama":
             wanted = x_32.bfloat16() * norm.weight
         else:
@@ -605,7 +607,7 @@ def test_liger_refuses_other_activations(interpreted):
 
 def test_liger_refuses_the_cpu(monkeypatch):
     pytest.importorskip("liger_kernel")
-    monkeypatch.setattr(longcontext, "is_interpreted", lambda: False)
+    monkeypatch.setattr(liger, "is_interpreted", lambda: False)
     with pytest.raises(ModelError, match=r"the model is on device 'cpu'.*move it to a GPU"):
         use_liger(build(LLAMA))
 

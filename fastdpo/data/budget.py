@@ -1,0 +1,105 @@
+"""Pairs within a number of tokens: what happens to those that are too long."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fastdpo.data.batch import TokenizedPair, tokens_of_pair
+from fastdpo.errors import DataError
+
+OVERLONG = ("truncate", "drop", "stop")  # what can be done with a pair that is too long
+_NAMED_ROWS = 3  # of those dropped or truncated; the rest are counted
+
+
+def counted(places: Sequence[str]) -> str:
+    """How many rows, and the first of them by name."""
+    if not places:
+        return "0"
+    more = ", ..." if len(places) > _NAMED_ROWS else ""
+    return f"{len(places)} ({', '.join(places[:_NAMED_ROWS])}{more})"
+
+
+def check_overlong(overlong: str) -> None:
+    """Raise ValueError where it is none of `OVERLONG`."""
+    if overlong not in OVERLONG:
+        raise ValueError(f"overlong must be truncate, drop or stop, got {overlong!r}")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit_to_budget` made of pairs: `pairs[i]` was number `kept[i]` of those given."""
+
+    pairs: list[TokenizedPair]
+    kept: list[int]
+    dropped_at: list[str]  # the rows left out
+    truncated_at: list[str]  # rows kept with a response cut
+
+
+def fit_to_budget(
+    pairs: Sequence[TokenizedPair], max_tokens: int, *, layout: str, overlong: str
+) -> Fitted:
+    """Make every pair fit a micro-batch of `max_tokens` tokens in a layout, in order.
+
+    One that fits is returned as it is, the same object. `overlong` says what happens to any other:
+
+    - "truncate": both responses are cut at the end to one common cap, the largest at which the pair
+      fits; a response within the cap stays whole. The pair is dropped when not even one token of
+      each fits, or when both are the same tokens after the cut.
+    - "drop": the pair is dropped.
+    - "stop": the first such pair raises DataError.
+
+    Raises DataError when no pair is left, and ValueError when `overlong` is none of the three.
+    """
+    check_overlong(overlong)
+    if not pairs:
+        raise DataError("there are no pairs to fit to max_tokens. Give at least one pair.")
+    sizes = [pair.num_tokens(layout) for pair in pairs]
+    result: list[TokenizedPair] = []
+    kept: list[int] = []
+    dropped_at: list[str] = []
+    truncated_at: list[str] = []
+    for i, pair in enumerate(pairs):
+        fitting: TokenizedPair | None = pair
+        if sizes[i] > max_tokens:
+            if overlong == "stop":
+                raise DataError(
+                    f"{_place(pairs, i)}: the pair takes {sizes[i]} tokens, max_tokens is "
+                    f"{max_tokens}. Raise max_tokens to at least {max(sizes)}, the longest pair, "
+                    "or set overlong=truncate or overlong=drop."
+                )
+            fitting = _cut(pair, max_tokens, layout) if overlong == "truncate" else None
+        if fitting is None:
+            dropped_at.append(_place(pairs, i))
+            continue
+        result.append(fitting)
+        kept.append(i)
+        if fitting is not pair:
+            truncated_at.append(_place(pairs, i))
+    if not result:
+        choice = ", or set overlong=truncate" if overlong == "drop" else ""
+        raise DataError(
+            f"{_place(pairs, 0)} to {_place(pairs, len(pairs) - 1)}: no pair is left to train on: "
+            f"all {len(pairs)} take more than max_tokens = {max_tokens} tokens. "
+            f"Raise max_tokens to at least {max(sizes)}, the longest pair{choice}."
+        )
+    return Fitted(result, kept, dropped_at, truncated_at)
+
+
+def _place(pairs: Sequence[TokenizedPair], i: int) -> str:
+    return pairs[i].where or f"pair {i} (counting from 0)"
+
+
+def _cut(pair: TokenizedPair, max_tokens: int, layout: str) -> TokenizedPair | None:
+    """The pair within `max_tokens`, its responses under one cap; None if that leaves nothing."""
+    prompt, chosen, rejected = map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+
+    def fits(cap: int) -> bool:
+        return tokens_of_pair(prompt, min(chosen, cap), min(rejected, cap), layout) <= max_tokens
+
+    # Not by halves: where both sides can't share the prompt, a longer cap may take fewer tokens.
+    cap = next(filter(fits, range(min(max(chosen, rejected), max_tokens), 0, -1)), 0)
+    if cap < 1:
+        return None
+    chosen_ids, rejected_ids = pair.chosen_ids[:cap], pair.rejected_ids[:cap]
+    if chosen_ids == rejected_ids:
+        return None
+    return replace(pair, chosen_ids=chosen_ids, rejected_ids=rejected_ids)

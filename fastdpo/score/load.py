@@ -1,0 +1,164 @@
+"""Scorers by their names: what is loaded, and which options it reads."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdpo.errors import ConfigError
+from fastdpo.model.identity import dtype_name, policy_digest
+from fastdpo.remote import Endpoint, Remote, check_url
+from fastdpo.score.answer import right_answer
+from fastdpo.score.implicit import load_implicit, load_likelihood
+from fastdpo.score.judge import JUDGE_TEMPLATE, Judge, check_template, load_local_judge
+from fastdpo.score.remote import PooledScores, RemoteJudge, RemoteScores
+from fastdpo.score.reward_model import load_reward_model
+from fastdpo.score.stage import Scorer
+
+_USES = {  # by kind of scorer, what `load_scorer` reads beside the name
+    "answer": set(),
+    "function": set(),
+    "implicit": {"policy", "previous", "dtype", "batch_size"},
+    "likelihood": {"policy", "dtype", "batch_size"},
+    "judge": {"template", "dtype", "batch_size"},
+    "remote judge": {"template", "remote"},
+    "pooling": {"remote"},
+    "endpoint": {"remote", "batch_size"},
+    "reward model": {"dtype", "batch_size"},
+}
+
+
+def uses(spec: str) -> set[str]:
+    """What `load_scorer` reads for a scorer beside its name: some of policy, previous, template,
+    dtype, batch_size and remote."""
+    return _USES[_kind(spec)]
+
+
+def _kind(spec: str) -> str:
+    if spec in ("answer", "implicit", "likelihood"):
+        return spec
+    url = spec.removeprefix("judge:").startswith(("http://", "https://"))
+    if spec.startswith("judge:"):
+        return "remote judge" if url else "judge"
+    if url:
+        pooled = spec.partition("#")[0].rstrip("/").endswith("/pooling")
+        return "pooling" if pooled else "endpoint"
+    return "function" if ":" in spec and not Path(spec).exists() else "reward model"
+
+
+def load_scorer(
+    spec: str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+    policy: str | None = None,
+    previous: str | None = None,
+    remote: Remote | None = None,
+    judge_template: str | None = None,
+) -> Scorer:
+    """Load a scorer by name.
+
+    - `module:function`: a Python function `f(prompts, responses) -> scores`.
+    - `name` or `name#tokenizer`: a reward model, the folder or hub name of a sequence classifier
+      with one logit or of a causal model with a `v_head`, and of its tokenizer if elsewhere.
+    - `judge:name`: a causal language model that compares the responses of a prompt, see `Judge`.
+    - `judge:URL#model`: the same by an OpenAI-compatible server; `URL` ends in `/v1` mostly.
+    - `http://...`, `https://...`: an endpoint of one's own, see `RemoteScores`.
+    - `http://.../pooling#model`: a reward model under vLLM, see `PooledScores`.
+    - `answer`: 1 where the response gives the prompt's `answer`, see `right_answer`.
+    - `implicit`: log-ratio of `policy` and `previous`, see `ImplicitReward`.
+    - `likelihood`: mean log-probability under `policy`, see `Likelihood`.
+
+    What else has a colon and is no existing path is a function; modules in the working directory
+    are found too. Servers are asked as `remote` says.
+
+    `device` defaults to the GPU if there is one, `dtype` to that of the checkpoint, and for the
+    implicit reward to fp32: its log-ratios are small next to the rounding of bf16. Reward models
+    see prompt and response through their chat template, or with a line break between them where
+    there is none, `batch_size` of them at a time, one at a time if there is no padding token.
+    Weights are read from safetensors only and code from the hub is never run.
+
+    Raises ConfigError or ModelError when it can't be loaded.
+    """
+    kind, template, on = _kind(spec), judge_template or JUDGE_TEMPLATE, (device, dtype, batch_size)
+    settings: dict[str, Any] = {}
+    if kind == "answer":
+        return Scorer(spec, right_answer, on="rows", columns=("answer",))
+    if kind == "function":
+        return Scorer(spec, _load_function(spec))
+    if kind == "implicit":
+        if policy is None or previous is None:
+            raise ConfigError(
+                "scorer 'implicit' needs policy and previous, folders or hub names of the policy "
+                "and of the one before it"
+            )
+        reward = load_implicit(str(policy), str(previous), *on)
+        return Scorer(spec, reward, on="rows", settings=reward.digests)
+    if kind == "likelihood":
+        if policy is None:
+            raise ConfigError("scorer 'likelihood' needs policy, a folder or hub name")
+        likelihood = load_likelihood(str(policy), *on)
+        return Scorer(spec, likelihood, on="rows", settings=likelihood.digests)
+    if kind == "reward model":
+        reward_model = load_reward_model(spec, *on)
+        folder = spec if Path(spec).exists() else spec.partition("#")[0]
+        return Scorer(spec, reward_model, settings=_weights(folder, reward_model.model))
+    if kind in ("judge", "remote judge"):
+        check_template(template)
+        settings = {"template": template}
+    name = spec.removeprefix("judge:")
+    if kind == "judge":
+        local = load_local_judge(name, *on)
+        judge, settings = Judge(local, template), settings | _weights(name, local.model)
+        return Scorer(spec, judge, "rows", judge.compare, settings)
+    endpoint, model = _endpoint(name, remote or Remote(), kind)
+    if kind == "endpoint":
+        return Scorer(spec, RemoteScores(endpoint, batch_size), endpoint=endpoint)
+    if not model:
+        raise ConfigError(f"scorer {spec!r}: name the model that the server has after a #")
+    if kind == "pooling":
+        return Scorer(spec, PooledScores(endpoint, model), endpoint=endpoint)
+    judge = Judge(RemoteJudge(endpoint, model), template)
+    return Scorer(spec, judge, "rows", judge.compare, settings, endpoint)
+
+
+def _weights(name: str, model: Any) -> dict[str, str]:
+    """What decides the scores of a model beside its name."""
+    return {"weights": policy_digest(name), "dtype": dtype_name(model.dtype)}
+
+
+def _endpoint(url: str, remote: Remote, kind: str) -> tuple[Endpoint, str]:
+    """The endpoint of a URL, and the name after its #."""
+    check_url(url)
+    remote.key()  # where there is none, it is better said now
+    address, _, model = url.partition("#")
+    if kind == "endpoint":
+        return Endpoint(address, remote), model
+    path = "/chat/completions" if kind == "remote judge" else ""
+    return Endpoint(address.rstrip("/") + path, remote), model
+
+
+def _load_function(spec: str) -> Callable[..., Any]:
+    module_name, _, name = spec.partition(":")
+    # The command line tool starts without the working directory; at the end it hides nothing.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"scorer {spec!r}: module {module_name!r} can't be imported "
+            f"({type(error).__name__}: {error}). Check the name, or run where its file lies."
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(
+            f"scorer {spec!r}: module {module_name!r} has no function {name!r}. "
+            "Write module:function."
+        )
+    return function
