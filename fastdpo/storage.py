@@ -41,7 +41,7 @@ def write_jsonl_atomic(
     if checksum:
         _write_with_checksum(path, text)
     else:
-        _write_atomic(path, text)
+        write_text_atomic(path, text)
 
 
 def _write_with_checksum(path: Path, text: str) -> None:
@@ -51,7 +51,7 @@ def _write_with_checksum(path: Path, text: str) -> None:
         checksum_path(path).unlink(missing_ok=True)
         files.reverse()
     for file, content in files:
-        _write_atomic(file, content)
+        write_text_atomic(file, content)
 
 
 def checksum_path(path: Path) -> Path:
@@ -127,7 +127,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_json_atomic(path: Path, value: Any, *, checksum: bool = False) -> None:
     """Write one JSON value, indented. Otherwise as `write_jsonl_atomic`."""
-    write = _write_with_checksum if checksum else _write_atomic
+    write = _write_with_checksum if checksum else write_text_atomic
     write(path, _dump(value, indent=2) + "\n")
 
 
@@ -281,7 +281,8 @@ def _dump(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a text, all or nothing; replaces the file and makes its directory."""
     path = Path(path)
     data = text.encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,8 @@ def test_wheel_and_sdist_hold_the_kernels_once(built):
     (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
     assert names.count("fastdpo/kernels/support.py") == 1
+    for file in ("report.html.jinja", "parts.html.jinja", "charts.svg.jinja", "style.css"):
+        assert f"fastdpo/report/templates/{file}" in names
     assert "fastdpo/recipes/demo_prompts.jsonl" in names and "fastdpo/py.typed" in names
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
     assert any(name.endswith("LICENSE") for name in names)

@@ -86,7 +86,8 @@ def run_iterate(config: IterateConfig) -> None:
     save_options(config.to_dict(), out)
     print(report.table(rows))
     print(f"report: {out / 'report.html'}")
-    print(f"plot: {out / 'rounds.png'}")
+    if (out / "rounds.png").is_file():
+        print(f"plot: {out / 'rounds.png'}")
     name = "extrapolated" if config.extrapolation else "policy"
     print(f"policy: {out / f'round-{config.rounds:02d}' / name}")
     more = f"fastdpo iterate --config {out / 'config.yaml'} --rounds {config.rounds + 1}"

@@ -1,5 +1,6 @@
 """What the files of an iterative run say, as far as they can be read."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from fastdpo.report.evaluation import (
     win_rate,
 )
 from fastdpo.storage import read_json
-from fastdpo.train.metrics import read_metrics
 
+PARTS = ("config", "numbers", "pairing", "steps", "held", "speed")
 _ROUND = re.compile(r"round-(\d{2,6})")
 T = TypeVar("T")
 
@@ -45,8 +46,8 @@ class Run:
     """What the files of a run say.
 
     `offline` is offline/summary.json, of the pairs to replay, with entries as in a round.
-    `gone` has, for "config", "numbers", "pairing", "steps", "held" and "speed", a line for each
-    file that is missing or damaged; paths in it are relative to the run.
+    `gone` has, for each of `PARTS`, a line for each file that is missing or damaged; paths in it
+    are relative to the run.
     """
 
     config: dict[str, Any]
@@ -80,9 +81,9 @@ class _Files:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.gone: dict[str, list[str]] = {}
+        self.gone: dict[str, list[str]] = {part: [] for part in PARTS}
 
-    def read(self, section: str, path: Path, reader: Callable[[Path], T]) -> T | None:
+    def read(self, part: str, path: Path, reader: Callable[[Path], T]) -> T | None:
         name = path.relative_to(self.out).as_posix()
         try:
             if path.exists():
@@ -94,7 +95,7 @@ class _Files:
             text = str(error) or type(error).__name__
             why = text.replace(f"{self.out}/", "").split("\n")[0]
             why = why if why.startswith(name) else f"{name}: {why}"
-        self.gone.setdefault(section, []).append(why)
+        self.gone[part].append(why)
         return None
 
 
@@ -163,14 +164,17 @@ def _pairing(path: Path) -> dict[str, Any]:
 def _steps(path: Path) -> list[dict[str, float]]:
     """Rows of optimizer steps; a last line that a kill cut off is left out."""
     try:
-        rows = read_metrics(path)
-        lines = sum(1 for line in path.read_text().splitlines() if line)
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8. Restore it.") from error
-    if lines > len(rows) + 1 or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}:{len(rows) + 1}: not a JSON object. Restore it.")
-    found = [{name: number(value) for name, value in row.items()} for row in rows]
-    return [{name: x for name, x in row.items() if x is not None} for row in found]
+    rows = []
+    for i, line in enumerate(lines, 1):
+        try:
+            rows.append(_finite(json.loads(line)))
+        except (ValueError, AttributeError) as error:
+            if i < len(lines) or isinstance(error, AttributeError):
+                raise DataError(f"{path}:{i}: not a JSON object. Restore it.") from error
+    return rows
 
 
 def _heldout_prompts(run: Run) -> int | None:
