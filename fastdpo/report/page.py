@@ -221,14 +221,14 @@ def _title(run: Run) -> str:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Names with their values, of what a reader asks for first."""
-    config, facts = run.config, []
-    for key in ("model", "scorer", "prompts"):
-        if isinstance(config.get(key), str):
-            text = masked(config[key])
+    facts = []
+    for key, option in (("model", "model"), ("scorer", "score.scorer"), ("prompts", "prompts")):
+        if isinstance(value := run.option(option), str):
+            text = masked(value)
             facts.append((f"{key} ", (text if key == "scorer" else PurePath(text).name)[:120]))
-    for key, label in (("beta", "β = "), ("alpha", "α = ")):
-        if config.get(key) is not None:
-            facts.append((label, as_text(config[key])[:40]))
+    for option, label in (("train.beta", "β = "), ("train.alpha", "α = ")):
+        if (value := run.option(option)) is not None:
+            facts.append((label, as_text(value)[:40]))
     return facts
 
 
@@ -289,7 +289,7 @@ def _named(run: Run, quantity: Quantity) -> Quantity:
 
 def _other_sampling(run: Run) -> str:
     """How responses were sampled, where not from the policy's own distribution."""
-    known = {name: number(run.config.get(name)) for name in ("temperature", "top_p")}
+    known = {name: number(run.option(f"sample.{name}")) for name in ("temperature", "top_p")}
     return " and ".join(f"{name} {x:g}" for name, x in known.items() if x not in (None, 1.0))
 
 
@@ -348,7 +348,7 @@ def _lengths(run: Run) -> tuple[list[Policy], charts.Scatter] | None:
         r, prompts = correlation(one.held), len(by_prompt(one.held))
         shown = told(r, 2) if r else None
         policies.append(Policy(_name(one), len(one.held), prompts, every, shown))
-    return policies, charts.scatter(clouds, limit=number(run.config.get("max_new_tokens")))
+    return policies, charts.scatter(clouds, limit=number(run.option("sample.max_new_tokens")))
 
 
 def _responses(run: Run) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Round:
 class Run:
     """What the files of a run say.
 
+    `config` has the options by their names with the section, as on the command line.
     `offline` is offline/summary.json, of the pairs to replay, with entries as in a round.
     `gone` has, for each of `PARTS`, a line for each file that is missing or damaged; paths in it
     are relative to the run.
@@ -55,6 +56,10 @@ class Run:
     rounds: list[Round]
     offline: dict[str, Any]
     gone: dict[str, list[str]]
+
+    def option(self, name: str) -> Any:
+        """An option of the run, None where it has none; older runs had no sections."""
+        return self.config.get(name, self.config.get(name.rpartition(".")[2]))
 
 
 def round_folders(out: Path) -> dict[int, Path]:
@@ -146,7 +151,11 @@ def _state(path: Path) -> dict[str, Any]:
     state = _object(path)
     if not isinstance(state.get("config"), dict) or not isinstance(state.get("done"), list):
         raise DataError(f"{path}: not the state of a run. Restore it.")
-    return {"config": state["config"], "done": [x for x in state["done"] if isinstance(x, str)]}
+    config: dict[str, Any] = {}
+    for name, value in state["config"].items():
+        section = value if isinstance(value, dict) else {}
+        config |= {f"{name}.{key}": x for key, x in section.items()} or {name: value}
+    return {"config": config, "done": [x for x in state["done"] if isinstance(x, str)]}
 
 
 def _pairing(path: Path) -> dict[str, Any]:
@@ -179,7 +188,7 @@ def _steps(path: Path) -> list[dict[str, float]]:
 
 def _heldout_prompts(run: Run) -> int | None:
     """Prompts of an evaluation as the config has them, None where it doesn't."""
-    prompts = number(run.config.get("heldout"))
+    prompts = number(run.option("evaluate.heldout"))
     return None if prompts is None or prompts < 1 else int(prompts)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastdpo.data.batch import LAYOUTS
-from fastdpo.data.rows import OVERLONG
+from fastdpo.data.budget import OVERLONG
 from fastdpo.errors import ConfigError, require, require_used
 
 # What does not change the weights that come out.

@@ -41,12 +41,16 @@ def write_run(
     texts: dict | None = None,
     text: str = "a fine answer",
     prompt: Any = "question",
+    sample: dict[str, Any] | None = None,
+    evaluate: dict[str, Any] | None = None,
     **config: Any,
 ):
     """A finished run with the files that the stages write; `texts` overrides response texts."""
     config = {
-        "model": "/models/tiny", "scorer": "words:plain", "prompts": "prompts.jsonl", "beta": 0.1,
-        "alpha": 0.01, "rounds": rounds, "max_new_tokens": 40, "output_dir": "/runs/first",
+        "model": "/models/tiny", "prompts": "prompts.jsonl", "rounds": rounds,
+        "output_dir": "/runs/first", "sample": {"max_new_tokens": 40, **(sample or {})},
+        "score": {"scorer": "words:plain"}, "train": {"beta": 0.1, "alpha": 0.01},
+        "evaluate": evaluate or {},
     } | config  # fmt: skip
     done = [f"round-{i:02d}/report" for i in range(rounds + 1)]
     write_json(out / "state.json", {"config": config, "done": done})

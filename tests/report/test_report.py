@@ -63,7 +63,7 @@ def test_the_divergence_is_that_of_the_evaluation(tmp_path):
 
 @pytest.mark.parametrize("config", [{"temperature": 0.7}, {"top_p": 0.9, "temperature": 1.0}])
 def test_it_is_no_divergence_of_responses_that_were_sampled_otherwise(config, tmp_path):
-    page = page_of(write_run(tmp_path, **config))
+    page = page_of(write_run(tmp_path, sample=config))
     told = Reader(page).all_text()
     assert "KL from the start" not in told and told.count("Log-ratio to the start, nats") == 2
     (name, value), *_ = config.items()
@@ -79,7 +79,7 @@ def test_it_is_no_divergence_of_responses_that_were_sampled_otherwise(config, tm
 def test_errors_without_their_responses_take_the_configs_number_of_prompts(
     prompts, quantile, tmp_path
 ):
-    write_run(tmp_path, heldout=prompts)
+    write_run(tmp_path, evaluate={"heldout": prompts})
     shutil.rmtree(tmp_path / "round-01/eval")
     run = runfiles.read_run(tmp_path)
     assert runfiles.measured(run, run.rounds[1])["kl"] == (2.5, pytest.approx(0.5 * quantile))
@@ -160,7 +160,7 @@ def test_the_page_has_the_numbers_of_the_files(page):
     speed = section_text(page, "speed")
     assert "Round 1, rollouts generate 812 12.5" in speed and "Start, evaluation" in speed
     config = section_text(page, "config")
-    assert "max_new_tokens 40" in config and "beta 0.1" in config
+    assert "sample.max_new_tokens 40" in config and "train.beta 0.1" in config
     whole = Reader(page).all_text()
     assert "model tiny · scorer words:plain" in whole and "Finished: 2 of 2 rounds." in whole
     assert "0.23 → 0.71 +0.480 ± 0.079" in whole and "123 in 2 rounds" in whole
@@ -245,7 +245,7 @@ def test_every_class_of_the_page_has_a_style(page):
 
 def test_a_password_in_a_url_is_not_shown(tmp_path):
     scorer = "https://me:secret@rewards.example/score?x=1"
-    page = page_of(write_run(tmp_path, scorer=scorer, scorers=[scorer, scorer]))
+    page = page_of(write_run(tmp_path, score={"scorer": scorer, "others": [scorer, scorer]}))
     assert "secret" not in page and page.count("://•••@rewards.example/score") == 4
 
 
