@@ -38,7 +38,7 @@ from fastdpo.model import attention, balance, head, offload, tiling
 from fastdpo.model import prepare as policy
 from fastdpo.model.load import check_folder, refuse_quantized
 from fastdpo.train.config import TrainConfig
-from fastdpo.train.trainer import with_adapters
+from fastdpo.train.prepare import with_adapters
 
 GIB = 2**30
 # Of a GPU's memory, a CUDA context with its libraries takes this, and of the rest the caching

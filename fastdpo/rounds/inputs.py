@@ -18,7 +18,7 @@ from fastdpo.rounds.config import OWN_POLICIES, IterateConfig
 from fastdpo.rounds.resume import release
 from fastdpo.score.stage import check_columns
 from fastdpo.storage import file_digest
-from fastdpo.train.trainer import check_model
+from fastdpo.train.prepare import check_model
 
 
 def check_inputs(config: IterateConfig) -> None:

@@ -7,6 +7,4 @@ reference's log-probs, `steps.py` which pairs a process takes at a step, and how
 
 from fastdpo.lazy import lazy
 
-__getattr__ = lazy(
-    __name__, {"train": "trainer", "TrainConfig": "config", "packed_loss": "trainer"}
-)
+__getattr__ = lazy(__name__, {"train": "trainer", "TrainConfig": "config", "packed_loss": "steps"})

@@ -46,16 +46,13 @@ def save_checkpoint(
         }
         tensors["rng"] = torch.get_rng_state()
         save_file(tensors, scratch / "optimizer.safetensors")
-        state = {"step": step, "scheduler": _plain(scheduler.state_dict()), "extra": extra}
+        # The schedule's numbers; its functions are made anew.
+        plan = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
+        state = {"step": step, "scheduler": plan, "extra": extra}
         (scratch / "state.json").write_text(json.dumps(state))
     for old in folder.glob("step-*"):
         if old != target:
             shutil.rmtree(old)
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """The schedule's numbers; its functions are made anew."""
-    return {k: v for k, v in state.items() if k != "lr_lambdas"}
 
 
 def load_checkpoint(

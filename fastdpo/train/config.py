@@ -100,12 +100,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("beta", "learning_rate", "max_grad_norm"):
-            require(self, name, getattr(self, name) > 0, "> 0")
-        for name in ("num_train_epochs", "batch_size", "save_steps"):
-            require(self, name, getattr(self, name) >= 1, ">= 1")
-        for name in ("weight_decay", "seed"):
-            require(self, name, getattr(self, name) >= 0, ">= 0")
+        above = ("beta", "learning_rate", "max_grad_norm", "lora_alpha", "workspace_mib")
+        counts = ("num_train_epochs", "batch_size", "save_steps", "lora_r", "mlp_tile_tokens")
+        least = dict.fromkeys(counts, 1) | {"weight_decay": 0, "seed": 0, "router_aux_loss_coef": 0}
+        for name in above:
+            value = getattr(self, name)
+            require(self, name, value is None or value > 0, "> 0")
+        for name, bound in least.items():
+            value = getattr(self, name)
+            require(self, name, value is None or value >= bound, f">= {bound}")
         known = self.alpha == "auto" or isinstance(self.alpha, int | float)
         require(self, "alpha", known, "a finite number or auto")
         if self.target_length is not None:
@@ -116,17 +119,9 @@ class TrainConfig:
         require(self, "max_tokens", self.max_tokens >= 3, ">= 3 (a prompt and two responses)")
         for name, choices in _CHOICES.items():
             require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        require(self, "lora_r", self.lora_r >= 1, ">= 1")
-        require(self, "lora_alpha", self.lora_alpha > 0, "> 0")
-        if self.mlp_tile_tokens is not None:
-            require(self, "mlp_tile_tokens", self.mlp_tile_tokens >= 1, ">= 1")
         # Its linear layers compute in bf16, whatever is around them.
         fits = (self.use_peft and self.bf16) or not self.load_in_4bit
         require(self, "load_in_4bit", fits, "false without use_peft and bf16")
-        if self.router_aux_loss_coef is not None:
-            require(self, "router_aux_loss_coef", self.router_aux_loss_coef >= 0, ">= 0")
-        if self.workspace_mib is not None:
-            require(self, "workspace_mib", self.workspace_mib > 0, "> 0")
         for name in ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters"):
             require_used(self, name, self.use_peft, "use_peft be true")
         cached = self.precompute_ref_log_probs or self.reference_cache is None

@@ -4,7 +4,7 @@
     controller = controller.begin_round(differences, beta=0.1, lengths=lengths)
     for step, batch in enumerate(steps, start=1):
         ...                                              # a step with alpha = controller.alpha
-        controller = controller.after_step(covariance(margins, differences), step / len(steps))
+        controller = controller.after_step(mean(margins * differences), step / len(steps))
 
 The controller is a value: both calls return a new one, and `LengthController.to_dict` is all that
 has to be kept to go on with the same bits. The law and its gains are ours, no paper's; the loss is
@@ -182,7 +182,7 @@ class LengthController:
 
         Args:
             covariance: mean over the step's pairs, of all processes, of the log-ratio margin
-                before the step times the length difference, nats x tokens; see `covariance`.
+                before the step times the length difference, nats x tokens.
             progress: share of the round's steps that are done, this one included; 0 to 1.
 
         Raises:
@@ -238,19 +238,6 @@ class LengthController:
                     "remove the round's folder to start the round again"
                 )
         return cls(**state)
-
-
-def covariance(margins: Sequence[float], differences: Sequence[float]) -> float:
-    """Mean of ``d * D`` over pairs, nats x tokens: log-ratio margins times length differences.
-
-    Raises ValueError when there are no pairs, or not as many of one as of the other.
-    """
-    if not margins or len(margins) != len(differences):
-        raise ValueError(
-            f"margins and differences must be of the same pairs, at least one, got {len(margins)} "
-            f"and {len(differences)}"
-        )
-    return math.fsum(d * x for d, x in zip(margins, differences)) / len(margins)
 
 
 def neutral_alpha(differences: Sequence[float], bound: float) -> float:

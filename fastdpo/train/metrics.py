@@ -51,3 +51,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def mean_metrics(path: Path) -> dict[str, float]:
+    """Metrics of all steps, averaged over pairs."""
+    rows = read_metrics(path)
+    total = sum(row["pairs"] for row in rows)
+    names = [name for name in rows[0] if name not in {"step", "pairs"}] if rows else []
+    return {name: sum(row[name] * row["pairs"] for row in rows) / total for name in names}

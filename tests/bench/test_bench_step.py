@@ -82,11 +82,11 @@ def test_all_variants_take_the_same_steps(rows):
 def test_both_trainers_take_the_same_pairs(model, tmp_path, monkeypatch):
     from trl.trainer import dpo_trainer
 
-    from fastdpo.train import trainer
+    from fastdpo.train import steps as trained
 
     seen: dict[str, list] = {"trl": [], "fastdpo": []}
     collate = dpo_trainer.DataCollatorForPreference.torch_call
-    pack = trainer.pack_pairs
+    pack = trained.pack_pairs
 
     def collating(self, examples):
         sides = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -99,7 +99,7 @@ def test_both_trainers_take_the_same_pairs(model, tmp_path, monkeypatch):
         return pack(pairs, *args, **kwargs)
 
     monkeypatch.setattr(dpo_trainer.DataCollatorForPreference, "torch_call", collating)
-    monkeypatch.setattr(trainer, "pack_pairs", packing)
+    monkeypatch.setattr(trained, "pack_pairs", packing)
     rows_of(*arguments(model, tmp_path, *EXACT, "--variants", "trl,fastdpo"))
     steps = STEPS + step.WARM_UP
     assert len(seen["fastdpo"]) == steps

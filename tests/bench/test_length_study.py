@@ -622,7 +622,7 @@ def test_killed_in_a_run_it_goes_on_to_the_same_rows(finished, inputs, tmp_path,
     rows = (finished / "results.jsonl").read_text().splitlines(keepends=True)
     (out / "results.jsonl").write_text("".join(rows[:2]))
     argv = arguments(inputs, out, seeds="0")
-    done = drive("fastdpo.train.trainer:packed_loss", 4, argv)
+    done = drive("fastdpo.train.steps:packed_loss", 4, argv)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(load([out / "results.jsonl"])) == 2
     # The killed process left its part of the run's clock; one that can be told from the rest.
@@ -650,7 +650,7 @@ def test_killed_everywhere_it_ends_in_the_same_rows(finished, inputs, tmp_path):
         ("fastdpo.sample.stage:write_jsonl_atomic", 2),  # the start's samples
         ("bench.length_study:write_jsonl_atomic", 1),  # the reward model's row
         ("fastdpo.score.stage:write_jsonl_atomic", 3),
-        ("fastdpo.train.trainer:packed_loss", 6),
+        ("fastdpo.train.steps:packed_loss", 6),
         ("bench.length_study:write_jsonl_atomic", 1),  # a run's row
         ("bench.length_study:remove_weights", 1),
     ]

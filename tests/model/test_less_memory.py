@@ -23,9 +23,8 @@ from fastdpo.errors import ModelError
 from fastdpo.model import liger, offload, tiling
 from fastdpo.model.liger import use_liger
 from fastdpo.model.offload import _Moved, _Offload, offload_activations
-from fastdpo.model.prepare import checkpoint_activations
+from fastdpo.model.prepare import checkpoint_activations, packed_loss, prepare_model
 from fastdpo.model.tiling import tile_mlp
-from fastdpo.train.trainer import packed_loss, prepare_model
 
 GEMMA3 = _family("gemma3_text", "Gemma3TextConfig", sliding_window=8, query_pre_attn_scalar=8)
 OLMO2 = _family("olmo2", "Olmo2Config")

@@ -30,7 +30,8 @@ from fastdpo.model.adapters import (
 from fastdpo.model.prepare import packed_loss, prepare_model
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.metrics import read_metrics
-from fastdpo.train.trainer import prepare_policy, train
+from fastdpo.train.prepare import prepare_policy
+from fastdpo.train.trainer import train
 
 PAIRS = [
     TokenizedPair([5, 6, 7], [8, 9, 10, 11], [12, 13]),

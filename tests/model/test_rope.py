@@ -232,7 +232,7 @@ def test_pairs_laid_out_for_another_model_are_refused():
 
 
 def test_every_loss_is_log_2_while_nothing_is_learnt(tmp_path):
-    from fastdpo.train.ref_logps import cache_key
+    from fastdpo.train.reference import cache_key
 
     tokenizer = build_tokenizer()
     path = tmp_path / "model"

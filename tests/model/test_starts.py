@@ -37,7 +37,8 @@ from fastdpo.storage import read_parts
 from fastdpo.train import trainer
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.metrics import read_metrics
-from fastdpo.train.trainer import load_start, train
+from fastdpo.train.prepare import load_start
+from fastdpo.train.trainer import train
 
 DATED = "Today is {{ strftime_now('%d %b %Y, %H:%M') }}.\n" + CHAT_TEMPLATE
 FAST = ["--bf16=false", "--batch_size=2", "--max_length=256", "--max_tokens=1024", "--save_steps=1",
@@ -119,7 +120,7 @@ def test_training_goes_on_after_midnight(dated, tmp_path, monkeypatch, capsys):
 
     set_to(*BEFORE)
     assert run("whole") == 0
-    interrupted(monkeypatch, trainer._Round, "_after_step", 2, lambda: run("broken"))
+    interrupted(monkeypatch, trainer, "take_step", 2, lambda: run("broken"))
     set_to(*AFTER)
     assert run("broken") == 0
     whole, broken = (

@@ -277,7 +277,8 @@ def test_secrets_in_urls_and_commands_are_not_shown(text, shown):
 
 def test_secrets_are_not_shown_on_the_page_and_long_texts_take_no_time(tmp_path):
     page = page_of(write_run(
-        tmp_path, scorer="https://h/score?api_key=sk-1", server_command="s {model} --api-key sk-2",
+        tmp_path, score={"scorer": "https://h/score?api_key=sk-1"},
+        sample={"server_command": "s {model} --api-key sk-2"},
         model="https://u:p@ss@h", other="key" * 50_000 + "--" * 50_000,
     ))  # fmt: skip
     assert not re.search(r"sk-\d|ss@", page) and "api_key=•••" in page

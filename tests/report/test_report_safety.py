@@ -46,7 +46,7 @@ def test_hostile_text_is_shown_and_changes_nothing(text, tmp_path):
     for name, word in (("plain", "x"), ("hostile", text)):
         prompt = [{"role": word, "content": word}, {"role": "user", "content": {word: None}}]
         out = write_run(
-            tmp_path / name, text=word, prompt=prompt, model=word, scorer=word, output_dir=word,
+            tmp_path / name, text=word, prompt=prompt, model=word, score={"scorer": word}, output_dir=word,
             other={word: [word]}, **{f"key {word}": word},  # type: ignore[arg-type]
         )  # fmt: skip
         write_json(out / "round-01/pairs.summary.json", {"pairs": 1, "dropped": {word: 4}})
@@ -277,7 +277,10 @@ def test_any_values_in_json_files_give_a_page(scratch, name, data):
         config = data.draw(
             st.dictionaries(
                 st.sampled_from(["model", "beta", "alpha", "rounds", "max_new_tokens", "scorer",
-                                 "output_dir"]), json_values)
+                                 "output_dir", "train", "sample", "score", "evaluate"]),
+                json_values | st.dictionaries(
+                    st.sampled_from(["beta", "alpha", "max_new_tokens", "scorer", "heldout"]),
+                    json_values))
         )  # fmt: skip
         changes["config"] = config
     try:

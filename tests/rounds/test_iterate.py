@@ -252,7 +252,7 @@ def test_alpha_auto_goes_on_with_the_same_bits(inputs, auto, tmp_path):
     driver = [
         sys.executable,
         str(TESTS / "kill_driver.py"),
-        "fastdpo.train.trainer:packed_loss",
+        "fastdpo.train.steps:packed_loss",
         "14",
     ]
     done = subprocess.run([*driver, *argv], env=environment, capture_output=True, text=True)

@@ -235,8 +235,8 @@ KILLS = [
     ("fastdpo.sample.stage:write_jsonl_atomic", 2),  # round 1, second part of the samples
     ("fastdpo.score.stage:write_jsonl_atomic", 3),
     ("fastdpo.pair.stage:write_jsonl_atomic", 1),
-    ("fastdpo.train.trainer:packed_loss", 2),  # the reference
-    ("fastdpo.train.trainer:packed_loss", 6),  # training
+    ("fastdpo.train.steps:packed_loss", 2),  # the reference
+    ("fastdpo.train.steps:packed_loss", 6),  # training
     ("safetensors.torch:save_file", 1),  # inside a checkpoint
     ("fastdpo.train.trainer:save_policy", 1),
     ("fastdpo.rounds.resume:write_json_atomic", 2),  # between two stages
@@ -325,7 +325,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(inputs, tmp_path, 
 
 def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_path):
     argv = arguments(inputs, tmp_path / "killed")
-    done = drive("fastdpo.train.trainer:packed_loss", 7, argv)
+    done = drive("fastdpo.train.steps:packed_loss", 7, argv)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "killed" / "round-01" / "policy").exists()
     page = tmp_path / "killed" / "report.html"

@@ -347,18 +347,18 @@ def test_interrupted_training_ends_in_the_same_bits(model_path, tmp_path, monkey
     from fastdpo.train import trainer
 
     run(model_path, tmp_path / "whole")
-    real, calls = trainer._Round._step, []
+    real, calls = trainer.take_step, []
 
-    def interrupted(self, *args):
+    def interrupted(*args):
         if len(calls) == stop_after:
             raise KeyboardInterrupt
         calls.append(1)
-        return real(self, *args)
+        return real(*args)
 
-    monkeypatch.setattr(trainer._Round, "_step", interrupted)
+    monkeypatch.setattr(trainer, "take_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model_path, tmp_path / "broken")
-    monkeypatch.setattr(trainer._Round, "_step", real)
+    monkeypatch.setattr(trainer, "take_step", real)
     run(model_path, tmp_path / "broken")
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert whole.keys() == broken.keys()

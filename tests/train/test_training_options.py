@@ -12,7 +12,7 @@ from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model import liger, offload
 from fastdpo.model.load import load_causal_lm, load_tokenizer, weights_digest
-from fastdpo.train import trainer
+from fastdpo.train import reference, trainer
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.trainer import train
 
@@ -27,13 +27,13 @@ def model_path(tmp_path_factory):
 @pytest.fixture
 def references(monkeypatch):
     """How often a run computed its reference."""
-    calls, real = [], trainer._Round._compute_reference
+    calls, real = [], reference.compute_reference
 
-    def counted(self, model):
+    def counted(*args):
         calls.append(1)
-        return real(self, model)
+        return real(*args)
 
-    monkeypatch.setattr(trainer._Round, "_compute_reference", counted)
+    monkeypatch.setattr(reference, "compute_reference", counted)
     return calls
 
 
@@ -66,7 +66,7 @@ def stop_after_the_reference(monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer._Round, "_step", stop)
+    monkeypatch.setattr(trainer, "take_step", stop)
 
 
 def test_a_start_that_changed_under_its_name_is_refused(tmp_path, monkeypatch):
@@ -217,18 +217,18 @@ def test_adapters_train_and_leave_a_whole_policy(model_path, tmp_path):
 def test_interrupted_adapters_end_in_the_same_bits(model_path, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     run(model_path, tmp_path / "whole", **LORA)
-    real, calls = trainer._Round._step, []
+    real, calls = trainer.take_step, []
 
-    def interrupted(self, *args):
+    def interrupted(*args):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(1)
-        return real(self, *args)
+        return real(*args)
 
-    monkeypatch.setattr(trainer._Round, "_step", interrupted)
+    monkeypatch.setattr(trainer, "take_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model_path, tmp_path / "broken", **LORA)
-    monkeypatch.setattr(trainer._Round, "_step", real)
+    monkeypatch.setattr(trainer, "take_step", real)
     run(model_path, tmp_path / "broken", **LORA)
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert whole.keys() == broken.keys()

@@ -1,0 +1,212 @@
+"""What is done before the first step: the start is loaded and patched, the pairs are fitted to it.
+
+Whatever cannot be trained, in a model, its options or the pairs, is refused here.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdpo.data.batch import Layout
+from fastdpo.data.budget import counted, fit_to_budget
+from fastdpo.errors import ConfigError, ModelError
+from fastdpo.model import balance
+from fastdpo.model.adapters import add_lora, load_4bit
+from fastdpo.model.load import (
+    check_generation_config,
+    check_start,
+    load_causal_lm,
+    refuse_quantized,
+    weights_digest,
+)
+from fastdpo.model.prepare import check_range, layout_of, prepare_model
+from fastdpo.storage import read_json, write_json_atomic
+from fastdpo.train.config import FREE, TrainConfig
+from fastdpo.train.reference import pairs_digest
+from fastdpo.train.steps import Setup
+
+FITTED = "fitted.json"  # how many pairs were too long
+# Of a subclass too: what it adds says nothing of the weights.
+_MEANING = {field.name for field in fields(TrainConfig)} - FREE
+_log = logging.getLogger(__name__)
+
+
+def check_model(
+    name: str,
+    tokenizer: Any,
+    config: TrainConfig,
+    tokens: Iterable[tuple[str, Sequence[int]]],
+) -> None:
+    """Refuse a model or options that `train` would refuse, before samples are drawn for it.
+
+    Args:
+        tokens: what training will see beside samples, with its places. It is looked at only where
+            the tokenizer has tokens that the model has not: nothing is wrong if none occurs.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = prepare_policy(load_start(name, config, device), config)
+    check_range(model, 0, config.max_length, "", "max_length")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        for where, ids in tokens:
+            check_range(model, max(ids, default=0), 0, f"{where}: the", "")
+
+
+def load_start(start: Any, config: TrainConfig, device: torch.device) -> Any:
+    """The model that training starts from, on its device, as the options have its weights.
+
+    Raises:
+        ModelError: it cannot be loaded, is quantized or could not be saved; or, in memory, has
+            adapters or another dtype.
+    """
+    dtype = getattr(torch, config.dtype)
+    if isinstance(start, str | Path):
+        check_start(str(start))
+        load = load_4bit if config.load_in_4bit else load_causal_lm
+        model = load(str(start), dtype=dtype)
+        check_generation_config(model)
+        return model.to(device)
+    if config.load_in_4bit:
+        raise ConfigError("load_in_4bit=True needs a model by name, not one in memory")
+    refuse_quantized(start.config, type(start).__name__)
+    check_generation_config(start)
+    if getattr(start, "peft_config", None):
+        raise ModelError(
+            f"this {type(start).__name__} has adapters; merge them (peft's merge_and_unload), and "
+            "set use_peft=True to train new ones"
+        )
+    others = {p.dtype for p in start.parameters()} - {dtype}
+    if others:
+        raise ModelError(
+            f"this {type(start).__name__} has weights in {others.pop()}, but dtype={config.dtype}; "
+            "cast it, or set dtype"
+        )
+    return start.to(device)
+
+
+def with_adapters(model: Any, config: TrainConfig) -> Any:
+    """The model, or with ``use_peft`` its new adapters around it."""
+    if not config.use_peft:
+        return model
+    return add_lora(
+        model,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules,
+        target_parameters=config.lora_target_parameters,
+        seed=config.seed,
+    )
+
+
+def prepare_policy(model: Any, config: TrainConfig) -> nn.Module:
+    """Everything that the options patch onto a model: adapters, layout, head, memory."""
+    model = with_adapters(model, config)
+    if config.dtype == "bfloat16" and not config.use_peft:
+        _log.warning("dtype=bfloat16 without use_peft: steps under 1/500 of a weight are lost")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(f"this {type(model).__name__} is frozen: no parameter requires_grad")
+    added = balance.coefficient(model, config.router_aux_loss_coef)
+    model = prepare_model(
+        model,
+        layout=config.layout,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=config.bf16,
+        impl=config.impl,
+        activation_offloading=config.activation_offloading,
+        mlp_tile_tokens=config.mlp_tile_tokens,
+        use_liger_kernel=config.use_liger_kernel,
+    )
+    if added:
+        balance.check_balance(model)
+    return model
+
+
+def load_reference(setup: Setup) -> tuple[nn.Module, str, Setup]:
+    """The reference where it is another model than the start.
+
+    Returns:
+        The model, the digest of its weights ("" on all but the first process), and ``setup`` with
+        the pairs that it can compute.
+    """
+    off: dict[str, Any] = {
+        field.name: field.default
+        for field in fields(TrainConfig)
+        if field.name in ("use_peft", "load_in_4bit") or field.name.startswith("lora_")
+    }
+    config = replace(setup.config, **off, router_aux_loss_coef=0.0)
+    model = load_start(setup.reference, config, setup.accelerator.device)
+    weights = weights_digest(model) if setup.accelerator.is_main_process else ""
+    model = prepare_policy(model, config).requires_grad_(False).eval()
+    return model, weights, fit_pairs(setup, model)
+
+
+def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
+    """Bring every pair within the budget of a model's layout, by the rule of the config.
+
+    It is called twice where the reference is another model: what fits that one is fitted to the
+    policy.
+    """
+    config, before, layout = setup.config, setup.layout, layout_of(model)
+    fitted = fit_to_budget(setup.pairs, config.max_tokens, layout=layout, overlong=config.overlong)
+    changed = bool(fitted.dropped_at or fitted.truncated_at)
+    if before is not None and before.key != layout.key:
+        _check_reference_layout(setup, before, layout, changed)
+    too_long = {
+        "pairs_dropped": setup.too_long["pairs_dropped"] + len(fitted.dropped_at),
+        "pairs_truncated": setup.too_long["pairs_truncated"] + len(fitted.truncated_at),
+    }
+    if setup.accelerator.is_main_process:
+        write_json_atomic(setup.out / FITTED, too_long)
+        if changed:
+            print(
+                f"over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
+                f"{counted(fitted.truncated_at)} truncated"
+            )
+    pairs = fitted.pairs
+    sides = [pair.prompt_ids + x for pair in pairs for x in (pair.chosen_ids, pair.rejected_ids)]
+    what = "a response with its prompt"
+    check_range(model, max(map(max, sides)), max(map(len, sides)), "the pairs'", what)
+    lengths = [pair.num_tokens(layout) for pair in pairs]
+    return replace(setup, pairs=pairs, layout=layout, lengths=lengths, too_long=too_long)
+
+
+def _check_reference_layout(setup: Setup, reference: Layout, policy: Layout, changed: bool) -> None:
+    """Refuse another reference that computed other pairs than the policy gets, or would have to
+    compute them in a layout that is not its own."""
+    config = setup.config
+    if not changed and config.precompute_ref_log_probs:
+        return
+    raise ConfigError(
+        f"reference={setup.reference} computes pairs as {reference.key} and the model as "
+        f"{policy.key}, which "
+        + (
+            f"fit max_tokens={config.max_tokens} otherwise; raise max_tokens, or set layout=padded"
+            if changed
+            else "one batch cannot be; set precompute_ref_log_probs=true"
+        )
+    )
+
+
+def claim_folder(setup: Setup, start: Any) -> None:
+    """Write what this run is, or refuse a folder that holds another one."""
+    run = {name: value for name, value in asdict(setup.config).items() if name in _MEANING}
+    run["model"] = str(start) if isinstance(start, str | Path) else weights_digest(start)
+    run["pairs"] = pairs_digest(setup.pairs)
+    run["reference"] = None if setup.reference is None else str(setup.reference)
+    path = setup.out / "run.json"
+    if setup.accelerator.is_main_process and not path.exists():
+        write_json_atomic(path, run)
+    # Every process waits, whether or not it could already see the file.
+    setup.accelerator.wait_for_everyone()
+    before = read_json(path)
+    for name, value in run.items():
+        if before.get(name) != value:
+            what = f"{name}={before.get(name)}, not {value}" if name != "pairs" else "other pairs"
+            raise ConfigError(
+                f"{setup.out} holds a run with {what}; give the same options and data to go on, "
+                "or another output_dir to start anew"
+            )
