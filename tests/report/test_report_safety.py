@@ -46,8 +46,8 @@ def test_hostile_text_is_shown_and_changes_nothing(text, tmp_path):
     for name, word in (("plain", "x"), ("hostile", text)):
         prompt = [{"role": word, "content": word}, {"role": "user", "content": {word: None}}]
         out = write_run(
-            tmp_path / name, text=word, prompt=prompt, model=word, score={"scorer": word}, output_dir=word,
-            other={word: [word]}, **{f"key {word}": word},  # type: ignore[arg-type]
+            tmp_path / name, text=word, prompt=prompt, model=word, score={"scorer": word},
+            output_dir=word, other={word: [word]}, **{f"key {word}": word},  # type: ignore[arg-type]
         )  # fmt: skip
         write_json(out / "round-01/pairs.summary.json", {"pairs": 1, "dropped": {word: 4}})
         speed = {word: word, "tokens_per_second": 1.0}
