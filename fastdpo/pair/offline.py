@@ -88,9 +88,22 @@ def offline_pairs(
             finish = [_finish(ids, tokenizer) for ids in sides]
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sides]
         origin = Prompt(row.where, row.prompt, row.tools, row.chat_template_kwargs, row.extra)
-        prompt = place, row.prompt, pair.prompt_ids
         pairs.append(
-            PairRow(*prompt, *texts, *sides, None, None, *finish, source="offline", origin=origin)
+            PairRow(
+                place,
+                row.prompt,
+                pair.prompt_ids,
+                texts[0],
+                texts[1],
+                sides[0],
+                sides[1],
+                None,
+                None,
+                finish[0],
+                finish[1],
+                source="offline",
+                origin=origin,
+            )
         )
     return pairs, dropped | result.dropped
 

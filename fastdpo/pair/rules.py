@@ -143,7 +143,7 @@ def tree_siblings(rows: Sequence[Scored], *, min_gap: float = 0.0) -> Pairing:
     """
 
     def sibling_pair(best: Scored, worst: Scored) -> PairRow:
-        visits = [row.extra.get("visits") for row in (best, worst)]
+        visits: list[Any] = [row.extra.get("visits") for row in (best, worst)]
         if best.prompt_ids != worst.prompt_ids:
             raise DataError(f"{worst.name}: its prompt_ids differ from its sibling's. Fix them.")
         result = PairRow.of(best, worst)

@@ -74,11 +74,11 @@ def _responses(rows: Sequence[Scored], config: PairConfig) -> tuple[list[Scored]
 
 def pair(
     candidates_dir: Path,
-    scores_dirs: Sequence[Path],
+    scores_dirs: Path | Sequence[Path],
     out_path: Path,
     config: PairConfig | None = None,
     *,
-    previous_scores: Sequence[Path] = (),
+    previous_scores: Path | Sequence[Path] = (),
     reference_scores: tuple[Path, Sequence[Path]] | None = None,
     replay: Sequence[PairRow] = (),
     fresh: Sequence[Mapping[str, float]] = (),
@@ -117,21 +117,16 @@ def pair(
     out_path, config = Path(out_path), config or PairConfig()
     if out_path.suffix != ".jsonl":
         raise ConfigError(f"out_path={out_path} must end in .jsonl")
-    scorers = len(scores_dirs)
-    _require_inputs(config, scorers, len(previous_scores), replay, fresh, measure)
+    folders, before = _folders(scores_dirs), _folders(previous_scores)
+    scorers = len(folders)
+    _require_inputs(config, scorers, len(before), replay, fresh, measure)
     work = _Work(config, config.weights_of(scorers))
     config.check_votes(offline=config.replay_share > 0 and any(map(work.has_votes, replay)))
     config.check_shaping(scorers)
-    rows, work.facts = scored_candidates(candidates_dir, scores_dirs, config, reference_scores)
+    rows, work.facts = scored_candidates(candidates_dir, folders, config, reference_scores)
     pairs, work.dropped = select(rows, config)
     if config.consistency != "none" and pairs:
-        alike = config
-        if config.length_penalty == "auto":  # one penalty for both
-            alike = replace(config, length_penalty=work.facts["shaping"]["length_penalty"])
-        previous, _ = scored_candidates(candidates_dir, previous_scores, alike)
-        agreement = votes.consistency(rows, {x.place: x.rank for x in previous})
-        pairs = votes.smooth(pairs, agreement, config.consistency)
-        work.facts["consistency"] = statistics.fmean(agreement.values())
+        pairs = work.smoothed(pairs, rows, candidates_dir, before)
     pairs = work.voted(pairs)
     if measure is not None and config.needs_model and pairs:
         pairs = work.measured(pairs, measure)
@@ -154,6 +149,10 @@ def pair(
     write_json_atomic(out_path.with_suffix(".summary.json"), summary)
     write_jsonl_atomic(out_path, [row.to_json() for row in pairs])
     return summary
+
+
+def _folders(scores_dirs: Path | Sequence[Path]) -> list[Path]:
+    return [Path(scores_dirs)] if isinstance(scores_dirs, str | Path) else list(scores_dirs)
 
 
 def _require_inputs(
@@ -201,6 +200,18 @@ class _Work:
     def has_votes(self, row: PairRow) -> bool:
         """Whether all scorers scored the pair."""
         return len(row.scores_chosen or ()) == len(self.weights)
+
+    def smoothed(
+        self, pairs: list[PairRow], rows: list[Scored], candidates_dir: Path, before: list[Path]
+    ) -> list[PairRow]:
+        """The pairs with the label smoothing of `consistency`."""
+        alike = self.config
+        if alike.length_penalty == "auto":  # one penalty for both
+            alike = replace(alike, length_penalty=self.facts["shaping"]["length_penalty"])
+        previous, _ = scored_candidates(candidates_dir, before, alike)
+        agreement = votes.consistency(rows, {x.place: x.rank for x in previous})
+        self.facts["consistency"] = statistics.fmean(agreement.values())
+        return votes.smooth(pairs, agreement, self.config.consistency)
 
     def voted(self, pairs: list[PairRow]) -> list[PairRow]:
         """The pairs, flipped and softened by their scorers, those without all votes as they are."""

@@ -17,9 +17,9 @@ class ScoreConfig:
     """Where scores come from. Raises ConfigError, naming the option, when one is out of range.
 
     Attributes:
-        scorer: a Python function (module:function), a reward model, judge:NAME, an http(s) URL,
-            "answer", "implicit" or "likelihood"; or a list of them, whose scores are combined. See
-            `fastdpo.score.load.load_scorer`.
+        scorer: a Python function (module:function), a reward model, judge:NAME, follow_up:NAME,
+            an http(s) URL, "answer", "implicit" or "likelihood"; or a list of them, whose scores
+            are combined. See `fastdpo.score.load.load_scorer`.
         previous_model: for scorer "implicit" in the first round, the model before the start; with
             ``consistency`` in all rounds, as in CREAM.
         judge_template: what a judge is asked; by default that of `fastdpo.score.judge`.
@@ -112,7 +112,7 @@ class ScoreConfig:
                 policy=policy,
                 previous=previous,
                 remote=self.remote(),
-                judge_template=self.judge_template,
+                judge_template=self.judge_template or None,
             )
         except ValueError as error:
             # An address may hold a key, and the error names what is wrong with it.

@@ -13,6 +13,7 @@ from fastdpo.errors import ConfigError
 from fastdpo.model.identity import dtype_name, policy_digest
 from fastdpo.remote import Endpoint, Remote, check_url
 from fastdpo.score.answer import right_answer
+from fastdpo.score.follow_up import load_follow_up
 from fastdpo.score.implicit import load_implicit, load_likelihood
 from fastdpo.score.judge import JUDGE_TEMPLATE, Judge, check_template, load_local_judge
 from fastdpo.score.remote import PooledScores, RemoteJudge, RemoteScores
@@ -27,6 +28,7 @@ _USES = {  # by kind of scorer, what `load_scorer` reads beside the name
     "judge": {"template", "dtype", "batch_size"},
     "remote judge": {"template", "remote"},
     "pooling": {"remote"},
+    "follow-up": {"dtype", "batch_size"},
     "endpoint": {"remote", "batch_size"},
     "reward model": {"dtype", "batch_size"},
 }
@@ -44,6 +46,8 @@ def _kind(spec: str) -> str:
     url = spec.removeprefix("judge:").startswith(("http://", "https://"))
     if spec.startswith("judge:"):
         return "remote judge" if url else "judge"
+    if spec.startswith("follow_up:"):
+        return "follow-up"
     if url:
         pooled = spec.partition("#")[0].rstrip("/").endswith("/pooling")
         return "pooling" if pooled else "endpoint"
@@ -70,6 +74,8 @@ def load_scorer(
     - `judge:URL#model`: the same by an OpenAI-compatible server; `URL` ends in `/v1` mostly.
     - `http://...`, `https://...`: an endpoint of one's own, see `RemoteScores`.
     - `http://.../pooling#model`: a reward model under vLLM, see `PooledScores`.
+    - `follow_up:name`: how much likelier a causal language model finds praise after the response
+      than a complaint, see `follow_up_scores`.
     - `answer`: 1 where the response gives the prompt's `answer`, see `right_answer`.
     - `implicit`: log-ratio of `policy` and `previous`, see `ImplicitReward`.
     - `likelihood`: mean log-probability under `policy`, see `Likelihood`.
@@ -85,8 +91,7 @@ def load_scorer(
 
     Raises ConfigError or ModelError when it can't be loaded.
     """
-    kind, template, on = _kind(spec), judge_template or JUDGE_TEMPLATE, (device, dtype, batch_size)
-    settings: dict[str, Any] = {}
+    kind, on = _kind(spec), (device, dtype, batch_size)
     if kind == "answer":
         return Scorer(spec, right_answer, on="rows", columns=("answer",))
     if kind == "function":
@@ -108,39 +113,43 @@ def load_scorer(
         reward_model = load_reward_model(spec, *on)
         folder = spec if Path(spec).exists() else spec.partition("#")[0]
         return Scorer(spec, reward_model, settings=_weights(folder, reward_model.model))
+    if kind == "follow-up":
+        name = spec.removeprefix("follow_up:")
+        follow_up = load_follow_up(name, *on)
+        return Scorer(spec, follow_up, settings=_weights(name, follow_up.model))
+    template = JUDGE_TEMPLATE if judge_template is None else judge_template
     if kind in ("judge", "remote judge"):
         check_template(template)
-        settings = {"template": template}
-    name = spec.removeprefix("judge:")
     if kind == "judge":
+        name = spec.removeprefix("judge:")
         local = load_local_judge(name, *on)
-        judge, settings = Judge(local, template), settings | _weights(name, local.model)
-        return Scorer(spec, judge, "rows", judge.compare, settings)
-    endpoint, model = _endpoint(name, remote or Remote(), kind)
+        judge, settings = Judge(local, template), _weights(name, local.model)
+        return Scorer(spec, judge, "rows", judge.compare, {"template": template} | settings)
+    return _load_remote(spec, kind, remote or Remote(), batch_size, template)
+
+
+def _load_remote(spec: str, kind: str, remote: Remote, batch_size: int, template: str) -> Scorer:
+    """A scorer that asks a server; what follows the # of its URL names a model."""
+    url = spec.removeprefix("judge:")
+    check_url(url)
+    remote.key()  # where there is none, it is better said now
+    address, _, model = url.partition("#")
     if kind == "endpoint":
+        endpoint = Endpoint(address, remote)
         return Scorer(spec, RemoteScores(endpoint, batch_size), endpoint=endpoint)
     if not model:
         raise ConfigError(f"scorer {spec!r}: name the model that the server has after a #")
+    path = "/chat/completions" if kind == "remote judge" else ""
+    endpoint = Endpoint(address.rstrip("/") + path, remote)
     if kind == "pooling":
         return Scorer(spec, PooledScores(endpoint, model), endpoint=endpoint)
     judge = Judge(RemoteJudge(endpoint, model), template)
-    return Scorer(spec, judge, "rows", judge.compare, settings, endpoint)
+    return Scorer(spec, judge, "rows", judge.compare, {"template": template}, endpoint)
 
 
 def _weights(name: str, model: Any) -> dict[str, str]:
     """What decides the scores of a model beside its name."""
     return {"weights": policy_digest(name), "dtype": dtype_name(model.dtype)}
-
-
-def _endpoint(url: str, remote: Remote, kind: str) -> tuple[Endpoint, str]:
-    """The endpoint of a URL, and the name after its #."""
-    check_url(url)
-    remote.key()  # where there is none, it is better said now
-    address, _, model = url.partition("#")
-    if kind == "endpoint":
-        return Endpoint(address, remote), model
-    path = "/chat/completions" if kind == "remote judge" else ""
-    return Endpoint(address.rstrip("/") + path, remote), model
 
 
 def _load_function(spec: str) -> Callable[..., Any]:

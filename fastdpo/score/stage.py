@@ -81,8 +81,7 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
 def _columns_of(parts: list[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for path in parts:
         for i, row in enumerate(read_jsonl(path)):
-            if "extra" in row:  # what else is missing is said where it is scored
-                yield f"{path}:{i + 1} (prompt {row.get('prompt_index')})", row["extra"]
+            yield f"{path}:{i + 1} (prompt {row.get('prompt_index')})", row.get("extra") or {}
 
 
 def _score_part(scorer: Scorer, path: Path, out_path: Path) -> None:

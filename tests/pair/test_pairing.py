@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdpo import storage
-from fastdpo.errors import DataError
-from fastdpo.pair.filters import consistency
+from fastdpo.data.records import Candidate, PairRow, Scored
+from fastdpo.errors import ConfigError, DataError
+from fastdpo.pair.config import RULES, PairConfig
 from fastdpo.pair.rules import (
     all_ranked,
     best_random,
@@ -25,24 +27,21 @@ from fastdpo.pair.rules import (
     tree_siblings,
 )
 from fastdpo.pair.stage import (
-    RULES,
-    Pairing,
-    check_votes,
     load_pairs,
     pair,
     scored_candidates,
     select,
     split_stages,
 )
-from fastdpo.pair.transforms import Shaping
+from fastdpo.pair.votes import consistency
 from fastdpo.score.stage import Scorer, score
 
 
 def candidate(
     prompt_index: int, sample_index: int, score: Any, ids: Any = None, **more: Any
-) -> Any:
+) -> Scored:
     ids = [7, prompt_index, sample_index] if ids is None else ids
-    return {
+    row = {
         "prompt_index": prompt_index,
         "sample_index": sample_index,
         "prompt": f"p{prompt_index}",
@@ -50,10 +49,15 @@ def candidate(
         "response": " ".join(map(str, ids)),
         "response_ids": ids,
         "finish_reason": "stop",
-        "extra": {},
         "score": score,
+        "scores": [score],
         **more,
     }
+    return Scored(**row)
+
+
+def read_pairs(path: Path) -> list[PairRow]:
+    return [PairRow.from_json(row, str(path)) for row in storage.read_jsonl(path)]
 
 
 def group(scores: list[float], prompt_index: int = 0) -> list[Any]:
@@ -62,7 +66,7 @@ def group(scores: list[float], prompt_index: int = 0) -> list[Any]:
 
 def samples(pairs: list[Any]) -> list[tuple[int, int]]:
     """Sample indices of chosen and rejected; they are the last tokens of what `group` makes."""
-    return [(row["chosen_ids"][-1], row["rejected_ids"][-1]) for row in pairs]
+    return [(row.chosen_ids[-1], row.rejected_ids[-1]) for row in pairs]
 
 
 # The rules, by hand
@@ -84,7 +88,7 @@ def test_best_random_names_the_reason_where_nothing_can_be_drawn():
     rows = group([1.0, 1.0], 0) + group([1.0, 2.0], 1) + group([1.0, 3.0], 2)
     rows += [candidate(3, 0, 1.0, [4]), candidate(3, 1, 9.0, [4])]
     pairs, dropped = best_random(rows, min_gap=1.0)
-    assert [row["prompt_index"] for row in pairs] == [2]
+    assert [row.prompt_index for row in pairs] == [2]
     assert dropped == {"tie": 1, "gap at most min_gap": 1, "identical responses": 1}
 
 
@@ -93,7 +97,7 @@ def test_all_ranked_pairs_everything_that_differs():
     pairs, dropped = all_ranked(rows)
     assert sorted(samples(pairs)) == [(0, 1), (0, 2), (0, 3), (2, 1), (3, 1)]
     assert dropped == {"tie": 1}
-    assert all(row["score_chosen"] > row["score_rejected"] for row in pairs)
+    assert all(row.score_chosen > row.score_rejected for row in pairs)
     pairs, dropped = all_ranked(rows, max_pairs=2)
     assert samples(pairs) == [(0, 1), (0, 2)]  # the widest gaps, then the smaller index
     assert dropped == {"tie": 1, "over max_pairs": 3}
@@ -105,12 +109,12 @@ def test_curriculum_goes_from_wide_gaps_to_narrow_ones():
     rows = group([1.0, 4.0, 3.0, 2.0]) + group([5.0, 6.0, 6.0], 1) + group([1.0], 2)
     pairs, dropped = curriculum(rows)
     assert samples(pairs) == [(1, 0), (1, 3), (1, 2), (1, 0)]
-    assert [row["stage"] for row in pairs] == [0, 1, 2, 0]
+    assert [row.stage for row in pairs] == [0, 1, 2, 0]
     assert dropped == {"tie": 1, "fewer than two responses": 1}
     many = group([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     pairs, dropped = curriculum(many, max_pairs=3)
-    assert [row["score_rejected"] for row in pairs] == [1.0, 3.0, 5.0]
-    assert [row["stage"] for row in pairs] == [0, 1, 2] and dropped == {"over max_pairs": 2}
+    assert [row.score_rejected for row in pairs] == [1.0, 3.0, 5.0]
+    assert [row.stage for row in pairs] == [0, 1, 2] and dropped == {"over max_pairs": 2}
     assert samples(curriculum(many, max_pairs=1)[0]) == [(0, 5)]
     assert len(curriculum(many, max_pairs=9)[0]) == 5
 
@@ -125,7 +129,7 @@ def test_nearest_margin():
     assert samples(nearest_margin(group([0.0, 1.0, 5.0, 6.0]), target=1.0)[0]) == [(3, 2)]
     same = [candidate(0, 0, 1.0, [4]), candidate(0, 1, 2.0, [4]), candidate(0, 2, 9.0, [5])]
     pairs, _ = nearest_margin(same, target=1.0)  # not the two that are the same tokens
-    assert pairs[0]["chosen_ids"] == [5] and pairs[0]["score_rejected"] == 2.0
+    assert pairs[0].chosen_ids == [5] and pairs[0].score_rejected == 2.0
     rows = group([1.0, 1.0], 0) + group([1.0, 2.0], 1)
     assert nearest_margin(rows, target=5.0, min_gap=1.0) == (
         [],
@@ -156,14 +160,14 @@ def test_tree_siblings_are_paired_within_a_family():
     assert samples(pairs) == [(0, 1), (5, 4), (7, 6), (9, 8)]
     assert dropped == {"tie": 1, "fewer than two responses": 1}
     # 1 - 1 / (1 + 1/3); the worse one visited more often says nothing but 1/2.
-    assert [row.get("smoothing") for row in pairs] == [None, pytest.approx(0.25), 0.5, None]
+    assert [row.smoothing for row in pairs] == [None, pytest.approx(0.25), 0.5, None]
 
 
 def test_visits_of_zero_and_bad_trees():
     for best, worst, smoothing in ((0, 0, 0.0), (8, 0, 0.0), (0, 1, 0.5), (9, 1, 0.1)):
         rows = [node(0, 2.0, "a", visits=best), node(1, 1.0, "a", visits=worst)]
         (row,), _ = tree_siblings(rows)
-        assert row["smoothing"] == pytest.approx(smoothing)
+        assert row.smoothing == pytest.approx(smoothing)
     good = node(0, 2.0, "a", visits=3)
     for bad, message in (
         (candidate(0, 1, 1.0), "prompt 0, sample 1.*parent is None"),
@@ -171,7 +175,7 @@ def test_visits_of_zero_and_bad_trees():
         (node(1, 1.0, "a"), "sample 1.*visits of it and its sibling are None and 3"),
         (node(1, 1.0, "a", visits=-1), "are -1 and 3"),
         (node(1, 1.0, "a", visits="3"), "are '3' and 3"),
-        ({**node(1, 1.0, "a", visits=1), "prompt_ids": [9]}, "sample 1.*prompt_ids differ"),
+        (replace(node(1, 1.0, "a", visits=1), prompt_ids=[9]), "sample 1.*prompt_ids differ"),
     ):
         with pytest.raises(DataError, match=message):
             tree_siblings([good, bad])
@@ -185,7 +189,7 @@ def test_scores_no_float_can_hold_are_refused():
 def test_pairs_carry_the_score_of_every_scorer():
     rows = [candidate(0, 0, 1.0, scores=[1.0, 5.0]), candidate(0, 1, 2.0, scores=[2.0, 3.0])]
     (row,), _ = best_worst(rows)
-    assert row["scores_chosen"] == [2.0, 3.0] and row["scores_rejected"] == [1.0, 5.0]
+    assert row.scores_chosen == [2.0, 3.0] and row.scores_rejected == [1.0, 5.0]
 
 
 # Any scores: what is proposed is paired or dropped
@@ -216,7 +220,7 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
         for j, (score, ids, cut, parent) in enumerate(responses)
     ]
     max_pairs = max_pairs if rule in ("all_ranked", "curriculum") else None
-    pairing = Pairing(
+    pairing = PairConfig(
         rule=rule,
         min_gap=min_gap,
         max_pairs=max_pairs,
@@ -229,24 +233,24 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
     wanted: Counter[str] = Counter()
     left: list[Any] = []
     for row in rows:
-        twins = [x for x in left if x["prompt_index"] == row["prompt_index"]]
-        if truncated and row["finish_reason"] == "length":
+        twins = [x for x in left if x.prompt_index == row.prompt_index]
+        if truncated and row.finish_reason == "length":
             wanted["truncated response"] += 1
-        elif duplicates and row["response_ids"] in [x["response_ids"] for x in twins]:
+        elif duplicates and row.response_ids in [x.response_ids for x in twins]:
             wanted["duplicate response"] += 1
         else:
             left.append(row)
-    wanted["empty response"] = sum(not row["response_ids"] for row in left)
+    wanted["empty response"] = sum(not row.response_ids for row in left)
     for reason in ("truncated response", "duplicate response", "empty response"):
         assert dropped.pop(reason, 0) == wanted[reason]
     tree = rule == "tree_siblings"
 
     def unit(row: Any) -> Any:
-        return row["prompt_index"], row["extra"]["parent"] if tree else None
+        return row.prompt_index, row.extra["parent"] if tree else None
 
     sizes = {unit(row): 0 for row in rows}
     for row in left:
-        sizes[unit(row)] += bool(row["response_ids"])
+        sizes[unit(row)] += bool(row.response_ids)
     assert dropped.pop("fewer than two responses", 0) == sum(n < 2 for n in sizes.values())
     proposals = {
         "all_ranked": lambda n: n * (n - 1) // 2,
@@ -255,22 +259,23 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
     assert len(pairs) + sum(dropped.values()) == sum(proposals(n) for n in sizes.values() if n > 1)
     assert dropped.keys() <= {"tie", "gap at most min_gap", "identical responses", "over max_pairs"}
 
-    by_ids = {(row["prompt_index"], tuple(row["response_ids"])) for row in left}
+    by_ids = {(row.prompt_index, tuple(row.response_ids)) for row in left}
     for row in pairs:
-        assert row["score_chosen"] - row["score_rejected"] > min_gap
-        assert row["chosen_ids"] != row["rejected_ids"]
+        assert row.score_chosen - row.score_rejected > min_gap
+        assert row.chosen_ids != row.rejected_ids
         for side in ("chosen_ids", "rejected_ids"):
-            assert row[side] and (row["prompt_index"], tuple(row[side])) in by_ids
-    counts = Counter(row["prompt_index"] for row in pairs)
+            ids = getattr(row, side)
+            assert ids and (row.prompt_index, tuple(ids)) in by_ids
+    counts = Counter(row.prompt_index for row in pairs)
     if rule in ONE_A_UNIT - {"tree_siblings"}:
         assert set(counts.values()) <= {1}
     elif max_pairs is not None:
         assert max(counts.values(), default=0) <= max_pairs
     if rule == "curriculum":
         for i in counts:
-            of_prompt = [row for row in pairs if row["prompt_index"] == i]
-            assert [row["stage"] for row in of_prompt] == list(range(counts[i]))
-            gaps = [row["score_chosen"] - row["score_rejected"] for row in of_prompt]
+            of_prompt = [row for row in pairs if row.prompt_index == i]
+            assert [row.stage for row in of_prompt] == list(range(counts[i]))
+            gaps = [row.score_chosen - row.score_rejected for row in of_prompt]
             assert gaps == sorted(gaps, reverse=True)
 
     shuffle.shuffle(rows)
@@ -280,7 +285,7 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
 @pytest.mark.parametrize("rule", RULES)
 def test_one_pair_where_two_responses_differ(rule):
     rows = [node(0, 1.0, "a"), node(1, 3.0, "a")]
-    pairs, dropped = select(rows, Pairing(rule=rule))
+    pairs, dropped = select(rows, PairConfig(rule=rule))
     assert samples(pairs) == [(1, 0)] and dropped == {}
 
 
@@ -288,15 +293,15 @@ def test_a_prompt_that_loses_all_responses_is_counted():
     rows = [candidate(0, j, float(j), finish_reason="length") for j in range(3)]
     rows += [candidate(1, 0, 1.0), candidate(1, 1, 2.0, finish_reason="length")]
     rows += [candidate(2, 0, 1.0, [4]), candidate(2, 1, 2.0, [4]), candidate(2, 2, 0.0, [5])]
-    pairs, dropped = select(rows, Pairing(drop_truncated=True, drop_duplicates=True))
+    pairs, dropped = select(rows, PairConfig(drop_truncated=True, drop_duplicates=True))
     # Of equal responses the first counts, with its own score.
-    assert [(row["prompt_index"], row["score_chosen"]) for row in pairs] == [(2, 1.0)]
+    assert [(row.prompt_index, row.score_chosen) for row in pairs] == [(2, 1.0)]
     assert dropped == {
         "truncated response": 4,
         "duplicate response": 1,
         "fewer than two responses": 2,
     }
-    assert select(rows, Pairing())[1] == {} and len(select(rows, Pairing())[0]) == 3
+    assert select(rows, PairConfig())[1] == {} and len(select(rows, PairConfig())[0]) == 3
 
 
 # Options
@@ -305,38 +310,40 @@ def test_a_prompt_that_loses_all_responses_is_counted():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "best"}, "rule must be one of best_worst, .*got 'best'"),
-        ({"min_gap": -0.1}, "min_gap must be finite and >= 0, got -0.1"),
+        ({"rule": "best"}, "rule=best must be one of best_worst, "),
+        ({"min_gap": -0.1}, "min_gap=-0.1 must be finite and >= 0"),
         ({"min_gap": math.nan}, "min_gap"),
-        ({"target_margin": 0.0}, "target_margin must be finite and > 0"),
-        ({"max_pairs": 0}, "max_pairs must be >= 1, got 0"),
-        ({"target_margin": 2.0}, "target_margin must be left out, or the rule be nearest_margin"),
-        ({"max_pairs": 2}, "max_pairs must be left out, or the rule be all_ranked or curriculum"),
-        ({"equal_prompts": True}, "equal_prompts must be left out"),
+        ({"target_margin": 0.0}, "target_margin=0.0 must be finite and > 0"),
+        ({"max_pairs": 0}, "max_pairs=0 must be >= 1"),
+        ({"target_margin": 2.0}, "target_margin=2.0 must be left out, .* rule be nearest_margin"),
+        ({"max_pairs": 2}, "max_pairs=2 must be left out, .* rule be all_ranked or curriculum"),
+        ({"equal_prompts": True}, "equal_prompts=True must be left out"),
         (
             {"rule": "all_ranked", "max_pairs": 1, "equal_prompts": True},
-            "equal_prompts must be left out",
+            "equal_prompts=True must be left out",
         ),
-        ({"consistency": "avg"}, "consistency must be none, mean or prompt"),
-        ({"flip_share": 1.1}, r"flip_share must be in \[0, 1\]"),
+        ({"consistency": "avg"}, "consistency=avg must be one of none, mean, prompt"),
+        ({"flip_share": 1.1}, r"flip_share=1.1 must be in \[0, 1\]"),
         ({"soft_label": -0.1}, "soft_label"),
-        ({"ches_keep": 0.0}, r"ches_keep must be in \(0, 1\]"),
-        ({"max_difficulty": math.inf}, "max_difficulty must be finite"),
-        ({"replay_share": 1.0}, r"replay_share must be in \[0, 1\)"),
-        ({"fresh_threshold": math.nan}, "fresh_threshold must be finite"),
+        ({"ches_keep": 0.0}, r"ches_keep=0.0 must be in \(0, 1\]"),
+        ({"max_difficulty": math.inf}, "max_difficulty=inf must be finite"),
+        ({"replay_share": 1.0}, r"replay_share=1.0 must be in \[0, 1\)"),
+        ({"fresh_threshold": math.nan}, "fresh_threshold=nan must be finite"),
         ({"rule": "tree_siblings", "consistency": "mean"}, "tree_siblings and consistency each"),
         ({"consistency": "mean", "flip_share": 0.2}, "consistency and flip_share or soft_label"),
     ],
 )
 def test_options_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
-        Pairing(**options)
+    with pytest.raises(ConfigError, match=message):
+        PairConfig(**options)
 
 
 def test_what_options_need():
-    assert not Pairing(rule="curriculum", max_pairs=3, seed=-1).needs_model
-    assert Pairing(ches_keep=0.5).needs_model and Pairing(max_difficulty=0.0).needs_model
-    assert Pairing(soft_label=0.1).needs_several_scorers and not Pairing().needs_several_scorers
+    assert not PairConfig(rule="curriculum", max_pairs=3, seed=-1).needs_model
+    assert PairConfig(ches_keep=0.5).needs_model and PairConfig(max_difficulty=0.0).needs_model
+    assert (
+        PairConfig(soft_label=0.1).needs_several_scorers and not PairConfig().needs_several_scorers
+    )
 
 
 # The files of the stage
@@ -345,11 +352,14 @@ def test_what_options_need():
 def write_stage(folder: Path, rows: list[Any], per_part: int = 3) -> tuple[Path, Path]:
     """Candidates and their scores, in parts, the candidates of a part in reverse order."""
     for name, columns in (
-        ("candidates", lambda row: {k: v for k, v in row.items() if k != "score"}),
-        ("scores", lambda row: {k: row[k] for k in ("prompt_index", "sample_index", "score")}),
+        ("candidates", Candidate.__dataclass_fields__),
+        ("scores", ("prompt_index", "sample_index", "score")),
     ):
         for part, start in enumerate(range(0, len(rows), per_part)):
-            these = [columns(row) for row in rows[start : start + per_part]]
+            these = [
+                {column: getattr(row, column) for column in columns}
+                for row in rows[start : start + per_part]
+            ]
             if name == "candidates":
                 these.reverse()
             storage.write_jsonl_atomic(storage.part_path(folder / name, part), these)
@@ -360,21 +370,21 @@ def test_each_rule_writes_what_it_selects(tmp_path):
     rows = [node(j, s, "a", i) for i in range(4) for j, s in enumerate([1.0, 4.0, 2.5 + i, 3.0])]
     folders = write_stage(tmp_path, rows)
     for rule in RULES:
-        pairing = Pairing(rule=rule, min_gap=1.0, seed=3)
+        pairing = PairConfig(rule=rule, min_gap=1.0, seed=3)
         out = tmp_path / rule / "pairs.jsonl"
-        summary = pair(*folders, out, pairing=pairing)
+        summary = pair(*folders, out, config=pairing)
         wanted, dropped = select(rows, pairing)
-        assert storage.read_jsonl(out) == wanted
+        assert storage.read_jsonl(out) == [row.to_json() for row in wanted]
         assert summary["dropped"] == dropped and summary["pairs"] == len(wanted)
         assert json.loads(out.with_suffix(".summary.json").read_text()) == summary
         loaded = load_pairs(out)
-        assert [x.chosen_ids for x in loaded] == [row["chosen_ids"] for row in wanted]
+        assert [x.chosen_ids for x in loaded] == [row.chosen_ids for row in wanted]
 
 
 def test_stages_are_counted_loaded_and_split(tmp_path):
     rows = group([1.0, 4.0, 3.0], 0) + group([1.0, 4.0], 1)
     out = tmp_path / "pairs.jsonl"
-    summary = pair(*write_stage(tmp_path, rows), out, pairing=Pairing(rule="curriculum"))
+    summary = pair(*write_stage(tmp_path, rows), out, config=PairConfig(rule="curriculum"))
     assert summary["stages"] == [2, 1]
     easy, hard = split_stages(load_pairs(out))
     assert [x.extra["stage"] for x in easy] == [0, 0] and [x.extra["stage"] for x in hard] == [1]
@@ -386,12 +396,15 @@ def test_stages_are_counted_loaded_and_split(tmp_path):
 def test_weights_make_prompts_equal(tmp_path):
     rows = group([1.0, 4.0, 3.0], 0) + group([1.0, 4.0], 1)
     out = tmp_path / "pairs.jsonl"
-    pair(*write_stage(tmp_path, rows), out, pairing=Pairing(rule="all_ranked", equal_prompts=True))
+    pair(
+        *write_stage(tmp_path, rows), out, config=PairConfig(rule="all_ranked", equal_prompts=True)
+    )
     assert [x.weight for x in load_pairs(out)] == [pytest.approx(1 / 3)] * 3 + [1.0]
 
 
 def test_reading_pairs_checks_what_the_loss_will_use(tmp_path):
-    (good,), _ = best_worst(group([1.0, 2.0]))
+    (row,), _ = best_worst(group([1.0, 2.0]))
+    good = row.to_json()
     path = tmp_path / "pairs.jsonl"
     more = {"weight": 0.5, "smoothing": 1.0, "stage": 2, "source": "offline"}
     storage.write_jsonl_atomic(path, [{**good, **more}, good])
@@ -407,6 +420,7 @@ def test_reading_pairs_checks_what_the_loss_will_use(tmp_path):
         ("stage", 1.0),
         ("stage", -1),
         ("source", "elsewhere"),
+        ("score_chosen", "1"),
     ):
         storage.write_jsonl_atomic(path, [good, {**good, key: value}])
         with pytest.raises(DataError, match=rf"pairs\.jsonl:2: {key} is {value!r}"):
@@ -417,32 +431,28 @@ def test_several_scorers_become_one_score(tmp_path):
     rows = group([1.0, 2.0, 3.0])
     candidates, first = write_stage(tmp_path, rows)
     second = tmp_path / "scores-2"
-    others = [{**row, "score": 10.0 * (row["sample_index"] == 1)} for row in rows]
+    others = [replace(row, score=10.0 * (row.sample_index == 1)) for row in rows]
     write_stage(tmp_path / "other", others)
     (tmp_path / "other" / "scores").rename(second)
-    shaping = Shaping(weights=[1.0, 1.0])
-    found, facts = scored_candidates(candidates, [first, second], shaping)
-    assert [row["scores"] for row in found] == [[1.0, 0.0], [2.0, 10.0], [3.0, 0.0]]
+    config = PairConfig(weights=[1.0, 1.0])
+    found, facts = scored_candidates(candidates, [first, second], config)
+    assert [row.scores for row in found] == [[1.0, 0.0], [2.0, 10.0], [3.0, 0.0]]
     assert facts.keys() == {"shaping"}
     out = tmp_path / "pairs.jsonl"
-    pair(candidates, [first, second], out, shaping=shaping)
-    (row,) = storage.read_jsonl(out)
+    pair(candidates, [first, second], out, config)
+    (row,) = read_pairs(out)
     assert samples([row]) == [(1, 0)]
-    assert row["scores_chosen"] == [2.0, 10.0] and row["scores_rejected"] == [1.0, 0.0]
-    shaping = Shaping(weights=[1.0, 0.0])
-    pair(candidates, [first, second], out, shaping=shaping)
-    assert samples(storage.read_jsonl(out)) == [(2, 0)]
-    with pytest.raises(ValueError, match="2 scorers need shaping"):
-        pair(candidates, [first, second], out)
-    with pytest.raises(
-        ValueError, match=r"scorer_weights .* each of the 2 scorers, got 1: \[2.0\]"
-    ):
-        pair(candidates, [first, second], out, shaping=Shaping(weights=[2.0]))
+    assert row.scores_chosen == [2.0, 10.0] and row.scores_rejected == [1.0, 0.0]
+    config = PairConfig(weights=[1.0, 0.0])
+    pair(candidates, [first, second], out, config)
+    assert samples(read_pairs(out)) == [(2, 0)]
+    with pytest.raises(ValueError, match=r"weights=\[2.0\] must be one for each of the 2 scorers"):
+        pair(candidates, [first, second], out, PairConfig(weights=[2.0]))
     part = storage.part_path(second, 0)
     broken = storage.read_jsonl(part)
     storage.write_jsonl_atomic(part, [*broken[:2], {**broken[2], "score": None}])
     with pytest.raises(DataError, match=r"scores-2: prompt 0, sample 2: the score is None"):
-        pair(candidates, [first, second], out, shaping=shaping)
+        pair(candidates, [first, second], out, config)
 
 
 def test_the_length_penalty_is_found_on_what_can_be_paired(tmp_path):
@@ -458,14 +468,13 @@ def test_the_length_penalty_is_found_on_what_can_be_paired(tmp_path):
             ids = [1000 + i, j] + [3] * (tokens - 2)
             rows.append(candidate(i, j, score + draw.gauss(0, 1), ids, finish_reason=why))
         # A copy that a noisy scorer thinks the worst of.
-        rows.append({**rows[-1], "sample_index": 4, "score": -9.0})
+        rows.append(replace(rows[-1], sample_index=4, score=-9.0))
     folders, out = write_stage(tmp_path, rows, 500), tmp_path / "pairs.jsonl"
-    shaping = Shaping(length_penalty="auto")
-    pairing = Pairing(drop_truncated=True, drop_duplicates=True)
-    summary = pair(*folders, out, pairing=pairing, shaping=shaping)
+    config = PairConfig(length_penalty="auto", drop_truncated=True, drop_duplicates=True)
+    summary = pair(*folders, out, config)
     assert summary["dropped"]["truncated response"] > 300
-    pairs = storage.read_jsonl(out)
-    gap = sum(len(x["chosen_ids"]) - len(x["rejected_ids"]) for x in pairs) / len(pairs)
+    pairs = read_pairs(out)
+    gap = sum(len(x.chosen_ids) - len(x.rejected_ids) for x in pairs) / len(pairs)
     facts = summary["shaping"]
     assert len(pairs) > 250 and abs(gap) < 0.2
     # A prompt with one response left proposes no pair and is not in the mean of the facts.
@@ -476,7 +485,7 @@ def test_the_length_penalty_is_found_on_what_can_be_paired(tmp_path):
 def on_disk(folder: Path, rows: list[Any], *scorers: list[float]) -> tuple[Path, list[Path]]:
     """Candidates, and a folder for what each scorer gives them."""
     for k, scores in enumerate(scorers):
-        write_stage(folder / str(k), [{**x, "score": s} for x, s in zip(rows, scores)])
+        write_stage(folder / str(k), [replace(x, score=s) for x, s in zip(rows, scores)])
     return folder / "0" / "candidates", [folder / str(k) / "scores" for k in range(len(scorers))]
 
 
@@ -486,8 +495,8 @@ def test_scores_are_compared_with_the_responses_of_a_reference(tmp_path):
     candidates, scores = on_disk(tmp_path / "now", rows, [0.0, 30.0, 9.0], [0.0, -3.0, 8.0])
     start = on_disk(tmp_path / "start", group([0.0] * 2, 0) + group([0.0], 1), [1.0, 3.0, 7.0],
                     [2.0, 0.0, 7.0])  # fmt: skip
-    shaping = Shaping(combine="log_sigmoid", transform="par")
-    found, _ = scored_candidates(candidates, scores, shaping, None, start)
+    config = PairConfig(combine="log_sigmoid", transform="par")
+    found, _ = scored_candidates(candidates, scores, config, start)
 
     def log_sigmoid(x: float) -> float:
         return -math.log1p(math.exp(-x))
@@ -500,13 +509,13 @@ def test_scores_are_compared_with_the_responses_of_a_reference(tmp_path):
     references = [both(1.0, 2.0), both(3.0, 0.0)]
     for row, (a, b) in zip(found, [(0.0, 0.0), (30.0, -3.0), (9.0, 8.0)]):
         wins = [1 / (1 + math.exp(x - both(a, b))) for x in references]
-        assert row["score"] == pytest.approx(sum(wins) / 2)
+        assert row.score == pytest.approx(sum(wins) / 2)
     # Which of the two is better depends on whom they are compared with.
     out = tmp_path / "pairs.jsonl"
-    shaping = Shaping(combine="log_sigmoid")
+    config = PairConfig(combine="log_sigmoid")
     for reference, best in ((start, 2), (None, 1)):
-        pair(candidates, scores, out, shaping=shaping, reference_scores=reference)
-        assert samples(storage.read_jsonl(out))[0][0] == best
+        pair(candidates, scores, out, config, reference_scores=reference)
+        assert samples(read_pairs(out))[0][0] == best
 
 
 def test_references_of_other_prompts_are_refused(tmp_path):
@@ -514,33 +523,30 @@ def test_references_of_other_prompts_are_refused(tmp_path):
     start = group([0.0] * 2, 3)
     others = [candidate(4, 0, 0.0, prompt="what?")]
     out = tmp_path / "pairs.jsonl"
-    par = Shaping(transform="par")
+    par = PairConfig(transform="par", min_gap=0.1)
     for i, (rows, message) in enumerate(
         ((start, "prompt 4 has no response"), (others, "prompt 4 has another text"))
     ):
         folders = on_disk(tmp_path / str(i), rows, [1.0] * len(rows))
         with pytest.raises(DataError, match=message):
-            pair(
-                candidates, scores, out,
-                shaping=par, reference_scores=folders, pairing=Pairing(min_gap=0.1),
-            )  # fmt: skip
+            pair(candidates, scores, out, par, reference_scores=folders)
     own = (candidates, scores)
-    for options, message in (
-        ({"shaping": par, "reference_scores": (candidates, scores * 2)}, "1 scorers, got 2"),
-        ({"shaping": None, "reference_scores": own}, "reference_scores need transform=par"),
-        ({"shaping": Shaping(transform="mean_std"), "reference_scores": own}, "need transform=par"),
+    for config, reference, previous, message in (
+        (par, (candidates, scores * 2), [], "1 scorers, got 2"),
+        (PairConfig(), own, [], "reference_scores need transform=par"),
+        (PairConfig(transform="mean_std", min_gap=0.1), own, [], "need transform=par"),
         (
-            {
-                "shaping": par,
-                "reference_scores": own,
-                "previous_scores": scores,
-                "pairing": Pairing(consistency="mean", min_gap=0.1),
-            },
+            replace(par, consistency="mean"),
+            own,
+            scores,
             "consistency=mean ranks .* reference_scores",
         ),
     ):
-        with pytest.raises(ValueError, match=message):
-            pair(candidates, scores, out, **{"pairing": Pairing(min_gap=0.1), **options})
+        with pytest.raises(ConfigError, match=message):
+            pair(
+                candidates, scores, out, config,
+                reference_scores=reference, previous_scores=previous,
+            )  # fmt: skip
     assert not out.exists()
 
 
@@ -548,45 +554,43 @@ def test_shaping_that_can_change_no_pair_is_refused(tmp_path):
     """A transform keeps the order, and the loss sees nothing else; so does one scorer's weight."""
     candidates, scores = on_disk(tmp_path, group([0.0] * 3), [1.0, 2.0, 0.0], [5.0, 0.0, 1.0])
     out = tmp_path / "pairs.jsonl"
-    par, both = Shaping(transform="par"), Shaping(combine="log_sigmoid")
-    idle = [(par, 1), (par, 2), (Shaping(transform="mean_std", weights=[1.0, -1.0]), 2)]
-    idle += [
+    par, both = {"transform": "par"}, {"combine": "log_sigmoid"}
+    idle: list[tuple[dict[str, Any], int]] = [
+        (par, 1),
+        (par, 2),
+        ({"transform": "mean_std", "weights": [1.0, -1.0]}, 2),
         (both, 1),
-        (Shaping(weights=[2.0]), 1),
-        (Shaping(combine="log_sigmoid", transform="par"), 2),
+        ({"weights": [2.0]}, 1),
+        (both | par, 2),
     ]
     for shaping, count in idle:
-        for rules in (
-            Pairing(),
-            Pairing(rule="all_ranked"),
-            Pairing(rule="curriculum", max_pairs=2),
-        ):
-            with pytest.raises(ValueError, match="changes no pair: it keeps the order"):
-                pair(candidates, scores[:count], out, shaping=shaping, pairing=rules)
+        for rules in ({}, {"rule": "all_ranked"}, {"rule": "curriculum", "max_pairs": 2}):
+            with pytest.raises(ConfigError, match="changes no pair: it keeps the order"):
+                pair(candidates, scores[:count], out, PairConfig(**shaping, **rules))
     assert not out.exists()
-    matters: list[tuple[Shaping, int, dict[str, Any]]] = [
-        (both, 2, {}),
-        (Shaping(weights=[-1.0]), 1, {}),
-        (Shaping(transform="par", length_penalty=0.1), 1, {}),
-        (par, 1, {"min_gap": 0.01}),
-        (par, 1, {"rule": "nearest_margin"}),
-        (par, 2, {"rule": "all_ranked", "max_pairs": 2}),
+    matters: list[tuple[dict[str, Any], int]] = [
+        (both, 2),
+        ({"weights": [-1.0]}, 1),
+        (par | {"length_penalty": 0.1}, 1),
+        (par | {"min_gap": 0.01}, 1),
+        (par | {"rule": "nearest_margin"}, 1),
+        (par | {"rule": "all_ranked", "max_pairs": 2}, 2),
     ]
-    for shaping, count, rules in matters:
-        assert pair(candidates, scores[:count], out, shaping=shaping, pairing=Pairing(**rules))
+    for options, count in matters:
+        assert pair(candidates, scores[:count], out, PairConfig(**options))
 
 
 @pytest.mark.parametrize(
     ("shaping", "raw", "start"),
     [
         # sigmoid(50) and sigmoid(60) are both 1, sigmoid(-800) and sigmoid(-900) both 0.
-        (Shaping(transform="par"), [50.0, -800.0, 60.0, -900.0, 1.0], [0.0]),
+        (PairConfig(transform="par"), [50.0, -800.0, 60.0, -900.0, 1.0], [0.0]),
         # log sigmoid is 0 from 746 on.
-        (Shaping(transform="log_sigmoid"), [800.0, 1.0, 900.0, -5.0, -6.0], [0.0]),
-        (Shaping(combine="log_sigmoid"), [800.0, 1.0, 900.0, -5.0, -6.0], [0.0]),
+        (PairConfig(transform="log_sigmoid"), [800.0, 1.0, 900.0, -5.0, -6.0], [0.0]),
+        (PairConfig(combine="log_sigmoid"), [800.0, 1.0, 900.0, -5.0, -6.0], [0.0]),
         # Of equal lengths a length penalty leaves the order of scores.
-        (Shaping(transform="par", length_penalty=2.0), [50.0, 0.0, 60.0, -900.0, -800.0], [0.0]),
-        (Shaping(transform="mean_std"), [1e-3, 0.0, 2e-3, -1e17, -1e18], None),
+        (PairConfig(transform="par", length_penalty=2.0), [50.0, 0.0, 60.0, -900.0, -800.0], [0.0]),
+        (PairConfig(transform="mean_std"), [1e-3, 0.0, 2e-3, -1e17, -1e18], None),
     ],
 )  # fmt: skip
 def test_scores_that_a_transform_rounds_to_the_same_keep_their_order(tmp_path, shaping, raw, start):
@@ -595,15 +599,13 @@ def test_scores_that_a_transform_rounds_to_the_same_keep_their_order(tmp_path, s
     references = start and on_disk(tmp_path / "start", group([0.0]), start)
     ranked = sorted(range(5), key=lambda i: -raw[i])
     # A cap has no effect, but makes the rule one that looks at gaps.
-    rules = Pairing(rule="all_ranked", max_pairs=10)
-    summary = pair(
-        candidates, scores, out, pairing=rules, shaping=shaping, reference_scores=references
-    )
+    most = replace(shaping, rule="all_ranked", max_pairs=10)
+    summary = pair(candidates, scores, out, most, reference_scores=references)
     assert summary["dropped"] == {} and summary["pairs"] == 10
-    assert set(samples(storage.read_jsonl(out))) == set(combinations(ranked, 2))
-    widest = Pairing(rule="all_ranked", max_pairs=1)
-    pair(candidates, scores, out, pairing=widest, shaping=shaping, reference_scores=references)
-    assert samples(storage.read_jsonl(out)) == [(ranked[0], ranked[-1])]
+    assert set(samples(read_pairs(out))) == set(combinations(ranked, 2))
+    widest = replace(most, max_pairs=1)
+    pair(candidates, scores, out, widest, reference_scores=references)
+    assert samples(read_pairs(out)) == [(ranked[0], ranked[-1])]
     rows, _ = scored_candidates(candidates, scores, shaping, reference_scores=references)
     for rule in (best_worst, best_random):
         assert samples(rule(rows)[0])[0][0] == ranked[0]
@@ -612,34 +614,33 @@ def test_scores_that_a_transform_rounds_to_the_same_keep_their_order(tmp_path, s
     # Agreement with the raw scores is whole, and none with their reverse.
     for sign, agreement in ((1.0, 1.0), (-1.0, 0.0)):
         before = {(0, i): sign * value for i, value in enumerate(raw)}
-        assert consistency([{**x, "prompt_index": 0} for x in rows], before) == {0: agreement}
+        assert consistency([replace(x, prompt_index=0) for x in rows], before) == {0: agreement}
 
 
 def test_a_tie_after_the_length_penalty_is_one(tmp_path):
     rows = [candidate(0, i, 0.0, [5] * n) for i, n in enumerate((2, 4))]
     candidates, scores = on_disk(tmp_path, rows, [1.0, 2.0])
     with pytest.raises(DataError, match="tie: 1"):
-        pair(candidates, scores, tmp_path / "pairs.jsonl", shaping=Shaping(length_penalty=0.5))
+        pair(candidates, scores, tmp_path / "pairs.jsonl", PairConfig(length_penalty=0.5))
 
 
 def test_votes_that_can_change_no_label_are_refused(tmp_path):
     rows = group([0.0] * 3)
     candidates, scores = on_disk(tmp_path, rows, [1.0, 2.0, 0.0], [5.0, 0.0, 1.0])
     out = tmp_path / "pairs.jsonl"
-    pairing = Pairing(rule="all_ranked", flip_share=0.25, soft_label=0.1)
-    unscored = [{**best_worst(group([1.0, 2.0], 9))[0][0], "score_chosen": None}]
-    replayed = Pairing(flip_share=0.25, replay_share=0.5)
-    for shaping in (Shaping(), Shaping(weights=[1.0, -1.0], transform="par")):
-        with pytest.raises(ValueError, match=r"flip_share=0.25 and soft_label=0.1 can change no"):
-            pair(candidates, scores, out, pairing=pairing, shaping=shaping)
-        with pytest.raises(ValueError, match=r"^flip_share=0.25 can change no label"):
-            pair(candidates, scores, out, pairing=replayed, shaping=shaping, replay=unscored)
+    ranked: dict[str, Any] = {"rule": "all_ranked", "flip_share": 0.25, "soft_label": 0.1}
+    unscored = [replace(best_worst(group([1.0, 2.0], 9))[0][0], score_chosen=None)]
+    for shaping in ({}, {"weights": [1.0, -1.0], "transform": "par"}):
+        with pytest.raises(ConfigError, match=r"flip_share=0.25 and soft_label=0.1 can change no"):
+            pair(candidates, scores, out, PairConfig(**ranked, **shaping))
+        replayed = PairConfig(flip_share=0.25, replay_share=0.5, **shaping)
+        with pytest.raises(ConfigError, match=r"^flip_share=0.25 can change no label"):
+            pair(candidates, scores, out, replayed, replay=unscored)
     assert not out.exists()
-    for shaping in (Shaping(combine="log_sigmoid"), Shaping(length_penalty=0.1)):
-        assert "flipped" in pair(candidates, scores, out, pairing=pairing, shaping=shaping)
-    check_votes(pairing, Shaping(), offline=True)
-    check_votes(Pairing(), Shaping(), offline=False)
-    check_votes(Pairing(), None, offline=False)
+    for more in ({"combine": "log_sigmoid"}, {"length_penalty": 0.1}):
+        assert "flipped" in pair(candidates, scores, out, PairConfig(**ranked, **more))
+    PairConfig(**ranked).check_votes(offline=True)
+    PairConfig().check_votes(offline=False)
 
 
 def test_an_option_without_its_input_is_refused(tmp_path):
@@ -653,19 +654,19 @@ def test_an_option_without_its_input_is_refused(tmp_path):
         ({"fresh_threshold": 0.0}, "fresh_threshold needs replay_share > 0"),
     ]
     for options, message in wanted:
-        with pytest.raises(ValueError, match=message):
-            pair(*folders, out, pairing=Pairing(**options))
-    with pytest.raises(ValueError, match="at least one folder"):
+        with pytest.raises(ConfigError, match=message):
+            pair(*folders, out, config=PairConfig(**options))
+    with pytest.raises(ConfigError, match="at least one folder"):
         pair(folders[0], [], out)
     assert not out.exists()
 
 
 def test_the_order_of_rows_on_disk_does_not_matter(tmp_path):
     rows = [row for i in range(6) for row in group([1.0, 2.0, 3.0, 4.0], i)]
-    pairing = Pairing(rule="best_random", seed=5)
-    pair(*write_stage(tmp_path / "a", rows), tmp_path / "a.jsonl", pairing=pairing)
+    pairing = PairConfig(rule="best_random", seed=5)
+    pair(*write_stage(tmp_path / "a", rows), tmp_path / "a.jsonl", config=pairing)
     random.Random(0).shuffle(rows)
-    pair(*write_stage(tmp_path / "b", rows), tmp_path / "b.jsonl", pairing=pairing)
+    pair(*write_stage(tmp_path / "b", rows), tmp_path / "b.jsonl", config=pairing)
     for suffix in (".jsonl", ".summary.json"):
         a, b = ((tmp_path / name).with_suffix(suffix).read_bytes() for name in ("a", "b"))
         assert a == b
@@ -677,11 +678,12 @@ def test_scores_of_other_candidates_are_refused(tmp_path):
     candidates, scores = write_stage(tmp_path, rows)
     shutil.rmtree(scores)
     score(Scorer("length", lambda _, texts: list(map(len, texts))), candidates, scores)
-    rows[1] |= {"response": "something else", "response_ids": [7, 0, 9]}
+    rows[1] = replace(rows[1], response="something else", response_ids=[7, 0, 9])
     out = tmp_path / "pairs.jsonl"
     with pytest.raises(DataError, match="no pair is left"):  # both are as long
         pair(candidates, scores, out)
-    storage.write_jsonl_atomic(storage.part_path(candidates, 0), rows)
+    write_stage(tmp_path / "again", rows)
+    shutil.copytree(tmp_path / "again" / "candidates", candidates, dirs_exist_ok=True)
     with pytest.raises(DataError, match="scores of other candidates"):
         pair(candidates, scores, out)
     score(Scorer("length", lambda _, texts: list(map(len, texts))), candidates, scores)

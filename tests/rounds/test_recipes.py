@@ -15,8 +15,6 @@ from fastdpo.data.rows import prompt_rows, read_rows
 from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.model.logps import load_packed
 from fastdpo.recipes import nectar
-from fastdpo.recipes.best_of_majority import best_of_majority
-from fastdpo.recipes.follow_up import NEGATIVE, POSITIVE, follow_up_scores
 from fastdpo.recipes.relevance import length_incentive, open_ended, repetition_penalty
 from fastdpo.recipes.unlikeliness import unlikeliness
 from fastdpo.score.load import load_scorer
@@ -68,6 +66,9 @@ def test_follow_ups_by_hand(tmp_path, template):
     )
     default = follow_up_scores(packed, tokenizer, prompts, responses)
     assert default == pytest.approx([-x for x in swapped])
+    if template:
+        scorer = load_scorer(f"follow_up:{folder}", dtype=torch.float64)
+        assert scorer(prompts, responses) == pytest.approx(default)
 
 
 def test_follow_ups_need_both_kinds():
@@ -99,47 +100,6 @@ def test_relevance_terms_by_hand():
     assert open_ended(["p"], ["a b c a b c"]) == [6 / 100 * 3 / 4]
     scorer = load_scorer("fastdpo.recipes.relevance:open_ended")
     assert scorer(["p", "p"], ["one two", ""]) == [0.02, 0.0]
-
-
-# Unlikeliness
-
-
-def test_of_right_answers_the_rare_one_scores_most():
-    scores = [1.0, 1.0, 0.0, 1.0, 1.0]
-    logps = [-0.5, -2.0, -0.1, -1.0, -9.0]
-    groups = ["a", "a", "a", "a", "b"]
-    values = unlikeliness(scores, logps, groups)
-    assert values == [1 - 0.25 * 2 / 4, 1.0, 0.0, 1 - 0.25 / 4, 1.0]
-    assert unlikeliness(scores, logps, groups, strength=0) == scores
-    assert unlikeliness([1.0, 1.0], [-1.0, -1.0], [0, 0], strength=1) == [1.0, 0.5]
-    for strength in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="strength"):
-            unlikeliness(scores, logps, groups, strength=strength)
-    with pytest.raises(ValueError, match=r"got -1\.0"):
-        unlikeliness([1.0, -1.0], [0.0, 0.0], [0, 0])
-
-
-# Best of majority
-
-
-def test_rare_answers_can_not_win():
-    answers = ["4", "4", "5", "4", "7", "7"]
-    scores = [0.2, 0.9, 0.99, 0.5, 0.8, 0.7]
-    assert best_of_majority(answers, scores) == [1]
-    assert best_of_majority(answers, scores, threshold=0.3, k=2) == [1, 4]
-    assert best_of_majority(answers, scores, threshold=0.3, k=9) == [1, 4]
-    assert best_of_majority(answers, scores, threshold=0, k=2) == [2, 1]  # best of n
-    # None comes often enough: the most frequent ones pass.
-    kept = best_of_majority(["a", "b", "b", "c", "c"], [9, 1, 2, 3, 4], threshold=0.9, k=5)
-    assert kept == [4, 2]
-    assert best_of_majority(["x", "y"], [1.0, 1.0], threshold=0.5, k=2) == [0, 1]
-    with pytest.raises(ValueError, match="threshold"):
-        best_of_majority(answers, scores, threshold=1.1)
-    with pytest.raises(ValueError, match="k must"):
-        best_of_majority(answers, scores, k=0)
-    for bad in ([], [1.0]):
-        with pytest.raises(ValueError, match="as many"):
-            best_of_majority(answers if bad else [], bad)
 
 
 # Nectar

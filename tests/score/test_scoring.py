@@ -21,7 +21,8 @@ import torch
 from tiny import GEMMA, GEMMA3, LLAMA, MAMBA, build_tokenizer, save_tiny
 
 from fastdpo import storage
-from fastdpo.data.parts import check_scored
+from fastdpo.data.parts import check_scored, read_candidates
+from fastdpo.data.records import Candidate
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model.identity import policy_digest
 from fastdpo.model.load import load_causal_lm
@@ -111,8 +112,8 @@ def counted(_: int, body: Any) -> Any:
     return {"scores": [len(text) for text in body["responses"]]}
 
 
-def candidate(prompt_index: int, sample_index: int, response: str, **changes: Any) -> Any:
-    return {
+def candidate(prompt_index: int, sample_index: int, response: str, **changes: Any) -> Candidate:
+    row = {
         "prompt_index": prompt_index,
         "sample_index": sample_index,
         "prompt": f"Prompt {prompt_index}",
@@ -120,15 +121,15 @@ def candidate(prompt_index: int, sample_index: int, response: str, **changes: An
         "response": response,
         "response_ids": [10 + len(response), 2],
         "finish_reason": "stop",
-        "extra": {},
         **changes,
     }
+    return Candidate(**row)
 
 
 def write_candidates(folder: Path, texts: list[list[str]]) -> None:
     """One prompt a part."""
     for i, of_prompt in enumerate(texts):
-        rows = [candidate(i, j, text) for j, text in enumerate(of_prompt)]
+        rows = [candidate(i, j, text).to_json() for j, text in enumerate(of_prompt)]
         storage.write_jsonl_atomic(storage.part_path(folder, i), rows)
 
 
@@ -322,7 +323,7 @@ def partials(folder: Path) -> list[Path]:
 
 def test_what_a_server_answered_of_a_part_is_not_asked_again(tmp_path):
     """It dies amid the questions of one part, which are paid for one by one."""
-    rows = [candidate(i, j, "ab"[i] * (j + 1)) for i in range(2) for j in range(4)]
+    rows = [candidate(i, j, "ab"[i] * (j + 1)).to_json() for i in range(2) for j in range(4)]
     path = storage.part_path(tmp_path / "candidates", 0)
     storage.write_jsonl_atomic(path, rows)
 
@@ -548,7 +549,7 @@ def test_nonsense_in_retry_after_is_left_aside(asked):
 )
 def test_remote_names_what_is_wrong(options):
     (name,) = options
-    with pytest.raises(ValueError, match=rf"{name}={options[name]} must be "):
+    with pytest.raises(ValueError, match=rf"^{name}={options[name]} must be "):
         Remote(**options)
 
 
@@ -862,7 +863,7 @@ def test_a_remote_judge(tmp_path):
         scorer = load_scorer(f"judge:{server.url}/v1#some/model")
         values = run_score(scorer, tmp_path)
         local = Judge(length_judge)
-        rows = storage.read_parts(tmp_path / "candidates")
+        rows = list(read_candidates(tmp_path / "candidates").values())
         assert values == pytest.approx(local(rows), abs=1e-6)
         assert len(server.requests) == 3 * 6
         path, _, body = server.requests[0]
@@ -1111,8 +1112,8 @@ def test_the_implicit_reward_is_that_of_plain_forwards(tmp_path, family):
     rows = sampled_rows()
     models = [load_causal_lm(name, dtype=torch.float64).eval() for name in folders]
     by_hand = [
-        plain_logp(models[0], row["prompt_ids"], row["response_ids"])
-        - plain_logp(models[1], row["prompt_ids"], row["response_ids"])
+        plain_logp(models[0], row.prompt_ids, row.response_ids)
+        - plain_logp(models[1], row.prompt_ids, row.response_ids)
         for row in rows
     ]
     assert by_hand[-1] == 0 and min(map(abs, by_hand[:-1])) > 0.01
@@ -1130,7 +1131,7 @@ def test_the_implicit_reward_is_that_of_plain_forwards(tmp_path, family):
 def test_implicit_scores_belong_to_their_models(tmp_path):
     a, b, c = (str(save_tiny(LLAMA, tmp_path / name, i)) for i, name in enumerate("abc"))
     storage.write_jsonl_atomic(
-        storage.part_path(tmp_path / "candidates", 0), [{**row} for row in sampled_rows()]
+        storage.part_path(tmp_path / "candidates", 0), [row.to_json() for row in sampled_rows()]
     )
     first = run_score(load_scorer("implicit", policy=a, previous=b), tmp_path)
     assert run_score(load_scorer("implicit", policy=a, previous=b), tmp_path, "two") == first
@@ -1149,10 +1150,10 @@ def test_implicit_scores_belong_to_their_models(tmp_path):
 
 
 def test_scorers_on_rows_need_whole_candidates(tmp_path):
-    row = candidate(0, 0, "x")
-    del row["extra"]
+    row = candidate(0, 0, "x", extra={"answer": 4}).to_json()
+    del row["prompt_ids"]
     storage.write_jsonl_atomic(storage.part_path(tmp_path / "candidates", 0), [row])
-    with pytest.raises(DataError, match="'extra' is missing"):
+    with pytest.raises(DataError, match="'prompt_ids' is missing"):
         run_score(load_scorer("answer"), tmp_path)
     assert run_score(Scorer("tests:f", lambda p, r: [1.0]), tmp_path) == [1.0]
 
@@ -1251,12 +1252,13 @@ def test_right_answers(answer, response, right):
 
 
 def test_answers_score_candidates(tmp_path):
-    rows = [candidate(0, j, text, extra={"answer": 4}) for j, text in enumerate(["4", "5"])]
+    extra = {"answer": 4}
+    rows = [candidate(0, j, x, extra=extra).to_json() for j, x in enumerate(["4", "5"])]
     path = storage.part_path(tmp_path / "candidates", 0)
     storage.write_jsonl_atomic(path, rows)
     assert run_score(load_scorer("answer"), tmp_path) == [1.0, 0.0]
     for extra in ({}, {"answer": None}, {"answer": []}, {"answer": [1, None]}):
-        storage.write_jsonl_atomic(path, [candidate(3, 0, "4", extra=extra)])
+        storage.write_jsonl_atomic(path, [candidate(3, 0, "4", extra=extra).to_json()])
         with pytest.raises(DataError, match=r"part-00000.jsonl:1 \(prompt 3\): .* column 'answer'"):
             run_score(load_scorer("answer"), tmp_path, "bad")
         assert not (tmp_path / "bad").exists()
