@@ -16,7 +16,7 @@ from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.model.logps import load_packed
 from fastdpo.recipes import nectar
 from fastdpo.recipes.relevance import length_incentive, open_ended, repetition_penalty
-from fastdpo.recipes.unlikeliness import unlikeliness
+from fastdpo.score.follow_up import NEGATIVE, POSITIVE, follow_up_scores
 from fastdpo.score.load import load_scorer
 
 STORM = Path(recipes.__file__).parent / "storm-7b.yaml"
