@@ -528,7 +528,7 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
         ({"pair__flip_share": 0.2}, "at least two scorers"),
         ({"pair__replay_share": 0.5}, "need each other"),
         ({"pair__replay": "pairs.jsonl"}, "need each other"),
-        ({"pair__fresh_threshold": 0.0}, "needs replay"),
+        ({"pair__fresh_threshold": 0.0}, "needs pair.replay"),
         ({"pair__rule": "worst"}, "pair.rule=worst must be one of"),
         ({"pair__rule": "tree_siblings"}, "fastdpo pair"),
         ({"train__alpha": "auto", "reference": "average"}, "reference=average"),
@@ -552,7 +552,7 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
         ),
         ({"evaluate__scorer": "http://127.0.0.1:1/score"}, "127.0.0.1:1/score can't be reached"),
         ({"score__scorer": "likelihood"}, "scorer=likelihood"),
-        ({"pair__transform_reference": "end"}, "own or start"),
+        ({"pair__transform_reference": "end"}, "one of own, start"),
         ({"score__scorer": "https://host/score?api_key=1"}, "score.scorer: the URL has a query"),
         (
             {"evaluate__scorer": "judge:http://me:1@host#m"},
