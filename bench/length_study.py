@@ -55,7 +55,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,12 +68,16 @@ from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
 from fastdpo.errors import ConfigError
 from fastdpo.loss.gemm import has_native_bf16
 from fastdpo.model.load import dtype_name, load_tokenizer, save_policy
+from fastdpo.pair.config import PairConfig
 from fastdpo.pair.rules import best_worst
 from fastdpo.report.evaluation import NORMAL, quantile
 from fastdpo.report.summary import prompt_means
-from fastdpo.rounds.run import IterateConfig, iterate
+from fastdpo.rounds.config import EvaluateConfig, IterateConfig
+from fastdpo.rounds.old_names import old_names
+from fastdpo.rounds.run import iterate
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import open_sampler, sample
+from fastdpo.score.config import ScoreConfig
 from fastdpo.score.load import load_scorer
 from fastdpo.score.stage import score
 from fastdpo.storage import (
@@ -345,8 +349,8 @@ def sample_bias(folder: Path) -> dict[str, Any]:
     groups = whole_groups(rows)
     if not groups:
         raise ConfigError("no prompt has two responses that end; raise --max-new-tokens")
-    pairs, _ = best_worst(whole)
-    gaps = [len(pair["chosen_ids"]) - len(pair["rejected_ids"]) for pair in pairs]
+    ended = [Scored.from_json(row, str(folder)) for row in whole]
+    gaps = [len(x.chosen_ids) - len(x.rejected_ids) for x in best_worst(ended)[0]]
     deviations = torch.cat([group - group.mean(0) for group in groups])
     freedom = len(deviations) - len(groups)
     reward_sd, length_sd = (deviations.square().sum(0) / freedom).sqrt().tolist()
@@ -370,7 +374,7 @@ def sample_bias(folder: Path) -> dict[str, Any]:
 def has_auto() -> bool:
     """Whether this fastdpo takes alpha=auto."""
     try:
-        TrainConfig(alpha=AUTO)  # type: ignore[arg-type]
+        TrainConfig(alpha=AUTO)
     except (ConfigError, TypeError, ValueError):
         return False
     return True
@@ -381,36 +385,43 @@ def config_of(args: argparse.Namespace, arm: str, seed: int) -> IterateConfig:
     return IterateConfig(
         model=args.model,
         prompts=str(args.out / "prompts.jsonl"),
-        scorer=str(args.out / "reward"),
-        scorer_dtype="bfloat16" if bf16 else "float32",
         output_dir=str(args.out / f"alpha-{arm}" / f"seed-{seed}"),
-        alpha=AUTO if arm == AUTO else float(arm),  # type: ignore[arg-type]
-        beta=args.beta,
         seed=seed,
         rounds=args.rounds,
-        heldout=args.heldout,
         max_prompts=args.train_prompts,
-        num_samples=args.samples,
-        eval_samples=args.eval_samples,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        drop_truncated=True,
-        batch_prompts=args.batch_prompts,
-        learning_rate=args.learning_rate,
-        warmup_ratio=0.0,
-        batch_size=args.batch_size,
-        reference_cache=str(args.out / "ref_logps"),  # the first round's are those of all arms
-        max_length=args.prompt_tokens + args.max_new_tokens,
-        max_tokens=args.max_tokens,
-        gradient_checkpointing=False,
-        bf16=bf16,
-        sample_dtype="bfloat16" if bf16 else "float32",
+        sample=SampleConfig(
+            num_samples=args.samples,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            batch_prompts=args.batch_prompts,
+            dtype="bfloat16" if bf16 else "float32",
+        ),
+        score=ScoreConfig(scorer=str(args.out / "reward"), dtype="bfloat16" if bf16 else "float32"),
+        pair=PairConfig(drop_truncated=True),
+        train=TrainConfig(
+            alpha=AUTO if arm == AUTO else float(arm),
+            beta=args.beta,
+            learning_rate=args.learning_rate,
+            warmup_ratio=0.0,
+            batch_size=args.batch_size,
+            reference_cache=str(args.out / "ref_logps"),  # the first round's are those of all arms
+            max_length=args.prompt_tokens + args.max_new_tokens,
+            max_tokens=args.max_tokens,
+            gradient_checkpointing=False,
+            bf16=bf16,
+        ),
+        evaluate=EvaluateConfig(heldout=args.heldout, num_samples=args.eval_samples),
     )
 
 
 def settings_of(config: IterateConfig) -> dict[str, Any]:
-    """What a row says of its run."""
-    return {name: value for name, value in asdict(config).items() if name not in UNNAMED}
+    """What a row says of its run, by the names that options had before they were in sections."""
+    values = config.to_dict()
+    found = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    for old, new in old_names(IterateConfig).items():
+        section, _, name = new.partition(".")
+        found[old] = values[section][name]
+    return {name: value for name, value in found.items() if name not in UNNAMED}
 
 
 def round_rows(folder: Path, rounds: int, slope: float) -> list[dict[str, Any]]:
@@ -524,7 +535,7 @@ def study(args: argparse.Namespace) -> list[dict]:
             done = next((row for row in rows if run_of(row) == (arm, seed)), None)
             if done is None:
                 others = [args.out / f"alpha-{x}" / folder.name for x in args.arms]
-                copy_start(folder, others, str(config.scorer))
+                copy_start(folder, others, str(config.score.scorer))
                 with clock(folder):
                     iterate(config)
                 slope = reward["samples"]["slope"][0]

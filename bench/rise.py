@@ -11,14 +11,19 @@ only the seeds' means.
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fastdpo.report.evaluation import quantile
 from fastdpo.report.summary import prompt_means
-from fastdpo.rounds.run import IterateConfig, iterate
+from fastdpo.rounds.config import EvaluateConfig, IterateConfig
+from fastdpo.rounds.run import iterate
+from fastdpo.sample.config import SampleConfig
+from fastdpo.score.config import ScoreConfig
 from fastdpo.storage import write_json_atomic
+from fastdpo.train.config import TrainConfig
 
 
 def interval(values: torch.Tensor) -> dict[str, float | None]:
@@ -36,8 +41,7 @@ def study(config: IterateConfig, seeds: list[int], out: Path) -> list[dict]:
     changes: dict[int, list[torch.Tensor]] = {}
     starts, correlations = [], []
     for seed in seeds:
-        settings = {**vars(config), "seed": seed, "output_dir": str(out / f"seed-{seed}")}
-        iterate(IterateConfig(**settings))
+        iterate(replace(config, seed=seed, output_dir=str(out / f"seed-{seed}")))
         folder = out / f"seed-{seed}"
         start = prompt_means(folder / "round-00" / "eval")
         starts.append(start.mean(0))
@@ -76,27 +80,26 @@ def main() -> None:
     config = IterateConfig(
         model=options.model,
         prompts=options.prompts,
-        scorer=options.scorer,
         rounds=options.rounds,
-        heldout=options.heldout,
         max_prompts=options.train_prompts,
-        num_samples=4,
-        eval_samples=2,
-        max_new_tokens=64,
-        batch_prompts=16,
-        learning_rate=2e-5,
-        warmup_ratio=0.0,
-        batch_size=8,
-        max_length=512,
-        max_tokens=2048,
-        gradient_checkpointing=False,
+        sample=SampleConfig(num_samples=4, max_new_tokens=64, batch_prompts=16),
+        score=ScoreConfig(scorer=options.scorer),
+        train=TrainConfig(
+            learning_rate=2e-5,
+            warmup_ratio=0.0,
+            batch_size=8,
+            max_length=512,
+            max_tokens=2048,
+            gradient_checkpointing=False,
+        ),
+        evaluate=EvaluateConfig(heldout=options.heldout, num_samples=2),
     )
     rows = study(config, [int(seed) for seed in options.seeds.split(",")], options.out)
     for row in rows:
         print(json.dumps(row))
     if options.results:
         unnamed = {"output_dir", "model", "prompts", "seed"}
-        kept = {name: value for name, value in vars(config).items() if name not in unnamed}
+        kept = {name: value for name, value in config.to_dict().items() if name not in unnamed}
         files = {"model": Path(config.model).name, "prompts": Path(config.prompts).name}
         write_json_atomic(options.results, {"config": files | kept, "rows": rows})
 

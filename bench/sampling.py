@@ -268,7 +268,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     cuda = torch.cuda.is_available()
-    demo = Path(fastdpo.__file__).with_name("demo_prompts.jsonl")
+    demo = Path(fastdpo.__file__).parent / "recipes" / "demo_prompts.jsonl"
     add("--model", required=True, help="folder or hub name")
     add("--prompts", default=str(demo), help="the demo's by default")
     add("--limit", type=int, default=24, help="prompts")

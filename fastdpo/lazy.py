@@ -1,7 +1,10 @@
-"""Names that a package offers but imports only when they are asked for."""
+"""What is imported only when it is asked for, and packages that needn't be there."""
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 
@@ -19,3 +22,16 @@ def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(f".{names[name]}", package), name)
 
     return get
+
+
+@cache
+def installed(package: str, extra: str, otherwise: str) -> bool:
+    """Whether a package of one of our extras is installed; where not, says once what that means."""
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        print(
+            f"fastdpo: {otherwise}: {package} is not installed (pip install {package}, or the "
+            f"extra {extra!r})",
+            file=sys.stderr,
+        )
+    return found

@@ -39,9 +39,9 @@ def attempt(argv: list[str], run: Path, stage: int | None, delay: float = 0.0) -
 
 def watch(times: Path, target: int | None, delay: float) -> None:
     """In this process, note how long stages take, and set the clock of the end in one of them."""
-    from fastdpo.rounds import run as rounds
+    from fastdpo.rounds.resume import Stages
 
-    run_stage = rounds._Run._stage
+    run_stage = Stages.run
 
     def stage(self, name, work, **options):
         if len(self.done) == target and name not in self.done:
@@ -54,7 +54,7 @@ def watch(times: Path, target: int | None, delay: float) -> None:
             with times.open("a") as file:
                 file.write(f"{time.perf_counter() - started}\n")
 
-    rounds._Run._stage = stage  # type: ignore[method-assign]
+    Stages.run = stage  # type: ignore[method-assign]
 
 
 def stages(run: Path) -> list[str]:

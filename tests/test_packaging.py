@@ -38,7 +38,7 @@ import sys, torch
 before = set(sys.modules)
 import fastdpo
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"triton", "transformers", "datasets", "accelerate", "jsonargparse"}))
+print(sorted(new & {"triton", "transformers", "datasets", "accelerate"}))
 """
     assert python(code, ROOT).strip() == "[]"
 

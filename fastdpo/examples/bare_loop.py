@@ -5,6 +5,7 @@ python -m fastdpo.examples.bare_loop --model MODEL --dataset pairs.jsonl --outpu
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model.to(device)
     rows = preference_rows(read_rows(args.dataset))
     pairs = tokenize_dataset(rows, tokenizer, max_length=1024, overlong="drop").pairs
     batches = [pairs[i : i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]

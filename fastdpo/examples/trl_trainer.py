@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 
 from datasets import load_dataset
-from trl import DPOConfig
+from trl.trainer.dpo_config import DPOConfig
 
 from fastdpo.integrations.trl import LengthRegularizedDPOTrainer
 

@@ -86,7 +86,7 @@ def offline_pairs(
                     for ids, text in zip(sides, (row.chosen, row.rejected))
                 ]
             finish = [_finish(ids, tokenizer) for ids in sides]
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sides]
+        texts: list[Any] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sides]
         origin = Prompt(row.where, row.prompt, row.tools, row.chat_template_kwargs, row.extra)
         pairs.append(
             PairRow(

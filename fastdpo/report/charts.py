@@ -1,26 +1,33 @@
-"""Charts as inline SVG for the report page.
+"""Charts of the report page: what they show and where; `templates/charts.svg.jinja` draws them.
 
-Written by hand rather than by matplotlib: text stays text, and every colour is a class of the
-page's style sheet, so that one drawing is right in the light, the dark and the printed scheme.
+As inline SVG rather than by matplotlib: text stays text, and every colour is a class of the page's
+style sheet, so that one drawing is right in the light, the dark and the printed scheme.
 Coordinates are rounded to a tenth, so the same numbers give the same bytes.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fastdpo.report.evaluation import Estimate
+from fastdpo.report.text import short
 
 MAX_BINS = 200  # of a chart by step
 
 
 class Mark(NamedTuple):
-    """A value at a place, with half the width of its interval where that is known."""
+    """A value at a round, with half the width of its interval where that is known."""
 
     x: float
     value: float
     half: float | None = None
+
+    @property
+    def spoken(self) -> str:
+        where = "start" if self.x == 0 else f"round {self.x:.0f}"
+        interval = f" ± {short(self.half)}" if self.half is not None else ""
+        return f"{where}: {short(self.value)}{interval}"
 
 
 class Bin(NamedTuple):
@@ -40,6 +47,11 @@ class Cloud(NamedTuple):
     x: Estimate
     y: Estimate
 
+    @property
+    def means(self) -> str:
+        (mx, hx), (my, hy) = ((short(e.value), short(e.half or 0)) for e in (self.x, self.y))
+        return f"{self.name}, means: {mx} ± {hx} tokens, score {my} ± {hy}"
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -52,7 +64,7 @@ class Axis:
 
     def __call__(self, value: float) -> str:
         share = (value - self.low) / (self.high - self.low)
-        return pixels(self.start + share * (self.end - self.start))
+        return f"{round(self.start + share * (self.end - self.start), 1) + 0.0:g}"
 
     def ticks(self, count: int = 4) -> list[tuple[float, str]]:
         """About `count` round numbers within the range, with their texts."""
@@ -68,10 +80,6 @@ class Axis:
         return [(x, f"{x:{form}}".replace("-", "−")) for x in values]
 
 
-def pixels(value: float) -> str:
-    return f"{round(value, 1) + 0.0:g}"
-
-
 def axis(values: Sequence[float], start: float, end: float) -> Axis:
     """An axis over all values with some air around them."""
     low, high = min(values), max(values)
@@ -81,56 +89,82 @@ def axis(values: Sequence[float], start: float, end: float) -> Axis:
     return Axis(low - air, high + air, start, end)
 
 
-def by_round(name: str, marks: Sequence[Mark], rounds: Sequence[int], *, line: float | None) -> str:
-    """A value by round with its intervals; `line` is a level drawn across, to compare with."""
-    width, height, left, bottom = 360, 210, 44, 24
+@dataclass(frozen=True)
+class Chart:
+    """Two axes; `spoken` is what a screen reader says in place of the drawing."""
+
+    x: Axis
+    y: Axis
+    spoken: str
+
+    def path(self, points: Iterable[Sequence[float]], aside: float = 0) -> str:
+        """A line through the points (x, y, ...), so many pixels to the right."""
+        x = replace(self.x, start=self.x.start + aside, end=self.x.end + aside)
+        return "M" + "L".join(f"{x(px)} {self.y(py)}" for px, py, *_ in points)
+
+
+@dataclass(frozen=True)
+class ByRound(Chart):
+    """A value by round; `line` is a level drawn across, to compare with."""
+
+    marks: Sequence[Mark]
+    rounds: Sequence[int]  # those named below
+    line: float | None
+
+
+def by_round(
+    name: str, marks: Sequence[Mark], rounds: Sequence[int], *, line: float | None
+) -> ByRound:
+    """A value by round with its intervals."""
     ends = [m.value + sign * (m.half or 0) for m in marks for sign in (-1, 1)]
-    y = axis(ends if line is None else [*ends, line], height - bottom, 8)
-    x = Axis(min(rounds) - 0.35, max(rounds) + 0.35, left, width - 8)
-    parts = [_levels(y, left, width - 8)]
-    every = math.ceil(len(rounds) / 10)
-    for index in rounds[::every]:
-        text = "start" if index == 0 else str(index)
-        parts.append(_text(x(index), height - 6, text, "mid"))
-    if line is not None:
-        parts.append(_path("level", f"M{pixels(left)} {y(line)}H{pixels(width - 8)}"))
-    parts.append(_path("line", _polyline((x(m.x), y(m.value)) for m in marks)))
-    for mark in marks:
-        parts.append(f"<g><title>{_spoken(mark)}</title>{_error_bar(mark, x, y)}</g>")
-    spoken = "; ".join(_spoken(mark) for mark in marks)
-    return _svg(width, height, f"{name} by round. {spoken}.", parts)
+    y = axis(ends if line is None else [*ends, line], 186, 8)
+    x = Axis(min(rounds) - 0.35, max(rounds) + 0.35, 44, 352)
+    spoken = f"{name} by round. {'; '.join(mark.spoken for mark in marks)}."
+    return ByRound(x, y, spoken, marks, rounds[:: math.ceil(len(rounds) / 10)], line)
 
 
-def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> str:
-    """A metric of training over the optimizer steps of all rounds; the band is a bin's range.
+class Stretch(NamedTuple):
+    """A round in a chart by step: where it begins, its line, and the range of its bins if any.
+    `named` says that there is room for its name.
+    """
+
+    index: int
+    begins: str
+    named: bool
+    line: str
+    band: str
+
+
+@dataclass(frozen=True)
+class ByStep(Chart):
+    """A value by optimizer step."""
+
+    stretches: list[Stretch]
+
+
+def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> ByStep:
+    """A metric of training over the optimizer steps of all rounds.
 
     `lines` has the number of each round and its bins.
     """
-    width, height, left, bottom, top = 360, 190, 44, 24, 22
     bins = [one for _, of_round in lines for one in of_round]
-    y = axis([x for one in bins for x in (one.low, one.high)], height - bottom, top)
     last = max(one.x for one in bins)
-    x = Axis(0, max(last, 1) * 1.02, left, width - 8)
-    parts = [_levels(y, left, width - 8)]
-    for tick, text in x.ticks():
-        if tick == round(tick):
-            parts.append(_text(x(tick), height - 6, text.split(".")[0], "mid"))
-    for i, (index, of_round) in enumerate(lines):
-        begins = x(of_round[0].x)
-        if i:
-            parts.append(_path("border", f"M{begins} {top - 14}V{height - bottom}"))
-        after = lines[i + 1][1][0].x if i + 1 < len(lines) else last
-        if after - of_round[0].x >= 0.16 * last:  # or there is no room for its name
-            parts.append(_text(begins, 12, f"round {index}", "first", dx=4))
+    x = Axis(0, max(last, 1) * 1.02, 44, 352)
+    y = axis([x for one in bins for x in (one.low, one.high)], 166, 22)
+    first, final = short(bins[0].mean), short(bins[-1].mean)
+    spoken = f"{name} by optimizer step: {first} at first, {final} at last."
+    chart = ByStep(x, y, spoken, [])
+    ends = [*(of_round[0].x for _, of_round in lines[1:]), last]
+    for (index, of_round), end in zip(lines, ends):
+        line, band = chart.path(of_round), ""
         if any(one.high > one.low for one in of_round):
-            back = [(x(one.x), y(one.low)) for one in reversed(of_round)]
-            around = [*((x(one.x), y(one.high)) for one in of_round), *back]
-            parts.append(_path("band", _polyline(around) + "Z"))
-        points = [(x(one.x), y(one.mean)) for one in of_round]
-        parts.append(_path("line", _polyline(points) + ("h0" if len(points) == 1 else "")))
-    first, final = bins[0].mean, bins[-1].mean
-    spoken = f"{name} by optimizer step: {short(first)} at first, {short(final)} at last."
-    return _svg(width, height, spoken, parts)
+            back = [(one.x, one.low) for one in reversed(of_round)]
+            band = chart.path([*((one.x, one.high) for one in of_round), *back]) + "Z"
+        begin = of_round[0].x
+        line += "h0" if len(of_round) == 1 else ""
+        named = end - begin >= 0.16 * last
+        chart.stretches.append(Stretch(index, x(begin), named, line, band))
+    return chart
 
 
 def binned(values: Sequence[tuple[int, float]], size: int) -> list[Bin]:
@@ -142,43 +176,43 @@ def binned(values: Sequence[tuple[int, float]], size: int) -> list[Bin]:
     return bins
 
 
-def scatter(clouds: Sequence[Cloud], *, limit: float | None) -> str:
-    """Score over length in tokens, a colour and a shape for each policy, with lines fitted by
-    least squares and the means; `limit` is the length at which responses are cut, drawn where some
-    come near it.
+@dataclass(frozen=True)
+class Scatter(Chart):
+    """Points of each cloud, and the line fitted to them where there is one.
+
+    `limit` is the length at which responses are cut, None where none come near it.
     """
-    width, height, left, bottom, right, top = 760, 420, 56, 46, 14, 22
+
+    clouds: Sequence[Cloud]
+    dots: list[str]
+    fits: list[str]
+    limit: float | None
+
+
+def scatter(clouds: Sequence[Cloud], *, limit: float | None) -> Scatter:
+    """Score over length in tokens, a colour and a shape for each policy, with lines fitted by
+    least squares and the means.
+    """
     points = [point for cloud in clouds for point in cloud.points]
-    longest = max(p[0] for p in points)
-    near = [limit] if limit is not None and 0.8 * limit <= longest <= limit else []
-    x = axis([*near, *(p[0] for p in points)], left, width - right)
-    y = axis([p[1] for p in points], height - bottom, top)
-    parts = [_levels(y, left, width - right, 6)]
-    parts += [_text(x(tick), height - bottom + 18, text, "mid") for tick, text in x.ticks(6)]
-    parts.append(_text(pixels((left + width) / 2), height - 6, "response length, tokens", "mid"))
-    parts.append(_text(pixels(left), 12, "score", "first"))
-    for length in near:
-        parts.append(_path("level", f"M{x(length)} {top}V{height - bottom}"))
-        parts.append(_text(x(length), 12, f"max_new_tokens = {length:g}", "last"))
-    for i, cloud in enumerate(clouds):
-        # Apart by their own width: those cut at the limit all have one length.
-        beside = Axis(x.low, x.high, x.start + 6 * i - 3, x.end + 6 * i - 3)
-        dots = "".join(f"M{beside(px)} {y(py)}h0" for px, py in cloud.points)
-        parts.append(_path(f"dots c{i}", dots))
-    for i, cloud in enumerate(clouds):
-        line = fitted(cloud.points)
-        if line is not None:
-            ends = [min(p[0] for p in cloud.points), max(p[0] for p in cloud.points)]
-            fit = _polyline((x(e), y(line[0] + line[1] * e)) for e in ends)
-            parts.append(_path(f"fit c{i}", fit))
-    for i, cloud in enumerate(clouds):
-        parts.append(_mean(cloud, x, y, f"c{i}"))
-    spoken = "; ".join(
+    longest = max(length for length, _ in points)
+    near = limit if limit is not None and 0.8 * limit <= longest <= limit else None
+    x = axis([length for length, _ in points] + ([] if near is None else [near]), 56, 746)
+    y = axis([score for _, score in points], 374, 22)
+    means = (
         f"{c.name}: {len(c.points)} responses, mean length {short(c.x.value)} tokens, mean score "
         f"{short(c.y.value)}"
         for c in clouds
     )
-    return _svg(width, height, f"Score over length of held-out responses. {spoken}.", parts)
+    spoken = f"Score over length of held-out responses. {'; '.join(means)}."
+    chart = Scatter(x, y, spoken, clouds, [], [], near)
+    for i, cloud in enumerate(clouds):
+        # Apart by their own width: those cut at the limit all have one length.
+        dots = (chart.path([point], aside=6 * i - 3) + "h0" for point in cloud.points)
+        chart.dots.append("".join(dots))
+        line = fitted(cloud.points)
+        ends = [f(length for length, _ in cloud.points) for f in (min, max)]
+        chart.fits.append(chart.path((e, line[0] + line[1] * e) for e in ends) if line else "")
+    return chart
 
 
 def fitted(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
@@ -190,62 +224,3 @@ def fitted(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
         return None
     slope = math.fsum((px - mx) * (py - my) for px, py in points) / spread
     return my - slope * mx, slope
-
-
-def _mean(cloud: Cloud, x: Axis, y: Axis, kind: str) -> str:
-    (mx, hx), (my, hy) = ((e.value, e.half or 0) for e in (cloud.x, cloud.y))
-    cross = f"M{x(mx - hx)} {y(my)}H{x(mx + hx)}M{x(mx)} {y(my - hy)}V{y(my + hy)}"
-    text = f"{cloud.name}, means: {short(mx)} ± {short(hx)} tokens, score {short(my)} ± "
-    return (
-        f"<g><title>{text}{short(hy)}</title>{_path('halo', cross)}{_path(f'mean {kind}', cross)}"
-        f'<circle class="mean {kind}" cx="{x(mx)}" cy="{y(my)}" r="5"/></g>'
-    )
-
-
-def _error_bar(mark: Mark, x: Axis, y: Axis) -> str:
-    dot = f'<circle class="dot" cx="{x(mark.x)}" cy="{y(mark.value)}" r="4"/>'
-    if not mark.half:
-        return dot
-    low, high = y(mark.value - mark.half), y(mark.value + mark.half)
-    caps = f"m-4 0h8M{x(mark.x)} {high}m-4 0h8"
-    return _path("bar", f"M{x(mark.x)} {high}V{low}{caps}") + dot
-
-
-def _levels(y: Axis, left: float, right: float, count: int = 4) -> str:
-    """Horizontal grid lines with their values."""
-    ticks = y.ticks(count)
-    grid = "".join(f"M{pixels(left)} {y(tick)}H{pixels(right)}" for tick, _ in ticks)
-    labels = [_text(pixels(left - 7), y(tick), text, "last", dy=4) for tick, text in ticks]
-    return _path("grid", grid) + "".join(labels)
-
-
-def _spoken(mark: Mark) -> str:
-    where = "start" if mark.x == 0 else f"round {mark.x:.0f}"
-    interval = f" ± {short(mark.half)}" if mark.half is not None else ""
-    return f"{where}: {short(mark.value)}{interval}"
-
-
-def short(value: float) -> str:
-    """Three significant digits, with a real minus sign."""
-    return f"{value + 0.0:.3g}".replace("-", "−")
-
-
-def _polyline(points) -> str:
-    return "M" + "L".join(f"{px} {py}" for px, py in points)
-
-
-def _path(kind: str, d: str) -> str:
-    return f'<path class="{kind}" d="{d}"/>'
-
-
-def _text(x: str, y: float | str, text: str, anchor: str, *, dx: int = 0, dy: int = 0) -> str:
-    shift = (f' dx="{dx}"' if dx else "") + (f' dy="{dy}"' if dy else "")
-    return f'<text class="{anchor}" x="{x}" y="{y}"{shift}>{text}</text>'
-
-
-def _svg(width: int, height: int, spoken: str, parts: Sequence[str]) -> str:
-    """The drawing; `spoken` is what a screen reader says in its place."""
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{spoken}">'
-        f"{''.join(parts)}</svg>"
-    )

@@ -1,5 +1,6 @@
 """What the files of an iterative run say, as far as they can be read."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from fastdpo.report.evaluation import (
     win_rate,
 )
 from fastdpo.storage import read_json
-from fastdpo.train.metrics import read_metrics
 
+PARTS = ("config", "numbers", "pairing", "steps", "held", "speed")
 _ROUND = re.compile(r"round-(\d{2,6})")
 T = TypeVar("T")
 
@@ -44,9 +45,10 @@ class Round:
 class Run:
     """What the files of a run say.
 
+    `config` has the options by their names with the section, as on the command line.
     `offline` is offline/summary.json, of the pairs to replay, with entries as in a round.
-    `gone` has, for "config", "numbers", "pairing", "steps", "held" and "speed", a line for each
-    file that is missing or damaged; paths in it are relative to the run.
+    `gone` has, for each of `PARTS`, a line for each file that is missing or damaged; paths in it
+    are relative to the run.
     """
 
     config: dict[str, Any]
@@ -54,6 +56,10 @@ class Run:
     rounds: list[Round]
     offline: dict[str, Any]
     gone: dict[str, list[str]]
+
+    def option(self, name: str) -> Any:
+        """An option of the run, None where it has none; older runs had no sections."""
+        return self.config.get(name, self.config.get(name.rpartition(".")[2]))
 
 
 def round_folders(out: Path) -> dict[int, Path]:
@@ -80,9 +86,9 @@ class _Files:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.gone: dict[str, list[str]] = {}
+        self.gone: dict[str, list[str]] = {part: [] for part in PARTS}
 
-    def read(self, section: str, path: Path, reader: Callable[[Path], T]) -> T | None:
+    def read(self, part: str, path: Path, reader: Callable[[Path], T]) -> T | None:
         name = path.relative_to(self.out).as_posix()
         try:
             if path.exists():
@@ -94,7 +100,7 @@ class _Files:
             text = str(error) or type(error).__name__
             why = text.replace(f"{self.out}/", "").split("\n")[0]
             why = why if why.startswith(name) else f"{name}: {why}"
-        self.gone.setdefault(section, []).append(why)
+        self.gone[part].append(why)
         return None
 
 
@@ -145,7 +151,11 @@ def _state(path: Path) -> dict[str, Any]:
     state = _object(path)
     if not isinstance(state.get("config"), dict) or not isinstance(state.get("done"), list):
         raise DataError(f"{path}: not the state of a run. Restore it.")
-    return {"config": state["config"], "done": [x for x in state["done"] if isinstance(x, str)]}
+    config: dict[str, Any] = {}
+    for name, value in state["config"].items():
+        section = value if isinstance(value, dict) else {}
+        config |= {f"{name}.{key}": x for key, x in section.items()} or {name: value}
+    return {"config": config, "done": [x for x in state["done"] if isinstance(x, str)]}
 
 
 def _pairing(path: Path) -> dict[str, Any]:
@@ -163,19 +173,22 @@ def _pairing(path: Path) -> dict[str, Any]:
 def _steps(path: Path) -> list[dict[str, float]]:
     """Rows of optimizer steps; a last line that a kill cut off is left out."""
     try:
-        rows = read_metrics(path)
-        lines = sum(1 for line in path.read_text().splitlines() if line)
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8. Restore it.") from error
-    if lines > len(rows) + 1 or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}:{len(rows) + 1}: not a JSON object. Restore it.")
-    found = [{name: number(value) for name, value in row.items()} for row in rows]
-    return [{name: x for name, x in row.items() if x is not None} for row in found]
+    rows = []
+    for i, line in enumerate(lines, 1):
+        try:
+            rows.append(_finite(json.loads(line)))
+        except (ValueError, AttributeError) as error:
+            if i < len(lines) or isinstance(error, AttributeError):
+                raise DataError(f"{path}:{i}: not a JSON object. Restore it.") from error
+    return rows
 
 
 def _heldout_prompts(run: Run) -> int | None:
     """Prompts of an evaluation as the config has them, None where it doesn't."""
-    prompts = number(run.config.get("heldout"))
+    prompts = number(run.option("evaluate.heldout"))
     return None if prompts is None or prompts < 1 else int(prompts)
 
 

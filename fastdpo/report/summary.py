@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastdpo.errors import DataError
+from fastdpo.lazy import installed
 from fastdpo.report.page import render
 from fastdpo.report.runfiles import read_run, round_folders
-from fastdpo.storage import atomic_file, read_json, read_parts
+from fastdpo.storage import read_json, atomic_file
 
 _COLUMNS = {
     "round": "{:d}",
@@ -28,26 +26,8 @@ _COLUMNS = {
 
 def summarize(out: Path) -> list[dict[str, Any]]:
     """One row for each finished round, the start as round 0, from the files of a run."""
-    rows = []
-    for folder in sorted(out.glob("round-*")):
-        summary = folder / "summary.json"
-        if summary.is_file():
-            rows.append(read_json(summary))
-    return rows
-
-
-def prompt_means(folder: Path) -> Tensor:
-    """Mean score and mean length in tokens of each prompt's responses, (prompts, 2) fp64.
-
-    ``folder`` holds the ``candidates`` and ``scores`` of an evaluation.
-    """
-    by_prompt: dict[int, list[tuple[float, int]]] = {}
-    candidates = read_parts(folder / "candidates")
-    for candidate, scored in zip(candidates, read_parts(folder / "scores")):
-        value = scored["score"], len(candidate["response_ids"])
-        by_prompt.setdefault(candidate["prompt_index"], []).append(value)
-    means = [[sum(x) / len(x) for x in zip(*by_prompt[i])] for i in sorted(by_prompt)]
-    return torch.tensor(means, dtype=torch.float64)
+    summaries = (folder / "summary.json" for folder in round_folders(out).values())
+    return [read_json(path) for path in summaries if path.is_file()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -62,13 +42,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Held-out score, training margin and response length by round, as a PNG."""
-    import matplotlib
+    """Held-out score, training margin and response length by round, as a PNG.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    Without matplotlib there is none, and a line on the error output says how to have it.
+    """
+    if not installed(
+        "matplotlib", "plots", f"{path.name} is not drawn; report.html has its curves"
+    ):
+        return
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     panels = (
         (axes[0], "score", "held-out score", "score_se"),
         (axes[1], "rewards/margins", "reward margin in training", None),
@@ -84,7 +69,6 @@ def plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def html(out: Path) -> Path:
@@ -101,7 +85,7 @@ def html(out: Path) -> Path:
             f"{out}: there is no run here, neither state.json nor a round. Name the output_dir of "
             "fastdpo iterate."
         )
-    path, page = out / "report.html", render(read_run(out)).encode()
+    path = out / "report.html"
     with atomic_file(path) as scratch:
-        scratch.write_bytes(page)
+        scratch.write_text(render(read_run(out)), encoding="utf-8")
     return path

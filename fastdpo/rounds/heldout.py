@@ -1,12 +1,16 @@
-"""The evaluation of a policy on held-out prompts: a judge's scores, and the row of the report."""
+"""The evaluation of a policy on held-out prompts: its samples and scores, and the report's row."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastdpo.data.parts import read_candidates
+from fastdpo.data.records import Candidate
 from fastdpo.errors import DataError
 from fastdpo.model.logps import load_packed, response_logps
+from fastdpo.report import summary as report
 from fastdpo.report.evaluation import (
     by_length,
     by_score,
@@ -15,8 +19,88 @@ from fastdpo.report.evaluation import (
     standard_error,
     win_rates,
 )
-from fastdpo.score.stage import Scorer
-from fastdpo.storage import read_parts
+from fastdpo.rounds.folder import Run
+from fastdpo.score.stage import Scorer, score
+from fastdpo.storage import read_json, write_json_atomic
+
+
+def evaluate(run: Run, index: int) -> None:
+    """The stages that score a round's policy on held-out prompts, and write its report.
+
+    Round 0 is the model before training.
+    """
+    config, stage, folder = run.config, run.stages.run, run.folder(index)
+    name = folder.name
+    policy, start = run.start_of(index + 1), run.folder(0) / "eval"
+    candidates, scores = folder / "eval" / "candidates", folder / "eval" / "scores"
+    needs = [folder / "train.json"] if index else []
+    if run.heldout:
+        count = config.evaluate.num_samples
+        settings = replace(config.sample, seed=config.seed + 1, num_samples=count)
+        stage(
+            f"{name}/eval-sample",
+            lambda: run.sample(policy, run.heldout, settings, candidates, index),
+            makes=candidates,
+            needs=[Path(policy)],
+        )
+        stage(
+            f"{name}/eval-score",
+            lambda: _score(run, candidates, scores),
+            makes=scores,
+            needs=[candidates, start / "candidates"],
+        )
+        needs += [candidates, scores, start / "candidates", start / "scores"]
+        if index:
+            kl = folder / "eval" / "kl.json"
+            stage(
+                f"{name}/eval-kl",
+                lambda: _measure_kl(run, policy, candidates, kl),
+                makes=kl,
+                needs=[candidates, Path(policy)],
+            )
+            needs.append(kl)
+    stage(
+        f"{name}/report",
+        lambda: _summarize(run, index),
+        makes=folder / "summary.json",
+        needs=needs,
+    )
+
+
+def _score(run: Run, candidates: Path, scores: Path) -> None:
+    scorer = run.config.score.load(run.config.evaluated_by)
+    if scorer.compare is not None:
+        scorer = against_start(scorer, run.folder(0) / "eval" / "candidates")
+    score(scorer, candidates, scores, progress=run.progress)
+
+
+def _measure_kl(run: Run, policy: str, candidates: Path, path: Path) -> None:
+    config = run.config
+    found = kl_to_start(
+        policy,
+        config.model,
+        candidates,
+        dtype=getattr(torch, config.sample.dtype),
+        batch_size=config.score.batch_size,
+    )
+    write_json_atomic(path, found, checksum=True)
+
+
+def _summarize(run: Run, index: int) -> None:
+    config, folder = run.config, run.folder(index)
+    row: dict[str, Any] = {"round": index}
+    if run.heldout:
+        row |= heldout_row(folder / "eval", run.folder(0) / "eval")
+        row |= read_json(folder / "eval" / "kl.json") if index else {}
+    if index:
+        row |= read_json(folder / "train.json")
+        summary = read_json(folder / "pairs.summary.json")
+        row |= {"pairs": summary["pairs"], "dropped": summary["dropped"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / "summary.json", row)
+    rows = report.summarize(run.out)
+    title = f"{config.evaluated_by}, beta={config.train.beta:g}, alpha={config.train.alpha}"
+    report.plot(rows, run.out / "rounds.png", title=title)
 
 
 def against_start(scorer: Scorer, start: Path) -> Scorer:
@@ -33,18 +117,18 @@ def against_start(scorer: Scorer, start: Path) -> Scorer:
     compare = scorer.compare
     assert compare is not None
     others: dict[int, list[str]] = {}
-    for row in read_parts(start):
-        others.setdefault(row["prompt_index"], []).append(row["response"])
+    for row in read_candidates(start).values():
+        others.setdefault(row.prompt_index, []).append(row.response)
 
-    def function(rows: list[dict[str, Any]]) -> list[float]:
+    def function(rows: list[Candidate]) -> list[float]:
         prompts, first, second, counts = [], [], [], []
         for row in rows:
-            known = others.get(row["prompt_index"])
+            known = others.get(row.prompt_index)
             if not known:
-                raise DataError(f"{start}: there is no response to prompt {row['prompt_index']}")
-            different = [x for x in known if x != row["response"]]
-            prompts += [row["prompt"]] * len(different)
-            first += [row["response"]] * len(different)
+                raise DataError(f"{start}: there is no response to prompt {row.prompt_index}")
+            different = [x for x in known if x != row.response]
+            prompts += [row.prompt] * len(different)
+            first += [row.response] * len(different)
             second += different
             counts.append((len(different), len(known)))
         found = iter(compare(prompts, first, second))
@@ -78,14 +162,14 @@ def kl_to_start(
         dtype: of both models.
         batch_size: sequences at a time.
     """
-    rows = read_parts(candidates)
+    rows = list(read_candidates(candidates).values())
     logp_2R = [
         response_logps(load_packed(name, dtype=dtype), rows, batch_size=batch_size)
         for name in (policy, start)
     ]
     ratios: dict[int, list[float]] = {}
     for row, ratio in zip(rows, (logp_2R[0] - logp_2R[1]).tolist()):
-        ratios.setdefault(row["prompt_index"], []).append(ratio)
+        ratios.setdefault(row.prompt_index, []).append(ratio)
     means = [sum(group) / len(group) for group in ratios.values()]
     return {"kl": sum(means) / len(means), "kl_se": standard_error(means)}
 

@@ -4,36 +4,40 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastdpo.lazy import installed
 from fastdpo.storage import write_jsonl_atomic
 
 
 class MetricsLog:
-    """Appends rows with a ``step`` to ``metrics.jsonl`` and mirrors them to TensorBoard.
+    """Appends rows with a ``step`` to ``metrics.jsonl``, and to TensorBoard where it is installed.
 
     Opened after ``done`` steps, it first drops rows of later steps: those were logged after the
     checkpoint that training resumes from, and will be logged again.
     """
 
     def __init__(self, folder: Path, done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= done]
         write_jsonl_atomic(self.path, kept, checksum=False)
         self.file = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self.board = None
+        if installed("tensorboard", "tensorboard", "metrics go to metrics.jsonl alone"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def add(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, row["step"])
+        if self.board is not None:
+            for name in sorted(row.keys() - {"step"}):
+                self.board.add_scalar(name, row[name], row["step"])
 
     def close(self) -> None:
         self.file.close()
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

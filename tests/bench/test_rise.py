@@ -7,7 +7,10 @@ import torch
 from tiny import LLAMA, save_tiny
 
 from bench.rise import interval, study
-from fastdpo.rounds.run import IterateConfig
+from fastdpo.rounds.config import EvaluateConfig, IterateConfig
+from fastdpo.sample.config import SampleConfig
+from fastdpo.score.config import ScoreConfig
+from fastdpo.train.config import TrainConfig
 
 
 def vowels(prompts, responses):
@@ -29,8 +32,12 @@ def test_study_compares_with_the_start_of_each_seed(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = IterateConfig(
         model=str(tmp_path / "model"), prompts=str(tmp_path / "prompts.jsonl"), rounds=1,
-        scorer="test_rise:vowels", heldout=4, num_samples=2, max_new_tokens=8, max_length=64,
-        max_tokens=160, batch_size=3, bf16=False, sample_dtype="float32", reference_cache=None,
+        sample=SampleConfig(num_samples=2, max_new_tokens=8, dtype="float32"),
+        score=ScoreConfig(scorer="test_rise:vowels"),
+        train=TrainConfig(
+            max_length=64, max_tokens=160, batch_size=3, bf16=False, reference_cache=None
+        ),
+        evaluate=EvaluateConfig(heldout=4),
     )  # fmt: skip
     score, length, last = study(config, [0, 1], tmp_path / "out")
     assert (score["what"], length["what"], last["seeds"]) == ("score", "length", [0, 1])

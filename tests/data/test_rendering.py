@@ -20,7 +20,8 @@ from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model.load import load_tokenizer, stop_ids
 from fastdpo.pair.offline import offline_pairs
-from fastdpo.rounds.run import IterateConfig, split_prompts
+from fastdpo.rounds.config import EvaluateConfig, IterateConfig
+from fastdpo.rounds.inputs import split_prompts
 from fastdpo.sample import stage as sampling
 
 CHATML = (
@@ -355,7 +356,7 @@ def test_a_rendered_prompt_is_not_rendered_again():
     (pair,), _ = offline_pairs(
         preference_rows(Rows("here", [row])), tok, max_length=None, progress=False
     )
-    assert tok.decode(pair["prompt_ids"] + pair["chosen_ids"]) == text + "x<|im_end|>"
+    assert tok.decode(pair.prompt_ids + pair.chosen_ids) == text + "x<|im_end|>"
 
 
 def tool_row(name, arguments, answer):
@@ -488,9 +489,12 @@ def test_offline_responses_that_do_not_end_are_not_called_finished():
         checked = preference_rows(Rows("here", rows))
         pairs, _ = offline_pairs(checked, tok, max_length=None, progress=False)
         return [
-            (tok.decode(x[f"{side}_ids"]), x[f"{side}_finish"])
+            side
             for x in pairs
-            for side in ("chosen", "rejected")
+            for side in (
+                (tok.decode(x.chosen_ids), x.chosen_finish),
+                (tok.decode(x.rejected_ids), x.rejected_finish),
+            )
         ]
 
     cut, whole = ("y", "length"), ("y<|im_end|>\n", "stop")
@@ -516,7 +520,9 @@ def test_a_prompt_is_the_same_however_it_is_written(tmp_path):
     rows: list[dict[str, Any]] = [{"prompt": f"p{i}"} for i in range(8)]
     rows += [{"prompt": [u(f"p{i}")]} for i in range(8)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = IterateConfig(model="m", prompts=str(tmp_path / "p.jsonl"), heldout=4)
+    config = IterateConfig(
+        model="m", prompts=str(tmp_path / "p.jsonl"), evaluate=EvaluateConfig(heldout=4)
+    )
     train, held = split_prompts(config, tokenizer())
 
     def keys(rows: list[Prompt]) -> set[str]:

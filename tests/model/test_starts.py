@@ -146,8 +146,8 @@ def test_sampling_goes_on_after_midnight(dated, tmp_path, monkeypatch):
     def run():
         return main(
             ["sample", f"--model={model}", f"--prompts={prompts}", f"--output_dir={tmp_path / 'c'}",
-             "--batch_prompts=2", "--max_new_tokens=4", "--sample_dtype=float32",
-             "--sampler=generate"]
+             "--batch_prompts=2", "--max_new_tokens=4", "--dtype=float32",
+             "--backend=generate"]
         )  # fmt: skip
 
     set_to(*BEFORE)
@@ -286,7 +286,7 @@ def test_a_token_that_occurs_needs_one(surplus, tmp_path, where, capsys):
     assert not (tmp_path / "run").exists()
     if where == "prompts":
         assert main(["sample", f"--model={surplus}", f"--prompts={tmp_path / 'prompts.jsonl'}",
-                     f"--output_dir={tmp_path / 'c'}", "--sampler=generate"]) == 2  # fmt: skip
+                     f"--output_dir={tmp_path / 'c'}", "--backend=generate"]) == 2  # fmt: skip
         said = capsys.readouterr().err
         assert line in said and "'<image>'" in said and "Remove the row" in said
 

@@ -24,7 +24,12 @@ def inputs(tmp_path_factory):
 
 
 def run(inputs, out, **changes):
-    options = {"scorer": "test_rounds:vowels", "rounds": 1, "heldout": 0, **changes}
+    options = {
+        "score__scorer": "test_rounds:vowels",
+        "rounds": 1,
+        "evaluate__heldout": 0,
+        **changes,
+    }
     assert main(arguments(inputs, out, **options)) == 0
     return out
 
@@ -46,7 +51,9 @@ def test_a_second_run_in_a_folder_is_refused(inputs, tmp_path):
     )
     try:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        argv = arguments(inputs, out, scorer="test_rounds:vowels", rounds=1, heldout=0)
+        argv = arguments(
+            inputs, out, score__scorer="test_rounds:vowels", rounds=1, evaluate__heldout=0
+        )
         done = subprocess.run(
             [sys.executable, "-m", "fastdpo.cli", *argv], capture_output=True, text=True,
             env=ENVIRONMENT,
@@ -67,15 +74,15 @@ def damage(path: Path) -> None:
 
 def stopped(inputs, out, capsys, **changes):
     """A run that sampled and scored, and found no pair; and the command that goes on."""
-    options = dict(scorer="test_rounds:vowels", rounds=1, heldout=0, **changes)
-    assert main(arguments(inputs, out, **options, min_gap=100)) == 2
+    options = dict(score__scorer="test_rounds:vowels", rounds=1, evaluate__heldout=0, **changes)
+    assert main(arguments(inputs, out, **options, pair__min_gap=100)) == 2
     assert "lower min_gap" in capsys.readouterr().err
     return arguments(inputs, out, **options)
 
 
 def test_a_damaged_policy_is_named_and_made_again(inputs, whole, tmp_path, capsys):
     out = run(inputs, tmp_path / "run")
-    argv = arguments(inputs, out, scorer="test_rounds:vowels", rounds=2, heldout=0)
+    argv = arguments(inputs, out, score__scorer="test_rounds:vowels", rounds=2, evaluate__heldout=0)
     damage(out / "round-01" / "policy" / "model.safetensors")
     assert main(argv) == 2
     error = capsys.readouterr().err
@@ -107,14 +114,17 @@ def test_damaged_rows_are_named_and_made_again(inputs, whole, tmp_path, capsys):
 def test_options_are_free_until_something_depends_on_them(inputs, tmp_path, capsys):
     out = tmp_path / "run"
     argv = stopped(inputs, out, capsys)
-    assert main([*argv, "--temperature=0.5"]) == 2
-    assert "holds a run with temperature=1.0" in capsys.readouterr().err
-    assert main([*argv, "--min_gap=0.001", "--learning_rate=1e-2"]) == 0
-    assert json.loads((out / "state.json").read_text())["config"]["min_gap"] == 0.001
-    for option in ("--min_gap=0.002", "--learning_rate=1e-3"):
-        assert main([*argv, "--min_gap=0.001", "--learning_rate=1e-2", option]) == 2
+    assert main([*argv, "--sample.temperature=0.5"]) == 2
+    assert "holds a run with sample.temperature=1.0" in capsys.readouterr().err
+    assert main([*argv, "--pair.min_gap=0.001", "--train.learning_rate=1e-2"]) == 0
+    assert json.loads((out / "state.json").read_text())["config"]["pair"]["min_gap"] == 0.001
+    for option in ("--pair.min_gap=0.002", "--train.learning_rate=1e-3"):
+        assert main([*argv, "--pair.min_gap=0.001", "--train.learning_rate=1e-2", option]) == 2
         assert "holds a run with" in capsys.readouterr().err
-    assert main([*argv, "--min_gap=0.001", "--learning_rate=1e-2", "--save_steps=7"]) == 0
+    assert (
+        main([*argv, "--pair.min_gap=0.001", "--train.learning_rate=1e-2", "--train.save_steps=7"])
+        == 0
+    )
 
 
 def test_a_truncated_line_is_named(inputs, tmp_path, capsys):
@@ -131,15 +141,17 @@ def test_a_disk_that_fills_up_with_weights_is_one_error(inputs, whole, tmp_path)
     """The system itself refuses to write more from the first training step on."""
     code = (
         "import resource, signal, sys\n"
-        "from fastdpo.cli import main; from fastdpo.rounds import run as rounds\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); real = rounds.train\n"
+        "from fastdpo.cli import main; from fastdpo.rounds import run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); real = run.train\n"
         "def train(*arguments, **options):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "    return real(*arguments, **options)\n"
-        "rounds.train = train\n"
+        "run.train = train\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    argv = arguments(inputs, tmp_path / "run", scorer="test_rounds:vowels", rounds=1, heldout=0)
+    argv = arguments(
+        inputs, tmp_path / "run", score__scorer="test_rounds:vowels", rounds=1, evaluate__heldout=0
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, *argv], capture_output=True, text=True,
         env=ENVIRONMENT,
@@ -164,7 +176,9 @@ def test_a_full_disk_loses_nothing(inputs, tmp_path, capsys, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         real(path, rows)
 
-    argv = arguments(inputs, tmp_path, scorer="test_rounds:vowels", rounds=1, heldout=0)
+    argv = arguments(
+        inputs, tmp_path, score__scorer="test_rounds:vowels", rounds=1, evaluate__heldout=0
+    )
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "write_jsonl_atomic", full)
         assert main(argv) == 2

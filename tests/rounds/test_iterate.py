@@ -19,6 +19,7 @@ from tiny import LLAMA, _family, save_tiny
 from fastdpo.cli import main
 from fastdpo.errors import ModelError
 from fastdpo.model.load import combine, load_causal_lm, load_tokenizer
+from fastdpo.rounds import folder
 from fastdpo.rounds import run as rounds
 from fastdpo.storage import read_parts
 
@@ -48,7 +49,12 @@ def inputs(tmp_path_factory):
 
 
 def run(inputs, out, **changes):
-    options = {"scorer": "test_iterate:vowels", "rounds": 1, "heldout": 0, **changes}
+    options = {
+        "score__scorer": "test_iterate:vowels",
+        "rounds": 1,
+        "evaluate__heldout": 0,
+        **changes,
+    }
     assert main(arguments(inputs, out, **options)) == 0
     return out
 
@@ -68,7 +74,11 @@ def plain(inputs, tmp_path_factory):
 
 
 AUTO: dict[str, Any] = dict(
-    alpha="auto", scorer="test_iterate:lengths", rounds=2, stop='["a"]', heldout=0
+    train__alpha="auto",
+    score__scorer="test_iterate:lengths",
+    rounds=2,
+    sample__stop='["a"]',
+    evaluate__heldout=0,
 )
 
 
@@ -88,7 +98,7 @@ def test_a_fixed_reference_is_another_model(inputs, plain, tmp_path):
     # The same in every step as once before, but for a second model in memory.
     each = run(
         inputs, tmp_path / "each", reference=str(inputs / "other"),
-        precompute_ref_log_probs="false",
+        train__precompute_ref_log_probs="false",
     )  # fmt: skip
     found, wanted = ([row["loss"] for row in metrics(x)] for x in (each, out))
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
@@ -96,7 +106,7 @@ def test_a_fixed_reference_is_another_model(inputs, plain, tmp_path):
 
 def test_an_average_of_the_policies_is_the_reference(inputs, tmp_path):
     options = dict(reference="average", reference_decay=0.75)
-    argv = arguments(inputs, tmp_path, scorer="test_iterate:vowels", rounds=2, **options)
+    argv = arguments(inputs, tmp_path, score__scorer="test_iterate:vowels", rounds=2, **options)
     assert main(argv) == 0
     found = load_file(tmp_path / "round-02" / "reference" / "model.safetensors")
     start = load_file(inputs / "model" / "model.safetensors")
@@ -109,7 +119,7 @@ def test_an_average_of_the_policies_is_the_reference(inputs, tmp_path):
 
 
 def test_extrapolation_goes_on_in_the_direction_of_the_update(inputs, tmp_path):
-    out = run(inputs, tmp_path / "more", extrapolation=0.5, heldout=3)
+    out = run(inputs, tmp_path / "more", extrapolation=0.5, evaluate__heldout=3)
     start = load_file(inputs / "model" / "model.safetensors")
     found = load_file(out / "round-01" / "extrapolated" / "model.safetensors")
     moved = 0
@@ -119,14 +129,14 @@ def test_extrapolation_goes_on_in_the_direction_of_the_update(inputs, tmp_path):
         moved += float((value - start[name]).abs().sum())
     assert moved > 0
     plan = json.loads((out / "round-01" / "eval" / "candidates" / "plan.json").read_text())
-    plain = run(inputs, tmp_path / "plain", heldout=3)
+    plain = run(inputs, tmp_path / "plain", evaluate__heldout=3)
     other = json.loads((plain / "round-01" / "eval" / "candidates" / "plan.json").read_text())
     assert plan != other, "the policy that is evaluated is the next start"
 
 
 def test_a_later_extrapolation_is_from_policy_to_policy(inputs, tmp_path):
     """Not from the extrapolated start, which would add up what was extrapolated before."""
-    out = run(inputs, tmp_path, extrapolation=0.5, rounds=2, heldout=0)
+    out = run(inputs, tmp_path, extrapolation=0.5, rounds=2, evaluate__heldout=0)
     found = load_file(out / "round-02" / "extrapolated" / "model.safetensors")
     first, second = weights(out, 1), weights(out, 2)
     for name, value in second.items():
@@ -138,7 +148,7 @@ def test_prompts_are_on_one_side_of_the_split(inputs, tmp_path, capsys):
     rows = [{"prompt": f"tell me about number {i % 5}"} for i in range(10)]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = run(inputs, tmp_path / "run", prompts=prompts, heldout=2)
+    out = run(inputs, tmp_path / "run", prompts=prompts, evaluate__heldout=2)
     asked = [
         {row["prompt"] for row in read_parts(out / "round-01" / name)}
         for name in ("candidates", "eval/candidates")
@@ -151,11 +161,13 @@ def test_prompts_without_room_are_left_out_if_asked_to(inputs, tmp_path, capsys)
     rows = [{"prompt": f"tell me about number {i} " * (1 + 20 * (i == 3))} for i in range(10)]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = arguments(inputs, tmp_path / "run", scorer="test_iterate:vowels", prompts=prompts)
+    argv = arguments(inputs, tmp_path / "run", score__scorer="test_iterate:vowels", prompts=prompts)
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert "prompts.jsonl:4" in error and "overlong=drop" in error
-    out = run(inputs, tmp_path / "run", prompts=prompts, overlong="drop", heldout=0)
+    out = run(
+        inputs, tmp_path / "run", prompts=prompts, train__overlong="drop", evaluate__heldout=0
+    )
     assert "1 prompts of over 52 tokens are left out" in capsys.readouterr().out
     asked = {row["prompt"] for row in read_parts(out / "round-01" / "candidates")}
     assert len(asked) == 9 and rows[3]["prompt"] not in asked
@@ -183,8 +195,10 @@ def test_tied_weights_count_once_when_combined(tmp_path):
 
 # ------------------------------------------------------------------------------- training
 def test_rates_and_betas_of_each_round(inputs, tmp_path):
-    options = dict(round_learning_rates="[1e-3,1e-4]", round_betas="[0.1,0.3]", learning_rate=1e-6)
-    argv = arguments(inputs, tmp_path, scorer="test_iterate:vowels", rounds=3, **options)
+    options = dict(
+        round_learning_rates="[1e-3,1e-4]", round_betas="[0.1,0.3]", train__learning_rate=1e-6
+    )
+    argv = arguments(inputs, tmp_path, score__scorer="test_iterate:vowels", rounds=3, **options)
     assert main(argv) == 0
     config = [json.loads((tmp_path / f"round-0{i}" / "run.json").read_text()) for i in (1, 2, 3)]
     assert [x["learning_rate"] for x in config] == [1e-3, 1e-4, 1e-4]
@@ -193,7 +207,7 @@ def test_rates_and_betas_of_each_round(inputs, tmp_path):
 
 
 def test_a_curriculum_trains_stage_after_stage(inputs, tmp_path):
-    out = run(inputs, tmp_path, pairing="curriculum", num_samples=4, max_pairs=2)
+    out = run(inputs, tmp_path, pair__rule="curriculum", sample__num_samples=4, pair__max_pairs=2)
     folder = out / "round-01"
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
     assert {pair["stage"] for pair in pairs} == {0, 1}
@@ -209,8 +223,13 @@ def test_a_curriculum_trains_stage_after_stage(inputs, tmp_path):
 
 
 def test_alpha_is_found_on_the_way(inputs, tmp_path):
-    options = dict(alpha="auto", heldout=2, learning_rate=1e-2, stop='["a","e"]')
-    argv = arguments(inputs, tmp_path, scorer="test_iterate:lengths", rounds=2, **options)
+    options = dict(
+        train__alpha="auto",
+        evaluate__heldout=2,
+        train__learning_rate=1e-2,
+        sample__stop='["a","e"]',
+    )
+    argv = arguments(inputs, tmp_path, score__scorer="test_iterate:lengths", rounds=2, **options)
     assert main(argv) == 0
     rows = metrics(tmp_path, 1) + metrics(tmp_path, 2)
     alphas = [row["alpha"] for row in rows]
@@ -248,7 +267,12 @@ def test_alpha_auto_goes_on_with_the_same_bits(inputs, auto, tmp_path):
 
 
 def test_a_length_may_be_asked_for(inputs, tmp_path):
-    options = dict(alpha="auto", scorer="test_iterate:lengths", target_length=5, heldout=0)
+    options = dict(
+        train__alpha="auto",
+        score__scorer="test_iterate:lengths",
+        train__target_length=5,
+        evaluate__heldout=0,
+    )
     out = run(inputs, tmp_path, **options)
     found = json.loads((out / "round-01" / "train.json").read_text())
     assert found["length/target"] == 5 and found["length/sampled"] > 6
@@ -282,7 +306,7 @@ def test_rounds_of_alpha_auto_by_the_stages_as_commands(auto, tmp_path):
 
 # ------------------------------------------------------------------------------- scores and pairs
 def test_the_divergence_from_the_start_is_the_log_ratio_of_held_out_responses(inputs, tmp_path):
-    out = run(inputs, tmp_path / "run", learning_rate=1e-2, heldout=3)
+    out = run(inputs, tmp_path / "run", train__learning_rate=1e-2, evaluate__heldout=3)
     models = [
         load_causal_lm(str(name), dtype=torch.float64)
         for name in (out / "round-01" / "policy", inputs / "model")
@@ -309,11 +333,11 @@ def test_several_scorers_are_combined(inputs, tmp_path):
     argv = arguments(
         inputs,
         tmp_path,
-        scorer=scorers,
+        score__scorer=scorers,
         rounds=1,
-        scorer_weights="[1.0,-0.5]",
-        transform="mean_std",
-        min_gap=0.01,
+        pair__weights="[1.0,-0.5]",
+        pair__transform="mean_std",
+        pair__min_gap=0.01,
     )
     assert main(argv) == 0
     folder = tmp_path / "round-01"
@@ -349,7 +373,12 @@ def test_consistency_compares_the_rewards_of_cream(inputs, tmp_path):
     """r_t = log pi_t - log pi_0 in every round; before it r_{t-1}, or M0's mean log-prob."""
     first = inputs / "other"
     out = run(
-        inputs, tmp_path, scorer="implicit", previous_model=first, consistency="prompt", rounds=2
+        inputs,
+        tmp_path,
+        score__scorer="implicit",
+        score__previous_model=first,
+        pair__consistency="prompt",
+        rounds=2,
     )
     models = {1: inputs / "model", 2: out / "round-01" / "policy"}
     for index, policy in models.items():
@@ -382,7 +411,11 @@ def test_the_stages_as_commands_score_for_consistency(inputs, tmp_path):
     """Round 1 of CREAM by hand: the ranking of M0 is the scorer likelihood."""
     first, model = inputs / "other", inputs / "model"
     whole = run(
-        inputs, tmp_path / "run", scorer="implicit", previous_model=first, consistency="mean"
+        inputs,
+        tmp_path / "run",
+        score__scorer="implicit",
+        score__previous_model=first,
+        pair__consistency="mean",
     )
     folder, out = whole / "round-01", tmp_path / "alone"
     candidates = f"--candidates={folder / 'candidates'}"
@@ -404,10 +437,10 @@ def test_what_a_scorer_needs_is_there_before_anything_is_sampled(inputs, tmp_pat
         rows[column]["answer"] = None
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = dict(scorer="answer", prompts=path)
+    options = dict(score__scorer="answer", prompts=path)
     if column is None:
         offline = inputs / "offline.jsonl"
-        options |= dict(replay=offline, replay_share=0.5, fresh_threshold=0.5)
+        options |= dict(pair__replay=offline, pair__replay_share=0.5, pair__fresh_threshold=0.5)
     assert main(arguments(inputs, tmp_path / "out", **options)) == 2
     error = capsys.readouterr().err
     name = "prompts.jsonl:5" if column is not None else "offline.jsonl:1"
@@ -417,9 +450,9 @@ def test_what_a_scorer_needs_is_there_before_anything_is_sampled(inputs, tmp_pat
 
 def test_scores_are_compared_with_those_of_the_start(inputs, tmp_path):
     """PAR, with the first round's samples as its reference in the second."""
-    options = dict(transform="par", rounds=2, heldout=0, min_gap=1e-6)
+    options = dict(pair__transform="par", rounds=2, evaluate__heldout=0, pair__min_gap=1e-6)
     own = run(inputs, tmp_path / "own", **options)
-    start = run(inputs, tmp_path / "start", transform_reference="start", **options)
+    start = run(inputs, tmp_path / "start", pair__transform_reference="start", **options)
     pairs = [
         [json.loads(line) for line in (out / f"round-0{i}" / "pairs.jsonl").open()]
         for i in (1, 2)
@@ -449,7 +482,9 @@ def test_what_is_held_out_is_not_replayed(inputs, tmp_path):
     ]
     offline = tmp_path / "offline.jsonl"
     offline.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = run(inputs, tmp_path / "run", replay=offline, replay_share=0.2, heldout=6)
+    out = run(
+        inputs, tmp_path / "run", pair__replay=offline, pair__replay_share=0.2, evaluate__heldout=6
+    )
     held = {row["prompt"] for row in read_parts(out / "round-01" / "eval" / "candidates")}
     candidates = read_parts(out / "offline" / "candidates")
     assert held and not held & {row["prompt"] for row in candidates}
@@ -458,7 +493,11 @@ def test_what_is_held_out_is_not_replayed(inputs, tmp_path):
 
 
 def test_offline_pairs_are_replayed(inputs, tmp_path):
-    options = dict(replay=str(inputs / "offline.jsonl"), replay_share=0.5, fresh_threshold=-0.2)
+    options = dict(
+        pair__replay=str(inputs / "offline.jsonl"),
+        pair__replay_share=0.5,
+        pair__fresh_threshold=-0.2,
+    )
     out = run(inputs, tmp_path, **options)
     pairs = [json.loads(line) for line in (out / "round-01" / "pairs.jsonl").open()]
     sources = [pair["source"] for pair in pairs]
@@ -475,7 +514,7 @@ def test_offline_pairs_are_replayed(inputs, tmp_path):
 
 
 def test_difficult_pairs_are_dropped(inputs, tmp_path):
-    out = run(inputs, tmp_path, ches_keep=0.5)
+    out = run(inputs, tmp_path, pair__ches_keep=0.5)
     found = summary(out)
     assert found["dropped"]["CHES above the share kept"] > 0 and "mean_ches" in found
 
@@ -483,41 +522,47 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scorer": "implicit"}, "previous_model"),
-        ({"scorer": "implicit", "previous_model": "x"}, "eval_scorer"),
-        ({"consistency": "mean"}, "needs scorer=implicit"),
-        ({"flip_share": 0.2}, "at least two scorers"),
-        ({"replay_share": 0.5}, "need each other"),
-        ({"replay": "pairs.jsonl"}, "need each other"),
-        ({"fresh_threshold": 0.0}, "needs replay"),
-        ({"pairing": "worst"}, "pairing must be one of"),
-        ({"pairing": "tree_siblings"}, "fastdpo pair"),
-        ({"alpha": "auto", "reference": "average"}, "reference=average"),
-        ({"target_length": 20}, "needs alpha=auto"),
-        ({"scorer_weights": "[1,2]"}, "scorer_weights"),
-        ({"scorer_timeout": 0}, "scorer_timeout must be"),
+        ({"score__scorer": "implicit"}, "previous_model"),
+        ({"score__scorer": "implicit", "score__previous_model": "x"}, "evaluate.scorer"),
+        ({"pair__consistency": "mean"}, "needs score.scorer=implicit"),
+        ({"pair__flip_share": 0.2}, "at least two scorers"),
+        ({"pair__replay_share": 0.5}, "need each other"),
+        ({"pair__replay": "pairs.jsonl"}, "need each other"),
+        ({"pair__fresh_threshold": 0.0}, "needs pair.replay"),
+        ({"pair__rule": "worst"}, "pair.rule=worst must be one of"),
+        ({"pair__rule": "tree_siblings"}, "fastdpo pair"),
+        ({"train__alpha": "auto", "reference": "average"}, "reference=average"),
+        ({"train__target_length": 20}, "needs alpha=auto"),
+        ({"pair__weights": "[1,2]"}, "pair.weights=[1.0, 2.0]"),
+        ({"score__timeout": 0}, "score.timeout=0.0 must be"),
         ({"round_betas": "[0.1,-1]"}, "round_betas"),
         ({"extrapolation": -1}, "extrapolation"),
         ({"reference_decay": 2}, "reference_decay"),
-        ({"alpha": "most"}, "alpha=most"),
-        ({"scorer_api_key_env": "my key"}, "scorer_api_key_env"),
+        ({"train__alpha": "most"}, "alpha=most"),
+        ({"score__api_key_env": "my key"}, "api_key_env"),
         ({"reference": "/nowhere/at-all"}, "at-all"),
-        ({"transform": "cube"}, "transform"),
-        ({"transform": "par"}, "transform=par changes no pair"),
-        ({"transform_reference": "start"}, "transform=par"),
-        ({"scorer": "answer"}, "prompts.jsonl:1: scorer answer needs the column 'answer'"),
-        ({"eval_scorer": "answer"}, "scorer answer needs the column 'answer'"),
-        ({"scorer": "judge:http://127.0.0.1:1/v1#m"}, "127.0.0.1:1/v1/chat/completions can't be"),
-        ({"eval_scorer": "http://127.0.0.1:1/score"}, "127.0.0.1:1/score can't be reached"),
-        ({"scorer": "likelihood"}, "scorer=likelihood"),
-        ({"transform_reference": "end"}, "own or start"),
-        ({"scorer": "https://host/score?api_key=1"}, "scorer: the URL has a query"),
-        ({"eval_scorer": "judge:http://me:1@host#m"}, "eval_scorer: the URL has a name or key"),
+        ({"pair__transform": "cube"}, "transform"),
+        ({"pair__transform": "par"}, "transform=par changes no pair"),
+        ({"pair__transform_reference": "start"}, "transform=par"),
+        ({"score__scorer": "answer"}, "prompts.jsonl:1: scorer answer needs the column 'answer'"),
+        ({"evaluate__scorer": "answer"}, "scorer answer needs the column 'answer'"),
+        (
+            {"score__scorer": "judge:http://127.0.0.1:1/v1#m"},
+            "127.0.0.1:1/v1/chat/completions can't be",
+        ),
+        ({"evaluate__scorer": "http://127.0.0.1:1/score"}, "127.0.0.1:1/score can't be reached"),
+        ({"score__scorer": "likelihood"}, "scorer=likelihood"),
+        ({"pair__transform_reference": "end"}, "one of own, start"),
+        ({"score__scorer": "https://host/score?api_key=1"}, "score.scorer: the URL has a query"),
+        (
+            {"evaluate__scorer": "judge:http://me:1@host#m"},
+            "evaluate.scorer: the URL has a name or key",
+        ),
         (
             {
-                "flip_share": 0.2,
-                "scorer": "[test_iterate:vowels,test_iterate:lengths]",
-                "eval_scorer": "test_iterate:vowels",
+                "pair__flip_share": 0.2,
+                "score__scorer": "[test_iterate:vowels,test_iterate:lengths]",
+                "evaluate__scorer": "test_iterate:vowels",
             },
             "can change no label",
         ),
@@ -526,30 +571,32 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
 def test_impossible_options_end_before_there_is_a_folder(
     inputs, tmp_path, capsys, changes, message
 ):
-    options = {"scorer": "test_iterate:vowels", **changes}
+    options = {"score__scorer": "test_iterate:vowels", **changes}
     assert main(arguments(inputs, tmp_path / "out", **options)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_resumed_run_asks_only_servers_that_it_still_needs(inputs, tmp_path, capsys, monkeypatch):
-    def interrupted_in(name):
+    def interrupted_in(module, name):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(rounds, name, interrupt)
+            patch.setattr(module, name, interrupt)
             assert main(options) == 130
 
     with Server(counted) as server:
         url = f"{server.url}/score"
-        options = arguments(inputs, tmp_path / "out", scorer=url, rounds=1, heldout=0)
-        interrupted_in("sample")
+        options = arguments(
+            inputs, tmp_path / "out", score__scorer=url, rounds=1, evaluate__heldout=0
+        )
+        interrupted_in(folder, "sample")
     assert main(options) == 2  # before a sample is drawn for it
     assert "can't be reached" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/round-01/candidates/part*"))
     with Server(counted, port=server.port):
-        interrupted_in("pair")
+        interrupted_in(rounds, "pair")
     assert main(options) == 0
 
 
@@ -559,7 +606,7 @@ def test_the_stages_as_commands_give_what_iterate_gives(inputs, plain, tmp_path)
     model, out = inputs / "model", tmp_path / "alone"
     sampling = ["--num_samples=3", "--max_new_tokens=12", "--batch_prompts=3"]
     assert main(["sample", f"--model={model}", f"--prompts={inputs / 'prompts.jsonl'}", *sampling,
-                 "--sample_dtype=float32", f"--output_dir={out / 'candidates'}"]) == 0  # fmt: skip
+                 "--dtype=float32", f"--output_dir={out / 'candidates'}"]) == 0  # fmt: skip
     assert main(["score", f"--candidates={out / 'candidates'}", "--scorer=test_iterate:vowels",
                  f"--output_dir={out / 'scores'}"]) == 0  # fmt: skip
     assert main(["pair", f"--candidates={out / 'candidates'}", f"--scores=[{out / 'scores'}]",
@@ -575,7 +622,7 @@ def test_the_stages_as_commands_give_what_iterate_gives(inputs, plain, tmp_path)
 
 
 def test_the_report_command(inputs, tmp_path, capsys):
-    out = run(inputs, tmp_path / "run", heldout=3)
+    out = run(inputs, tmp_path / "run", evaluate__heldout=3)
     (out / "report.html").unlink()
     assert main(["report", f"--output_dir={out}"]) == 0
     page = (out / "report.html").read_text()

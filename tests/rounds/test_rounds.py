@@ -47,15 +47,21 @@ def inputs(tmp_path_factory):
 
 
 def arguments(inputs, out, **changes):
+    """A command line; ``train__alpha`` is ``--train.alpha``."""
     options = dict(
-        model=inputs / "model", prompts=inputs / "prompts.jsonl", scorer="test_rounds:vowels",
-        output_dir=out, rounds=2, heldout=3, num_samples=3, max_new_tokens=12, max_length=64,
-        max_tokens=160, batch_prompts=3, batch_size=3, save_steps=1, learning_rate=1e-3,
-        warmup_ratio=0.0, bf16="false", sample_dtype="float32", gradient_checkpointing="false",
-        reference_cache="null",
+        model=inputs / "model", prompts=inputs / "prompts.jsonl",
+        score__scorer="test_rounds:vowels",
+        output_dir=out, rounds=2, evaluate__heldout=3, sample__num_samples=3,
+        sample__max_new_tokens=12, train__max_length=64,
+        train__max_tokens=160, sample__batch_prompts=3, train__batch_size=3, train__save_steps=1,
+        train__learning_rate=1e-3,
+        train__warmup_ratio=0.0, train__bf16="false", sample__dtype="float32",
+        train__gradient_checkpointing="false",
+        train__reference_cache="null",
     )  # fmt: skip
     options |= changes
-    return ["iterate", *(f"--{name}={value}" for name, value in options.items())]
+    names = {name: name.replace("__", ".") for name in options}
+    return ["iterate", *(f"--{names[name]}={value}" for name, value in options.items())]
 
 
 def weights(out, index=2):
@@ -121,7 +127,7 @@ def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, cap
 
 
 def test_other_options_in_the_same_folder_are_refused(finished, inputs, capsys):
-    assert main(arguments(inputs, finished, alpha=0.5)) == 2
+    assert main(arguments(inputs, finished, train__alpha=0.5)) == 2
     assert "alpha=0.01, not 0.5" in capsys.readouterr().err
 
 
@@ -143,7 +149,7 @@ def test_an_unsupported_model_is_refused_before_sampling(inputs, tmp_path, capsy
 
     save_tiny(MAMBA, tmp_path / "mamba")
     model = tmp_path / "mamba"
-    assert main(arguments(inputs, tmp_path / "out", model=model, layout="shared")) == 2
+    assert main(arguments(inputs, tmp_path / "out", model=model, train__layout="shared")) == 2
     assert "error:" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -159,7 +165,9 @@ def test_broken_state_and_output_file(inputs, tmp_path, capsys):
 
 
 def test_prompts_and_gap_options(inputs, tmp_path):
-    options = dict(rounds=1, max_prompts=4, eval_samples=1, min_gap=0.02, top_p=0.9)
+    options = dict(
+        rounds=1, max_prompts=4, evaluate__num_samples=1, pair__min_gap=0.02, sample__top_p=0.9
+    )
     assert main(arguments(inputs, tmp_path / "out", **options)) == 0
     folder = tmp_path / "out" / "round-01"
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
@@ -190,7 +198,7 @@ def test_a_reward_model_scores_a_round(inputs, tmp_path):
         source = inputs / "model" / name
         if source.exists():
             (tmp_path / "reward" / name).write_bytes(source.read_bytes())
-    options = arguments(inputs, tmp_path / "out", scorer=tmp_path / "reward", rounds=1)
+    options = arguments(inputs, tmp_path / "out", score__scorer=tmp_path / "reward", rounds=1)
     assert main(options) == 0
     scores = [
         json.loads(line)["score"]
@@ -231,7 +239,7 @@ KILLS = [
     ("fastdpo.train.steps:packed_loss", 6),  # training
     ("safetensors.torch:save_file", 1),  # inside a checkpoint
     ("fastdpo.train.trainer:save_policy", 1),
-    ("fastdpo.rounds.run:write_json_atomic", 2),  # between two stages
+    ("fastdpo.rounds.resume:write_json_atomic", 2),  # between two stages
     ("fastdpo.report.summary:plot", 1),
     ("os:replace", 4),  # a temporary file is whole, and not renamed yet
     ("pathlib:Path.rename", 1),  # a folder, likewise
@@ -265,13 +273,16 @@ def test_killed_at_every_stage_it_ends_in_the_same_weights(finished, inputs, tmp
 EVERYTHING = {
     "plain": (2, {}),
     "all stages": (1, dict(
-        reference="average", extrapolation=0.3, pairing="curriculum", max_pairs=2,
-        scorer="[test_rounds:vowels,test_rounds:short]", eval_scorer="test_rounds:vowels",
-        replay="{offline}", replay_share=0.3, fresh_threshold=-1.0,
+        reference="average", extrapolation=0.3, pair__rule="curriculum", pair__max_pairs=2,
+        score__scorer="[test_rounds:vowels,test_rounds:short]",
+        evaluate__scorer="test_rounds:vowels",
+        pair__replay="{offline}", pair__replay_share=0.3, pair__fresh_threshold=-1.0,
     )),
     "alpha auto, LoRA, consistency": (1, dict(
-        alpha="auto", use_peft="true", lora_r=4, learning_rate=1e-2, consistency="mean",
-        scorer="implicit", previous_model="{other}", eval_scorer="test_rounds:vowels",
+        train__alpha="auto", train__use_peft="true", train__lora_r=4, train__learning_rate=1e-2,
+        pair__consistency="mean",
+        score__scorer="implicit", score__previous_model="{other}",
+        evaluate__scorer="test_rounds:vowels",
     )),
 }  # fmt: skip
 
@@ -329,15 +340,15 @@ def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_pa
     [
         ({"model": "/nowhere/at-all"}, "at-all"),
         ({"prompts": "missing.jsonl"}, "missing.jsonl"),
-        ({"scorer": "test_rounds:absent"}, "absent"),
-        ({"scorer": "no_such_module:f"}, "no_such_module"),
-        ({"heldout": 10}, "heldout=10"),
-        ({"num_samples": 1}, "num_samples=1"),
-        ({"temperature": 0}, "temperature=0"),
-        ({"beta": -1}, "beta=-1"),
-        ({"max_tokens": 2}, "max_tokens=2"),
-        ({"max_new_tokens": 64}, "max_new_tokens=64"),
-        ({"max_new_tokens": 60}, "prompts.jsonl:1"),
+        ({"score__scorer": "test_rounds:absent"}, "absent"),
+        ({"score__scorer": "no_such_module:f"}, "no_such_module"),
+        ({"evaluate__heldout": 10}, "heldout=10"),
+        ({"sample__num_samples": 1}, "num_samples=1"),
+        ({"sample__temperature": 0}, "1 with temperature 0"),
+        ({"train__beta": -1}, "beta=-1"),
+        ({"train__max_tokens": 2}, "max_tokens=2"),
+        ({"sample__max_new_tokens": 64}, "max_new_tokens=64"),
+        ({"sample__max_new_tokens": 60}, "prompts.jsonl:1"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -346,3 +357,15 @@ def test_bad_options_are_one_error_before_any_work(inputs, tmp_path, capsys, cha
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
     assert not (tmp_path / "out" / "round-00").exists()
+
+
+def test_a_run_of_before_sections_says_so(inputs, tmp_path, capsys):
+    """One line, with the new place of every option."""
+    out = tmp_path / "old"
+    out.mkdir()
+    config = {"model": "m", "rounds": 2, "sampler": "auto", "num_samples": 4, "alpha": 0.01}
+    (out / "state.json").write_text(json.dumps({"config": config, "done": ["round-00/report"]}))
+    assert main(arguments(inputs, out)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "holds a run of before options had sections" in error
+    assert "sample: backend (was sampler), num_samples; train: alpha" in error

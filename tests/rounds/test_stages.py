@@ -902,7 +902,7 @@ def test_the_stages_fit_together(model, tokenizer, tmp_path):
 
 
 def test_demo_prompts():
-    rows = read_rows(Path(fastdpo.__file__).parent / "demo_prompts.jsonl").rows
+    rows = read_rows(Path(fastdpo.__file__).parent / "recipes" / "demo_prompts.jsonl").rows
     assert len(prompt_rows(Rows("demo", rows))) == 72
     assert len({row["prompt"].lower() for row in rows}) == 72
     assert [row["split"] for row in rows].count("train") == 48

@@ -1,0 +1,91 @@
+"""The command line: ``fastdpo demo | iterate | sample | score | pair | train | report | plan |
+doctor``; in a checkout, ``bench``.
+
+Words in, a room's function called, an exit status out. Every option can stand in a YAML file
+(``--config``) and be overridden on the command line. Errors a user can mend are one line and exit
+status 2; an interruption exits with 130 and loses at most the unfinished part of a stage. Open
+`stages` and `commands` first: a dataclass of options and a function for each command. `options`
+reads them, `names` knows what else people call them, `help` prints them.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastdpo import __version__
+from fastdpo.cli import commands, names, stages
+from fastdpo.cli.help import help_of, overview
+from fastdpo.cli.options import Given, made, options_of, read_arguments, read_file
+from fastdpo.errors import ConfigError, DataError, ModelError
+from fastdpo.rounds.config import IterateConfig
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "demo": (commands.DemoCommand, commands.run_demo),
+    "iterate": (IterateConfig, commands.run_iterate),
+    "sample": (stages.SampleCommand, stages.run_sample),
+    "score": (stages.ScoreCommand, stages.run_score),
+    "pair": (stages.PairCommand, stages.run_pair),
+    "train": (stages.TrainCommand, stages.run_train),
+    "report": (commands.ReportCommand, commands.run_report),
+    "plan": (commands.PlanCommand, commands.run_plan),
+    "doctor": (commands.DoctorCommand, commands.run_doctor),
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Any]:
+    """Command name and its validated options.
+
+    Raises ConfigError, in one line, for a name that is none, a missing or impossible value, and a
+    file that cannot be read.
+    """
+    command, *rest = argv or [""]
+    if command not in COMMANDS:
+        close = names.closest(command, [*COMMANDS, "bench"])
+        guess = f"; did you mean {close}?" if close else f"; there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"{command or 'nothing'} is no command of fastdpo{guess}")
+    config = COMMANDS[command][0]
+    options = options_of(config)
+    given = list(read_arguments(rest, options))
+    files = [str(x.value) for x in given if x.name == "config"]
+    given = [
+        *(x for path in files for x in _of_file(path, command)),
+        *(x for x in given if x.name != "config"),
+    ]
+    unknown = [x for x in given if x.name not in options]
+    if unknown:
+        names.refuse(unknown, command, options)
+    return command, made(config, given)
+
+
+def _of_file(path: str, command: str) -> list[Given]:
+    """What a file gives to a command; to `plan`, which takes that of a whole run, what it uses."""
+    if command != "plan":
+        return read_file(path, COMMANDS[command][0])
+    own = options_of(commands.PlanCommand)
+    others = {name for config, _ in COMMANDS.values() for name in options_of(config)} - {*own}
+    found = (x._replace(name=x.name.removeprefix("train.")) for x in read_file(path, IterateConfig))
+    return [x for x in found if x.name not in others]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["bench"]:
+            commands.run_bench(argv[1:])
+        elif not argv or argv[0] in ("--help", "-h"):
+            print(overview({name: config for name, (config, _) in COMMANDS.items()}))
+            return 0 if argv else 2
+        elif argv[0] == "--version":
+            print(f"fastdpo {__version__}")
+        elif argv[0] in COMMANDS and {"--help", "-h"} & {*argv}:
+            print(help_of(argv[0], COMMANDS[argv[0]][0]))
+        else:
+            command, config = parse(argv)
+            COMMANDS[command][1](config)
+    except (ConfigError, DataError, ModelError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

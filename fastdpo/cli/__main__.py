@@ -1,0 +1,7 @@
+"""``python -m fastdpo.cli``, as ``accelerate launch -m`` runs it."""
+
+import sys
+
+from fastdpo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,210 @@
+"""The commands about whole runs, and about this machine."""
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import fastdpo
+from fastdpo.cli.options import Given, made, read_file
+from fastdpo.errors import ConfigError
+from fastdpo.rounds.config import IterateConfig
+from fastdpo.train.config import TrainConfig
+
+
+@dataclass(kw_only=True)
+class DemoCommand:
+    """Two rounds on a small model, minutes on a laptop.
+
+    Attributes:
+        model: folder or hub name; default SmolLM2-135M-Instruct.
+        output_dir: folder of the run; resumed if it exists.
+        seed: of the split, the samples and the order of pairs.
+    """
+
+    model: str | None = None
+    output_dir: str = "runs/demo"
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class PlanCommand(TrainConfig):
+    """Say what a training step takes and the longest pair that fits, without weights or a GPU.
+
+    ``--config`` takes the file of a whole run too, of which it reads the model and ``train``.
+
+    Attributes:
+        model: folder or hub name; only its configuration is read.
+        gpu_gib: memory of the GPU, in GiB.
+    """
+
+    model: str
+    gpu_gib: float = 24.0
+
+
+@dataclass(kw_only=True)
+class ReportCommand:
+    """Write the report of a run as one HTML page.
+
+    Attributes:
+        output_dir: folder of the run.
+    """
+
+    output_dir: str = "runs/iterate"
+
+
+@dataclass(kw_only=True)
+class DoctorCommand:
+    """Say what this machine will use and what is missing."""
+
+
+def quiet_loading() -> None:
+    """Keep transformers' bars for loading shards from drowning those of the stages."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def run_iterate(config: IterateConfig) -> None:
+    from fastdpo.report import summary as report
+    from fastdpo.rounds.run import iterate
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "fastdpo iterate runs in one process; use 'accelerate launch -m fastdpo.cli train' for "
+            "a round of training on several"
+        )
+    quiet_loading()
+    out = Path(config.output_dir)
+    rows = iterate(config)
+    save_options(config.to_dict(), out)
+    print(report.table(rows))
+    print(f"report: {out / 'report.html'}")
+    if (out / "rounds.png").is_file():
+        print(f"plot: {out / 'rounds.png'}")
+    name = "extrapolated" if config.extrapolation else "policy"
+    print(f"policy: {out / f'round-{config.rounds:02d}' / name}")
+    more = f"fastdpo iterate --config {out / 'config.yaml'} --rounds {config.rounds + 1}"
+    print(f"to go on: {more}")
+
+
+def save_options(values: dict[str, Any], out: Path) -> None:
+    """Leave the options of a run in its folder, as a file for ``--config``."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def run_demo(config: DemoCommand) -> None:
+    import torch
+
+    from fastdpo.loss.gemm import has_native_bf16
+    from fastdpo.model.load import demo_model
+
+    bf16 = torch.cuda.is_available() or has_native_bf16()
+    recipe = Path(fastdpo.__file__).parent / "recipes" / "demo.yaml"
+    changes = {
+        "model": config.model or demo_model(),
+        "prompts": str(recipe.with_name("demo_prompts.jsonl")),
+        "output_dir": config.output_dir,
+        "seed": str(config.seed),
+        "sample.dtype": "bfloat16" if bf16 else "float32",
+        "train.bf16": str(bf16),
+    }
+    given = [Given(name, value, "") for name, value in changes.items()]
+    settings = made(IterateConfig, [*read_file(str(recipe), IterateConfig), *given])
+    train = settings.train
+    print(
+        f"two rounds of length-regularized DPO: {settings.model}, beta={train.beta}, "
+        f"alpha={train.alpha}, scored by {settings.score.scorer}"
+    )
+    run_iterate(settings)
+
+
+def run_report(config: ReportCommand) -> None:
+    from fastdpo.report.summary import html
+
+    print(f"report: {html(Path(config.output_dir))}")
+
+
+def run_plan(config: PlanCommand) -> None:
+    from fastdpo.plan import estimate, longest_pair
+
+    prompt = max(1, config.max_length // 4)
+    response = config.max_length - prompt
+    print(
+        f"a full micro-batch of max_tokens={config.max_tokens}, pairs of a prompt of {prompt} and "
+        f"responses of {response} tokens:"
+    )
+    gpu_gib = config.gpu_gib
+    print(estimate(config.model, config, prompt=prompt, response=response, gpu_gib=gpu_gib))
+    print(longest_pair(config.model, config, gpu_gib))
+
+
+def run_doctor(config: DoctorCommand) -> None:
+    import torch
+
+    from fastdpo.kernels import support
+    from fastdpo.loss.gemm import has_native_bf16
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    fast_bf16 = cuda or has_native_bf16()
+    reason = support.unsupported_reason(device)
+    kernels = "Triton"
+    if reason is not None:  # a GPU without kernels is refused, so it is said here first
+        on_cpu = device.type == "cpu"
+        kernels = f"PyTorch path ({reason})" if on_cpu else f"none: {reason}; use impl='torch'"
+    lines = {
+        "fastdpo": fastdpo.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
+        "dtype": "bf16 autocast" if fast_bf16 else "bf16 works, but is slow here: set bf16=false",
+        "attention": _attention(device),
+        "kernels": kernels,
+    }
+    for key, value in lines.items():
+        print(f"{key:>10}  {value}")
+    optional = {
+        "gguf": "the demo's model without a hub",
+        "peft": "LoRA (use_peft)",
+        "bitsandbytes": "QLoRA (load_in_4bit)",
+        "flash_attn": "the fastest packed attention on a GPU",
+        "liger_kernel": "use_liger_kernel, and the benchmark",
+        "trl": "the parity tests and the benchmark",
+        "cut_cross_entropy": "the benchmark",
+    }
+    for package, use in optional.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"{'missing':>10}  {package}: needed for {use}")
+
+
+def _attention(device: Any) -> str:
+    """What packed attention runs on; `fastdpo.model.attention.route` decides it for each call."""
+    from fastdpo.model.attention import has_flash_attn, varlen_options
+
+    if device.type != "cuda":
+        return "PyTorch SDPA, one call a packed segment"
+    if has_flash_attn():
+        return "flash-attn"
+    if "window_size" in varlen_options():
+        return "PyTorch varlen_attn; SDPA a segment for soft caps and fp32"
+    return "PyTorch SDPA, one call a packed segment: torch 2.11 or flash-attn would be faster"
+
+
+def run_bench(argv: Sequence[str]) -> None:
+    """`python -m bench`, which has its own options and is no part of the installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "bench" / "__main__.py").is_file():
+        raise ConfigError("bench is in fastdpo's repository only; run this in a checkout of it")
+    sys.path.insert(0, str(root))
+    from bench.__main__ import main as bench
+
+    bench(list(argv))

@@ -1,0 +1,334 @@
+"""The stages of a round as commands of their own, so that each can run where its hardware is.
+
+    fastdpo sample --model POLICY --prompts prompts.jsonl --output_dir r1/candidates
+    fastdpo score  --candidates r1/candidates --scorer REWARD_MODEL --output_dir r1/scores
+    fastdpo pair   --candidates r1/candidates --scores '[r1/scores]' --output r1/pairs.jsonl
+    accelerate launch -m fastdpo.cli train --model POLICY --dataset r1/pairs.jsonl --output_dir r1
+
+They take and leave the files of `fastdpo iterate`, and go on where they were stopped like it. The
+options of a command are those of its stage, and what the stage is given.
+"""
+
+import os
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fastdpo.cli.commands import quiet_loading, save_options
+from fastdpo.data.clock import KEY, now, rendering_at
+from fastdpo.data.records import PairRow
+from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
+from fastdpo.data.tokenize import tokenize_dataset
+from fastdpo.errors import ConfigError, is_default, require, require_used
+from fastdpo.model.load import check_start, load_causal_lm, load_tokenizer, stop_ids
+from fastdpo.pair import filters
+from fastdpo.pair.config import PairConfig
+from fastdpo.pair.offline import offline_pairs
+from fastdpo.pair.stage import load_pairs, pair, split_stages
+from fastdpo.rounds.run import response_lengths
+from fastdpo.sample.config import SampleConfig
+from fastdpo.sample.stage import open_sampler, sample
+from fastdpo.score.config import ScoreConfig
+from fastdpo.score.load import uses
+from fastdpo.score.stage import score
+from fastdpo.storage import locked, read_json, write_json_atomic
+from fastdpo.train.config import TrainConfig, check_control
+from fastdpo.train.control import LengthController
+from fastdpo.train.trainer import train
+
+Stage = TypeVar("Stage", SampleConfig, PairConfig)
+RENDERED = "rendered.json"  # when the rows were rendered, where a template asked for the time
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCommand(SampleConfig):
+    """Sample responses to prompts.
+
+    Attributes:
+        model: the policy, a folder or hub name in Hugging Face format.
+        prompts: file or hub name of rows with a ``prompt`` (text or messages).
+        output_dir: gets the candidates, in parts; resumed if it exists.
+        chat_template: file with a Jinja chat template instead of the model's own.
+        max_prompts: take only this many, from the first on.
+        max_length: tokens of prompt and response; null leaves it to the model.
+        round_index: another round draws other random numbers.
+    """
+
+    model: str
+    prompts: str
+    output_dir: str = "candidates"
+    chat_template: str | None = None
+    max_prompts: int | None = None
+    max_length: int | None = None
+    round_index: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "max_prompts", self.max_prompts is None or self.max_prompts >= 1, ">= 1")
+        room = self.max_length is None or self.max_length > self.max_new_tokens
+        require(self, "max_length", room, f"> max_new_tokens={self.max_new_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCommand(ScoreConfig):
+    """Score candidates by one scorer.
+
+    Attributes:
+        candidates: folder that ``fastdpo sample`` wrote.
+        output_dir: gets the scores, a part for each part of candidates; resumed if it exists.
+        policy: for scorer "implicit", the policy that sampled; ``previous_model`` is the one before
+            it. For "likelihood", the model whose mean log-probability is the score.
+    """
+
+    candidates: str
+    output_dir: str = "scores"
+    policy: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.scorers) != 1:
+            raise ConfigError(
+                f"scorer={self.scorer} must be one scorer; run the command for each, with an "
+                "output_dir of its own, and give all of them to fastdpo pair"
+            )
+        self.check_used(self.scorers)
+        needs = "policy" in uses(self.scorers[0])
+        require_used(self, "policy", needs, "scorer be implicit or likelihood")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCommand(PairConfig):
+    """Make pairs of scored candidates.
+
+    Attributes:
+        candidates: folder that ``fastdpo sample`` wrote.
+        scores: folders that ``fastdpo score`` wrote, one for each scorer.
+        output: a .jsonl file for the pairs; its summary lies beside it.
+        previous_scores: for ``consistency``, scores of the same candidates by the round before.
+        reference_candidates, reference_scores: for ``transform_reference: start``, what the model
+            before training gave to the same prompts, and its scores, a folder for each scorer.
+        model: for ``ches_keep``, ``max_difficulty`` and ``replay``, the policy that is trained.
+        chat_template: for ``replay``, file with a Jinja chat template instead of the model's own.
+        max_length: offline pairs with a longer side are left out.
+        max_tokens: tokens that are measured at a time.
+        bf16: measure in bf16 under autocast.
+    """
+
+    candidates: str
+    scores: list[str]
+    output: str = "pairs.jsonl"
+    previous_scores: list[str] = field(default_factory=list)
+    reference_candidates: str | None = None
+    reference_scores: list[str] = field(default_factory=list)
+    model: str | None = None
+    chat_template: str | None = None
+    max_length: int = 1024
+    max_tokens: int = 4096
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "scores", bool(self.scores), "at least one folder")
+        if self.needs_several_scorers and len(self.scores) < 2:
+            raise ConfigError(
+                f"flip_share={self.flip_share} and soft_label={self.soft_label} need at least two "
+                f"folders of scores, not scores={self.scores}"
+            )
+        compares = self.consistency != "none"
+        if compares and len(self.previous_scores) != len(self.scores):
+            raise ConfigError(
+                f"consistency={self.consistency} needs previous_scores, as many folders as scores, "
+                f"not {self.previous_scores}"
+            )
+        self.check_scorers(len(self.scores), offline=False)
+        refers = self.transform_reference == "start"
+        named = self.reference_candidates is not None and bool(self.reference_scores)
+        given = self.reference_candidates is not None or bool(self.reference_scores)
+        if refers != named or refers != given:
+            raise ConfigError(
+                f"transform_reference={self.transform_reference} with "
+                f"reference_candidates={self.reference_candidates} and "
+                f"reference_scores={self.reference_scores}: give start and both, or none"
+            )
+        if self.fresh_threshold is not None:
+            raise ConfigError("fresh_threshold needs scored rounds; use fastdpo iterate")
+        measures, replays = self.needs_model, self.replay is not None
+        if (measures or replays) and self.model is None:
+            raise ConfigError("ches_keep, max_difficulty and replay need model, the policy")
+        for names, used, otherwise in (
+            (("previous_scores",), compares, "consistency be given"),
+            (("model",), measures or replays, "ches_keep, max_difficulty or replay be given"),
+            (("max_length", "chat_template"), replays, "replay be given"),
+            (("max_tokens", "bf16"), measures, "ches_keep or max_difficulty be given"),
+        ):
+            for name in names:
+                require_used(self, name, used, otherwise)
+
+
+@dataclass(kw_only=True)
+class TrainCommand(TrainConfig):
+    """Train on a preference dataset.
+
+    Attributes:
+        model: start and reference, a folder or hub name in Hugging Face format.
+        dataset: file (.jsonl, .json, .parquet, .csv), folder or hub name, in TRL's preference
+            formats; or what ``fastdpo pair`` wrote, whose tokens are taken as they are.
+        split: of a hub dataset or a folder with several; by default train.
+        chat_template: file with a Jinja chat template instead of the model's own; it is saved with
+            the policy.
+        reference: folder or hub name of another reference than the start.
+        output_dir: folder of the run; resumed if it exists.
+        candidates: for alpha=auto, the samples that the pairs are from, a folder of
+            ``fastdpo sample``; without it the length is held where it is.
+        control: for alpha=auto, ``control.json`` of the round before, to hold the same target.
+    """
+
+    model: str
+    dataset: str
+    split: str | None = None
+    chat_template: str | None = None
+    reference: str | None = None
+    output_dir: str = "runs/train"
+    candidates: str | None = None
+    control: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_control(self, self.reference)
+        for name in ("candidates", "control"):
+            require_used(self, name, self.alpha == "auto", "alpha be auto")
+
+
+def _stage(config: Any, kind: type[Stage]) -> Stage:
+    """The options of a command's stage alone, which is what its files say of it."""
+    return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def run_sample(config: SampleCommand) -> None:
+    rows = prompt_rows(read_rows(config.prompts))[: config.max_prompts]
+    tokenizer = load_tokenizer(config.model, config.chat_template)
+    out, settings = Path(config.output_dir), _stage(config, SampleConfig)
+    longest, log = config.max_length, out / "sampler.log"
+    with (
+        locked(out),
+        open_sampler(config.model, tokenizer, settings, max_length=longest, log_path=log) as source,
+    ):
+        sample(source, tokenizer, rows, settings, out, round_index=config.round_index)
+    print(f"candidates: {out}")
+
+
+def run_score(config: ScoreCommand) -> None:
+    out = Path(config.output_dir)
+    scorer = config.load(config.scorers[0], config.policy, config.previous_model)
+    with locked(out):
+        score(scorer, Path(config.candidates), out)
+    print(f"scores: {out}")
+
+
+def run_pair(config: PairCommand) -> None:
+    replay: list[PairRow] = []
+    if config.replay is not None:
+        tokenizer = load_tokenizer(str(config.model), config.chat_template)
+        replay, dropped = offline_pairs(
+            preference_rows(read_rows(config.replay)),
+            tokenizer,
+            max_length=config.max_length,
+            stop_ids=stop_ids(str(config.model), tokenizer),
+        )
+        for reason, count in dropped.items():
+            print(f"offline pairs dropped, {count}: {reason}")
+
+    def measure(pairs: list[Any]) -> Any:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_causal_lm(str(config.model)).to(device)
+        return filters.measure(model, pairs, max_tokens=config.max_tokens, bf16=config.bf16)
+
+    references = None
+    if config.reference_candidates is not None:
+        references = Path(config.reference_candidates), list(map(Path, config.reference_scores))
+    summary = pair(
+        Path(config.candidates),
+        list(map(Path, config.scores)),
+        Path(config.output),
+        _stage(config, PairConfig),
+        previous_scores=list(map(Path, config.previous_scores)),
+        reference_scores=references,
+        replay=replay,
+        measure=measure if config.needs_model else None,
+    )
+    for reason, count in summary["dropped"].items():
+        print(f"dropped {count}: {reason}")
+    print(f"{summary['pairs']} pairs: {config.output}")
+
+
+def run_train(config: TrainCommand) -> None:
+    quiet_loading()
+    for name in (config.model, config.reference):
+        if name is not None:
+            check_start(name)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
+    out, clock = Path(config.output_dir), None
+    rows = read_rows(config.dataset, config.split)
+    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys():
+        pairs = _tokenized(config)
+    else:
+        with rendering_at(_rendered_at(out / RENDERED)) as clock:
+            found = tokenize_dataset(
+                preference_rows(rows),
+                tokenizer,
+                max_length=config.max_length,
+                overlong=config.overlong,
+                stop_ids=stop_ids(config.model, tokenizer),
+            )
+        print(found)
+        pairs = found.pairs
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"output_dir={out} is a file; name a folder")
+    control = (
+        LengthController.from_dict(read_json(Path(config.control))) if config.control else None
+    )
+    lengths = response_lengths(Path(config.candidates)) if config.candidates else None
+    first = int(os.environ.get("RANK", "0")) == 0
+    with locked(out) if first else nullcontext():
+        if first and clock is not None and clock.read:
+            write_json_atomic(out / RENDERED, {KEY: clock.time})
+        metrics = train(
+            config.model, tokenizer, pairs, config, out, reference=config.reference,
+            control=control, lengths=lengths,
+        )  # fmt: skip
+    if first:
+        save_options(asdict(config), out)
+        print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        print(f"policy: {out / 'policy'}")
+
+
+def _tokenized(config: TrainCommand) -> list[Any]:
+    """What ``fastdpo pair`` wrote."""
+    pairs = load_pairs(Path(config.dataset))
+    if len(stages := split_stages(pairs)) > 1:
+        raise ConfigError(
+            f"dataset={config.dataset} is a curriculum of {len(stages)} stages, each of which "
+            "starts where the one before ended; use fastdpo iterate"
+        )
+    longest = max(pair.num_tokens("padded") for pair in pairs) // 2
+    if config.max_length < longest and not is_default(config, "max_length"):
+        raise ConfigError(
+            f"max_length={config.max_length}, but dataset={config.dataset} has a side of "
+            f"{longest} tokens: what fastdpo pair wrote is taken as it is. Leave max_length "
+            "out, or give it to fastdpo sample"
+        )
+    return pairs
+
+
+def _rendered_at(path: Path) -> str:
+    """When the run's rows were rendered first, now if they were not; alike on all processes."""
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
+
+    time = [read_json(path)[KEY] if path.is_file() else now()]
+    Accelerator()  # joins the processes as they were launched; the next call alone does not
+    broadcast_object_list(time)
+    return time[0]

@@ -1,0 +1,96 @@
+"""A run: what it was given, its folder, and the samples and scores that its parts ask for.
+
+OUT/state.json                 the config and the stages done
+OUT/offline/                   offline pairs to replay, and their scores
+OUT/round-00/eval/             the start, on held-out prompts
+OUT/round-01/candidates/       responses, in parts
+OUT/round-01/scores/           a score for each; scores-1, scores-2, ... of several scorers
+OUT/round-01/offline/          a response to each offline prompt, for fresh_threshold
+OUT/round-01/pairs.jsonl       what training takes, and pairs.summary.json
+OUT/round-01/{ref_logps,checkpoint,metrics,policy}/
+OUT/round-01/stage-1/          the same for each stage of a curriculum
+OUT/round-01/reference/        a moving average of the policies, where that is the reference
+OUT/round-01/extrapolated/     the next start, where the policy is not
+OUT/round-01/eval/             the next start, on held-out prompts
+OUT/round-01/summary.json      the row of the report
+"""
+
+from pathlib import Path
+
+from fastdpo.data.clock import Clock
+from fastdpo.data.records import Prompt
+from fastdpo.model.load import load_tokenizer
+from fastdpo.rounds.config import IterateConfig
+from fastdpo.rounds.inputs import decides, split_prompts
+from fastdpo.rounds.resume import Stages, release
+from fastdpo.sample.config import SampleConfig
+from fastdpo.sample.stage import open_sampler, sample
+from fastdpo.score.stage import score
+
+
+class Run:
+    """The options, prompts, stages and folders of a run.
+
+    Attributes:
+        prompts, heldout: those to train on, and those to evaluate on.
+        stages: what is done, and what is made again.
+    """
+
+    def __init__(self, config: IterateConfig, progress: bool, clock: Clock) -> None:
+        self.config, self.progress, self.out = config, progress, Path(config.output_dir)
+        self.tokenizer = load_tokenizer(config.model, config.chat_template)
+        self.prompts, self.heldout = split_prompts(config, self.tokenizer)
+        decided = decides(config, self.tokenizer, self.prompts, self.heldout)
+        self.stages = Stages(self.out, decided, clock)
+
+    def folder(self, index: int) -> Path:
+        return self.out / f"round-{index:02d}"
+
+    def scores(self, folder: Path) -> list[Path]:
+        """A folder for each scorer."""
+        count = len(self.config.score.scorers)
+        return [folder / (f"scores-{i + 1}" if count > 1 else "scores") for i in range(count)]
+
+    def trained(self, index: int) -> str:
+        """What round ``index`` trained, before any extrapolation; the model for round 0."""
+        return str(self.folder(index) / "policy") if index else self.config.model
+
+    def start_of(self, index: int) -> str:
+        """The policy that round ``index`` starts from; round 0 from what was before the model."""
+        if index < 1:
+            return str(self.config.score.previous_model)
+        if index == 1 or not self.config.extrapolation:
+            return self.trained(index - 1)
+        return str(self.folder(index - 1) / "extrapolated")
+
+    def before(self, index: int) -> str:
+        """What the implicit reward of round ``index`` compares its policy with: as in DICE the
+        policy of the round before, or with consistency, as in CREAM, M0 in all rounds."""
+        return self.start_of(0 if self.config.pair.consistency != "none" else index - 1)
+
+    def reference(self, index: int) -> str | None:
+        """The reference of a round, None where it is the start of what is trained."""
+        name = self.config.reference
+        if name == "round" or (name == "average" and index == 1):
+            return None
+        return str(self.folder(index) / "reference") if name == "average" else name
+
+    def sample(
+        self, policy: str, prompts: list[Prompt], config: SampleConfig, folder: Path, index: int
+    ) -> None:
+        longest, log = self.config.train.max_length, self.out / "sampler.log"
+        with open_sampler(
+            policy, self.tokenizer, config, max_length=longest, log_path=log
+        ) as sampler:
+            sample(
+                sampler, self.tokenizer, prompts, config, folder, round_index=index,
+                progress=self.progress,
+            )  # fmt: skip
+
+    def score(self, candidates: Path, folders: list[Path], policy: str, previous: str) -> None:
+        """Score with each scorer in turn, loaded for it alone."""
+        for spec, folder in zip(self.config.score.scorers, folders):
+            scorer = self.config.score.load(spec, policy, previous)
+            score(scorer, candidates, folder, progress=self.progress)
+            del scorer
+            release()
