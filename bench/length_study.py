@@ -69,7 +69,6 @@ from fastdpo.loss.gemm import has_native_bf16
 from fastdpo.model.load import load_tokenizer, save_policy
 from fastdpo.pair.rules import best_worst
 from fastdpo.report.evaluation import NORMAL, quantile
-from fastdpo.report.summary import prompt_means
 from fastdpo.rounds.run import IterateConfig, iterate
 from fastdpo.sample.stage import SamplingConfig, open_sampler, sample
 from fastdpo.score.stage import load_scorer, score
@@ -85,7 +84,7 @@ from fastdpo.train.trainer import TrainingConfig
 
 from .measure import where
 from .report import LINES, load, markdown_table
-from .rise import interval
+from .rise import interval, prompt_means
 from .step import as_preference
 
 BEGIN, END = "<!-- length:begin -->", "<!-- length:end -->"

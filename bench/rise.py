@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastdpo.report.evaluation import quantile
-from fastdpo.report.summary import prompt_means
+from fastdpo.report.evaluation import by_length, by_score, heldout, means_by_prompt, quantile
 from fastdpo.rounds.run import IterateConfig, iterate
 from fastdpo.storage import write_json_atomic
 
@@ -29,6 +28,16 @@ def interval(values: torch.Tensor) -> dict[str, float | None]:
     error = values.std().item() / math.sqrt(len(values))
     half = quantile(len(values) - 1) * error
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def prompt_means(folder: Path) -> torch.Tensor:
+    """Mean score and mean length in tokens of each prompt's responses, (prompts, 2) fp64.
+
+    `folder` holds the `candidates` and `scores` of an evaluation.
+    """
+    held = heldout(folder)
+    columns = [means_by_prompt(held, what) for what in (by_score, by_length)]
+    return torch.tensor(columns, dtype=torch.float64).T
 
 
 def study(config: IterateConfig, seeds: list[int], out: Path) -> list[dict]:

@@ -17,8 +17,8 @@ from tiny import LLAMA, build_tokenizer, save_tiny
 from bench import length_study as ls
 from bench import report
 from bench.report import load
+from bench.rise import prompt_means
 from fastdpo.report.evaluation import interval
-from fastdpo.report.summary import prompt_means
 from fastdpo.storage import read_parts
 
 TESTS = Path(__file__).parents[1]
