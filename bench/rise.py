@@ -15,7 +15,14 @@ from pathlib import Path
 
 import torch
 
-from fastdpo.report.evaluation import by_length, by_score, heldout, means_by_prompt, quantile
+from fastdpo.report.evaluation import (
+    NORMAL,
+    by_length,
+    by_score,
+    heldout,
+    means_by_prompt,
+    quantile,
+)
 from fastdpo.rounds.run import IterateConfig, iterate
 from fastdpo.storage import write_json_atomic
 
@@ -28,6 +35,17 @@ def interval(values: torch.Tensor) -> dict[str, float | None]:
     error = values.std().item() / math.sqrt(len(values))
     half = quantile(len(values) - 1) * error
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def wilson(mean: float, count: int) -> tuple[float, float]:
+    """The ends of the 95% interval of a share, Wilson's score interval (JASA 22, 1927).
+
+    It is right for few and for shares of 0 and 1 too, where mean +- 1.96 standard errors is empty.
+    """
+    weight = NORMAL**2 / count
+    middle = (mean + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * mean * (1 - mean) + weight**2 / 4) / (1 + weight)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def prompt_means(folder: Path) -> torch.Tensor:
