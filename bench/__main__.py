@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .measure import BROKE, DTYPES, DeviceBroken, run, where
-from .report import load
+from .tables import load
 from .targets import BUDGET_S, Job, gpu_jobs, gpu_target_lines, target_lines
 from .variants import GRID_TOKENS, PASSES, SHAPES, TRAIN, VARIANTS, Shape
 

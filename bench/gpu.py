@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import profile, smoke, step
+from . import profile, smoke, step, step_crew, step_tables
 from .__main__ import KEY, complete_lines, jobs_of, line, parse, remaining
 from .measure import BROKE, DeviceBroken, run, where
 from .peak import ROOT
@@ -70,7 +70,7 @@ class Work:
     profiles: list[tuple[Shape, Variant]]
     grid: list[Job]
     impl: str = "triton"
-    worker: Callable[[str, Path], Any] = step.Worker
+    worker: Callable[[str, Path], Any] = step_crew.Worker
 
     @cached_property
     def here(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Item(NamedTuple):
     rows: Callable[[], Iterator[dict]]
 
 
-Crew = Callable[[], step.Crew]  # made where it is needed first
+Crew = Callable[[], step_crew.Crew]  # made where it is needed first
 
 
 def smoke_items(work: Work, known: list[dict], crew: Crew) -> list[Item]:
@@ -166,7 +166,7 @@ def step_items(work: Work, known: list[dict], crew: Crew) -> list[Item]:
         args = parse_step(work, arguments)
         wanted = step.common_fields(args, args.shape or args.model, [])
         del wanted["utc"], wanted["mean_sequence"]
-        found = {row["variant"] for row in work.rows_of_here(known, op=step.OP, **wanted)}
+        found = {row["variant"] for row in work.rows_of_here(known, op=step_tables.OP, **wanted)}
         if not found >= set(step.names_of(args)):
             what = f"{wanted['data']}, {args.batch_size} pairs a step"
             seconds = STEPS_S + (0 if items else STEPS_START_S)
@@ -190,7 +190,7 @@ def longest_items(work: Work, known: list[dict], crew: Crew) -> list[Item]:
     for budget in work.budgets_gib:
         for name in step.LONGEST_VARIANTS:
             wanted = {"versions": versions, "model": model, "variant": name, "budget_gib": budget}
-            found = work.rows_of_here(known, op=step.LONGEST, **wanted)
+            found = work.rows_of_here(known, op=step_tables.LONGEST, **wanted)
             good = found[-1]["longest"] if found else 0
             if not found or found[-1]["note"] == step.SO_FAR:
                 what = f"{name} within {budget} GiB"
@@ -242,7 +242,7 @@ def run_stage(
 
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, out / SCRATCH, ignore_errors=True)
-        crew = cache(lambda: stack.enter_context(step.crew_of(work.worker, out / SCRATCH)))
+        crew = cache(lambda: stack.enter_context(step_crew.crew_of(work.worker, out / SCRATCH)))
         items = STAGES[name].items(work, complete_lines(path), crew)
         for i, item in enumerate(items):
             left = deadline - clock()
@@ -267,7 +267,7 @@ def run_stage(
 
 def line_of(row: dict) -> str:
     lines = {smoke.OP: smoke.line, profile.OP: profile.line}
-    lines |= {step.OP: step.line, step.LONGEST: step.line}
+    lines |= {step_tables.OP: step.line, step_tables.LONGEST: step.line}
     return lines.get(row["op"], line)(row)
 
 
@@ -375,7 +375,7 @@ def measure(
     tell(f"the end; tables and plots: python -m bench.report {out}")
 
 
-def no_crew() -> step.Crew:
+def no_crew() -> step_crew.Crew:
     raise RuntimeError("only a stage's own process has others")
 
 

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from .measure import DTYPES, attempt, inputs, timed_ms, warm_ms
-from .report import grouped, latest_build, markdown_table, setting
+from .tables import grouped, latest_build, markdown_table, setting
 from .variants import Shape, Variant, step
 
 OP = "profile"
-BEGIN, END = "<!-- profile:begin -->", "<!-- profile:end -->"
 CALLS = 5
 SHOWN = 10  # kernels in a table; the rest is one line
 

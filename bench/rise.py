@@ -16,8 +16,14 @@ from pathlib import Path
 
 import torch
 
-from fastdpo.report.evaluation import quantile
-from fastdpo.report.summary import prompt_means
+from fastdpo.report.evaluation import (
+    NORMAL,
+    by_length,
+    by_score,
+    heldout,
+    means_by_prompt,
+    quantile,
+)
 from fastdpo.rounds.config import EvaluateConfig, IterateConfig
 from fastdpo.rounds.run import iterate
 from fastdpo.sample.config import SampleConfig
@@ -34,6 +40,27 @@ def interval(values: torch.Tensor) -> dict[str, float | None]:
     error = values.std().item() / math.sqrt(len(values))
     half = quantile(len(values) - 1) * error
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def wilson(mean: float, count: int) -> tuple[float, float]:
+    """The ends of the 95% interval of a share, Wilson's score interval (JASA 22, 1927).
+
+    It is right for few and for shares of 0 and 1 too, where mean +- 1.96 standard errors is empty.
+    """
+    weight = NORMAL**2 / count
+    middle = (mean + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * mean * (1 - mean) + weight**2 / 4) / (1 + weight)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def prompt_means(folder: Path) -> torch.Tensor:
+    """Mean score and mean length in tokens of each prompt's responses, (prompts, 2) fp64.
+
+    `folder` holds the `candidates` and `scores` of an evaluation.
+    """
+    held = heldout(folder)
+    columns = [means_by_prompt(held, what) for what in (by_score, by_length)]
+    return torch.tensor(columns, dtype=torch.float64).T
 
 
 def study(config: IterateConfig, seeds: list[int], out: Path) -> list[dict]:

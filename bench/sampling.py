@@ -40,9 +40,8 @@ from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.storage import read_json, read_parts
 
 from .measure import where
-from .report import grouped, markdown_table
+from .tables import grouped, markdown_table
 
-BEGIN, END = "<!-- sampling:begin -->", "<!-- sampling:end -->"
 OP = "sampling"
 TIES = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 Z_LIMIT = 4.0

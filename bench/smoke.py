@@ -18,10 +18,9 @@ from fastdpo import linear_kl, linear_logp, linear_preference_loss
 from fastdpo.loss import objectives, reference
 
 from .measure import DTYPES, attempt, max_error, relative
-from .report import grouped, latest_build, markdown_table, number, setting
+from .tables import grouped, latest_build, markdown_table, number, setting
 
 OP, LAST_CASE = "smoke", "kl"
-BEGIN, END = "<!-- smoke:begin -->", "<!-- smoke:end -->"
 BETA, ALPHA = 0.3, 0.02
 ROUTES = ("frozen", "stash", "grouped", "recompute")
 STATS = ("entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref")

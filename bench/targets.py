@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .measure import OUT_OF_MEMORY
-from .report import label
+from .tables import label
 from .variants import (
     FASTDPO,
     FASTDPO_LARGE,

@@ -5,10 +5,10 @@ import tempfile
 import threading
 from pathlib import Path
 
-from bench import step, step_worker
+from bench import step_crew, step_worker
 
 
-class Threaded(step.Worker):
+class Threaded(step_crew.Worker):
     """A worker that is a thread, so that a test doesn't import everything once a variant."""
 
     def __init__(self, variant, folder):

@@ -7,7 +7,7 @@ from fastdpo.errors import DataError
 from fastdpo.lazy import installed
 from fastdpo.report.page import render
 from fastdpo.report.runfiles import read_run, round_folders
-from fastdpo.storage import read_json, atomic_file
+from fastdpo.storage import atomic_file, read_json
 
 _COLUMNS = {
     "round": "{:d}",

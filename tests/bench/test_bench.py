@@ -9,7 +9,7 @@ import torch
 from interpreter import needs_kernels
 
 from bench import __main__ as cli
-from bench import measure, oracle, peak, report, targets, tune, variants
+from bench import loss_tables, measure, oracle, peak, report, tables, targets, tune, variants
 
 SHAPE = variants.Shape(N=64, D=32, V=200, pairs=2)
 CAPPED = SHAPE._replace(softcap=3.0)  # the logits' standard deviation is 2
@@ -269,11 +269,11 @@ def test_a_broken_device_ends_the_run_and_is_left_out_of_the_next(tmp_path, monk
     arguments += ["--variants", "naive,bad,bare matmuls", "--no-memory", "--out", str(out)]
     with pytest.raises(SystemExit, match="bad, forward: broke the device: RuntimeError: CUDA"):
         cli.main(arguments)
-    assert [row["variant"] for row in report.load([out])] == ["bad"]
+    assert [row["variant"] for row in tables.load([out])] == ["bad"]
     cli.main(arguments)
-    assert [row["variant"] for row in report.load([out])] == ["bad", "naive", "bare matmuls"]
+    assert [row["variant"] for row in tables.load([out])] == ["bad", "naive", "bare matmuls"]
     cli.main(arguments)
-    assert len(report.load([out])) == 3
+    assert len(tables.load([out])) == 3
 
 
 def test_a_grid_goes_on_where_it_stopped(tmp_path, capsys):
@@ -282,7 +282,7 @@ def test_a_grid_goes_on_where_it_stopped(tmp_path, capsys):
     grid += ["--passes", "forward,frozen head", "--variants", "naive,bare matmuls"]
     grid += ["--rounds", "1", "--no-memory", "--out", str(out)]
     cli.main(grid)
-    whole = report.load([out])
+    whole = tables.load([out])
     sizes = [(row["N"], row["D"], row["pass"], row["variant"]) for row in whole]
     assert len(whole) == 16 and len(set(sizes)) == 16
     assert [size[0] for size in sizes] == [16] * 8 + [32] * 8
@@ -290,16 +290,16 @@ def test_a_grid_goes_on_where_it_stopped(tmp_path, capsys):
     # Cut off within the last row but two, as a kill would: its pass is measured again.
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:13]) + lines[13][:50])
-    assert report.load([out]) == whole[:13]
+    assert tables.load([out]) == whole[:13]
     capsys.readouterr()
     cli.main(grid)
-    again = report.load([out])
+    again = tables.load([out])
     assert again[:13] == whole[:13] and len(again) == 17
     assert [(row["N"], row["D"], row["pass"], row["variant"]) for row in again[13:]] == sizes[12:]
     assert out.read_text().endswith("\n")
     assert len(capsys.readouterr().out.splitlines()) == 1 + 4  # the shape and its rows
     cli.main(grid)
-    assert report.load([out]) == again
+    assert tables.load([out]) == again
 
     # Another version, commit or shape is another measurement.
     job = targets.Job(variants.Shape(16, 32, 200, 2), "bf16", ("forward",), (NAIVE, variants.FLOOR))
@@ -482,7 +482,7 @@ def test_command_line_writes_rows(tmp_path, capsys):
     out = tmp_path / "results" / "here.jsonl"
     arguments = ["--shape", "64,32,200", "--pairs", "2", "--dtype", "fp32", "--rounds", "1"]
     cli.main([*arguments, "--variants", "naive,bare matmuls", "--no-memory", "--out", str(out)])
-    rows = report.load([out])
+    rows = tables.load([out])
     assert [row["variant"] for row in rows] == ["naive", "bare matmuls"] * 4
     assert len(capsys.readouterr().out.splitlines()) == 8
     with pytest.raises(ValueError, match="pairs of equal length"):
@@ -494,24 +494,44 @@ def test_report_is_deterministic_and_checks(tmp_path):
         raise ImportError("no such | peer")
 
     rows = rows_of(NAIVE, variants.over_tokens("missing", missing), variants.FLOOR)
-    results, readme = tmp_path / "results" / "here.jsonl", tmp_path / "README.md"
+    results, document = tmp_path / "results" / "here.jsonl", tmp_path / "RESULTS.md"
     results.parent.mkdir()
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = [str(results), "--readme", str(readme)]
+    document.write_text("old")
+    arguments = [str(results), "--out", str(document)]
 
     assert report.main([*arguments, "--check"]) == 1
-    assert "old" in readme.read_text()
+    assert document.read_text() == "old"
     assert report.main(arguments) == 0
-    text, picture = readme.read_text(), results.with_suffix(".svg").read_bytes()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    text, picture = document.read_text(), results.with_suffix(".svg").read_bytes()
+    assert text.startswith("# Results\n") and "old" not in text
     assert "no such \\| peer" in text and "results/here.svg" in text
     assert report.main([*arguments, "--check"]) == 0
     assert report.main(arguments) == 0
-    assert readme.read_text() == text and results.with_suffix(".svg").read_bytes() == picture
+    assert document.read_text() == text and results.with_suffix(".svg").read_bytes() == picture
 
-    readme.write_text(text.replace("naive", "faster"))
+    document.write_text(text.replace("naive", "faster"))
     assert report.main([*arguments, "--check"]) == 1
+
+
+def test_the_readme_has_the_first_tables_between_its_markers(tmp_path):
+    """Two of the loss, a GPU's before a CPU's, without plots; what is around them stays."""
+    rows = rows_of(NAIVE, variants.FLOOR, passes=[variants.TRAIN])
+    gpu = [row | {"device": "a GPU", "device_type": "cuda"} for row in rows]
+    gpu += [row | {"V": 300} for row in gpu]
+    paths = []
+    for name, found in (("cpu", rows), ("gpu", gpu)):
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in found))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = [*map(str, paths), "--readme", str(readme)]
+    assert report.main([*arguments, "--check"]) == 1 and "old" in readme.read_text()
+    assert report.main(arguments) == 0 and report.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("| naive |") == text.count("on a GPU") + 1 == 2
+    assert "V = 300" in text and "svg" not in text and "<details>" not in text
     with pytest.raises(ValueError, match="once each"):
         report.insert("no markers", "block")
 
@@ -540,7 +560,7 @@ def test_report_of_a_grid_on_a_gpu(tmp_path):
         if row["time_ms"]:
             row["time_ms"] |= {"p20": row["time_ms"]["median"], "p80": row["time_ms"]["median"]}
     (out := tmp_path / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = report.markdown(report.load([out]), [])
+    text = loss_tables.markdown(tables.load([out]), [])
     assert "N = 2,048 to 131,072 tokens in 4 pairs, D = 3,584, V = 256,000, softcap 30" in text
     assert "on a GPU, median" in text and "older" not in text
     assert "| 2,048 | 1 | 80% | 2 | 2.00 |" in text
@@ -551,10 +571,10 @@ def test_report_of_a_grid_on_a_gpu(tmp_path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "time, ms" in out.with_suffix(".svg").read_text()
 
-    report.plot([row | {"peak_mib": None} for row in rows], [tmp_path / "times.svg"])
+    loss_tables.plot([row | {"peak_mib": None} for row in rows], [tmp_path / "times.svg"])
     for row in rows:
         row["time_ms"] = None
-    report.plot(rows, [tmp_path / "nothing.svg"])  # all failed: no panel, no error
+    loss_tables.plot(rows, [tmp_path / "nothing.svg"])  # all failed: no panel, no error
 
 
 def test_one_shape_on_a_gpu_has_speedups():
@@ -564,7 +584,7 @@ def test_one_shape_on_a_gpu_has_speedups():
     for row in rows:
         if row["time_ms"]:
             row["time_ms"] |= {"p20": 1.0, "p80": 2.0}
-    text = report.markdown(rows, [])
+    text = loss_tables.markdown(rows, [])
     assert "x fastdpo" in text and "on a GPU, median" in text
     assert [line[-7:] for line in text.splitlines() if line.startswith("| naive")] == [" 0.75 |"]
 
@@ -579,11 +599,10 @@ def test_a_gpu_comes_first_and_its_newest_commit_whatever_the_files_order(tmp_pa
     for name, rows in (("a-cpu", cpu), ("b-new", [new, other]), ("c-old", [old])):
         paths.append(tmp_path / f"{name}.jsonl")
         paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    arguments = [*map(str, paths), "--readme", str(readme)]
+    document = tmp_path / "RESULTS.md"
+    arguments = [*map(str, paths), "--out", str(document)]
     assert report.main(arguments) == 0 and report.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
+    text = document.read_text()
     headings = [line for line in text.splitlines() if line.startswith("**fp32")]
     assert ["on a GPU" in line for line in headings] == [True, False, False]
     assert headings[1].endswith("V = 300**")  # of the same run as the table above it
@@ -604,7 +623,7 @@ def test_fastdpo_bench_is_the_same_command(tmp_path, capsys, monkeypatch):
     arguments = ["--shape", "16,8,32", "--dtype", "fp32", "--passes", "forward", "--rounds", "1"]
     arguments += ["--pairs", "2", "--variants", "naive", "--no-memory", "--out", str(out)]
     assert fastdpo_cli.main(["bench", *arguments]) == 0
-    assert [row["N"] for row in report.load([out])] == [16]
+    assert [row["N"] for row in tables.load([out])] == [16]
     monkeypatch.setattr(fastdpo_cli, "__file__", str(tmp_path / "fastdpo" / "cli.py"))
     capsys.readouterr()
     assert fastdpo_cli.main(["bench"]) == 2

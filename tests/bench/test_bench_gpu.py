@@ -17,7 +17,17 @@ from interpreter import needs_kernels
 from threaded import Threaded
 from tiny import LLAMA, save_tiny
 
-from bench import gpu, measure, report, smoke, step
+from bench import (
+    gpu,
+    measure,
+    report,
+    smoke,
+    step,
+    step_crew,
+    step_pairs,
+    step_tables,
+    tables,
+)
 from bench.targets import Job
 from bench.variants import FASTDPO, FLOOR, TRAIN, Shape
 from fastdpo.loss import objectives
@@ -53,7 +63,7 @@ def here_and_now(name, plan, out, deadline):
 
 
 def rows_in(folder):
-    return {path.stem: report.load([path]) for path in folder.glob("*.jsonl")}
+    return {path.stem: tables.load([path]) for path in folder.glob("*.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +157,7 @@ def test_the_report_makes_tables_and_plots_of_the_folder(folder, tmp_path, capsy
     for path in folder.iterdir():
         (copy / path.name).write_text(path.read_text())
     (row, *_) = rows_in(folder)["step"]
-    found = {"op": step.LONGEST, "budget_gib": 24, "longest": 4096, "note": ""}
+    found = {"op": step_tables.LONGEST, "budget_gib": 24, "longest": 4096, "note": ""}
     (copy / "longest.jsonl").write_text(json.dumps({**row, **found}) + "\n")
     assert report.main([str(copy)]) == 0
     text = capsys.readouterr().out
@@ -257,7 +267,7 @@ def test_a_broken_device_costs_one_part(tmp_path, monkeypatch, capsys):
     assert sum(row["dtype"] == "fp32" for row in rows) == 2
 
 
-class Fits(step.Worker):
+class Fits(step_crew.Worker):
     """Trains pairs of up to 5,000 tokens, without a process."""
 
     def __init__(self, variant, folder):
@@ -269,7 +279,7 @@ class Fits(step.Worker):
     def receive(self):
         assert self.job["memory_gib"] == 24 and self.job["gradient_checkpointing"]
         if self.job["max_length"] > 5000:
-            raise step.Failed("out of memory")
+            raise step_crew.Failed("out of memory")
         return {"loss": math.log(2)}
 
     def stop(self):
@@ -296,7 +306,7 @@ def test_a_search_for_the_longest_pair_goes_on(work, tmp_path, monkeypatch):
     assert gpu.run_stage("longest", work, tmp_path, 1e9, lambda: 0.0) == 0
     again = [row["longest"] for row in rows_in(tmp_path)["longest"] if row["variant"] == "trl"]
     assert again == [1024, 2048, 4096, 4096, None]
-    assert "| trl | 2 x 4,096 |" in step.markdown(rows_in(tmp_path)["longest"], [])
+    assert "| trl | 2 x 4,096 |" in step_tables.markdown(rows_in(tmp_path)["longest"], [])
 
 
 def sleeping(head, device, common, impl):
@@ -341,7 +351,7 @@ def test_a_stopped_stage_keeps_its_rows_and_leaves_no_process(tmp_path):
     plan = partial(sleeping_plan, str(path))
     deadline = time.monotonic() + 100
     assert gpu.in_process("smoke", plan, tmp_path, deadline, clock) is None
-    (row,) = report.load([path])
+    (row,) = tables.load([path])
     for _ in range(50):  # what was killed takes a moment to be gone
         if not is_alive(int(row["note"])):
             break
@@ -368,12 +378,12 @@ def test_without_a_gpu_it_says_what_it_would_do(monkeypatch, capsys, tmp_path):
 
 def test_the_lengths_in_the_repository_are_those_of_real_pairs():
     for name, least in (("short", 300), ("long", 250)):
-        pairs = step.read_lengths(f"{gpu.LENGTHS}:{name}", 1000, 2048, 0)
+        pairs = step_pairs.read_lengths(f"{gpu.LENGTHS}:{name}", 1000, 2048, 0)
         assert len(pairs) > least
     means = [
         sum(
-            sum(step.lengths(pair))
-            for pair in step.read_lengths(f"{gpu.LENGTHS}:{name}", 9, 2048, 0)
+            sum(step_pairs.lengths(pair))
+            for pair in step_pairs.read_lengths(f"{gpu.LENGTHS}:{name}", 9, 2048, 0)
         )
         for name in ("short", "long")
     ]

@@ -9,7 +9,16 @@ import torch
 from threaded import Threaded
 from tiny import LLAMA, save_tiny
 
-from bench import report, step, step_worker
+from bench import (
+    measure,
+    report,
+    step,
+    step_crew,
+    step_pairs,
+    step_tables,
+    step_turns,
+    step_worker,
+)
 
 trl = pytest.importorskip("trl")
 STEPS, BATCH = 2, 2
@@ -44,8 +53,8 @@ def arguments(model, folder, *more):
 EXACT = ("--dtype", "float32", "--no-autocast")
 
 
-def rows_of(*command, worker: type[step.Worker] = Threaded):
-    with step.crew_of(worker) as crew:
+def rows_of(*command, worker: type[step_crew.Worker] = Threaded):
+    with step_crew.crew_of(worker) as crew:
         return list(step.run(step.parse(list(command)), crew))
 
 
@@ -56,15 +65,15 @@ def rows(model, tmp_path_factory):
 
 def test_all_variants_take_the_same_steps(rows):
     ran = {row["variant"]: row for row in rows if row["variant"] not in step.ABSENT}
-    assert list(ran) == list(step.VARIANTS)
+    assert list(ran) == list(step_worker.VARIANTS)
     for name, row in ran.items():
         assert row["note"] is None, (name, row["note"])
-        assert len(row["loss"]) == STEPS + step.WARM_UP
+        assert len(row["loss"]) == STEPS + step_turns.WARM_UP
         assert row["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
         assert abs(row["loss"][-1] - math.log(2)) > 5e-3, "the steps change nothing"
         # What the limits of fp32 are derived from.
         for kind, error in row["off"].items():
-            assert 20 * error < step.EXACT[kind], (name, kind, error)
+            assert 20 * error < step_turns.EXACT[kind], (name, kind, error)
         assert row["x_trl"] > 0 and row["peak_mib"] > 0 and row["setup_s"] > 0
         assert row["pairs_per_s"]["samples"] == STEPS and row["interleaved"]
         assert row["tokens"] == ran["trl"]["tokens"]
@@ -101,13 +110,13 @@ def test_both_trainers_take_the_same_pairs(model, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo_trainer.DataCollatorForPreference, "torch_call", collating)
     monkeypatch.setattr(trained, "pack_pairs", packing)
     rows_of(*arguments(model, tmp_path, *EXACT, "--variants", "trl,fastdpo"))
-    steps = STEPS + step.WARM_UP
+    steps = STEPS + step_turns.WARM_UP
     assert len(seen["fastdpo"]) == steps
     assert seen["trl"][:steps] == seen["fastdpo"]
     assert len({pair for batch in seen["fastdpo"] for pair in batch}) == steps * BATCH
 
 
-def test_the_table_the_plot_and_the_readme_come_from_the_rows(rows, tmp_path, capsys):
+def test_the_table_the_plot_and_the_document_come_from_the_rows(rows, tmp_path, capsys):
     missing = [row for row in rows if row["variant"] in step.ABSENT]
     assert len(missing) == 2 and all(row["note"].startswith("not run: ") for row in missing)
     results = tmp_path / "step-tiny.jsonl"
@@ -124,33 +133,35 @@ def test_the_table_the_plot_and_the_readme_come_from_the_rows(rows, tmp_path, ca
     losses = Path(__file__).parents[2] / "bench" / "results" / "cpu-smollm2.jsonl"
     kept = tmp_path / losses.name
     kept.write_text(losses.read_text())
-    readme = tmp_path / "README.md"
-    readme.write_text(f"a\n{report.BEGIN}\n{report.END}\nb\n{step.BEGIN}\n{step.END}\nc\n")
-    command = [str(kept), str(results), "--readme", str(readme)]
+    document = tmp_path / "RESULTS.md"
+    command = [str(results), str(kept), "--out", str(document)]
     assert report.main([*command, "--check"]) == 1
     assert report.main(command) == 0 and report.main([*command, "--check"]) == 0
-    first, second = readme.read_text().split("\nb\n")
+    _, first, second = document.read_text().split("\n## ")
+    assert first.startswith("The loss\n") and second.startswith("Whole steps\n")
     assert "bare matmuls" in first and "pairs a step" not in first
     assert "pairs a step" in second and "bare matmuls" not in second
-    readme.write_text(readme.read_text().replace("pairs a step", "pears a step"))
+    document.write_text(document.read_text().replace("pairs a step", "pears a step"))
     assert report.main([*command, "--check"]) == 1
 
 
 def test_a_variant_that_fails_is_a_row(model, tmp_path, monkeypatch):
-    broken = step.VARIANTS["fastdpo"]._replace(settings={"layout": "sideways"})
+    broken = step_worker.VARIANTS["fastdpo"]._replace(settings={"layout": "sideways"})
     monkeypatch.setitem(step_worker.VARIANTS, "fastdpo", broken)
     found = rows_of(*arguments(model, tmp_path, *EXACT, "--variants", "trl,fastdpo"))
     ran = {row["variant"]: row for row in found}
     assert ran["trl"]["note"] is None and ran["trl"]["step_s"]
     assert ran["fastdpo"]["note"].startswith("ConfigError: layout=sideways")
     assert ran["fastdpo"]["step_s"] is None and ran["fastdpo"]["x_trl"] is None
-    assert "layout=sideways" in step.table(found) and "layout=sideways" in step.line(ran["fastdpo"])
+    assert "layout=sideways" in step_tables.table(found) and "layout=sideways" in step.line(
+        ran["fastdpo"]
+    )
 
 
 def test_a_variant_that_trains_otherwise_gets_no_speed(model, tmp_path, monkeypatch):
     """Weight decay on one side only: the first step is the same, the later ones are not."""
-    settings = {**step.VARIANTS["fastdpo"].settings, "weight_decay": 2.0}
-    other = step.VARIANTS["fastdpo"]._replace(settings=settings)
+    settings = {**step_worker.VARIANTS["fastdpo"].settings, "weight_decay": 2.0}
+    other = step_worker.VARIANTS["fastdpo"]._replace(settings=settings)
     monkeypatch.setitem(step_worker.VARIANTS, "fastdpo", other)
     (theirs, ours, *_) = rows_of(*arguments(model, tmp_path, *EXACT, "--variants", "trl,fastdpo"))
     assert theirs["note"] is None and theirs["step_s"]
@@ -189,12 +200,12 @@ class Canned:
 def canned(monkeypatch):
     monkeypatch.setattr(Canned, "alive", [], raising=False)
     monkeypatch.setattr(Canned, "changes", {}, raising=False)
-    pairs = [step.random_pair(4, 3, 3, 50, seed) for seed in range(8)]
+    pairs = [step_pairs.random_pair(4, 3, 3, 50, seed) for seed in range(8)]
     return {"pairs": pairs, "batch_size": 2, "seed": 0, "dtype": "bfloat16", "autocast": True}
 
 
-def results_of(job, *, at_once=6, variants=tuple(step.VARIANTS)):
-    found = list(step.measure(job, list(variants), 2, at_once=at_once, start=Canned))
+def results_of(job, *, at_once=6, variants=tuple(step_worker.VARIANTS)):
+    found = list(step_turns.measure(job, list(variants), 2, at_once=at_once, start=Canned))
     assert not Canned.alive
     return {result.variant: result for result in found}
 
@@ -213,7 +224,7 @@ def results_of(job, *, at_once=6, variants=tuple(step.VARIANTS)):
 def test_disagreement_in_fp32_is_found_before_any_time(canned, where, value, message):
     Canned.changes[where] = value
     found = results_of(canned)
-    assert set(found) == set(step.VARIANTS)
+    assert set(found) == set(step_worker.VARIANTS)
     result = found.pop(where[0])
     assert (result.note or "").startswith(message) and not result.steps and not result.ratios
     for name, other in found.items():
@@ -236,16 +247,16 @@ def test_rounding_passes_and_more_does_not(canned, monkeypatch):
 )
 def test_no_more_processes_than_there_is_memory_for(canned, monkeypatch, at_once, memory, most):
     sizes = []
-    run = step.Group.run
+    run = step_turns.Group.run
 
     def counting(group, rounds):
         sizes.append(list(group.workers))
         run(group, rounds)
 
-    monkeypatch.setattr(step.Group, "run", counting)
-    monkeypatch.setattr(step, "capacity_mib", lambda: memory)
+    monkeypatch.setattr(step_turns.Group, "run", counting)
+    monkeypatch.setattr(step_turns, "capacity_mib", lambda: memory)
     found = results_of({**canned, "dtype": "float32", "autocast": False}, at_once=at_once)
-    assert set(found) == set(step.VARIANTS) and max(map(len, sizes)) == most
+    assert set(found) == set(step_worker.VARIANTS) and max(map(len, sizes)) == most
     assert all(result.ratios == [2.0] * 2 for name, result in found.items() if name != "trl")
     assert all(group[0] == "trl" for group in sizes) or most == 1
     assert found["fastdpo (padded)"].interleaved == (most > 1)
@@ -257,22 +268,22 @@ def test_what_runs_out_of_memory_beside_others_is_tried_alone(canned, monkeypatc
 
     def crowded(worker):
         if worker.name == "fastdpo" and (len(Canned.alive) > 1 or not alone):
-            raise step.Failed(step.OUT_OF_MEMORY)
+            raise step_crew.Failed(measure.OUT_OF_MEMORY)
         return receive(worker)
 
     monkeypatch.setattr(Canned, "receive", crowded)
     found = results_of({**canned, "dtype": "float32", "autocast": False})
-    assert found["fastdpo"].note == (None if alone else step.OUT_OF_MEMORY)
+    assert found["fastdpo"].note == (None if alone else measure.OUT_OF_MEMORY)
     assert found["fastdpo"].ratios == [2.0] * 2 * alone and not found["fastdpo"].interleaved
     assert all(x.interleaved for name, x in found.items() if name != "fastdpo")
 
 
 def test_a_process_that_dies_is_out_of_memory_probably(tmp_path, model):
     job = {**step.job_of(step.parse(["--lengths", "4/4"]), str(model)), "variant": "fastdpo"}
-    worker = step.Worker("fastdpo", tmp_path)
+    worker = step_crew.Worker("fastdpo", tmp_path)
     worker.begin({**job, "pairs": []})
     worker.process.kill()
-    with pytest.raises(step.Failed, match="out of memory, probably"):
+    with pytest.raises(step_crew.Failed, match="out of memory, probably"):
         worker.receive()
     worker.stop()
 
@@ -306,7 +317,13 @@ def test_the_longest_pair_needs_a_gpu():
 
 
 def test_the_table_of_longest_pairs():
-    common = {"op": step.LONGEST, "device": "D", "model": "M", "git": None, "utc": "2026-01-01T"}
+    common = {
+        "op": step_tables.LONGEST,
+        "device": "D",
+        "model": "M",
+        "git": None,
+        "utc": "2026-01-01T",
+    }
     rows = [
         {**common, "variant": name, "budget_gib": budget, "longest": found, "note": note}
         for name, budget, found, note in [
@@ -314,10 +331,10 @@ def test_the_table_of_longest_pairs():
             ("fastdpo", 24, 4096, ""), ("fastdpo", 48, 65536, ""),
         ]
     ]  # fmt: skip
-    text = step.markdown(rows, [])
+    text = step_tables.markdown(rows, [])
     assert "| fastdpo | 2 x 4,096 | 2 x 65,536 |" in text
     assert "| trl | 1,024 does not: out of memory | 2 x 2,048 |" in text
-    assert step.is_step(rows) and not step.is_step([{"op": "dpo_loss"}])
+    assert report.kind_of(rows) == step_tables.OP and report.kind_of([{"op": "dpo_loss"}]) is None
 
 
 def test_public_files_become_pairs(tmp_path):
@@ -332,17 +349,17 @@ def test_public_files_become_pairs(tmp_path):
     row = json.loads(out.read_text())
     assert [x["role"] for x in row["prompt"]] == ["system", "user", "assistant", "user"]
     assert row["chosen"] == [{"role": "assistant", "content": "so"}]
-    short = step.as_preference(source_rows(1)[0])
+    short = step_pairs.as_preference(source_rows(1)[0])
     assert short["prompt"][0]["content"] == "tell me about dogs 0"
-    assert step.as_preference(row) == row
+    assert step_pairs.as_preference(row) == row
     with pytest.raises(ValueError, match="different prompts"):
-        step.as_preference({**source_rows(1)[0], "i_reject": "another"})
+        step_pairs.as_preference({**source_rows(1)[0], "i_reject": "another"})
 
 
 def test_random_pairs_have_the_lengths_asked_for(model):
     args = step.parse(["--lengths", "12/5", "--steps", "1", "--batch-size", "3"])
     pairs = step.pairs_of(args, str(model))
-    assert len(pairs) == 9 and {step.lengths(pair) for pair in pairs} == {(17, 17)}
+    assert len(pairs) == 9 and {step_pairs.lengths(pair) for pair in pairs} == {(17, 17)}
     assert all(pair.chosen_ids != pair.rejected_ids for pair in pairs)
     assert pairs == step.pairs_of(args, str(model))
 
@@ -352,12 +369,12 @@ def test_token_counts_of_pairs_are_kept_in_a_file(model, tmp_path, capsys):
     command = arguments(model, tmp_path, "--write-lengths", file)
     for _ in range(2):  # the same file comes again
         assert step.main(command) == 0
-    real = step.read_pairs(str(tmp_path / "public.jsonl"), str(model), 64)
-    found = step.read_lengths(file, 50, 64, seed=0)
-    assert sorted(map(step.lengths, found)) == sorted(map(step.lengths, real))
+    real = step_pairs.read_pairs(str(tmp_path / "public.jsonl"), str(model), 64)
+    found = step_pairs.read_lengths(file, 50, 64, seed=0)
+    assert sorted(map(step_pairs.lengths, found)) == sorted(map(step_pairs.lengths, real))
     assert max(max(pair.chosen_ids) for pair in found) < 50
-    longest = max(max(step.lengths(pair)) for pair in real)
-    assert len(step.read_lengths(file, 50, longest - 1, seed=0)) < len(real)
+    longest = max(max(step_pairs.lengths(pair)) for pair in real)
+    assert len(step_pairs.read_lengths(file, 50, longest - 1, seed=0)) < len(real)
     args = step.parse(["--lengths", file, "--batch-size", "2", "--steps", "1"])
     assert len(step.pairs_of(args, str(model))) == 6
     assert step.data_name(args) == "random, lengths of public"
@@ -379,7 +396,7 @@ def test_shapes_are_of_the_size_their_names_say():
     import transformers
 
     billions = {"llama-3.2-1b": 1.24, "llama-3-8b": 8.03, "qwen2.5-0.5b": 0.49, "qwen2.5-7b": 7.62}
-    for name, (config_class, numbers) in step.SHAPES.items():
+    for name, (config_class, numbers) in step_pairs.SHAPES.items():
         config = getattr(transformers, config_class)(**numbers)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
@@ -389,7 +406,7 @@ def test_shapes_are_of_the_size_their_names_say():
 @pytest.mark.slow
 def test_in_processes_of_their_own_in_bf16(model, tmp_path):
     more = ("--learning-rate", "1e-4", "--threads", "1", "--gradient-checkpointing")
-    found = rows_of(*arguments(model, tmp_path, *more), worker=step.Worker)
+    found = rows_of(*arguments(model, tmp_path, *more), worker=step_crew.Worker)
     ran = [row for row in found if row["variant"] not in step.ABSENT]
-    assert [row["note"] for row in ran] == [None] * len(step.VARIANTS)
+    assert [row["note"] for row in ran] == [None] * len(step_worker.VARIANTS)
     assert all(row["x_trl"] > 0 and row["off_fp32"] and row["interleaved"] for row in ran)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from tiny import LLAMA, build_tokenizer, save_tiny
 
+from bench import length_reward, length_tables, report, rise
 from bench import length_study as ls
-from bench import report
-from bench.report import load
+from bench.rise import prompt_means
+from bench.tables import load
 from fastdpo.report.evaluation import interval
-from fastdpo.report.summary import prompt_means
 from fastdpo.storage import read_parts
 
 TESTS = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def test_within_is_the_regression_with_an_effect_for_each_prompt():
         length = torch.randint(5, 200, (4,), generator=generator).double()
         noise = torch.randn(4, generator=generator, dtype=torch.float64)
         groups.append(torch.stack([10.0 * i - 0.02 * length + noise, length], 1))
-    found = ls.within(groups)
+    found = length_reward.within(groups)
     flat = torch.cat(groups).numpy()
     effects = np.kron(np.eye(len(groups)), np.ones((4, 1)))
     fitted = np.linalg.lstsq(np.column_stack([flat[:, 1], effects]), flat[:, 0], rcond=None)[0]
@@ -72,7 +72,7 @@ def test_within_is_the_regression_with_an_effect_for_each_prompt():
 
 def test_within_of_equal_lengths_is_zero():
     groups = [torch.tensor([[1.0, 5.0], [2.0, 5.0]], dtype=torch.float64)]
-    assert ls.within(groups) == {"correlation": [0.0] * 3, "slope": [0.0] * 3}
+    assert length_reward.within(groups) == {"correlation": [0.0] * 3, "slope": [0.0] * 3}
 
 
 def test_a_response_that_was_cut_off_is_no_part_of_the_bias():
@@ -85,13 +85,13 @@ def test_a_response_that_was_cut_off_is_no_part_of_the_bias():
         }
 
     rows = [row(1, 1.0, 5), row(1, 2.0, 9), row(1, -9.0, 64, "length"), row(0, 1.0, 3)]
-    (group,) = ls.whole_groups(rows)
+    (group,) = length_reward.whole_groups(rows)
     assert group.tolist() == [[1.0, 5.0], [2.0, 9.0]]
 
 
 def test_pair_bias_counts():
     """Chosen and rejected as (reward, length): right and longer, right and shorter, wrong, even."""
-    found = ls.pair_bias(
+    found = length_reward.pair_bias(
         torch.tensor(
             [
                 [[2.0, 30.0], [1.0, 10.0]],
@@ -111,22 +111,26 @@ def test_pair_bias_counts():
 
 def test_the_interval_of_a_share_is_wilsons():
     """Of 3 of 3 and 81 of 263, the latter Newcombe's example (Stat. Med. 17, 1998, table I)."""
-    assert ls.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert rise.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     holds = torch.tensor([True] * 3)
-    value, low, high, count = ls.share(holds)
+    value, low, high, count = length_reward.share(holds)
     assert (value, count) == (1.0, 3) and high == pytest.approx(1.0)
     assert low == pytest.approx(1 / (1 + 1.959964**2 / 3))
-    assert ls.share(~holds)[:3] == pytest.approx([0.0, 0.0, 1 - ls.wilson(1.0, 3)[0]])
-    assert ls.percent(ls.share(holds)) == "100% (44% to 100%) of 3"
-    assert ls.percent([1.0, 0.0, 3]) == "100% (44% to 100%) of 3"  # of an older row
-    assert ls.percent(ls.share(holds[:0])) == ls.percent([None, None, 0]) == "none"
+    assert length_reward.share(~holds)[:3] == pytest.approx([0.0, 0.0, 1 - rise.wilson(1.0, 3)[0]])
+    assert length_tables.percent(length_reward.share(holds)) == "100% (44% to 100%) of 3"
+    assert length_tables.percent([1.0, 0.0, 3]) == "100% (44% to 100%) of 3"  # of an older row
+    assert (
+        length_tables.percent(length_reward.share(holds[:0]))
+        == length_tables.percent([None, None, 0])
+        == "none"
+    )
 
 
 def test_a_prompt_is_trained_on_or_held_out(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in pairs() * 2))
-    rows = ls.read_preferences([str(path)])
-    train, held = ls.split(rows)
+    rows = length_reward.read_preferences([str(path)])
+    train, held = length_reward.split(rows)
     assert len(train) + len(held) == len(rows) == 62
     assert 8 <= len(held) <= 16 and len(held) % 2 == 0
     prompts = [{json.dumps(row.prompt) for row in side} for side in (train, held)]
@@ -156,7 +160,8 @@ def given(arm, lengths, rewards=None, controlled=None, start=60.0):
             rounds.append(row)
         rows.append(
             {
-                "op": ls.OP, "kind": ls.RUN, "arm": arm, "seed": seed, "seconds": 1.0,
+                "op": length_tables.OP, "kind": length_tables.RUN, "arm": arm, "seed": seed,
+                "seconds": 1.0,
                 "rounds": rounds, "model": "M", "data": ["D"], "device": "cpu",
                 "device_type": "cpu", "threads": 2, "versions": {"torch": "2"}, "git": "0" * 40,
                 "dirty": False, "utc": "2026-01-01T00:00:00",
@@ -171,28 +176,28 @@ def given(arm, lengths, rewards=None, controlled=None, start=60.0):
 
 def test_growth_within_twice_its_spread_is_inconclusive():
     rows = given("0", [10.0, 30.0, 20.0]) + given("auto", [0.0, 1.0, -1.0])
-    found = ls.verdict(rows)
+    found = length_tables.verdict(rows)
     assert (found["growth"], found["spread"], found["seeds"]) == (20.0, 10.0, 3)
     assert not found["conclusive"], "20 does not exceed twice 10"
-    text = ls.verdict_text(rows)
+    text = length_tables.verdict_text(rows)
     assert "Inconclusive" in text and "+20.0 tokens" in text and "shorter" not in text
-    assert "Inconclusive" in ls.markdown(rows, [])
-    assert ls.verdict(given("0", [9.9, 30.1, 20.0]))["conclusive"] is False
-    assert ls.verdict(given("0", [10.1, 29.9, 20.0]))["conclusive"] is True
+    assert "Inconclusive" in length_tables.markdown(rows, [])
+    assert length_tables.verdict(given("0", [9.9, 30.1, 20.0]))["conclusive"] is False
+    assert length_tables.verdict(given("0", [10.1, 29.9, 20.0]))["conclusive"] is True
 
 
 @pytest.mark.parametrize("growth", [[-30.0, -31.0, -30.5], [30.0], []])
 def test_shrinking_or_a_single_seed_is_inconclusive(growth):
     rows = given("0", growth) + given("0.01", [1.0, 2.0, 3.0])
-    assert ls.verdict(rows)["conclusive"] is False
-    assert "Inconclusive" in ls.verdict_text(rows)
+    assert length_tables.verdict(rows)["conclusive"] is False
+    assert "Inconclusive" in length_tables.verdict_text(rows)
 
 
 def test_a_conclusive_study_says_what_each_arm_did():
     rows = given("0", [30.0, 31.0, 32.0], [1.0, 1.1, 1.2], [0.2, 0.3, 0.4])
     rows += given("auto", [1.0, 0.0, -1.0], [0.8, 0.9, 1.0], [0.7, 0.8, 0.9])
     rows += given("0.01", [29.0, 33.0, 31.0], [1.0, 1.1, 1.2], [0.0, 0.5, 0.3])
-    text = ls.verdict_text(rows)
+    text = length_tables.verdict_text(rows)
     plain, fixed, auto = text.split("\n")
     assert "Plain DPO grows longer" in plain and "+31.0 tokens" in plain
     assert "no difference shown" in fixed and "alpha 0.01" in fixed
@@ -203,7 +208,11 @@ def test_a_conclusive_study_says_what_each_arm_did():
 
 def measured(slope, low, high):
     """The part of the reward model's row that the verdict takes."""
-    return {**given("0", [0.0])[0], "kind": ls.REWARD, "samples": {"slope": [slope, low, high]}}
+    return {
+        **given("0", [0.0])[0],
+        "kind": length_tables.REWARD,
+        "samples": {"slope": [slope, low, high]},
+    }
 
 
 @pytest.mark.parametrize(
@@ -221,51 +230,51 @@ def test_a_length_controlled_reward_differs_where_it_does_at_both_ends_of_the_sl
 
     rows = arm("0", [30.0, 31.0, 32.0], [1.0, 1.1, 1.2])
     rows += arm("auto", [0.0, 1.0, 2.0], [0.9, 0.99, 1.11])
-    assert "(higher)" in ls.verdict_text(rows)
+    assert "(higher)" in length_tables.verdict_text(rows)
     rows = [measured(0.02, low, high), *rows]
-    at, *ends = ls.controlled_against_plain(rows, "auto")
-    assert at == pytest.approx(ls.against_plain(rows, "auto", "lc_reward"))
+    at, *ends = length_tables.controlled_against_plain(rows, "auto")
+    assert at == pytest.approx(length_tables.against_plain(rows, "auto", "lc_reward"))
     assert [x["mean"] for x in ends] == pytest.approx([-0.1 + 30 * low, -0.1 + 30 * high])
-    last = ls.verdict_text(rows).split("\n")[-1]
+    last = length_tables.verdict_text(rows).split("\n")[-1]
     assert last.endswith(f"with the slope at its ends ({word}).")
-    assert "+0.0200 reward for a token" in ls.notes(rows)
-    assert f"95% interval {low:+.4f} to {high:+.4f}" in ls.notes(rows)
+    assert "+0.0200 reward for a token" in length_tables.notes(rows)
+    assert f"95% interval {low:+.4f} to {high:+.4f}" in length_tables.notes(rows)
 
 
 @pytest.mark.parametrize("lengths", [[30.0, 31.0, 32.0], [30.0], [10.0, 30.0, 20.0]])
 def test_the_verdict_tells_how_many_responses_were_cut_off(lengths):
     rows = given("0", lengths)
     assert "10% of its last responses (10% of the start's) are cut off at 64 tokens" in (
-        ls.verdict_text(rows)
+        length_tables.verdict_text(rows)
     )
-    assert "lower bound" not in ls.verdict_text(rows)
+    assert "lower bound" not in length_tables.verdict_text(rows)
     for row in rows:
         row["rounds"][-1]["truncated"] = 0.5
-    assert "50% of its last responses" in ls.verdict_text(rows)
-    assert "so the growth is a lower bound" in ls.verdict_text(rows)
+    assert "50% of its last responses" in length_tables.verdict_text(rows)
+    assert "so the growth is a lower bound" in length_tables.verdict_text(rows)
     for row in rows:
         row["rounds"][-1]["truncated"] = 0.0
-    assert "cut off" not in ls.verdict_text(rows)
+    assert "cut off" not in length_tables.verdict_text(rows)
 
 
 def test_minutes_are_the_mean_of_the_known(tmp_path):
     rows = given("0", [30.0, 31.0]) + given("auto", [1.0, 2.0]) + given("0.01", [10.0, 12.0])
     for row, seconds in zip(rows, (60.0, 90.0, None, 120.0, None, None)):
         row["seconds"] = seconds
-    lines = ls.run_table(rows).splitlines()
+    lines = length_tables.run_table(rows).splitlines()
     assert lines[0].endswith("| minutes |")
     last = [line.split("|")[-2].strip() for line in lines[2:]]
     assert last == ["", "", "1.2", "", "", "not known", "", "", "2.0 (1 of 2 seeds)"]
-    text = ls.markdown(rows, [])
+    text = length_tables.markdown(rows, [])
     assert "share the start's samples and scores, which are counted in the first" in text
     assert ls.line(rows[1]).endswith(", 90 s") and not ls.line(rows[2]).endswith(" s")
 
 
 def test_only_common_seeds_are_compared():
     rows = given("0", [30.0, 31.0, 32.0]) + given("auto", [0.0, 1.0])
-    found = ls.against_plain(rows, "auto", "length")
+    found = length_tables.against_plain(rows, "auto", "length")
     assert found is not None and found["n"] == 2 and found["mean"] == -30.0
-    assert ls.against_plain(given("auto", [1.0]), "auto", "length") is None
+    assert length_tables.against_plain(given("auto", [1.0]), "auto", "length") is None
 
 
 def test_the_interval_over_prompts_is_that_of_all_of_them():
@@ -275,7 +284,7 @@ def test_the_interval_over_prompts_is_that_of_all_of_them():
     for row, x in zip(rows, changes):
         row["rounds"][2]["prompts"] = len(x)
         row["rounds"][2]["length_change"] = {"mean": x.mean().item(), "sd": x.std().item()}
-    found = ls.over_prompts(ls.runs_of(rows, "0"), 2, "length")
+    found = length_tables.over_prompts(length_tables.runs_of(rows, "0"), 2, "length")
     mean, half = interval(torch.cat(changes).tolist())
     assert half is not None and found["n"] == 18 and found["mean"] == pytest.approx(mean)
     assert (found["low"], found["high"]) == pytest.approx((mean - half, mean + half))
@@ -284,7 +293,7 @@ def test_the_interval_over_prompts_is_that_of_all_of_them():
 def test_tables_and_plot(tmp_path):
     rows = given("0", [30.0, 31.0]) + given("auto", [1.0, 2.0]) + given("0.01", [10.0, 12.0])
     rows[-1]["rounds"][2]["alpha"] = 0.0125
-    text = ls.markdown(rows, ["x.svg"])
+    text = length_tables.markdown(rows, ["x.svg"])
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         f"| {arm}" for arm in ("plain DPO", "alpha 0.01", "alpha auto") for _ in range(3)
@@ -292,21 +301,21 @@ def test_tables_and_plot(tmp_path):
     assert "+30.5 (+24.1 to +36.9;" in text and "0.0125" in text and "(x.svg)" in text
     paths = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for path in paths:
-        ls.plot(rows, [path])
+        length_tables.plot(rows, [path])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert "length-controlled reward" in paths[0].read_text()
-    ls.plot([], [paths[0]])
+    length_tables.plot([], [paths[0]])
 
 
-def test_the_readme_says_what_the_rows_say(tmp_path):
-    results, readme = tmp_path / "length.jsonl", tmp_path / "README.md"
+def test_the_document_says_what_the_rows_say(tmp_path):
+    results, document = tmp_path / "length.jsonl", tmp_path / "RESULTS.md"
     rows = given("0", [30.0, 31.0]) + given("auto", [1.0, 2.0])
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    readme.write_text(f"before\n{ls.BEGIN}\nold\n{ls.END}\nafter\n")
-    command = [str(results), "--readme", str(readme)]
+    document.write_text("old")
+    command = [str(results), "--out", str(document)]
     assert report.main([*command, "--check"]) == 1
     assert report.main(command) == 0 and report.main([*command, "--check"]) == 0
-    text = readme.read_text()
+    text = document.read_text()
     assert "Plain DPO grows longer" in text and "(length.svg)" in text and "old" not in text
     assert results.with_suffix(".svg").read_text().startswith("<?xml")
 
@@ -472,7 +481,7 @@ def told(out):
 
 def test_a_study_leaves_a_row_for_each_arm_and_seed(finished):
     rows = load([finished / "results.jsonl"])
-    assert [row["kind"] for row in rows] == [ls.REWARD] + [ls.RUN] * 4
+    assert [row["kind"] for row in rows] == [length_tables.REWARD] + [length_tables.RUN] * 4
     assert [ls.run_of(row) for row in rows[1:]] == [("0", 0), ("2", 0), ("0", 1), ("2", 1)]
     assert all(row["seconds"] is not None and len(row["rounds"]) == 2 for row in rows[1:])
     assert (finished / "results.svg").read_text().startswith("<?xml")
@@ -593,9 +602,9 @@ def test_the_automatic_arm_runs_where_there_is_one(finished, inputs, tmp_path, c
 
 
 def test_a_failing_reward_training_is_an_error(inputs, tmp_path):
-    rows = ls.read_preferences([str(inputs / "pairs.jsonl")])
+    rows = length_reward.read_preferences([str(inputs / "pairs.jsonl")])
     with pytest.raises(RuntimeError, match="exit code 1"):
-        ls.train_reward(str(tmp_path / "no-model"), rows[:4], tmp_path / "reward", {})
+        length_reward.train_reward(str(tmp_path / "no-model"), rows[:4], tmp_path / "reward", {})
     assert not (tmp_path / "reward").exists()
 
 

@@ -27,7 +27,6 @@ from hypothesis import strategies as st
 from tiny import GEMMA3, LLAMA, build_tokenizer, save_tiny
 
 from bench import report as bench_report
-from bench import sampling as bench_sampling
 from bench.sampling import main as bench_main
 from bench.sampling import parting, surprise
 from fastdpo import storage
@@ -1057,10 +1056,9 @@ def test_the_benchmark_checks_and_times_every_sampler(folder, tmp_path, monkeypa
         assert row["samples_per_second"]["median"] > 0 and abs(row["surprise_z"]) < 4
         assert row["tokens_per_sample"] <= 12
     assert "fastdpo[vllm]" in rows[3]["note"] and "samples_per_second" not in rows[3]
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{bench_sampling.BEGIN}\n{bench_sampling.END}\n")
-    assert bench_report.main([str(tmp_path / "out.jsonl"), f"--readme={readme}"]) == 0
-    lines = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
+    document = tmp_path / "RESULTS.md"
+    assert bench_report.main([str(tmp_path / "out.jsonl"), f"--out={document}"]) == 0
+    lines = [line for line in document.read_text().splitlines() if line.startswith("| ")]
     assert len(lines) == 6 and "not measured" in lines[-1] and "4 of 4" in lines[2]
     speeds = [float(line.split(" | ")[1].split(" ")[0]) for line in lines[2:5]]
     assert speeds == sorted(speeds, reverse=True)
