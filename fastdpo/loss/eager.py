@@ -75,7 +75,9 @@ def preference(given: HeadInputs, of_pairs: PairInputs, objective: Any) -> Prefe
     ref = _check_reference(given, of_pairs.ref_logp_S, len(edges) - 1, fused)
     # What the kernel would read and what is left out need not be made.
     known = fused and objective.code is not None
-    values = _check_pair_values(objective, of_pairs, len(edges) // 2, given.h_TD.device, not known)
+    margin_P, smoothing_P, weight_P = _check_pair_values(
+        objective, of_pairs, len(edges) // 2, given.h_TD.device, not known
+    )
     count = float(len(edges) // 2)
     if of_pairs.num_pairs is not None:
         count = checks.require_number("num_pairs", of_pairs.num_pairs, low=0, open_low=True)
@@ -83,8 +85,9 @@ def preference(given: HeadInputs, of_pairs: PairInputs, objective: Any) -> Prefe
     call.stats, call.ref = stats, ref
     lengths_S = _lengths(call, given.h_TD.device, not known or objective.length_normalized)
     pairs = Pairs(
-        objective, call.edges, lengths_S, of_pairs.ref_logp_S, *values, count, given.h_TD.device
-    )
+        objective, call.edges, lengths_S, of_pairs.ref_logp_S, margin_P, smoothing_P, weight_P,
+        count, given.h_TD.device,
+    )  # fmt: skip
     run: Callable = score_only if call.plan.route == "forward" else _differentiably
     loss, logp_S, ref_S = run(call, pairs, *given[:3])
     if fused:
