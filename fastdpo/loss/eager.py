@@ -85,8 +85,8 @@ def preference(given: HeadInputs, of_pairs: PairInputs, objective: Any) -> Prefe
     call.stats, call.ref = stats, ref
     lengths_S = _lengths(call, given.h_TD.device, not known or objective.length_normalized)
     pairs = Pairs(
-        objective, call.edges, lengths_S, of_pairs.ref_logp_S, margin_P, smoothing_P, weight_P, count,
-        given.h_TD.device,
+        objective, call.edges, lengths_S, of_pairs.ref_logp_S, margin_P, smoothing_P, weight_P,
+        count, given.h_TD.device,
     )  # fmt: skip
     run: Callable = score_only if call.plan.route == "forward" else _differentiably
     loss, logp_S, ref_S = run(call, pairs, *given[:3])
