@@ -1,0 +1,113 @@
+"""The plan of the house: which room may import which, and how long a file and a function may be."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastdpo"
+# What each room may import beside itself.
+BASE = {"errors", "lazy", "storage", "remote"}
+MODEL = {"kernels", "loss", "data", "model"} | BASE
+TRAIN = {"train"} | MODEL
+STAGES = {"sample", "score", "pair"}
+MAY_IMPORT = {
+    "kernels": set(),
+    "errors": set(),
+    "lazy": set(),
+    "storage": {"errors"},
+    "remote": {"errors"},
+    "loss": {"kernels"},
+    "data": {"errors", "lazy", "storage", "loss"},
+    "model": MODEL,
+    "train": TRAIN,
+    "plan": {"plan"} | TRAIN,
+    "sample": MODEL,
+    "score": MODEL,
+    "pair": MODEL,
+    "report": {"errors", "lazy", "storage", "data"},
+    "rounds": STAGES | {"report", "recipes"} | TRAIN,
+    "recipes": MODEL | {"score"},
+    "integrations": {"errors", "loss", "data", "model"},
+    "cli": STAGES | {"plan", "report", "rounds", "recipes", "__init__"} | TRAIN,
+    # The documented names of what lies in a room.
+    "__init__": {"loss", "lazy"},
+    "objectives": {"loss"},
+    "reference": {"loss"},
+    "head": {"model"},
+    "scoring": {"score"},
+}
+LONGEST_FILE, LONGEST_FUNCTION = 500, 80
+# A kernel is compiled as one function.
+LONG_FUNCTIONS = {"merge_kernel", "pair_kernel", "project_tile"}
+MODULES = [
+    path
+    for folder in (PACKAGE, ROOT / "kernels")
+    for path in sorted(folder.rglob("*.py"))
+    if (PACKAGE / "kernels") not in path.parents
+]
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module's file."""
+    if path.parent == ROOT / "kernels":
+        return f"fastdpo.kernels.{path.stem}"
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+NAMES = {name_of(path) for path in MODULES}
+
+
+def room_of(name: str) -> str:
+    return [*name.split("."), "__init__"][1]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The project's modules that a module imports, anywhere in it."""
+    package = name_of(path).split(".")
+    if path.stem != "__init__":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{source}.{alias.name}" for alias in node.names]
+            found = [name if name in NAMES else source for name in names]
+        else:
+            continue
+        yield from (name for name in found if name.split(".")[0] == "fastdpo")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_room_imports_only_what_lies_below_it(path):
+    room = room_of(name_of(path))
+    rooms = {room_of(name) for name in imports(path)} - {room}
+    assert rooms <= MAY_IMPORT[room], f"{name_of(path)} imports {rooms - MAY_IMPORT[room]}"
+
+
+def test_no_module_imports_itself_through_others():
+    edges = {name_of(path): set(imports(path)) & NAMES - {name_of(path)} for path in MODULES}
+    left = dict(edges)
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"import circles among {sorted(left)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGEST_FILE
+    long = {
+        node.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno >= LONGEST_FUNCTION
+    }
+    assert long <= LONG_FUNCTIONS
