@@ -1,1 +1,6 @@
-"""Speed, peak memory and error of the fused loss beside its peers, in one interleaved run."""
+"""The benchmarks, of a checkout only: what is measured, and the tables that are made of it.
+
+Rows go to files of JSON lines (`bench/results`), which `bench.report` turns into RESULTS.md. Begin
+with `__main__.py` (the loss alone), `step.py` (whole optimizer steps) and `report.py`; what all
+tables share is `tables.py`.
+"""

@@ -12,7 +12,7 @@ import torch
 from fastdpo.report.evaluation import quantile
 
 from .rise import interval, wilson
-from .tables import LINES, markdown_table, panel, picture
+from .tables import LINES, build, markdown_table, panel, picture
 
 OP, REWARD, RUN = "length study", "reward model", "run"
 PLAIN, AUTO = "0", "auto"
@@ -192,8 +192,6 @@ def ends_of(found: dict[str, Any], form: str) -> str:
 def heading(rows: list[dict]) -> str:
     """What was run, where, with which versions."""
     row = rows[-1]
-    versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items() if v)
-    commit = (row["git"] or "no commit")[:12] + (", with local changes" if row["dirty"] else "")
     threads = "" if row["device_type"] == "cuda" else f"{row['threads']} threads, "
     size = ""
     runs = [x for x in rows if x["kind"] == RUN]
@@ -206,7 +204,7 @@ def heading(rows: list[dict]) -> str:
         )
     return (
         f"**{row['model']}, {' and '.join(row['data'])}{size}** on {row['device']}, {threads}"
-        f"({versions}; {commit}; {row['utc'][:10]})"
+        f"({build(row)})"
     )
 
 

@@ -13,6 +13,7 @@ from .tables import (
     COLORS,
     LINES,
     bars,
+    build,
     commit,
     grouped,
     latest_build,
@@ -162,11 +163,9 @@ def heading(row: dict, tokens: str) -> str:
 
 def place(row: dict) -> str:
     """Where it was run, with which versions."""
-    versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items() if v)
     threads = "" if on_gpu(row) else f"{row['threads']} threads, "
     return (
-        f" on {row['device']}, {threads}median of {row['rounds']} interleaved rounds ({versions}; "
-        f"{commit(row)}; {row['utc'][:10]})"
+        f" on {row['device']}, {threads}median of {row['rounds']} interleaved rounds ({build(row)})"
     )
 
 

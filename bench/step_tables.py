@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .step_turns import WARM_UP
-from .tables import bars, grouped, markdown_table, number, picture
+from .tables import bars, build, grouped, markdown_table, number, picture
 
 OP, LONGEST = "step", "longest pair"
 KEY = (
@@ -24,8 +24,6 @@ def tables(rows: list[dict]) -> list[list[dict]]:
 def heading(rows: list[dict]) -> str:
     """What was run, where, with which versions."""
     row = rows[0]
-    versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items() if v)
-    commit = (row["git"] or "no commit")[:12] + (", with local changes" if row["dirty"] else "")
     threads = "" if row["device_type"] == "cuda" else f"{row['threads']} threads, "
     computed = "under bf16 autocast" if row["autocast"] else "without autocast"
     saved = "with" if row["gradient_checkpointing"] else "without"
@@ -33,8 +31,7 @@ def heading(rows: list[dict]) -> str:
         f"**{row['model']}, {row['data']}: {row['batch_size']} pairs a step, sequences of "
         f"{row['mean_sequence']:,.0f} tokens on average and {row['max_length']:,} at most, "
         f"{row['dtype']} weights {computed}, {saved} gradient checkpointing** on {row['device']}, "
-        f"{threads}all of {row['rounds']} interleaved steps together ({versions}; {commit}; "
-        f"{row['utc'][:10]})"
+        f"{threads}all of {row['rounds']} interleaved steps together ({build(row)})"
     )
 
 

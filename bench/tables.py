@@ -44,11 +44,11 @@ def grouped(rows: list[dict], names: tuple[str, ...]) -> dict[tuple, list[dict]]
 def latest_build(rows: list[dict]) -> list[dict]:
     """Rows of the last commit and versions only, by their dates: the files' order says nothing."""
 
-    def build(row: dict) -> tuple:
+    def same(row: dict) -> tuple:
         return row["git"], row["dirty"], row["versions"]
 
     rows = sorted(rows, key=lambda row: row["utc"])
-    return [row for row in rows if build(row) == build(rows[-1])]
+    return [row for row in rows if same(row) == same(rows[-1])]
 
 
 def number(value: float | None, form: str) -> str:
@@ -63,9 +63,14 @@ def markdown_table(titles: list[str], rules: list[str], body: list[list[str]]) -
 
 
 def setting(row: dict) -> str:
-    """Where, with which versions."""
+    """Where a row was measured, and with what."""
+    return f"on {row['device']} ({build(row)})"
+
+
+def build(row: dict) -> str:
+    """Versions, commit and day of a measurement."""
     versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items() if v)
-    return f"on {row['device']} ({versions}; {commit(row)}; {row['utc'][:10]})"
+    return f"{versions}; {commit(row)}; {row['utc'][:10]}"
 
 
 def commit(row: dict) -> str:
