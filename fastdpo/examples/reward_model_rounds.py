@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         rounds=args.rounds,
         sample=SampleConfig(num_samples=4, max_new_tokens=args.max_new_tokens),
         score=ScoreConfig(scorer=args.scorer),
-        pair=PairConfig(rule="best_worst", drop_truncated=True),
+        pair=PairConfig(rule="best_worst"),
         train=TrainConfig(beta=0.1, alpha=0.01, learning_rate=1e-6),
         evaluate=EvaluateConfig(heldout=args.heldout),
     )

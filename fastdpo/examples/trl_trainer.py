@@ -6,6 +6,7 @@ python -m fastdpo.examples.trl_trainer --model MODEL --dataset pairs.jsonl --out
 import argparse
 from collections.abc import Sequence
 
+import torch
 from datasets import load_dataset
 from trl.trainer.dpo_config import DPOConfig
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
         args=DPOConfig(
             args.output_dir, beta=0.1, learning_rate=1e-6, max_steps=args.max_steps,
             per_device_train_batch_size=4, logging_steps=1, report_to="none",
-            model_init_kwargs={"dtype": "float32"},
+            model_init_kwargs={"dtype": "float32"}, bf16=torch.cuda.is_available(),
         ),
         train_dataset=load_dataset("json", data_files=args.dataset, split="train"),
         alpha=args.alpha,
