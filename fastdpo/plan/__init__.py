@@ -8,5 +8,5 @@ from fastdpo.lazy import lazy
 
 __getattr__ = lazy(
     __name__,
-    {"Estimate": "step", "estimate": "step", "Fit": "longest", "longest_pair": "longest"},
+    {"StepMemory": "step", "estimate": "step", "Fit": "longest", "longest_pair": "longest"},
 )

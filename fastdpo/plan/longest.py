@@ -7,7 +7,7 @@ from typing import Any
 from fastdpo.errors import ConfigError
 from fastdpo.plan.memory import Simulation
 from fastdpo.plan.step import (
-    Estimate,
+    StepMemory,
     configuration_of,
     fixed_bytes,
     gib,
@@ -47,7 +47,7 @@ class Option:
 
     changes: dict[str, Any]
     longest: int
-    estimate: Estimate
+    estimate: StepMemory
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class Fit:
         return self.options[0].longest
 
     @property
-    def estimate(self) -> Estimate:
+    def estimate(self) -> StepMemory:
         return self.options[0].estimate
 
     def __str__(self) -> str:
@@ -136,13 +136,13 @@ def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
     return Fit(gpu_gib, usable, limit, tuple(options))
 
 
-def _longest(simulation: Simulation, usable: int, limit: int, guess: int) -> tuple[int, Estimate]:
+def _longest(simulation: Simulation, usable: int, limit: int, guess: int) -> tuple[int, StepMemory]:
     """Longest side that fits, to one percent, and its estimate; (0, that of the shortest) if none.
 
     The peak is close to a line in the number of tokens, so few guesses do.
     """
 
-    def at(length: int) -> Estimate:
+    def at(length: int) -> StepMemory:
         prompt = max(1, length // 4)
         return of_step(simulation, prompt, length - prompt, pairs=1)
 

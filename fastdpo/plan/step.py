@@ -17,7 +17,7 @@ _DEVICES = ("cuda", "cpu")
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepMemory:
     """Bytes of one training step.  They are not all alive at once: `peak` is less than their sum.
 
     Attributes:
@@ -81,7 +81,7 @@ def estimate(
     response: int,
     device: str = "cuda",
     gpu_gib: float = 24.0,
-) -> Estimate:
+) -> StepMemory:
     """Peak memory of a step on pairs of ``prompt`` tokens and two responses of ``response`` tokens.
 
     A micro-batch has as many of these pairs as fit ``config.max_tokens`` and ``batch_size``, at
@@ -141,7 +141,7 @@ def fixed_bytes(simulation: Simulation) -> tuple[int, int]:
 
 def of_step(
     simulation: Simulation, prompt: int, response: int, pairs: int | None = None
-) -> Estimate:
+) -> StepMemory:
     """The estimate of one micro-batch, after the first one of its step if that has several.
 
     ``pairs`` of it; by default as many as the configuration lets it have.
@@ -156,7 +156,7 @@ def of_step(
     optimizer, reference = fixed_bytes(simulation)
     fixed = simulation.weights + optimizer + reference
     running = fixed + (simulation.gradients if several else 0) + max(found.head, found.body)
-    return Estimate(
+    return StepMemory(
         weights=simulation.weights,
         gradients=simulation.gradients,
         optimizer=optimizer,
