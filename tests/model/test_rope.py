@@ -226,7 +226,7 @@ def test_pairs_laid_out_for_another_model_are_refused():
     for name in ("shared", "padded"):
         model = prepare_model(build(PHI3, torch.float32), layout=name)
         batch = pack_pairs(PAIRS, layout=name)
-        with pytest.raises(ValueError, match=r"layout=fastdpo\.policy\.layout_of"):
+        with pytest.raises(ValueError, match=r"layout=fastdpo\.model\.layout_of"):
             packed_loss(model, batch, torch.zeros(2 * len(PAIRS)), beta=0.1, alpha=0.0)
 
 

@@ -130,7 +130,8 @@ def test_a_truncated_line_is_named(inputs, tmp_path, capsys):
 def test_a_disk_that_fills_up_with_weights_is_one_error(inputs, whole, tmp_path):
     """The system itself refuses to write more from the first training step on."""
     code = (
-        "import resource, signal, sys; from fastdpo import rounds; from fastdpo.cli import main\n"
+        "import resource, signal, sys\n"
+        "from fastdpo.cli import main; from fastdpo.rounds import run as rounds\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); real = rounds.train\n"
         "def train(*arguments, **options):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"

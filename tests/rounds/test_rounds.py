@@ -21,7 +21,9 @@ DRIVER = TESTS / "kill_driver.py"
 # One thread, as in this process: another number of threads gives other bits.
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    "PYTHONPATH": os.pathsep.join(
+        map(str, [TESTS.parent, TESTS, TESTS / "rounds", TESTS / "score"])
+    ),
     "OMP_NUM_THREADS": "1",
 }
 
