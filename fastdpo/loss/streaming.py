@@ -289,8 +289,7 @@ class Streamer:
 
         ``ref`` is the reference head and its hidden rows, streamed beside the policy's.
         """
-        h_ND = _clean(h_ND, target_N)
-        h_blocks = self.products.inner_blocks(h_ND)
+        h_blocks = self.products.inner_blocks(_clean(h_ND, target_N))
         K = len(self.chunks)
         fold = _Fold(target_N, K, self.acc_dtype)
         take = _Stats(stats, fold.max_KN)
@@ -301,8 +300,7 @@ class Streamer:
             z_NC = self._logits(h_blocks, v0, v1)
             ref_z_NC = ref[0]._logits(ref_blocks, v0, v1) if ref else None
             difference_NC = take.before(k, z_NC, ref_z_NC)
-            capped = keep and self.head.softcap is not None
-            slope_NC = self._slope(z_NC) if capped else None
+            slope_NC = self._slope(z_NC) if keep and self.head.softcap is not None else None
             e_NC = fold.add(k, v0, z_NC, None if stash is None else stash.chunks[k])
             ref_e_NC = None
             if ref_fold is not None and ref_z_NC is not None:
@@ -310,8 +308,7 @@ class Streamer:
             take.after(k, e_NC, ref_e_NC, difference_NC)
             if slope_NC is not None:
                 e_NC.mul_(slope_NC)
-        lse_N = fold.lse()
-        logp_N = fold.logp()
+        lse_N, logp_N = fold.lse(), fold.logp()
         own_N = -torch.expm1(logp_N)
         if self.head.softcap is not None:
             own_N *= self._slope(fold.target_z_N)
