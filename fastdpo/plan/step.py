@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastdpo.data.batch import TokenizedPair
-from fastdpo.errors import ConfigError, ModelError
+from fastdpo.errors import ConfigError, ModelError, is_number
 from fastdpo.model.load import check_folder, refuse_quantized
 from fastdpo.plan.memory import GIB, Simulation
 from fastdpo.train.config import TrainConfig
@@ -64,8 +64,7 @@ def usable_bytes(gpu_gib: float) -> int:
     Raises:
         ConfigError: it is no memory of a GPU.
     """
-    number = isinstance(gpu_gib, int | float) and not isinstance(gpu_gib, bool)
-    if not number or not CONTEXT_GIB < gpu_gib < float("inf"):
+    if not is_number(gpu_gib) or gpu_gib <= CONTEXT_GIB:
         raise ConfigError(
             f"gpu_gib={gpu_gib} must be the memory of a GPU in GiB, over the {CONTEXT_GIB} that "
             "CUDA itself takes"

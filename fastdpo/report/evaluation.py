@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fastdpo.data.parts import check_scored
 from fastdpo.data.records import Text
-from fastdpo.errors import DataError
+from fastdpo.errors import DataError, is_number
 from fastdpo.storage import read_parts
 
 NORMAL = 1.959964  # quantile of many degrees of freedom
@@ -90,9 +90,7 @@ def _key(row: dict[str, Any], folder: Path) -> tuple[int, int]:
 
 def number(value: Any) -> float | None:
     """A JSON number as a float; None for all else, NaN, and what is too large to compute with."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        return None
-    return float(value)
+    return float(value) if is_number(value) and abs(value) < 1e30 else None
 
 
 @lru_cache

@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass, field
 
-from fastdpo.errors import ConfigError, require, require_used
+from fastdpo.errors import ConfigError, is_number, require, require_used
 from fastdpo.model.load import DTYPES
 from fastdpo.remote import check_url, check_variable
 
@@ -61,9 +61,9 @@ class SampleConfig:
             count = getattr(self, name)
             require(self, name, type(count) is int and count >= 1, "an int of at least 1")
         require(self, "seed", type(self.seed) is int, "an int")
-        drawn = _is_number(self.temperature) and self.temperature >= 0
+        drawn = is_number(self.temperature) and self.temperature >= 0
         require(self, "temperature", drawn, "a finite number of at least 0")
-        in_range = _is_number(self.top_p) and 0 < self.top_p <= 1
+        in_range = is_number(self.top_p) and 0 < self.top_p <= 1
         require(self, "top_p", in_range, "a number above 0 and at most 1")
         if self.temperature == 0:
             same = "1 with temperature 0, where all samples are the same"
@@ -93,14 +93,10 @@ class SampleConfig:
         except ValueError:
             named = False
         require(self, "server_command", named, "a command line with {model} in it")
-        positive = _is_number(self.server_timeout) and self.server_timeout > 0
+        positive = is_number(self.server_timeout) and self.server_timeout > 0
         require(self, "server_timeout", positive, "a finite number above 0")
         check_variable(self.api_key_env)
         starts = self.asks_server and self.server_url is None
         require_used(self, "server_command", starts, "backend be server, without a server_url")
         for name in ("server_timeout", "api_key_env"):
             require_used(self, name, self.asks_server, "backend be server, or a server_url given")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -70,7 +70,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from fastdpo.errors import DataError
+from fastdpo.errors import DataError, is_number
 
 ERROR_SHARE = 0.75  # P: share of a round's error in tokens that the next round is to undo
 SUM_SHARE = 0.25  # I: share of the sum of errors
@@ -111,7 +111,7 @@ class LengthController:
 
     def __post_init__(self) -> None:
         if self.target is not None:
-            _require("target", self.target, _is_finite(self.target) and self.target >= 0, ">= 0")
+            _require("target", self.target, is_number(self.target) and self.target >= 0, ">= 0")
 
     @property
     def bound(self) -> float:
@@ -145,11 +145,11 @@ class LengthController:
             ValueError: there are no pairs, a number is not finite, a length is negative, no prompt
                 has two samples, or beta is not above 0.
         """
-        if not differences or not all(map(_is_finite, differences)):
+        if not differences or not all(map(is_number, differences)):
             raise ValueError(
                 f"differences must be finite numbers, at least one, got {list(differences)[:8]}"
             )
-        _require("beta", beta, _is_finite(beta) and beta > 0, "> 0")
+        _require("beta", beta, is_number(beta) and beta > 0, "> 0")
         spread = math.sqrt(math.fsum(x * x for x in differences) / len(differences))
         begun = replace(
             self,
@@ -188,8 +188,8 @@ class LengthController:
         Raises:
             ValueError: one of them is not finite or out of its range.
         """
-        _require("covariance", covariance, _is_finite(covariance), "a finite number")
-        _require("progress", progress, _is_finite(progress) and 0 <= progress <= 1, "in [0, 1]")
+        _require("covariance", covariance, is_number(covariance), "a finite number")
+        _require("progress", progress, is_number(progress) and 0 <= progress <= 1, "in [0, 1]")
         now = covariance / self.spread**2 if self.spread else 0.0
         # A single step, however odd, moves alpha by no more than TILT_GAIN times its bound.
         now = _clip(now, self.bound / self.beta / SMOOTHING) if self.beta else 0.0
@@ -232,7 +232,7 @@ class LengthController:
                 f"{state!r:.200}; remove the round's folder to start the round again"
             )
         for name, value in state.items():
-            if not (_is_finite(value) or (value is None and name in optional)):
+            if not (is_number(value) or (value is None and name in optional)):
                 raise DataError(
                     f"the state of alpha=auto has {name}={value!r}, which is no finite number; "
                     "remove the round's folder to start the round again"
@@ -258,7 +258,7 @@ def neutral_alpha(differences: Sequence[float], bound: float) -> float:
 def _moments(lengths: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Mean length over all responses, and their variance within prompts, at least one token's."""
     flat = [float(x) for group in lengths for x in group]
-    if not flat or not all(_is_finite(x) and x >= 0 for x in flat):
+    if not flat or not all(is_number(x) and x >= 0 for x in flat):
         raise ValueError(
             f"lengths must be token counts >= 0, at least one, got {list(lengths)[:4]}"
         )
@@ -280,10 +280,6 @@ def _sigmoid(z: float) -> float:
 
 def _clip(value: float, bound: float) -> float:
     return max(-bound, min(bound, value))
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(name: str, value: Any, holds: bool, wanted: str) -> None:
