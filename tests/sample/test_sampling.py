@@ -1,6 +1,6 @@
 """The samplers: stop strings, continuous batching, vLLM and its server, on tiny real models.
 
-What the stage of sampling does whatever the sampler is in test_stages.py.
+What the stage of sampling does whatever the sampler is in test_stage.py.
 """
 
 import inspect
