@@ -114,5 +114,5 @@ def lengths(prompts: Any, responses: list[str]) -> list[int]:
 
 def file_bytes(directory: Path) -> dict[str, bytes]:
     """Everything but what a killed process left, and the times of what was sampled."""
-    names = [p for p in directory.iterdir() if p.name != "throughput.json"]
-    return {p.name: p.read_bytes() for p in names if not p.name.startswith(".")}
+    files = [p for p in directory.iterdir() if p.name != "throughput.json"]
+    return {p.name: p.read_bytes() for p in files if p.suffix != ".tmp"}

@@ -1,6 +1,8 @@
 """The plan of the house: which room may import which, and how long a file and a function may be."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,3 +114,13 @@ def test_files_and_functions_are_short(path):
         and node.end_lineno - node.lineno >= LONGEST_FUNCTION
     }
     assert long <= LONG_FUNCTIONS
+
+
+def test_importing_the_stages_does_not_import_transformers():
+    stages = "fastdpo.pair.stage, fastdpo.sample.stage, fastdpo.score.stage"
+    code = f"import sys, {stages}; print(*sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
+    loaded = out.stdout.split()
+    assert "fastdpo.sample.stage" in loaded and "transformers" not in loaded, out.stderr

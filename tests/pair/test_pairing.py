@@ -186,9 +186,10 @@ def test_visits_of_zero_and_bad_trees():
             tree_siblings([good, bad])
 
 
-def test_scores_no_float_can_hold_are_refused():
-    with pytest.raises(DataError, match="score is 1000"):
-        best_worst([candidate(0, 0, 10**400), candidate(0, 1, 1.0)])
+@pytest.mark.parametrize("value", [10**400, math.nan, math.inf, None, "1", True])
+def test_scores_that_are_no_finite_numbers_are_refused(value):
+    with pytest.raises(DataError, match=r"prompt 3, sample 4.*score is"):
+        candidate(3, 4, value)
 
 
 def test_pairs_carry_the_score_of_every_scorer():
@@ -271,6 +272,9 @@ def test_pairs_and_drops_add_up(prompts, rule, min_gap, max_pairs, truncated, du
         for side in ("chosen_ids", "rejected_ids"):
             ids = getattr(row, side)
             assert ids and (row.prompt_index, tuple(ids)) in by_ids
+        if rule == "best_worst":
+            values = [x.score for x in left if x.prompt_index == row.prompt_index if x.response_ids]
+            assert (row.score_chosen, row.score_rejected) == (max(values), min(values))
     counts = Counter(row.prompt_index for row in pairs)
     if rule in ONE_A_UNIT - {"tree_siblings"}:
         assert set(counts.values()) <= {1}
@@ -318,6 +322,7 @@ def test_a_prompt_that_loses_all_responses_is_counted():
         ({"rule": "best"}, "rule=best must be one of best_worst, "),
         ({"min_gap": -0.1}, "min_gap=-0.1 must be finite and >= 0"),
         ({"min_gap": math.nan}, "min_gap"),
+        ({"min_gap": math.inf}, "min_gap"),
         ({"target_margin": 0.0}, "target_margin=0.0 must be finite and > 0"),
         ({"max_pairs": 0}, "max_pairs=0 must be >= 1"),
         ({"target_margin": 2.0}, "target_margin=2.0 must be left out, .* rule be nearest_margin"),

@@ -11,7 +11,7 @@ from tiny import LLAMA, QWEN, build_tokenizer, save_tiny
 
 from fastdpo import recipes
 from fastdpo.cli import main, parse
-from fastdpo.data.rows import prompt_rows, read_rows
+from fastdpo.data.rows import Rows, prompt_rows, read_rows
 from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.model.logps import load_packed
 from fastdpo.recipes import nectar
@@ -191,3 +191,12 @@ def test_storm_says_where_every_value_is_from():
             published.add(name)
     # What the model card says, and nothing that it doesn't.
     assert published == {"model", "prompts", "scorer", "rounds"}
+
+
+def test_demo_prompts():
+    rows = read_rows(STORM.parent / "demo_prompts.jsonl").rows
+    assert len(prompt_rows(Rows("demo", rows))) == 72
+    assert len({row["prompt"].lower() for row in rows}) == 72
+    assert [row["split"] for row in rows].count("train") == 48
+    assert [row["split"] for row in rows].count("heldout") == 24
+    assert all(10 < len(row["prompt"]) < 100 for row in rows)

@@ -130,7 +130,7 @@ def test_parts_of_another_plan_are_refused(model, tokenizer, tmp_path):
 
 
 def test_a_padded_batch_gives_what_prompts_give_alone(model, tokenizer, tmp_path):
-    greedy = {"temperature": 0, "num_samples": 1, "max_new_tokens": 10}
+    greedy: dict[str, Any] = {"temperature": 0, "num_samples": 1, "max_new_tokens": 10}
     together = run_sample(model, tokenizer, tmp_path / "all", batch_prompts=5, **greedy)
     assert len({len(row["prompt_ids"]) for row in together}) > 2
     for row in together:
