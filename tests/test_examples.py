@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_the_transformers_trainer(tmp_path):
 
     data = [example(i) for i in range(8)]
 
-    def trainer_of(steps, batch, accumulation, more=None, **changes):
+    def trainer_of(steps, batch, accumulation, more=None, **changes) -> Any:
         arguments = TrainingArguments(
             output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation, learning_rate=1e-2, report_to="none",

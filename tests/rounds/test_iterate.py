@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from scoring_server import Server, counted
 from test_rounds import ENVIRONMENT, TESTS, arguments, same, weights
-from test_scoring import Server, counted
 from tiny import LLAMA, _family, save_tiny
 
 from fastdpo.cli import main
