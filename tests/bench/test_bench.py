@@ -617,6 +617,7 @@ def test_a_gpu_comes_first_and_its_newest_commit_whatever_the_files_order(tmp_pa
 
 def test_fastdpo_bench_is_the_same_command(tmp_path, capsys, monkeypatch):
     from fastdpo import cli as fastdpo_cli
+    from fastdpo.cli import commands
 
     monkeypatch.setattr(sys, "path", [*sys.path])
     out = tmp_path / "rows.jsonl"
@@ -624,7 +625,8 @@ def test_fastdpo_bench_is_the_same_command(tmp_path, capsys, monkeypatch):
     arguments += ["--pairs", "2", "--variants", "naive", "--no-memory", "--out", str(out)]
     assert fastdpo_cli.main(["bench", *arguments]) == 0
     assert [row["N"] for row in tables.load([out])] == [16]
-    monkeypatch.setattr(fastdpo_cli, "__file__", str(tmp_path / "fastdpo" / "cli.py"))
+    elsewhere = tmp_path / "fastdpo" / "cli" / "commands.py"
+    monkeypatch.setattr(commands, "__file__", str(elsewhere))
     capsys.readouterr()
     assert fastdpo_cli.main(["bench"]) == 2
     assert "checkout" in capsys.readouterr().err
