@@ -167,9 +167,10 @@ def test_all_rounds_are_rendered_by_one_clock(dated, tmp_path, monkeypatch):
     write(inputs / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(6)])
     offline = pairs_file(inputs / "offline.jsonl")
     options = dict(
-        model=model, scorer="test_starts:vowels", heldout=2, max_length=128, max_tokens=400,
-        replay=offline, replay_share=0.5, fresh_threshold=-9, batch_prompts=2, num_samples=2,
-        max_new_tokens=8, rounds=1,
+        model=model, score__scorer="test_starts:vowels", evaluate__heldout=2,
+        train__max_length=128, train__max_tokens=400, pair__replay=offline, pair__replay_share=0.5,
+        pair__fresh_threshold=-9, sample__batch_prompts=2, sample__num_samples=2,
+        sample__max_new_tokens=8, rounds=1,
     )  # fmt: skip
 
     def run():
@@ -266,7 +267,7 @@ def surplus(model, tmp_path):
 def test_a_token_that_never_occurs_needs_no_embedding(surplus, tmp_path):
     # Of several lengths, so that samples are padded.
     write(tmp_path / "prompts.jsonl", [{"prompt": "tell me " * (i + 1)} for i in range(6)])
-    options = dict(model=surplus, scorer="test_starts:vowels", rounds=1, heldout=2)
+    options = dict(model=surplus, score__scorer="test_starts:vowels", rounds=1, evaluate__heldout=2)
     assert main(arguments(tmp_path, tmp_path / "run", **options)) == 0
 
 
@@ -275,10 +276,11 @@ def test_a_token_that_occurs_needs_one(surplus, tmp_path, where, capsys):
     text = {"prompts": "say 3", "replay": "say 3"} | {where: "see <image>"}
     write(tmp_path / "prompts.jsonl",
           [{"prompt": text["prompts"] if i == 3 else f"say {i}"} for i in range(6)])  # fmt: skip
-    options = dict(model=surplus, scorer="test_starts:vowels", rounds=1, heldout=2)
+    options = dict(model=surplus, score__scorer="test_starts:vowels", rounds=1, evaluate__heldout=2)
     if where == "replay":
         row = {"prompt": text["replay"], "chosen": "yes", "rejected": "no"}
-        options |= dict(replay=write(tmp_path / "replay.jsonl", [row]), replay_share=0.5)
+        offline = write(tmp_path / "replay.jsonl", [row])
+        options |= dict(pair__replay=offline, pair__replay_share=0.5)
     assert main(arguments(tmp_path, tmp_path / "run", **options)) == 2
     said = capsys.readouterr().err
     line = "prompts.jsonl:4" if where == "prompts" else "replay.jsonl:1"
@@ -299,7 +301,9 @@ def test_the_tokenizer_of_another_model_is_refused(model, tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     write(tmp_path / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(6)])
-    options = dict(model=tmp_path / "m", scorer="test_starts:vowels", rounds=1, heldout=2)
+    options = dict(
+        model=tmp_path / "m", score__scorer="test_starts:vowels", rounds=1, evaluate__heldout=2
+    )
     assert main(arguments(tmp_path, tmp_path / "run", **options)) == 2
     assert "the tokenizer's end token" in capsys.readouterr().err
 
@@ -411,8 +415,8 @@ def test_what_is_saved_is_what_was_loaded(model, tmp_path):
     )
     write(tmp_path / "prompts.jsonl", [{"prompt": f"tell me {i}"} for i in range(6)])
     options = dict(
-        model=start, scorer="test_starts:vowels", heldout=0, reference="average", use_peft="true",
-        extrapolation=0.5, lora_r=4,
+        model=start, score__scorer="test_starts:vowels", evaluate__heldout=0, reference="average",
+        train__use_peft="true", extrapolation=0.5, train__lora_r=4,
     )  # fmt: skip
     assert main(arguments(tmp_path, tmp_path / "run", **options)) == 0
     memory = AutoModelForCausalLM.from_pretrained(start)
