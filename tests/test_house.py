@@ -124,3 +124,24 @@ def test_importing_the_stages_does_not_import_transformers():
     )
     loaded = out.stdout.split()
     assert "fastdpo.sample.stage" in loaded and "transformers" not in loaded, out.stderr
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from fastdpo import LinearDPOLoss, linear_dpo_loss, linear_kl, linear_logp",
+        "from fastdpo import linear_preference_loss, objectives, reference",
+        "from fastdpo.objectives import lr_dpo",
+        "from fastdpo.reference import linear_dpo_loss",
+        "from fastdpo.head import HeadCall, attach",
+        "from fastdpo.scoring import plain_language",
+        "from fastdpo.data import TokenizedPair, pack_pairs, preference_rows, read_rows",
+        "from fastdpo.data import tokenize_dataset",
+        "from fastdpo.model import ModelError, fuse_head, layout_of, prepare_model",
+        "from fastdpo.train import TrainConfig, packed_loss, train",
+        "from fastdpo.rounds import iterate",
+        "from fastdpo.plan import estimate, longest_pair",
+    ],
+)
+def test_documented_names_stay(statement):
+    exec(statement, {})
