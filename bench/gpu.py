@@ -42,7 +42,7 @@ from .__main__ import KEY, complete_lines, jobs_of, line, parse, remaining
 from .measure import BROKE, DeviceBroken, run, where
 from .peak import ROOT
 from .targets import GPU_DTYPE, LLAMA, SMALL_HEADS, Job, gpu_jobs, gpu_target_lines
-from .variants import FASTDPO, FASTDPO_LARGE, TRAIN, Shape, Variant
+from .variants import FASTDPO_LARGE, FASTDPO_MIDDLE, TRAIN, Shape, Variant
 
 PLACE = KEY[:5]  # device, threads, versions, commit, local changes
 LOG, SCRATCH = "log.txt", ".scratch"
@@ -101,7 +101,7 @@ def gpu_work(commit: str | None = None) -> Work:
         steps=steps,
         longest=["--shape", "llama-3-8b", "--longest"],
         budgets_gib=(24, 80),
-        profiles=[(head, variant) for head in heads for variant in (FASTDPO, FASTDPO_LARGE)],
+        profiles=[(head, variant) for head in heads for variant in (FASTDPO_LARGE, FASTDPO_MIDDLE)],
         grid=jobs_of(parse(["--grid", "--out", os.devnull, "--device", "cuda"])),
     )
 
