@@ -153,18 +153,21 @@ class Oracle:
         return dw
 
 
+def fp32_product(h_ND: Tensor, w_VD: Tensor) -> Tensor:
+    """``h @ w.T`` accumulated and returned in fp32, by the tensor cores where there are some."""
+    if h_ND.is_cuda and h_ND.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(h_ND, w_VD.T, out_dtype=torch.float32)
+    return h_ND.float() @ w_VD.float().T
+
+
 def plain_logp(problem: Problem, tokens: Index) -> Tensor:
     """Log-probs from a matmul whose result is fp32, then fp64: what a plain exact route gives."""
     h, w = problem.h_ND.detach()[tokens], problem.w_VD.detach()
     target, softcap = problem.target_N[tokens], problem.shape.softcap
-    widen = h.is_cuda and h.dtype in (torch.float16, torch.bfloat16)
     rows = max(1, TILE_BYTES[h.device.type] // (8 * problem.shape.V))
     found = []
-    if not widen:
-        w = w.float()
     for x, y in zip(h.split(rows), target.split(rows)):
-        z = torch.mm(x, w.T, out_dtype=torch.float32) if widen else x.float() @ w.T
-        z = z.double()
+        z = fp32_product(x, w).double()
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
         found.append(z.log_softmax(-1).gather(1, y[:, None])[:, 0])

@@ -897,12 +897,12 @@ def test_kl_of_a_head_to_itself_is_zero(projection):
 
 
 # ---------------------------------------------------------------------------------- other processes
-TESTS = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 
 
 def python(code: str, *prefix: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own, whose CUDA context may break."""
-    path = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    path = [str(HERE.parents[1]), str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     return subprocess.run(
         [*prefix, sys.executable, "-c", code], env=environment, capture_output=True, text=True,

@@ -78,7 +78,7 @@ def call(q, k, v, segments, window=None, softcap=None, scale=None):
 
 
 def gradients(out, inputs):
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     return torch.autograd.grad((out * weight).sum(), inputs)
 
 
