@@ -46,8 +46,9 @@ def spread(value: dict[str, float] | None) -> str:
 def table(rows: list[dict]) -> str:
     """One line a variant, the fastest first."""
     titles = [
-        "variant", "pairs/s (steps' p20 to p80)", "x trl", "tokens/s", "s a step",
-        "tokens computed", "padding", "peak MiB", "before, MiB", "loss, first and last step",
+        "variant", "pairs/s (steps' p20 to p80)", "x trl", "median step's x trl", "tokens/s",
+        "median s a step", "tokens computed", "padding", "peak MiB", "before, MiB",
+        "loss, first and last step",
     ]  # fmt: skip
     body = []
     for row in sorted(rows, key=lambda row: -(row["x_trl"] or 0)):
@@ -57,6 +58,7 @@ def table(rows: list[dict]) -> str:
                 f"**{row['variant']}**" if row["kind"] == "fastdpo" else row["variant"],
                 row["note"] or spread(row["pairs_per_s"]),
                 number(row["x_trl"], ".2f"),
+                number((row["x_trl_steps"] or {}).get("median"), ".2f"),
                 "" if step_s is None else f"{row['tokens_per_s']['total']:,.0f}",
                 "" if step_s is None else f"{step_s['median']:.3g}",
                 "" if step_s is None else number(row["tokens_computed"], ",.0f"),

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,8 @@ def by_name(family):
     return family.name
 
 
-def build(family, dtype=torch.float64):
-    torch.manual_seed(0)
+def build(family, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
     model = family.build(VOCAB)
     for name, p in model.named_parameters():
         if "norm" in name:  # they are born as ones or zeros, which hides what is done with them
@@ -723,19 +724,23 @@ class TestOnGpu:
     @pytest.mark.parametrize("family", LIGER, ids=by_name)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_liger(self, family, dtype):
+        """The median of three models: a small random one can turn one rounding into a fifth."""
         pytest.importorskip("liger_kernel")
-        model = build(family, torch.float32).cuda()
-        gold = passes(model.double())
-        model.to(dtype)
-        plain = passes(model)
-        assert use_liger(model)
-        found = passes(model)
-
-        def error(x, y):
-            return float((x.double() - y).norm() / y.norm().clamp_min(1e-3))
-
+        errors: dict[str, list[list[float]]] = {}
+        for seed in range(3):
+            model = build(family, torch.float32, seed).cuda()
+            gold = passes(model.double())
+            model.to(dtype)
+            plain = passes(model)
+            assert use_liger(model)
+            found = passes(model)
+            named = {"logits": (plain[0], found[0], gold[0])}
+            named |= {name: (plain[1][name], found[1][name], x) for name, x in gold[1].items()}
+            for name, (*both, y) in named.items():
+                size = y.norm().clamp_min(1e-3)
+                sides = errors.setdefault(name, [[], []])
+                for side, x in zip(sides, both):
+                    side.append(float((x.double() - y).norm() / size))
         floor = FP32 * 100 if dtype == torch.float32 else 0.02  # TF32 may be on
-        assert error(found[0], gold[0]) < 2 * error(plain[0], gold[0]) + floor
-        for name, grad in gold[1].items():
-            wanted = error(plain[1][name], grad)
-            assert error(found[1][name], grad) < 2 * wanted + floor, name
+        for name, (plain, found) in errors.items():
+            assert median(found) < 2 * median(plain) + floor, name
