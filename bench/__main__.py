@@ -10,7 +10,6 @@ out the next time.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 from dataclasses import replace
@@ -18,21 +17,16 @@ from pathlib import Path
 
 import torch
 
-from .measure import BROKE, DTYPES, DeviceBroken, run, where
-from .tables import load
+from .measure import DTYPES, run
+from .rows import append, command_line, matching, resume, this_device, where
 from .targets import BUDGET_S, Job, gpu_jobs, gpu_target_lines, target_lines
+from .turns import BROKE, DeviceBroken
 from .variants import GRID_TOKENS, PASSES, SHAPES, TRAIN, VARIANTS, Shape
-
-# What makes two measurements the same, beside the variant.
-KEY = ("device", "threads", "versions", "git", "dirty", "dtype", "N", "D", "V", "pairs", "softcap")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("bench", __doc__)
     add = parser.add_argument
     add("--shape", nargs="+", help=f"N,D,V or one of: {', '.join(SHAPES)} (smollm2)")
     add("--tokens", nargs="+", type=int, help="N, in place of the named shapes'")
@@ -42,10 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--variants", help=f"of: {', '.join(VARIANTS)}")
     add("--rounds", type=int, default=7)
     add("--threads", type=int)
-    add("--device", default="cuda" if cuda else "cpu")
+    add("--device", default=this_device().type)
     add("--out", type=Path, help="for example bench/results/NAME.jsonl; replaced without --grid")
     add("--no-memory", action="store_true", help="skip peak memory (a process a variant on a CPU)")
-    add("--commit", help="the commit to record where there is no repository")
     add("--targets", action="store_true", help="the rows that the targets need, and the targets")
     add("--grid", action="store_true", help="all heads and tokens, or those given; resumes --out")
     args = parser.parse_args(arguments)
@@ -95,8 +88,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 def remaining(job: Job, rows: list[dict], here: dict) -> Job:
     """The job without the passes that `rows` have, and without what broke the device."""
-    wanted = {**here, **job.shape._asdict(), "dtype": job.dtype}
-    same = [row for row in rows if all(row.get(name) == wanted[name] for name in KEY)]
+    same = matching(rows, here, **job.shape._asdict(), dtype=job.dtype)
     done = {(row["pass"], row["variant"]) for row in same}
     passes = [
         pass_
@@ -105,17 +97,6 @@ def remaining(job: Job, rows: list[dict], here: dict) -> Job:
     ]
     broke = {(row["pass"], row["variant"]) for row in same if (row["note"] or "").startswith(BROKE)}
     return replace(job, passes=tuple(passes), leave_out=frozenset(broke))
-
-
-def complete_lines(path: Path) -> list[dict]:
-    """Rows of an interrupted run; a last line that was cut off is removed from the file."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    kept = text[: text.rfind("\n") + 1]
-    if kept != text:
-        path.write_text(kept)
-    return load([path])
 
 
 def line(row: dict) -> str:
@@ -146,11 +127,10 @@ def main(arguments: list[str] | None = None) -> None:
     on_gpu = device.type == "cuda"
     jobs, rows, stopped = jobs_of(args), [], None
     here = where(device, args.commit)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        rows = complete_lines(args.out) if args.grid else []
-        if not args.grid:
-            args.out.write_text("")
+    if args.grid:
+        rows = resume(args.out)
+    elif args.out:
+        args.out.unlink(missing_ok=True)
     for i, job in enumerate(jobs):
         elapsed = time.perf_counter() - started
         if args.targets and on_gpu and elapsed > BUDGET_S:
@@ -174,11 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
                 leave_out=job.leave_out,
                 commit=args.commit,
             ):
-                rows.append(row)
+                rows.append(append(args.out, row))
                 print(line(row), flush=True)
-                if args.out:
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
         except DeviceBroken as error:
             stopped = f"stopped: {error}"
             break

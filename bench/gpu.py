@@ -17,7 +17,6 @@ without a repository `--commit` says what it measures. Without a GPU it prints w
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import multiprocessing
 import os
@@ -38,13 +37,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import profile, smoke, step, step_crew, step_tables
-from .__main__ import KEY, complete_lines, jobs_of, line, parse, remaining
-from .measure import BROKE, DeviceBroken, run, where
-from .peak import ROOT
+from .__main__ import jobs_of, line, parse, remaining
+from .measure import run
+from .rows import ROOT, append, command_line, matching, resume, this_device, where
 from .targets import GPU_DTYPE, LLAMA, SMALL_HEADS, Job, gpu_jobs, gpu_target_lines
+from .turns import BROKE, DeviceBroken
 from .variants import FASTDPO_LARGE, FASTDPO_MIDDLE, TRAIN, Shape, Variant
 
-PLACE = KEY[:5]  # device, threads, versions, commit, local changes
 LOG, SCRATCH = "log.txt", ".scratch"
 LENGTHS = ROOT / "bench" / "lengths.json"
 FAILED, BROKEN = 1, 3  # exit codes of a stage; a broken one can go on in another process only
@@ -76,11 +75,6 @@ class Work:
     def here(self) -> dict[str, Any]:
         return where(self.device, self.commit)
 
-    def rows_of_here(self, rows: list[dict], **more: Any) -> list[dict]:
-        """Rows of the same place, and of whatever else is asked."""
-        wanted = {**{name: self.here[name] for name in PLACE}, **more}
-        return [row for row in rows if all(row.get(name) == x for name, x in wanted.items())]
-
 
 def gpu_work(commit: str | None = None) -> Work:
     """What `python -m bench.gpu` measures."""
@@ -94,7 +88,7 @@ def gpu_work(commit: str | None = None) -> Work:
     ]
     heads = [LLAMA, *SMALL_HEADS.values()]
     return Work(
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=this_device(),
         commit=commit,
         heads=smoke.HEADS,
         targets=gpu_jobs(),
@@ -120,7 +114,7 @@ Crew = Callable[[], step_crew.Crew]  # made where it is needed first
 def smoke_items(work: Work, known: list[dict], crew: Crew) -> list[Item]:
     items = []
     for head in work.heads:
-        same = work.rows_of_here(known, head=head.name, dtype=head.dtype)
+        same = matching(known, work.here, head=head.name, dtype=head.dtype)
         broke = any((row["note"] or "").startswith(BROKE) for row in same)
         if not broke and not any(row["case"] == smoke.LAST_CASE for row in same):
             what = f"{head.name} head, {head.dtype}"
@@ -166,7 +160,7 @@ def step_items(work: Work, known: list[dict], crew: Crew) -> list[Item]:
         args = parse_step(work, arguments)
         wanted = step.common_fields(args, args.shape or args.model, [])
         del wanted["utc"], wanted["mean_sequence"]
-        found = {row["variant"] for row in work.rows_of_here(known, op=step_tables.OP, **wanted)}
+        found = {row["variant"] for row in matching(known, work.here, op=step_tables.OP, **wanted)}
         if not found >= set(step.names_of(args)):
             what = f"{wanted['data']}, {args.batch_size} pairs a step"
             seconds = STEPS_S + (0 if items else STEPS_START_S)
@@ -190,7 +184,7 @@ def longest_items(work: Work, known: list[dict], crew: Crew) -> list[Item]:
     for budget in work.budgets_gib:
         for name in step.LONGEST_VARIANTS:
             wanted = {"versions": versions, "model": model, "variant": name, "budget_gib": budget}
-            found = work.rows_of_here(known, op=step_tables.LONGEST, **wanted)
+            found = matching(known, work.here, op=step_tables.LONGEST, **wanted)
             good = found[-1]["longest"] if found else 0
             if not found or found[-1]["note"] == step.SO_FAR:
                 what = f"{name} within {budget} GiB"
@@ -202,7 +196,7 @@ def profile_items(work: Work, known: list[dict], crew: Crew) -> list[Item]:
     items = []
     for shape, variant in work.profiles:
         wanted = {**shape._asdict(), "dtype": GPU_DTYPE, "variant": variant.name, "kernel": None}
-        if not work.rows_of_here(known, op=profile.OP, **wanted):
+        if not matching(known, work.here, op=profile.OP, **wanted):
             what = f"N={shape.N}, D={shape.D}, V={shape.V}: {variant.name}"
             job = shape, GPU_DTYPE, variant, TRAIN, work.device, work.here
             items.append(Item(what, PROFILE_S, partial(profile.run, *job)))
@@ -236,14 +230,12 @@ def run_stage(
     path, started, code = out / f"{name}.jsonl", clock(), 0
 
     def write(row: dict) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(line_of(row), flush=True)
+        print(line_of(append(path, row)), flush=True)
 
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, out / SCRATCH, ignore_errors=True)
         crew = cache(lambda: stack.enter_context(step_crew.crew_of(work.worker, out / SCRATCH)))
-        items = STAGES[name].items(work, complete_lines(path), crew)
+        items = STAGES[name].items(work, resume(path), crew)
         for i, item in enumerate(items):
             left = deadline - clock()
             about = f"[{i + 1}/{len(items)}] {clock() - started:.0f} s  {item.what}"
@@ -349,7 +341,7 @@ def measure(
     for name, stage in STAGES.items():
         path, before = out / f"{name}.jsonl", -1
         while True:
-            known = complete_lines(path)
+            known = resume(path)
             items = stage.items(work, known, no_crew)
             left = deadline - clock()
             if not items:
@@ -369,8 +361,7 @@ def measure(
                 tell(f"{name}: failed, exit code {code}")
             if code != BROKEN:
                 break
-    rows = complete_lines(out / "targets.jsonl")
-    if rows := work.rows_of_here(rows):
+    if rows := matching(resume(out / "targets.jsonl"), work.here):
         tell("\n".join(["targets:", *gpu_target_lines(rows)]))
     tell(f"the end; tables and plots: python -m bench.report {out}")
 
@@ -397,14 +388,9 @@ def default_folder(here: dict[str, Any]) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, or say what would be."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("bench.gpu", __doc__)
     parser.add_argument("--out", type=Path, help="a folder (bench/results/DEVICE-COMMIT)")
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--commit", help="the commit to record where there is no repository")
     args = parser.parse_args(arguments)
     plan = partial(gpu_work, args.commit)
     if not torch.cuda.is_available():

@@ -86,9 +86,8 @@ from .length_reward import (
     train_reward,
 )
 from .length_tables import AUTO, METRICS, OP, REWARD, RUN, label, markdown, plot
-from .measure import where
 from .rise import prompt_means
-from .tables import load
+from .rows import append, command_line, load, resume, this_device, where
 
 CLOCK, TICK = "seconds.json", 5.0  # a run's seconds so far, noted every so many
 UNNAMED = {"output_dir", "model", "prompts", "scorer", "reference_cache"}  # paths, not settings
@@ -233,14 +232,12 @@ def remove_weights(folder: Path) -> None:
 def study(args: argparse.Namespace) -> list[dict]:
     """Run what is missing, a seed at a time; all rows, each on disk as soon as it is known."""
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = load([args.results]) if args.results.exists() else []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = resume(args.results)
     files = {"model": Path(args.model).name, "data": [Path(name).stem for name in args.dataset]}
-    common = {"op": OP, **files, **where(device, args.commit)}
+    common = {"op": OP, **files, **where(this_device(), args.commit)}
 
     def add(row: dict) -> dict:
-        rows.append(common | row)
-        write_jsonl_atomic(args.results, rows)
+        rows.append(append(args.results, common | row))
         print(line(rows[-1]), flush=True)
         return rows[-1]
 
@@ -370,11 +367,7 @@ def line(row: dict) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.length_study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("bench.length_study", __doc__)
     add = parser.add_argument
     add("--dataset", nargs="+", help="files or hub names of preference pairs")
     add("--prompts", help="rows with a prompt, in place of the first dataset's")
@@ -404,7 +397,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--bias-prompts", type=int, default=64, help="prompts whose samples show the bias")
     add("--only-reward", action="store_true", help="train and measure the reward model, no runs")
     add("--keep-weights", action="store_true", help="also of finished runs")
-    add("--commit", help="the commit to record where there is no repository")
     add("--report", type=Path, nargs="+", metavar="FILE", help="tables and a plot of these rows")
     args = parser.parse_args(arguments)
     if args.report:

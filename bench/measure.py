@@ -10,24 +10,24 @@ fp32 result, and the exact gradients rounded to the dtype.
 
 from __future__ import annotations
 
-import gc
-import math
-import platform
-import random
-import subprocess
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .oracle import Gold, Oracle, plain_logp
-from .peak import ROOT, cuda_peak_mib, peaks_mib
+from .peak import cuda_peak_mib, peaks_mib
+from .rows import where
+from .turns import (
+    OUT_OF_MEMORY,
+    DeviceBroken,
+    attempt,
+    each,
+    interleaved_ms,
+    is_out_of_memory,
+    release,
+)
 from .variants import (
     FORWARD,
     MATMULS,
@@ -46,62 +46,6 @@ from .variants import (
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOSS_LIMIT = 0.05  # relative
 GRADIENT_LIMIT = 0.2  # relative, Frobenius norm
-SLOW_MS = 10_000.0
-SHORT_MS, MOST_CALLS = 2.0, 20  # a sample is several calls where one is shorter
-OUT_OF_MEMORY, BROKE = "out of memory", "broke the device"
-
-T = TypeVar("T")
-
-
-class DeviceBroken(RuntimeError):
-    """A variant left the device unusable; `row` is what is known of it."""
-
-    def __init__(self, row: dict) -> None:
-        super().__init__(f"{row['variant']}, {row['pass']}: {row['note']}")
-        self.row = row
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """The allocator's own error, or a library's word for it."""
-    words = ("out of memory", "alloc_failed", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        word in str(error).lower() for word in words
-    )
-
-
-def attempt(row: dict, call: Callable[[], T]) -> T | None:
-    """The call's result; a failure is the row's note, and leaves nothing allocated behind."""
-    try:
-        return call()
-    except Exception as error:
-        if is_out_of_memory(error):
-            row["note"] = OUT_OF_MEMORY
-        else:
-            reason = (str(error).strip() or "no message").splitlines()[0]
-            row["note"] = f"{type(error).__name__}: {reason}"
-    # Outside the handler: the traceback would keep the failed call's tensors.
-    if device_is_broken():
-        row["note"] = f"{BROKE}: {row['note']}"
-        raise DeviceBroken(row)
-    release()
-    return None
-
-
-def device_is_broken() -> bool:
-    """After a device assert or an illegal access every later call fails, this one too."""
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except Exception:
-        return True
-    return False
-
-
-def release() -> None:
-    """Give back what nothing holds, so that one variant's leftovers are not another's limit."""
-    if torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def relative(x: Tensor, gold: Tensor) -> float:
@@ -167,69 +111,6 @@ def refusal(found: dict) -> str | None:
         if found[name] is not None and not found[name] <= limit:
             return f"wrong: {name} {found[name]:.2g} is over {limit}"
     return None
-
-
-def timed_ms(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Time of one call, the mean of `calls`; on a GPU by events, so that a queue of launches isn't
-    counted as work.
-    """
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / calls
-    started = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - started) * 1e3 / calls
-
-
-def warm_ms(call: Callable[[], object], device: torch.device) -> float:
-    """A warm-up's time; where that is short, the first call's is mostly something else."""
-    ms = timed_ms(call, device)
-    return ms if ms > 50 * SHORT_MS else timed_ms(call, device)
-
-
-def interleaved_ms(
-    calls: dict[str, Callable[[], object]], rows: dict[str, dict], rounds: int, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Warm each up, then every round runs all of them once, in a new order.
-
-    One whose warm-up takes over `SLOW_MS` is in the first round only, so it holds up no run. One
-    that fails has its note in `rows`, and no time.
-    """
-    warm = {name: attempt(rows[name], lambda c=c: warm_ms(c, device)) for name, c in calls.items()}
-    first_ms = {name: ms for name, ms in warm.items() if ms is not None}
-    count = {
-        name: min(MOST_CALLS, math.ceil(SHORT_MS / max(ms, SHORT_MS / MOST_CALLS)))
-        for name, ms in first_ms.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in first_ms}
-    order, shuffle = list(first_ms), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            if rows[name]["note"] or (first_ms[name] > SLOW_MS and times[name]):
-                continue
-            ms = attempt(rows[name], lambda n=name: timed_ms(calls[n], device, count[n]))
-            if ms is not None:
-                times[name].append(ms)
-    return {
-        name: {**summary(samples), "calls": count[name]}
-        for name, samples in times.items()
-        if not rows[name]["note"]
-    }
-
-
-def summary(samples: list[float]) -> dict[str, float]:
-    x = torch.tensor(samples, dtype=torch.float64)
-    points = x.quantile(torch.tensor([0.5, 0.0, 0.2, 0.8], dtype=torch.float64)).tolist()
-    named = zip(("median", "min", "p20", "p80"), points)
-    return {**{name: round(p, 4) for name, p in named}, "samples": len(samples)}
 
 
 def run(
@@ -308,39 +189,23 @@ def measured(
     rounds: int,
 ) -> list[dict]:
     """Rows of one pass: every variant is checked, then weighed, then all are timed."""
-    rows, calls = check_all(variants, problem, oracle, pass_)
     release()
-    for variant in variants:
-        row = rows[variant.name]
-        if row["note"] is None:
-            row["peak_mib"] = attempt(row, lambda v=variant: peak_mib(v, pass_))
-    calls = {name: call for name, call in calls.items() if rows[name]["note"] is None}
-    times = interleaved_ms(calls, rows, rounds, problem.h_ND.device)
+    by_name = {variant.name: variant for variant in variants}
+    rows = {variant.name: blank_row(variant, pass_) for variant in variants}
+    failed: dict = {"variant": "fp64 check", "pass": pass_, "note": None}
+    gold = attempt(failed, lambda: oracle.gold(pass_))
+    if gold is None:
+        return [{**row, "note": f"not checked: {failed['note']}"} for row in rows.values()]
+    calls = dict(each(rows, lambda x: checked(rows[x], by_name[x], problem, pass_, gold)))
+    release()
+    for name, peak in each(rows, lambda x: peak_mib(by_name[x], pass_)):
+        rows[name]["peak_mib"] = peak
+    times = interleaved_ms(rows, calls, rounds, problem.h_ND.device)
     floor = next((times[v.name]["median"] for v in variants if not v.loss and v.name in times), 0)
     for name, time_ms in times.items():
         rows[name]["time_ms"] = time_ms
         rows[name]["x_floor"] = time_ms["median"] / floor if floor else None
     return list(rows.values())
-
-
-def check_all(
-    variants: list[Variant], problem: Problem, oracle: Oracle, pass_: str
-) -> tuple[dict[str, dict], dict[str, Callable[[], object]]]:
-    """A row for each variant, and a call for each that may be timed."""
-    release()
-    rows = {variant.name: blank_row(variant, pass_) for variant in variants}
-    calls: dict[str, Callable[[], object]] = {}
-    failed: dict = {"variant": "fp64 check", "pass": pass_, "note": None}
-    gold = attempt(failed, lambda: oracle.gold(pass_))
-    for variant in variants:
-        row = rows[variant.name]
-        if gold is None:
-            row["note"] = f"not checked: {failed['note']}"
-            continue
-        call = attempt(row, lambda v=variant, r=row: checked(r, v, problem, pass_, gold))
-        if call is not None and row["note"] is None:
-            calls[variant.name] = call
-    return rows, calls
 
 
 def checked(
@@ -386,58 +251,3 @@ def blank_row(variant: Variant, pass_: str) -> dict:
 
 def mib(size: int | None) -> float | None:
     return None if size is None else size / 2**20
-
-
-def where(device: torch.device, commit: str | None = None) -> dict:
-    """The machine, the versions, the commit and the time of a run.
-
-    `commit` is for a copy of the files without their repository.
-    """
-    return {
-        "device": device_name(device),
-        "device_type": device.type,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            **{
-                name: installed(name)
-                for name in (
-                    "torch",
-                    "triton",
-                    "transformers",
-                    "trl",
-                    "liger-kernel",
-                    "cut-cross-entropy",
-                )
-            },
-        },
-        "git": git("rev-parse", "HEAD") or commit,
-        "dirty": bool(git("status", "--porcelain", "--", "fastdpo", "kernels", "bench/*.py")),
-        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def git(*arguments: str) -> str | None:
-    """None outside a repository, or without git."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

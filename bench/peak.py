@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from .rows import ROOT
 from .variants import VARIANTS, Problem, Shape, Variant, make_problem, step
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = Shape(N=16, D=16, V=64, pairs=2)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from .measure import DTYPES, attempt, inputs, timed_ms, warm_ms
+from .measure import DTYPES, inputs
 from .tables import grouped, latest_build, markdown_table, setting
+from .turns import attempt, timed_ms, warm_ms
 from .variants import Shape, Variant, step
 
 OP = "profile"

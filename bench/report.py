@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import length_tables, loss_tables, profile, sampling, smoke, step_tables
-from .tables import load, on_gpu
+from .rows import load
+from .tables import on_gpu
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 INTRODUCTION = """# Results

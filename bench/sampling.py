@@ -18,11 +18,10 @@ Then whole stages of sampling are timed, files and all, the samplers taking turn
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,9 @@ from fastdpo.sample.sampler import Sampler
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.storage import read_json, read_parts
 
-from .measure import where
+from .rows import append, command_line, this_device, where
 from .tables import grouped, markdown_table
+from .turns import Row, each, summary, take_turns
 
 OP = "sampling"
 TIES = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
@@ -90,7 +90,7 @@ class Study:
         self.prompt_ids = [
             render_prompt(row.prompt, self.tokenizer, as_chat=True) for row in self.prompts
         ]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = this_device()
         self.exact = load_causal_lm(args.model, dtype=torch.float32).to(self.device).eval()
         self.config = SampleConfig(
             num_samples=args.num_samples,
@@ -156,34 +156,29 @@ class Study:
         }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each sampler, errors first; those that pass are timed in turns."""
     study = Study(args)
     plain = study.plain()
-    rows: dict[str, dict[str, Any]] = {}
-    for backend in args.backends.split(","):
-        try:
-            rows[backend] = study.check(backend, plain)
-        except (OSError, ValueError, RuntimeError) as error:
-            rows[backend] = {"note": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    timed = [backend for backend, row in rows.items() if row["note"] is None]
-    found: dict[str, list[dict]] = {backend: [] for backend in timed}
+    rows: dict[str, Row] = {backend: {"note": None} for backend in args.backends.split(",")}
+    for backend, found in each(rows, lambda x: study.check(x, plain)):
+        rows[backend] |= found
+    seeds = {backend: count() for backend in rows}
     with ExitStack() as stack:
-        samplers = {backend: study.open(stack, backend, study.config) for backend in timed}
-        for turn in range(-1, args.rounds):
-            for backend in timed if turn % 2 else timed[::-1]:
-                _, throughput = study.stage(samplers[backend], study.config, seed=turn + 1)
-                if turn >= 0:  # the first is a warm-up
-                    found[backend].append(throughput)
-    for backend, stages in found.items():
+        samplers = dict(each(rows, lambda x: study.open(stack, x, study.config)))
+
+        def stage(backend: str) -> dict[str, Any]:
+            return study.stage(samplers[backend], study.config, next(seeds[backend]))[1]
+
+        stages = {backend: [warm_up] for backend, warm_up in each(rows, stage)}
+        take_turns(rows, stages, stage, args.rounds)
+    for backend in [x for x in stages if rows[x]["note"] is None]:
+        timed = stages[backend][1:]
         for name in ("samples_per_second", "tokens_per_second", "seconds"):
-            rows[backend][name] = spread([stage[name] for stage in stages])
-        rows[backend]["tokens_per_sample"] = sum(x["tokens"] for x in stages) / sum(
-            x["samples"] for x in stages
+            values = [stage[name] for stage in timed]
+            rows[backend][name] = {**summary(values), "max": max(values)}
+        rows[backend]["tokens_per_sample"] = sum(x["tokens"] for x in timed) / sum(
+            x["samples"] for x in timed
         )
     common = {
         **where(study.device, args.commit),
@@ -260,13 +255,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.sampling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("bench.sampling", __doc__)
     add = parser.add_argument
-    cuda = torch.cuda.is_available()
     demo = Path(fastdpo.__file__).parent / "recipes" / "demo_prompts.jsonl"
     add("--model", required=True, help="folder or hub name")
     add("--prompts", default=str(demo), help="the demo's by default")
@@ -276,12 +266,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch_prompts", type=int, default=8, help="prompts a part")
     add("--rounds", type=int, default=3, help="timed stages of each")
     add("--backends", default="generate,continuous", help=f"of {', '.join(BACKENDS[1:])}")
-    add("--dtype", default="bfloat16" if cuda else "float32", choices=TIES)
+    add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", choices=TIES)
     add("--server_url", help="of a running server")
     add("--server_command", default=SampleConfig.server_command)
     add("--threads", type=int)
     add("--out", type=Path, help="rows are appended to this .jsonl")
-    add("--commit", help="the commit to record where there is no repository")
     return parser.parse_args(arguments)
 
 
@@ -289,13 +278,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = run(args)
-    for row in rows:
-        print(line(row), flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    for row in run(args):
+        print(line(append(args.out, row)), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from torch import Tensor
 from fastdpo import linear_kl, linear_logp, linear_preference_loss
 from fastdpo.loss import objectives, reference
 
-from .measure import DTYPES, attempt, max_error, relative
+from .measure import DTYPES, max_error, relative
 from .oracle import fp32_product
 from .tables import grouped, latest_build, markdown_table, number, setting
+from .turns import attempt
 
 OP, LAST_CASE = "smoke", "kl"
 BETA, ALPHA = 0.3, 0.02

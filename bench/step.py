@@ -39,7 +39,6 @@ length n is a prompt of n/4 tokens and two responses of 3n/4.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,8 +50,8 @@ import torch
 
 from fastdpo.data.batch import TokenizedPair
 
-from .measure import installed, summary, where
-from .step_crew import Crew, Failed, crew_of
+from .rows import append, command_line, load, this_device, where
+from .step_crew import Crew, crew_of
 from .step_pairs import (
     POSITIONS,
     SHAPES,
@@ -67,9 +66,17 @@ from .step_pairs import (
     write_lengths,
 )
 from .step_tables import LONGEST, OP, markdown, plot
-from .step_turns import ROUNDED, WARM_UP, Result, capacity_mib, first_refusal, measure
+from .step_turns import (
+    ROUNDED,
+    WARM_UP,
+    Result,
+    capacity_mib,
+    first_refusal,
+    measure,
+    seconds_of,
+)
 from .step_worker import GOLD, VARIANTS, planned
-from .tables import load
+from .turns import Failed, summary
 
 DTYPES = ("bfloat16", "float32")
 BUDGETS_GIB = (24, 48, 80, 141)
@@ -85,25 +92,24 @@ ABSENT = {
 
 def common_fields(args: argparse.Namespace, model: str, pairs: list[TokenizedPair]) -> dict:
     """What all rows of a run share."""
-    here = where(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.commit)
+    here = where(this_device(), args.commit, "accelerate", "peft")
     here["threads"] = args.threads or here["threads"]
-    here["versions"] |= {name: installed(name) for name in ("accelerate", "peft")}
     sequences = [n for pair in pairs for n in lengths(pair)]
     return {
         **here,
         "model": Path(model).name,
         "data": data_name(args),
-        "batch_size": args.batch_size,
-        "max_length": args.max_length,
-        "max_tokens": args.max_tokens,
-        "dtype": args.dtype,
-        "autocast": not args.no_autocast,
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "attention": args.trl_attention,
-        "learning_rate": args.learning_rate,
+        **settings_of(args),
         "rounds": args.steps,
         "mean_sequence": sum(sequences) / len(sequences) if sequences else None,
     }
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What both a row and a worker's job say."""
+    names = "batch_size max_length max_tokens dtype gradient_checkpointing learning_rate"
+    found = {name: getattr(args, name) for name in names.split()}
+    return {**found, "autocast": not args.no_autocast, "attention": args.trl_attention}
 
 
 def data_name(args: argparse.Namespace) -> str:
@@ -118,7 +124,7 @@ def row_of(result: Result, job: dict[str, Any], common: dict) -> dict:
     steps = result.steps
     plan = planned(pairs, size, job["seed"])[: len(steps)]
     needed = [sum(sum(lengths(pairs[i])) for i in step) for step in plan]
-    seconds = [step["seconds"] for step in steps[WARM_UP:]]
+    seconds = seconds_of(steps)
     timed = result.note is None and bool(seconds)
 
     def rate(amounts: list[int]) -> dict[str, float] | None:
@@ -276,11 +282,7 @@ def longest_rows(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("bench.step", __doc__)
     add = parser.add_argument
     add("--dataset", help="a file, folder or hub name of preference pairs")
     add(
@@ -305,7 +307,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--mlp-tile-tokens", type=int, default=4096, help="fastdpo's, with --longest")
     add("--longest", action="store_true")
     add("--out", type=Path, help="rows are added to this file")
-    add("--commit", help="the commit to record where there is no repository")
     add("--report", type=Path, nargs="+", metavar="FILE", help="tables and a plot of these rows")
     add("--write-lengths", metavar="FILE:NAME", help="keep the token counts of the dataset's pairs")
     add("--convert", nargs=2, metavar=("SOURCE", "OUT"), help="write a public file as pairs")
@@ -334,18 +335,11 @@ def job_of(args: argparse.Namespace, model: str) -> dict[str, Any]:
     """What every worker is told, but for the pairs and its variant."""
     return {
         "model": model,
-        "batch_size": args.batch_size,
-        "max_length": args.max_length,
-        "max_tokens": args.max_tokens,
-        "dtype": args.dtype,
-        "autocast": not args.no_autocast,
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "learning_rate": args.learning_rate,
+        **settings_of(args),
         "beta": 0.1,
         "max_grad_norm": 1.0,
         "seed": args.seed,
         "threads": args.threads or torch.get_num_threads(),
-        "attention": args.trl_attention,
         "lora": None,
         "activation_offloading": False,
         "mlp_tile_tokens": None,
@@ -418,14 +412,9 @@ def main(arguments: list[str] | None = None) -> int:
         write_lengths(args.write_lengths, pairs, source)
         return 0
     started = time.perf_counter()
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
     with crew_of() as crew:
         for row in run(args, crew):
-            print(line(row), flush=True)
-            if args.out:
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            print(line(append(args.out, row)), flush=True)
     print(f"{time.perf_counter() - started:.0f} s")
     return 0
 

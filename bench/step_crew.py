@@ -10,15 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .measure import OUT_OF_MEMORY
 from .step_worker import STEP, STOP
 from .step_worker import main as run_worker
+from .turns import OUT_OF_MEMORY, Failed
 
 PATIENCE_S = 60  # for a process to clean up, or to end
-
-
-class Failed(Exception):
-    """A worker gave up; the message is why."""
 
 
 class Worker:

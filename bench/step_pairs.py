@@ -13,7 +13,8 @@ from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.rows import preference_rows, read_rows
 from fastdpo.data.tokenize import tokenize_dataset
 
-from .measure import release
+from .rows import this_device
+from .turns import release
 
 # From the models' published configurations, with random weights and positions without a limit.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,7 +57,7 @@ def shape_model(name: str) -> str:
         **numbers, **special, max_position_embeddings=POSITIONS
     )
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with this_device():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
     tokenizer = transformers.PreTrainedTokenizerFast(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .measure import OUT_OF_MEMORY
-from .step_crew import Failed
 from .step_pairs import lengths
 from .step_worker import GOLD, VARIANTS, planned
+from .turns import OUT_OF_MEMORY, Failed, Row, attempt, ratios, take_turns
 
 WARM_UP = 1
 TURN = 4  # steps; the first after others had theirs finds nothing of its own in caches
@@ -143,28 +141,26 @@ class Group:
         self.job, self.gold, self.start = job, gold, start
         self.workers: dict[str, Any] = {}
         self.steps: dict[str, list[dict[str, Any]]] = {}
-        self.notes: dict[str, str | None] = {}
+        self.rows: dict[str, Row] = {}
         self.capacity_mib = capacity_mib()
 
     def add(self, names: Sequence[str]) -> None:
         """Start variants side by side, to their warm-up; one that fails or differs is stopped."""
         started = {name: self.start({**self.job, "variant": name}) for name in names}
         for name, worker in started.items():
-            self.steps[name], self.notes[name] = [], None
-            try:
-                self.steps[name].append(worker.receive())
-            except Failed as error:
-                self.notes[name] = str(error)
-            else:
-                first = self.steps[name][0]
-                self.notes[name] = first_refusal(first, self.gold, limits_of(self.job))
-            self._tell(name, self.notes[name] or "loaded, first")
-            if self.notes[name] is None:
+            row = self.rows[name] = {"note": None}
+            self.steps[name] = []
+            if (first := attempt(row, worker.receive)) is not None:
+                self.steps[name].append(first)
+                row["note"] = first_refusal(first, self.gold, limits_of(self.job))
+            self._tell(name, "loaded, first")
+            if row["note"] is None:
                 self.workers[name] = worker
             else:
                 worker.stop()
 
     def _tell(self, name: str, what: str) -> None:
+        what = self.rows[name]["note"] or what
         seconds = ", ".join(f"{step['seconds']:.2f} s" for step in self.steps[name][-TURN:])
         line = f"... {name}, {self.job['dtype']}: {what} {seconds}"
         print(line, file=sys.stderr, flush=True)
@@ -194,23 +190,17 @@ class Group:
         return max(1.0, max(tokens) / tokens[0])
 
     def run(self, rounds: int) -> None:
-        order, shuffle = list(self.workers), random.Random(0).shuffle
-        for start in range(0, rounds, TURN):
-            shuffle(order)
-            for name in order:
-                self._take_turn(name, min(TURN, rounds - start))
+        """All of them `rounds` steps, in turns; then they are stopped."""
+        take_turns(
+            self.rows,
+            {name: self.steps[name] for name in self.workers},
+            lambda name: self.workers[name].step(),
+            rounds,
+            turn=TURN,
+            after=lambda name: self._tell(name, f"step {len(self.steps[name])},"),
+        )
         for worker in self.workers.values():
             worker.stop()
-
-    def _take_turn(self, name: str, count: int) -> None:
-        if self.notes[name] is not None:
-            return
-        try:
-            for _ in range(count):
-                self.steps[name].append(self.workers[name].step())
-        except Failed as error:
-            self.notes[name] = str(error)
-        self._tell(name, self.notes[name] or f"step {len(self.steps[name])},")
 
     def results(self, yardstick: str, known: list[dict[str, Any]]) -> list[Result]:
         """Losses of all steps are compared before anyone has a ratio.
@@ -218,19 +208,23 @@ class Group:
         `known` are the yardstick's steps from a group before, on the same pairs.
         """
         limits, found = limits_of(self.job), []
-        alive = [name for name, note in self.notes.items() if note is None]
+        alive = [name for name, row in self.rows.items() if row["note"] is None]
         here = yardstick in alive
         beside = self.steps[yardstick] if here else known
         other = known or beside or (self.steps[alive[0]] if alive else [])
         for name, steps in self.steps.items():
             off = distances(steps, other)
-            note = self.notes[name] or refusal(off, limits)
-            ratios = []
+            note = self.rows[name]["note"] or refusal(off, limits)
+            x_trl = []
             if note is None and yardstick == YARDSTICK:
-                both = zip(beside[WARM_UP:], steps[WARM_UP:])
-                ratios = [theirs["seconds"] / own["seconds"] for theirs, own in both]
-            found.append(Result(name, steps, note, ratios, here, off))
+                x_trl = ratios(*(seconds_of(taken) for taken in (beside, steps)))
+            found.append(Result(name, steps, note, x_trl, here, off))
         return found
+
+
+def seconds_of(steps: list[dict[str, Any]]) -> list[float]:
+    """Of the timed ones."""
+    return [step["seconds"] for step in steps[WARM_UP:]]
 
 
 def capacity_mib() -> float:

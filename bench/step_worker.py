@@ -27,8 +27,8 @@ import torch
 
 from fastdpo.data.batch import TokenizedPair, plan_steps
 
-from .measure import OUT_OF_MEMORY, is_out_of_memory, release
 from .peak import resident_mib
+from .turns import note_of, release
 
 METRICS = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins")
 STEP, STOP = "step", "stop"
@@ -152,8 +152,7 @@ def work(conn: Any, job: dict[str, Any]) -> None:
         raise
     except Exception as error:
         traceback.print_exc()
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        note = OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {reason}"
+        note = note_of(error)
     # Outside the handler: the traceback would keep the failed step's tensors.
     conn.send({"failed": note})
     conn.recv()

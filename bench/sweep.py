@@ -12,7 +12,6 @@ written to ``bench/ARCHITECTURES.md``.  Each model has a process of its own.
 import argparse
 import copy
 import importlib.metadata
-import json
 import logging
 import multiprocessing
 import os
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench import architectures
-from bench.measure import where
+from bench.rows import append, matching, resume, where
 from fastdpo.data.batch import LAYOUTS, TokenizedPair, pack_pairs
 from fastdpo.errors import ModelError
 from fastdpo.loss import reference
@@ -41,7 +40,6 @@ BETA, ALPHA = 0.1, 0.02
 # Tokens of prompt, chosen and rejected: on both sides of windows, chunks and rotary thresholds,
 # and the third pair's two sides on different ones.
 LENGTHS = ((20, 90, 50), (9, 14, 31), (40, 25, 12))
-_SAME = ("versions", "git", "dirty")  # what outcomes of an earlier run have to be from
 EQUAL, REFUSED, NOT_BUILT, WRONG, CRASH = "equal", "refused", "not built", "wrong", "crash"
 
 
@@ -253,18 +251,15 @@ def run(
     try_case(Case("llama", "llama", {}))  # imports once, before the forks, what takes seconds
     context = multiprocessing.get_context("fork")
     found: dict[str, dict[str, Outcome]] = {}
-    here = {k: v for k, v in where(torch.device("cpu")).items() if k in _SAME}
-    for line in log.read_text().splitlines() if log and log.exists() else ():
-        row = json.loads(line)
-        if not here["dirty"] and here == {k: row[k] for k in _SAME}:
+    here = where(torch.device("cpu"))
+    if log and not here["dirty"]:
+        for row in matching(resume(log), here):
             found[row["name"]] = {k: Outcome(*x) for k, x in row["outcomes"].items()}
 
     def done(case: Case, outcomes: dict[str, Outcome], started: float) -> None:
         found[case.name] = outcomes
         _print(len(found), len(chosen), case, outcomes, time.monotonic() - started)
-        if log:
-            with log.open("a") as file:
-                file.write(json.dumps({"name": case.name, "outcomes": outcomes, **here}) + "\n")
+        append(log, {"name": case.name, "outcomes": outcomes, **here})
 
     queue = [case for case in chosen if case.name not in found]
     live: dict[Any, tuple[Case, Any, float]] = {}

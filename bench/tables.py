@@ -1,8 +1,7 @@
-"""What the tables of all results share: reading rows, grouping them, and Markdown of them."""
+"""What the tables of all results share: grouping rows, and Markdown of them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,21 +15,6 @@ if TYPE_CHECKING:
 
 COLORS = {"fastdpo": "#2a7f62", "peer": "#8da0b3", "floor": "#d9d9d9"}
 LINES = ("#8da0b3", "#c7622b", "#7a5195", "#2b6cb0", "#b8a13a", "#a05252", "#4f9da6", "#666666")
-
-
-def load(paths: list[Path]) -> list[dict]:
-    """Rows of all files, in order. A last line that was cut off is left out."""
-    rows = []
-    for path in paths:
-        text = path.read_text()
-        lines = [line for line in text.splitlines() if line]
-        for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                if line is not lines[-1] or text.endswith("\n"):
-                    raise
-    return rows
 
 
 def grouped(rows: list[dict], names: tuple[str, ...]) -> dict[tuple, list[dict]]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .measure import OUT_OF_MEMORY
 from .tables import label
+from .turns import OUT_OF_MEMORY
 from .variants import (
     FASTDPO,
     FASTDPO_LARGE,

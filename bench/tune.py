@@ -9,7 +9,6 @@ column is what `plan._TILE_BYTES` and `project.HOPPER` should say.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from fastdpo.loss.plan import MIB, make_plan
 
-from .measure import interleaved_ms, where
+from .rows import append, where
+from .turns import attempt, interleaved_ms
 from .variants import SHAPES, Problem, make_problem
 
 TILE_MIB = (32, 64, 128, 512)
@@ -71,10 +71,10 @@ def candidates(problem: Problem) -> dict[str, Callable[[], Any]]:
     calls: dict[str, Callable[[], Any]] = {}
     block = None
     for name, streamer in {**folds, **kernels}.items():
-        try:
-            found = streamer.forward(h, target, keep=block is None)
-        except Exception as error:  # a tile that does not compile or launch is a result
-            print(f"{name}: {type(error).__name__}: {error}")
+        row = {"variant": name, "note": None}
+        found = attempt(row, partial(streamer.forward, h, target, keep=block is None))
+        if found is None:  # a tile that does not compile or launch is a result
+            print(f"{name}: {row['note']}")
             continue
         error = (found.logp_N[sample] - gold).abs().max().item()
         if not error <= LOGP_LIMIT:
@@ -121,15 +121,15 @@ def main() -> None:
     for name in args.shape:
         problem = make_problem(SHAPES[name]._replace(N=args.tokens), torch.bfloat16, device)
         calls = candidates(problem)
-        notes: dict[str, dict] = {key: {"note": None} for key in calls}
-        times = interleaved_ms(calls, notes, args.rounds, device)
+        rows: dict[str, dict] = {key: {"variant": key, "note": None} for key in calls}
+        times = interleaved_ms(rows, calls, args.rounds, device)
         print(f"\n{name}, N={args.tokens}")
         for key, time in sorted(times.items(), key=lambda item: item[1]["median"]):
             print(f"  {time['median']:9.3f} ms  {key}")
-        if args.out:
-            row = {**where(device), "op": "tune", **problem.shape._asdict(), "times_ms": times}
-            with args.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        for key in rows.keys() - times.keys():
+            print(f"  {key}: {rows[key]['note']}")
+        sizes = problem.shape._asdict()
+        append(args.out, {**where(device), "op": "tune", **sizes, "times_ms": times})
         del problem
         torch.cuda.empty_cache()
 

@@ -9,7 +9,8 @@ import torch
 from interpreter import needs_kernels
 
 from bench import __main__ as cli
-from bench import loss_tables, measure, oracle, peak, report, tables, targets, tune, variants
+from bench import loss_tables, measure, oracle, peak, report, targets, tune, turns, variants
+from bench.rows import load, where
 
 SHAPE = variants.Shape(N=64, D=32, V=200, pairs=2)
 CAPPED = SHAPE._replace(softcap=3.0)  # the logits' standard deviation is 2
@@ -262,18 +263,18 @@ def test_inputs_without_memory_are_in_the_rows(monkeypatch):
 
 def test_a_broken_device_ends_the_run_and_is_left_out_of_the_next(tmp_path, monkeypatch):
     bad = failing("bad", RuntimeError("CUDA error: device-side assert triggered"), 0)
-    monkeypatch.setattr(measure, "device_is_broken", lambda: True)
+    monkeypatch.setattr(turns, "device_is_broken", lambda: True)
     monkeypatch.setitem(variants.VARIANTS, "bad", bad)
     out = tmp_path / "rows.jsonl"
     arguments = ["--grid", "--shape", "64,32,200", "--passes", "forward", "--rounds", "1"]
     arguments += ["--variants", "naive,bad,bare matmuls", "--no-memory", "--out", str(out)]
     with pytest.raises(SystemExit, match="bad, forward: broke the device: RuntimeError: CUDA"):
         cli.main(arguments)
-    assert [row["variant"] for row in tables.load([out])] == ["bad"]
+    assert [row["variant"] for row in load([out])] == ["bad"]
     cli.main(arguments)
-    assert [row["variant"] for row in tables.load([out])] == ["bad", "naive", "bare matmuls"]
+    assert [row["variant"] for row in load([out])] == ["bad", "naive", "bare matmuls"]
     cli.main(arguments)
-    assert len(tables.load([out])) == 3
+    assert len(load([out])) == 3
 
 
 def test_a_grid_goes_on_where_it_stopped(tmp_path, capsys):
@@ -282,7 +283,7 @@ def test_a_grid_goes_on_where_it_stopped(tmp_path, capsys):
     grid += ["--passes", "forward,frozen head", "--variants", "naive,bare matmuls"]
     grid += ["--rounds", "1", "--no-memory", "--out", str(out)]
     cli.main(grid)
-    whole = tables.load([out])
+    whole = load([out])
     sizes = [(row["N"], row["D"], row["pass"], row["variant"]) for row in whole]
     assert len(whole) == 16 and len(set(sizes)) == 16
     assert [size[0] for size in sizes] == [16] * 8 + [32] * 8
@@ -290,20 +291,20 @@ def test_a_grid_goes_on_where_it_stopped(tmp_path, capsys):
     # Cut off within the last row but two, as a kill would: its pass is measured again.
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:13]) + lines[13][:50])
-    assert tables.load([out]) == whole[:13]
+    assert load([out]) == whole[:13]
     capsys.readouterr()
     cli.main(grid)
-    again = tables.load([out])
+    again = load([out])
     assert again[:13] == whole[:13] and len(again) == 17
     assert [(row["N"], row["D"], row["pass"], row["variant"]) for row in again[13:]] == sizes[12:]
     assert out.read_text().endswith("\n")
     assert len(capsys.readouterr().out.splitlines()) == 1 + 4  # the shape and its rows
     cli.main(grid)
-    assert tables.load([out]) == again
+    assert load([out]) == again
 
     # Another version, commit or shape is another measurement.
     job = targets.Job(variants.Shape(16, 32, 200, 2), "bf16", ("forward",), (NAIVE, variants.FLOOR))
-    here = measure.where(torch.device("cpu"))
+    here = where(torch.device("cpu"))
     assert cli.remaining(job, again, here).passes == ()
     for name, value in (("git", "other"), ("versions", {}), ("threads", 99), ("dirty", None)):
         assert cli.remaining(job, again, {**here, name: value}).passes == ("forward",), name
@@ -482,7 +483,7 @@ def test_command_line_writes_rows(tmp_path, capsys):
     out = tmp_path / "results" / "here.jsonl"
     arguments = ["--shape", "64,32,200", "--pairs", "2", "--dtype", "fp32", "--rounds", "1"]
     cli.main([*arguments, "--variants", "naive,bare matmuls", "--no-memory", "--out", str(out)])
-    rows = tables.load([out])
+    rows = load([out])
     assert [row["variant"] for row in rows] == ["naive", "bare matmuls"] * 4
     assert len(capsys.readouterr().out.splitlines()) == 8
     with pytest.raises(ValueError, match="pairs of equal length"):
@@ -560,7 +561,7 @@ def test_report_of_a_grid_on_a_gpu(tmp_path):
         if row["time_ms"]:
             row["time_ms"] |= {"p20": row["time_ms"]["median"], "p80": row["time_ms"]["median"]}
     (out := tmp_path / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = loss_tables.markdown(tables.load([out]), [])
+    text = loss_tables.markdown(load([out]), [])
     assert "N = 2,048 to 131,072 tokens in 4 pairs, D = 3,584, V = 256,000, softcap 30" in text
     assert "on a GPU, median" in text and "older" not in text
     assert "| 2,048 | 1 | 80% | 2 | 2.00 |" in text
@@ -624,7 +625,7 @@ def test_fastdpo_bench_is_the_same_command(tmp_path, capsys, monkeypatch):
     arguments = ["--shape", "16,8,32", "--dtype", "fp32", "--passes", "forward", "--rounds", "1"]
     arguments += ["--pairs", "2", "--variants", "naive", "--no-memory", "--out", str(out)]
     assert fastdpo_cli.main(["bench", *arguments]) == 0
-    assert [row["N"] for row in tables.load([out])] == [16]
+    assert [row["N"] for row in load([out])] == [16]
     elsewhere = tmp_path / "fastdpo" / "cli" / "commands.py"
     monkeypatch.setattr(commands, "__file__", str(elsewhere))
     capsys.readouterr()

@@ -19,15 +19,15 @@ from tiny import LLAMA, save_tiny
 
 from bench import (
     gpu,
-    measure,
     report,
     smoke,
     step,
     step_crew,
     step_pairs,
     step_tables,
-    tables,
+    turns,
 )
+from bench.rows import PLACE, load, resume
 from bench.targets import Job
 from bench.variants import FASTDPO, FLOOR, TRAIN, Shape
 from fastdpo.loss import objectives
@@ -63,7 +63,7 @@ def here_and_now(name, plan, out, deadline):
 
 
 def rows_in(folder):
-    return {path.stem: tables.load([path]) for path in folder.glob("*.jsonl")}
+    return {path.stem: load([path]) for path in folder.glob("*.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_one_folder_has_all_rows(folder):
     assert len({path.name for path in files} | {f"{name}.jsonl" for name in gpu.STAGES}) <= 8
     for rows in found.values():
         for row in rows:
-            assert {*gpu.PLACE, "utc", "op"} <= set(row)
+            assert {*PLACE, "utc", "op"} <= set(row)
             assert not row["note"] or row["variant"] in step.ABSENT, row
     assert {(row["N"], row["variant"]) for row in found["grid"]} == {
         (n, variant.name) for n in (16, 32) for variant in (FASTDPO, FLOOR)
@@ -248,9 +248,9 @@ def test_a_broken_device_costs_one_part(tmp_path, monkeypatch, capsys):
     def breaking(head, device, common, impl):
         if head.dtype == "fp32":
             yield made_up(common, head)
-            note = f"{measure.BROKE}: illegal access"
+            note = f"{turns.BROKE}: illegal access"
             row = {**made_up(common, head), "passed": False, "note": note}
-            raise measure.DeviceBroken(row | {"variant": "", "pass": ""})
+            raise turns.DeviceBroken(row)
         yield from original(head, device, common, impl)
 
     monkeypatch.setattr(smoke, "run", breaking)
@@ -279,7 +279,7 @@ class Fits(step_crew.Worker):
     def receive(self):
         assert self.job["memory_gib"] == 24 and self.job["gradient_checkpointing"]
         if self.job["max_length"] > 5000:
-            raise step_crew.Failed("out of memory")
+            raise turns.Failed("out of memory")
         return {"loss": math.log(2)}
 
     def stop(self):
@@ -351,13 +351,13 @@ def test_a_stopped_stage_keeps_its_rows_and_leaves_no_process(tmp_path):
     plan = partial(sleeping_plan, str(path))
     deadline = time.monotonic() + 100
     assert gpu.in_process("smoke", plan, tmp_path, deadline, clock) is None
-    (row,) = tables.load([path])
+    (row,) = load([path])
     for _ in range(50):  # what was killed takes a moment to be gone
         if not is_alive(int(row["note"])):
             break
         time.sleep(0.1)
     assert not is_alive(int(row["note"]))
-    assert len(gpu.complete_lines(path)) == 1 and path.read_text().count("\n") == 1
+    assert len(resume(path)) == 1 and path.read_text().count("\n") == 1
     assert "pass  tiny, bf16: dpo" in (tmp_path / gpu.LOG).read_text()
     assert sorted(os.listdir(tmp_path)) == [gpu.LOG, "smoke.jsonl"]
 

@@ -10,7 +10,6 @@ from threaded import Threaded
 from tiny import LLAMA, save_tiny
 
 from bench import (
-    measure,
     report,
     step,
     step_crew,
@@ -18,6 +17,7 @@ from bench import (
     step_tables,
     step_turns,
     step_worker,
+    turns,
 )
 
 trl = pytest.importorskip("trl")
@@ -268,12 +268,12 @@ def test_what_runs_out_of_memory_beside_others_is_tried_alone(canned, monkeypatc
 
     def crowded(worker):
         if worker.name == "fastdpo" and (len(Canned.alive) > 1 or not alone):
-            raise step_crew.Failed(measure.OUT_OF_MEMORY)
+            raise turns.Failed(turns.OUT_OF_MEMORY)
         return receive(worker)
 
     monkeypatch.setattr(Canned, "receive", crowded)
     found = results_of({**canned, "dtype": "float32", "autocast": False})
-    assert found["fastdpo"].note == (None if alone else measure.OUT_OF_MEMORY)
+    assert found["fastdpo"].note == (None if alone else turns.OUT_OF_MEMORY)
     assert found["fastdpo"].ratios == [2.0] * 2 * alone and not found["fastdpo"].interleaved
     assert all(x.interleaved for name, x in found.items() if name != "fastdpo")
 
@@ -283,7 +283,7 @@ def test_a_process_that_dies_is_out_of_memory_probably(tmp_path, model):
     worker = step_crew.Worker("fastdpo", tmp_path)
     worker.begin({**job, "pairs": []})
     worker.process.kill()
-    with pytest.raises(step_crew.Failed, match="out of memory, probably"):
+    with pytest.raises(turns.Failed, match="out of memory, probably"):
         worker.receive()
     worker.stop()
 

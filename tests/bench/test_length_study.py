@@ -17,7 +17,7 @@ from tiny import LLAMA, build_tokenizer, save_tiny
 from bench import length_reward, length_tables, report, rise
 from bench import length_study as ls
 from bench.rise import prompt_means
-from bench.tables import load
+from bench.rows import load
 from fastdpo.report.evaluation import interval
 from fastdpo.storage import read_parts
 
@@ -657,10 +657,10 @@ def test_killed_everywhere_it_ends_in_the_same_rows(finished, inputs, tmp_path):
         ("bench.length_study:write_jsonl_atomic", 1),  # the prompts
         ("bench.length_study:train_reward", 1),
         ("fastdpo.sample.stage:write_jsonl_atomic", 2),  # the start's samples
-        ("bench.length_study:write_jsonl_atomic", 1),  # the reward model's row
+        ("bench.length_study:append", 1),  # the reward model's row
         ("fastdpo.score.stage:write_jsonl_atomic", 3),
         ("fastdpo.train.steps:packed_loss", 6),
-        ("bench.length_study:write_jsonl_atomic", 1),  # a run's row
+        ("bench.length_study:append", 1),  # a run's row
         ("bench.length_study:remove_weights", 1),
     ]
     for place, countdown in kills:
