@@ -87,7 +87,10 @@ def document(kinds: dict[Kind, list[Path]], folder: Path) -> str:
 
 
 def best(kinds: dict[Kind, list[Path]]) -> str:
-    """The first tables of each kind, each with its heading and what is said below it."""
+    """The first tables of each kind, each with its heading and what is said below it.
+
+    What was not run, for want of a peer's package, is in the whole document only.
+    """
     parts = []
     for kind, paths in kinds.items():
         tables: list[list[str]] = []
@@ -95,7 +98,8 @@ def best(kinds: dict[Kind, list[Path]]) -> str:
             if part.startswith("**"):
                 tables.append([])
             if tables and not part.startswith("<"):
-                tables[-1].append(part)
+                lines = part.splitlines()
+                tables[-1].append("\n".join(x for x in lines if "| not run: " not in x))
         parts += [part for table in tables[: kind.best] for part in table]
     return "\n\n".join(parts)
 
