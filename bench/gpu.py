@@ -141,14 +141,6 @@ def loss_items(jobs: list[Job], work: Work, known: list[dict], per_token: float 
     return items
 
 
-def target_items(work: Work, known: list[dict], crew: Crew) -> list[Item]:
-    return loss_items(work.targets, work, known)
-
-
-def grid_items(work: Work, known: list[dict], crew: Crew) -> list[Item]:
-    return loss_items(work.grid, work, known, GRID_TOKEN_S)
-
-
 def parse_step(work: Work, arguments: list[str]) -> argparse.Namespace:
     return step.parse([*arguments, *(["--commit", work.commit] if work.commit else [])])
 
@@ -212,11 +204,17 @@ class Stage(NamedTuple):
 
 STAGES = {
     "smoke": Stage("every op on every route against fp64", smoke_items),
-    "targets": Stage("the loss, its peers and the bare products: the targets", target_items),
+    "targets": Stage(
+        "the loss, its peers and the bare products: the targets",
+        lambda work, known, crew: loss_items(work.targets, work, known),
+    ),
     "step": Stage("whole training steps, fastdpo and TRL", step_items),
     "longest": Stage("the longest pair that trains within a memory", longest_items),
     "profile": Stage("the loss by kernel", profile_items),
-    "grid": Stage("the loss over heads and tokens", grid_items),
+    "grid": Stage(
+        "the loss over heads and tokens",
+        lambda work, known, crew: loss_items(work.grid, work, known, GRID_TOKEN_S),
+    ),
 }
 
 

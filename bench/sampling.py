@@ -223,21 +223,15 @@ def markdown(rows: list[dict[str, Any]], plots: list[str]) -> str:
             f"{row['device']}{threads}, median of {row['rounds']} interleaved stages ({versions}; "
             f"{(row['git'] or 'no commit')[:12]}; {row['utc'][:10]})"
         )
-        titles = [
-            "sampler",
-            "samples/s (least to most)",
-            "tokens/s",
-            "greedy, equal",
-            "surprise, z",
-        ]
-        parts.append(
-            markdown_table(titles, ["---", *["---:"] * 4], [cells(x) for x in by_speed(found)])
-        )
+        titles = ["sampler", "samples/s (least to most)", "tokens/s"]
+        titles += ["greedy, equal", "surprise, z"]
+        body = [cells(x) for x in sorted(found, key=speed_of, reverse=True)]
+        parts.append(markdown_table(titles, ["---", *["---:"] * 4], body))
     return "\n\n".join(parts)
 
 
-def by_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: -(row.get("samples_per_second") or {"median": 0})["median"])
+def speed_of(row: dict[str, Any]) -> float:
+    return (row.get("samples_per_second") or {"median": 0.0})["median"]
 
 
 def cells(row: dict[str, Any]) -> list[str]:

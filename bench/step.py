@@ -43,6 +43,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,14 @@ def row_of(result: Result, job: dict[str, Any], common: dict) -> dict:
         return {"total": sum(amounts) / sum(seconds), **steps}
 
     computed = [step["tokens"] for step in steps[WARM_UP:]]
-    padded = VARIANTS[result.variant].kind == "peer" or "padded" in result.variant
+    kind = VARIANTS[result.variant].kind if result.variant in VARIANTS else "peer"
+    padded = kind == "peer" or "padded" in result.variant
     fills = [step["fill_rate"] for step in steps[WARM_UP:] if step["fill_rate"] is not None]
     return {
         **common,
         "op": OP,
         "variant": result.variant,
-        "kind": VARIANTS[result.variant].kind,
+        "kind": kind,
         "note": result.note,
         "pairs_per_s": rate([size] * len(seconds)),
         "tokens_per_s": rate(needed[WARM_UP:]),
@@ -151,7 +153,7 @@ def row_of(result: Result, job: dict[str, Any], common: dict) -> dict:
         "off": result.off,
         "off_fp32": result.check,
         "setup_s": steps[0]["seconds"] if steps else None,
-        "tokens": sum(needed[WARM_UP:]),
+        "tokens": sum(needed[WARM_UP:]) or None,
         "tokens_computed": sum(computed) if computed else None,
         "padding_share": 1 - sum(needed[WARM_UP:]) / sum(computed) if computed and padded else None,
         "fill_rate": sum(fills) / len(fills) if fills else None,
@@ -169,24 +171,11 @@ def x_trl(ratios: list[float], seconds: list[float]) -> float | None:
     return sum(ratio * s for ratio, s in zip(ratios, seconds)) / sum(seconds)
 
 
-def absent_rows(common: dict) -> list[dict]:
-    """Rows for the trainers that are not run, and why."""
-    rows = []
+def absent() -> Iterator[Result]:
+    """The trainers that are not run, and why."""
     for name, (package, why) in ABSENT.items():
         here = "installed, but there is no route to it" if find_spec(package) else "not installed"
-        row = blank_row(name, "peer", common)
-        rows.append({**row, "note": f"not run: {here}; it wants {why}"})
-    return rows
-
-
-def blank_row(name: str, kind: str, common: dict) -> dict:
-    unknown = (
-        "pairs_per_s", "tokens_per_s", "step_s", "x_trl", "x_trl_steps", "interleaved",
-        "setup_s", "tokens", "off", "off_fp32",
-        "tokens_computed", "padding_share", "fill_rate", "peak_mib", "resident_mib",
-    )  # fmt: skip
-    curves: dict[str, list] = {"loss": [], "grad_norm": [], "logps": []}
-    return {**common, "op": OP, "variant": name, "kind": kind, **dict.fromkeys(unknown), **curves}
+        yield Result(name, [], f"not run: {here}; it wants {why}", [], None, None, None)
 
 
 def line(row: dict) -> str:
@@ -216,18 +205,12 @@ def longest(
     what is known so far comes after each one that fits. `good` is known to fit.
     """
     bad, why = 0, ""
-    while not bad:
-        tried = 2 * good or LONGEST_STEP
+    while not bad or bad - good > LONGEST_STEP:
+        tried = (good + bad) // 2 // LONGEST_STEP * LONGEST_STEP if bad else 2 * good
+        tried = tried or LONGEST_STEP
         if tried > most:
             yield good, f"not tried over {most:,} positions"
             return
-        if (note := fits(tried)) is None:
-            good = tried
-            yield good, SO_FAR
-        else:
-            bad, why = tried, note
-    while bad - good > LONGEST_STEP:
-        tried = (good + bad) // 2 // LONGEST_STEP * LONGEST_STEP
         if (note := fits(tried)) is None:
             good = tried
             yield good, SO_FAR
@@ -381,9 +364,8 @@ def run(
     job["pairs"] = pairs_of(args, model)
     common = common_fields(args, model, job["pairs"])
     results = measure(job, names, args.steps, at_once=args.at_once, start=crew.start, checks=checks)
-    for result in results:
+    for result in chain(results, absent()):
         yield row_of(result, job, common)
-    yield from absent_rows(common)
 
 
 def model_of(args: argparse.Namespace) -> str:

@@ -34,9 +34,9 @@ class Result(NamedTuple):
     steps: list[dict[str, Any]]
     note: str | None
     ratios: list[float]  # of TRL's seconds to its own, for each step
-    interleaved: bool  # with TRL, in one group
-    off: dict[str, float]  # the largest distances from the yardstick's steps
-    check: dict[str, float] = {}  # noqa: RUF012 - the same in fp32
+    interleaved: bool | None  # with TRL, in one group
+    off: dict[str, float] | None  # the largest distances from the yardstick's steps
+    check: dict[str, float] | None = {}  # noqa: RUF012 - the same in fp32
 
 
 def measure(

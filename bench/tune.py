@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.loss import reference
 from fastdpo.loss.plan import MIB, make_plan
 
 from .rows import append, where
@@ -99,12 +100,10 @@ def candidates(problem: Problem) -> dict[str, Callable[[], Any]]:
 
 def sampled_logp(problem: Problem) -> tuple[Tensor, Tensor]:
     """Some rows, and their log-probs in fp64."""
-    h, softcap = problem.h_ND.detach(), problem.shape.softcap
+    h, w = problem.h_ND.detach(), problem.w_VD.detach().double()
     sample = torch.arange(0, len(h), max(1, len(h) // 256), device=h.device)
-    z = h[sample].double() @ problem.w_VD.detach().double().T
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    return sample, z.log_softmax(-1).gather(1, problem.target_N[sample, None])[:, 0]
+    target, softcap = problem.target_N[sample], problem.shape.softcap
+    return sample, reference.linear_logp(h[sample].double(), w, target, softcap=softcap)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from interpreter import needs_kernels
+from result_files import document_of, write_rows
 
 from bench import __main__ as cli
 from bench import loss_tables, measure, oracle, peak, report, targets, tune, turns, variants
@@ -370,9 +371,15 @@ def test_targets_say_pass_and_miss():
     ]
 
 
+MACHINE = {
+    "device": "a GPU", "device_type": "cuda", "threads": 4, "git": "abcdef", "dirty": False,
+    "versions": {"torch": "2", "trl": None}, "utc": "2030-01-01T00:00", "rounds": 7,
+}  # fmt: skip
+
+
 def gpu_row(variant, shape, pass_, ms=None, **values):
-    row = measure.blank_row(variant, pass_) | {**shape._asdict(), "dtype": "bf16"}
-    return row | {"time_ms": ms and {"median": ms}} | values
+    row = measure.blank_row(variant, pass_) | {**shape._asdict(), "dtype": "bf16"} | MACHINE
+    return row | {"time_ms": ms and dict.fromkeys(("median", "p20", "p80"), ms)} | values
 
 
 def gpu_rows(ours_ms, errors=(2e-6, 1.6e-3)):
@@ -381,8 +388,9 @@ def gpu_rows(ours_ms, errors=(2e-6, 1.6e-3)):
     ours = {"logp_max_err": logp, "dh_rel_err": gradient, "dw_rel_err": gradient}
     naive = {"logp_max_err": 3e-2, "dh_rel_err": 3e-3, "dw_rel_err": 3e-3}
     floor = {"logp_max_err": 1.5e-6, "dh_rel_err": 1.55e-3, "dw_rel_err": 1.55e-3}
-    v, llama = variants, targets.LLAMA
-    rows = [
+    v, llama, long = variants, targets.LLAMA, targets.LONG_PAIR
+    small = targets.SMALL_HEADS["smollm2"]
+    return [
         gpu_row(v.FASTDPO_LARGE, llama, v.TRAIN, ours_ms, **ours),
         gpu_row(v.FASTDPO_MIDDLE, llama, v.TRAIN, ours_ms + 2, **ours),
         gpu_row(v.FASTDPO, llama, v.TRAIN, 60.0, workspace_mib=2532.0, **ours),
@@ -397,20 +405,16 @@ def gpu_rows(ours_ms, errors=(2e-6, 1.6e-3)):
         gpu_row(v.FLOOR, llama, v.WITH_REFERENCE, 50.0),
         gpu_row(v.FASTDPO_LARGE, llama, v.FORWARD, 13.0),
         gpu_row(v.FLOOR, llama, v.FORWARD, 12.0),
+        gpu_row(v.FASTDPO_SMALL, long, v.FROZEN, 500.0, peak_mib=1900.0, grads_mib=896.0),
+        gpu_row(v.NAIVE, long, v.FROZEN, note="out of memory"),
+        gpu_row(v.LIGER, long, v.FROZEN, 900.0, peak_mib=41_000.0, grads_mib=896.0),
+        gpu_row(v.FLOOR, long, v.FROZEN, 400.0),
+        gpu_row(v.FASTDPO_LARGE, small, v.TRAIN, 3.0),
+        gpu_row(v.FLOOR, small, v.TRAIN, 2.5),
+        gpu_row(v.TRL, small, v.TRAIN, 2.0),
+        gpu_row(v.NAIVE, small, v.TRAIN, 4.0),
+        gpu_row(v.LIGER, small, v.TRAIN, note="out of memory"),
     ]
-    long = targets.LONG_PAIR
-    peaks = {"peak_mib": 1900.0, "grads_mib": 896.0}
-    rows.append(gpu_row(v.FASTDPO_SMALL, long, v.FROZEN, 500.0, **peaks))
-    rows.append(gpu_row(v.NAIVE, long, v.FROZEN, note="out of memory"))
-    rows.append(gpu_row(v.LIGER, long, v.FROZEN, 900.0, peak_mib=41_000.0, grads_mib=896.0))
-    rows.append(gpu_row(v.FLOOR, long, v.FROZEN, 400.0))
-    small = targets.SMALL_HEADS["smollm2"]
-    rows.append(gpu_row(v.FASTDPO_LARGE, small, v.TRAIN, 3.0))
-    rows.append(gpu_row(v.FLOOR, small, v.TRAIN, 2.5))
-    rows.append(gpu_row(v.TRL, small, v.TRAIN, 2.0))
-    rows.append(gpu_row(v.NAIVE, small, v.TRAIN, 4.0))
-    rows.append(gpu_row(v.LIGER, small, v.TRAIN, note="out of memory"))
-    return rows
 
 
 def verdicts(rows):
@@ -496,18 +500,10 @@ def test_report_is_deterministic_and_checks(tmp_path):
 
     rows = rows_of(NAIVE, variants.over_tokens("missing", missing), variants.FLOOR)
     results, document = tmp_path / "results" / "here.jsonl", tmp_path / "RESULTS.md"
-    results.parent.mkdir()
-    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    document.write_text("old")
-    arguments = [str(results), "--out", str(document)]
-
-    assert report.main([*arguments, "--check"]) == 1
-    assert document.read_text() == "old"
-    assert report.main(arguments) == 0
-    text, picture = document.read_text(), results.with_suffix(".svg").read_bytes()
+    arguments = [write_rows(results, rows), "--out", str(document)]
+    text, picture = document_of([results], document), results.with_suffix(".svg").read_bytes()
     assert text.startswith("# Results\n") and "old" not in text
     assert "no such \\| peer" in text and "results/here.svg" in text
-    assert report.main([*arguments, "--check"]) == 0
     assert report.main(arguments) == 0
     assert document.read_text() == text and results.with_suffix(".svg").read_bytes() == picture
 
@@ -520,16 +516,11 @@ def test_the_readme_has_the_first_tables_between_its_markers(tmp_path):
     rows = rows_of(NAIVE, variants.FLOOR, passes=[variants.TRAIN])
     gpu = [row | {"device": "a GPU", "device_type": "cuda"} for row in rows]
     gpu += [row | {"V": 300} for row in gpu]
-    paths = []
-    for name, found in (("cpu", rows), ("gpu", gpu)):
-        paths.append(tmp_path / f"{name}.jsonl")
-        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in found))
+    found = {"cpu": rows, "gpu": gpu}
+    paths = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in found.items()]
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = [*map(str, paths), "--readme", str(readme)]
-    assert report.main([*arguments, "--check"]) == 1 and "old" in readme.read_text()
-    assert report.main(arguments) == 0 and report.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
+    text = document_of(paths, readme, "--readme")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("| naive |") == text.count("on a GPU") + 1 == 2
     assert "V = 300" in text and "svg" not in text and "<details>" not in text
@@ -539,28 +530,20 @@ def test_the_readme_has_the_first_tables_between_its_markers(tmp_path):
 
 def test_report_of_a_grid_on_a_gpu(tmp_path):
     v, rows = variants, []
-    versions = {"torch": "2", "trl": None}
-    machine = {"device": "a GPU", "device_type": "cuda", "threads": 4, "versions": versions}
-    machine |= {"git": "abcdef", "dirty": False, "utc": "2030-01-01T00:00", "rounds": 7}
     for N, ours_ms, peer_ms in ((2048, 1.0, 2.0), (4096, 2.0, 5.0), (131072, 64.0, None)):
         shape = v.SHAPES["gemma-2-9b"]._replace(N=N)
         note = {"note": "out of memory"} if peer_ms is None else {"peak_mib": 3.0}
         sizes = {"checked_tokens": 1024, "checked_vocab": 500}
         ours = {"x_floor": 1.25, "peak_mib": 2.0, "dh_rel_err": 1e-3, **sizes}
-        found = [
+        rows += [
             gpu_row(v.FASTDPO, shape, v.TRAIN, ours_ms, **ours),
             gpu_row(v.NAIVE, shape, v.TRAIN, peer_ms, **note),
             gpu_row(v.FLOOR, shape, v.TRAIN, ours_ms / 1.25, x_floor=1.0),
         ]
-        rows += [row | machine for row in found]
-    frozen = gpu_row(v.FASTDPO_SMALL, targets.LONG_PAIR, v.FROZEN, 9.0, peak_mib=4.0, **sizes)
-    rows.append(frozen | machine)
+    rows.append(gpu_row(v.FASTDPO_SMALL, targets.LONG_PAIR, v.FROZEN, 9.0, peak_mib=4.0, **sizes))
     # A row of an older commit at the same place is not shown.
     rows.insert(0, rows[0] | {"git": "older", "variant": "older"})
-    for row in rows:
-        if row["time_ms"]:
-            row["time_ms"] |= {"p20": row["time_ms"]["median"], "p80": row["time_ms"]["median"]}
-    (out := tmp_path / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(out := tmp_path / "gpu.jsonl", rows)
     text = loss_tables.markdown(load([out]), [])
     assert "N = 2,048 to 131,072 tokens in 4 pairs, D = 3,584, V = 256,000, softcap 30" in text
     assert "on a GPU, median" in text and "older" not in text
@@ -579,13 +562,7 @@ def test_report_of_a_grid_on_a_gpu(tmp_path):
 
 
 def test_one_shape_on_a_gpu_has_speedups():
-    machine = {"device": "a GPU", "device_type": "cuda", "threads": 4, "utc": "2030", "rounds": 7}
-    machine |= {"versions": {}, "git": None, "dirty": False}
-    rows = [row | machine for row in gpu_rows(40.0) if row["D"] == 4096]
-    for row in rows:
-        if row["time_ms"]:
-            row["time_ms"] |= {"p20": 1.0, "p80": 2.0}
-    text = loss_tables.markdown(rows, [])
+    text = loss_tables.markdown([row for row in gpu_rows(40.0) if row["D"] == 4096], [])
     assert "x fastdpo" in text and "on a GPU, median" in text
     assert [line[-7:] for line in text.splitlines() if line.startswith("| naive")] == [" 0.75 |"]
 
@@ -596,14 +573,9 @@ def test_a_gpu_comes_first_and_its_newest_commit_whatever_the_files_order(tmp_pa
     new = cpu[0] | gpu | {"git": "newer", "variant": variants.FASTDPO.name, "workspace_mib": 2532.0}
     other = new | {"V": 300}  # a second head
     old = new | {"git": "older", "utc": "2029-12-31", "workspace_mib": 1024.0}
-    paths = []
-    for name, rows in (("a-cpu", cpu), ("b-new", [new, other]), ("c-old", [old])):
-        paths.append(tmp_path / f"{name}.jsonl")
-        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    document = tmp_path / "RESULTS.md"
-    arguments = [*map(str, paths), "--out", str(document)]
-    assert report.main(arguments) == 0 and report.main([*arguments, "--check"]) == 0
-    text = document.read_text()
+    found = {"a-cpu": cpu, "b-new": [new, other], "c-old": [old]}
+    paths = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in found.items()]
+    text = document_of(paths, tmp_path / "RESULTS.md")
     headings = [line for line in text.splitlines() if line.startswith("**fp32")]
     assert ["on a GPU" in line for line in headings] == [True, False, False]
     assert headings[1].endswith("V = 300**")  # of the same run as the table above it

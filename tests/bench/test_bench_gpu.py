@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from interpreter import needs_kernels
+from result_files import write_rows
 from threaded import Threaded
 from tiny import LLAMA, save_tiny
 
@@ -158,7 +159,7 @@ def test_the_report_makes_tables_and_plots_of_the_folder(folder, tmp_path, capsy
         (copy / path.name).write_text(path.read_text())
     (row, *_) = rows_in(folder)["step"]
     found = {"op": step_tables.LONGEST, "budget_gib": 24, "longest": 4096, "note": ""}
-    (copy / "longest.jsonl").write_text(json.dumps({**row, **found}) + "\n")
+    write_rows(copy / "longest.jsonl", [{**row, **found}])
     assert report.main([str(copy)]) == 0
     text = capsys.readouterr().out
     assert "| fastdpo | 2 x 4,096 |" in text
@@ -193,7 +194,7 @@ def test_what_is_there_is_not_measured_again(work, folder, tmp_path, capsys):
     started.clear()
     other = replace(work, heads=(HEAD,), targets=[], steps=[], profiles=[], grid=[])
     rows = [{**row, "git": "another"} for row in before["smoke"]]
-    (out / "smoke.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(out / "smoke.jsonl", rows)
     gpu.measure(out, 60, lambda: other, start, Clock())
     assert started == ["smoke"] and len(rows_in(out)["smoke"]) == 2 * len(rows)
 
@@ -302,7 +303,7 @@ def test_a_search_for_the_longest_pair_goes_on(work, tmp_path, monkeypatch):
     assert gpu.longest_items(work, rows, gpu.no_crew) == []
     # Stopped after the first lengths: the search goes on from there.
     stopped = [row for row in rows if row["variant"] == "trl" and row["longest"] in (1024, 2048)]
-    (tmp_path / "longest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stopped))
+    write_rows(tmp_path / "longest.jsonl", stopped)
     assert gpu.run_stage("longest", work, tmp_path, 1e9, lambda: 0.0) == 0
     again = [row["longest"] for row in rows_in(tmp_path)["longest"] if row["variant"] == "trl"]
     assert again == [1024, 2048, 4096, 4096, None]

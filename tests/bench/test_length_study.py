@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from result_files import document_of, write_rows
 from tiny import LLAMA, build_tokenizer, save_tiny
 
-from bench import length_reward, length_tables, report, rise
+from bench import length_reward, length_tables, rise
 from bench import length_study as ls
 from bench.rise import prompt_means
 from bench.rows import load
+from fastdpo.errors import ConfigError
 from fastdpo.report.evaluation import interval
 from fastdpo.storage import read_parts
 
@@ -77,12 +79,8 @@ def test_within_of_equal_lengths_is_zero():
 
 def test_a_response_that_was_cut_off_is_no_part_of_the_bias():
     def row(prompt, score, length, reason="stop"):
-        return {
-            "prompt_index": prompt,
-            "score": score,
-            "response_ids": [0] * length,
-            "finish_reason": reason,
-        }
+        ids = {"response_ids": [0] * length, "finish_reason": reason}
+        return {"prompt_index": prompt, "score": score, **ids}
 
     rows = [row(1, 1.0, 5), row(1, 2.0, 9), row(1, -9.0, 64, "length"), row(0, 1.0, 3)]
     (group,) = length_reward.whole_groups(rows)
@@ -127,9 +125,7 @@ def test_the_interval_of_a_share_is_wilsons():
 
 
 def test_a_prompt_is_trained_on_or_held_out(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in pairs() * 2))
-    rows = length_reward.read_preferences([str(path)])
+    rows = length_reward.read_preferences([write_rows(tmp_path / "pairs.jsonl", pairs() * 2)])
     train, held = length_reward.split(rows)
     assert len(train) + len(held) == len(rows) == 62
     assert 8 <= len(held) <= 16 and len(held) % 2 == 0
@@ -310,12 +306,8 @@ def test_tables_and_plot(tmp_path):
 def test_the_document_says_what_the_rows_say(tmp_path):
     results, document = tmp_path / "length.jsonl", tmp_path / "RESULTS.md"
     rows = given("0", [30.0, 31.0]) + given("auto", [1.0, 2.0])
-    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    document.write_text("old")
-    command = [str(results), "--out", str(document)]
-    assert report.main([*command, "--check"]) == 1
-    assert report.main(command) == 0 and report.main([*command, "--check"]) == 0
-    text = document.read_text()
+    write_rows(results, rows)
+    text = document_of([results], document)
     assert "Plain DPO grows longer" in text and "(length.svg)" in text and "old" not in text
     assert results.with_suffix(".svg").read_text().startswith("<?xml")
 
@@ -436,7 +428,7 @@ def arguments(inputs, out, **changes):
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_talker(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs()))
+    write_rows(folder / "pairs.jsonl", pairs())
     return folder
 
 
@@ -445,8 +437,6 @@ SAMPLED = ("temperature", "max_new_tokens", "samples", "bias_prompts", "batch_pr
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_reward_row_of_other_samples_is_refused(name, inputs, tmp_path, monkeypatch):
-    from fastdpo.errors import ConfigError
-
     monkeypatch.setattr(ls, "train_reward", lambda model, rows, out, options: out.mkdir())
     ls.prepare(ls.parse([*arguments(inputs, tmp_path), "--only-reward"]))
     ls.prepare(ls.parse(arguments(inputs, tmp_path)))
@@ -572,23 +562,18 @@ def test_a_finished_study_runs_nothing_again(finished, inputs, tmp_path, monkeyp
     ],
 )
 def test_another_study_in_the_same_folder_is_refused(finished, inputs, tmp_path, change, message):
-    from fastdpo.errors import ConfigError
-
     if "results" in change:
         row = load([finished / "results.jsonl"])[0]
         row["training"]["loss"] = 0.0
-        (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
-        change = {"results": tmp_path / "other.jsonl"}
+        change = {"results": write_rows(tmp_path / "other.jsonl", [row])}
     with pytest.raises(ConfigError, match=message):
         ls.main(arguments(inputs, finished, **change))
 
 
 def test_too_few_pairs_are_refused(inputs, tmp_path):
-    from fastdpo.errors import ConfigError
-
-    (tmp_path / "one.jsonl").write_text(json.dumps(pairs()[1]) + "\n")
+    one = write_rows(tmp_path / "one.jsonl", pairs()[1:2])
     with pytest.raises(ConfigError, match="too few"):
-        ls.main(arguments(inputs, tmp_path / "out", dataset=tmp_path / "one.jsonl"))
+        ls.main(arguments(inputs, tmp_path / "out", dataset=one))
 
 
 def test_the_automatic_arm_runs_where_there_is_one(finished, inputs, tmp_path, capsys):

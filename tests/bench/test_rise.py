@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from result_files import write_rows
 from tiny import LLAMA, save_tiny
 
 from bench.rise import interval, study
@@ -29,9 +30,9 @@ def test_interval_is_students():
 def test_study_compares_with_the_start_of_each_seed(tmp_path):
     save_tiny(LLAMA, tmp_path / "model")
     rows = [{"prompt": f"tell me about number {i}"} for i in range(9)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
     config = IterateConfig(
-        model=str(tmp_path / "model"), prompts=str(tmp_path / "prompts.jsonl"), rounds=1,
+        model=str(tmp_path / "model"), prompts=prompts, rounds=1,
         sample=SampleConfig(num_samples=2, max_new_tokens=8, dtype="float32"),
         score=ScoreConfig(scorer="test_rise:vowels"),
         train=TrainConfig(
