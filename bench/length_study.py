@@ -283,18 +283,13 @@ def prepare(args: argparse.Namespace) -> None:
     train, held = split(rows)
     if not train or not held:
         raise ConfigError(f"{len(rows)} pairs are too few to hold some out; give more")
-    options = {
-        "epochs": args.reward_epochs,
-        "learning_rate": args.reward_learning_rate,
-        "batch_size": args.reward_batch_size,
-        "max_length": args.reward_max_length,
-    }
-    wanted = {"model": args.model, "dataset": args.dataset, "prompts": args.prompts} | options
-    wanted |= {"instruction": args.instruction, "prompt_tokens": args.prompt_tokens}
-    wanted |= {"pairs": [len(train), len(held)]}
+    of_reward = ("epochs", "learning_rate", "batch_size", "max_length")
+    options = {name: getattr(args, f"reward_{name}") for name in of_reward}
     # What the bias is measured on. A study that did not note these goes on.
     sampled = ("temperature", "max_new_tokens", "samples", "bias_prompts", "batch_prompts")
-    wanted |= {name: getattr(args, name) for name in sampled}
+    named = ("model", "dataset", "prompts", "instruction", "prompt_tokens", *sampled)
+    wanted = {name: getattr(args, name) for name in named} | options
+    wanted |= {"pairs": [len(train), len(held)]}
     path = args.out / "study.json"
     if not path.exists():
         write_json_atomic(path, wanted)

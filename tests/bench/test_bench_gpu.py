@@ -6,6 +6,7 @@ Here all of it runs on a CPU, on sizes that say nothing about speed.
 import json
 import math
 import os
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -153,10 +154,7 @@ def test_the_profile_adds_up(folder):
 
 
 def test_the_report_makes_tables_and_plots_of_the_folder(folder, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in folder.iterdir():
-        (copy / path.name).write_text(path.read_text())
+    copy = shutil.copytree(folder, tmp_path / "copy")
     (row, *_) = rows_in(folder)["step"]
     found = {"op": step_tables.LONGEST, "budget_gib": 24, "longest": 4096, "note": ""}
     write_rows(copy / "longest.jsonl", [{**row, **found}])
@@ -171,10 +169,7 @@ def test_the_report_makes_tables_and_plots_of_the_folder(folder, tmp_path, capsy
 
 
 def test_what_is_there_is_not_measured_again(work, folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    for path in folder.glob("*.jsonl"):
-        (out / path.name).write_text(path.read_text())
+    out = shutil.copytree(folder, tmp_path / "out")
     started = []
 
     def start(name, plan, out, deadline):

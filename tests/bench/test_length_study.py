@@ -469,6 +469,10 @@ def told(out):
     ]
 
 
+def never(*args, **kwargs):
+    raise AssertionError("was run again")
+
+
 def test_a_study_leaves_a_row_for_each_arm_and_seed(finished):
     rows = load([finished / "results.jsonl"])
     assert [row["kind"] for row in rows] == [length_tables.REWARD] + [length_tables.RUN] * 4
@@ -534,10 +538,6 @@ def test_a_finished_study_runs_nothing_again(finished, inputs, tmp_path, monkeyp
     shutil.copytree(finished, out)
     before = (out / "results.jsonl").read_bytes()
     study = json.loads((out / "study.json").read_text())
-
-    def never(*args, **kwargs):
-        raise AssertionError("was run again")
-
     for name in ("iterate", "train_reward", "sample", "score"):
         monkeypatch.setattr(ls, name, never)
     assert ls.main(arguments(inputs, out)) == 0
@@ -624,10 +624,6 @@ def test_killed_in_a_run_it_goes_on_to_the_same_rows(finished, inputs, tmp_path,
     assert clock.is_file()
     clock.write_text("1e9")
     assert not (out / "alpha-2/seed-0/round-01/policy").exists()
-
-    def never(*args, **kwargs):
-        raise AssertionError("was trained again")
-
     monkeypatch.setattr(ls, "train_reward", never)
     assert ls.main(argv) == 0
     assert told(out) == told(finished)[:3]
