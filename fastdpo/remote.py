@@ -129,10 +129,14 @@ def check_url(url: str, option: str = "") -> None:
 
 
 class Stop(threading.Event):
-    """Ends requests, in whatever thread they are: none is tried again once it is set."""
+    """Ends requests, in whatever thread they are: none is tried again once it is set.
 
-    def __init__(self) -> None:
+    So does `gone`, where it raises RemoteError: what is asked has ended.
+    """
+
+    def __init__(self, gone: Callable[[], None] = lambda: None) -> None:
         super().__init__()
+        self._gone = gone
         self._lock = threading.Lock()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -140,6 +144,7 @@ class Stop(threading.Event):
         """Before each try. Raises RemoteError when requests are to end."""
         if self.is_set():
             raise RemoteError("the request was given up")
+        self._gone()
 
     def cut(self) -> None:
         """Set it, and break off the requests that wait for an answer."""
@@ -240,10 +245,7 @@ class Endpoint:
             ) from None
 
     def ask_all(
-        self,
-        bodies: Sequence[Any],
-        read: Callable[[Any, Any], Any],
-        keep: Callable[[Any], bool],
+        self, bodies: Sequence[Any], read: Callable[[Any, Any], Any], keep: Callable[[Any], bool]
     ) -> list[Any]:
         """What `read` makes of the answers, in order; `remote.concurrency` requests at a time.
 

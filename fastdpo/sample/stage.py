@@ -38,7 +38,7 @@ from fastdpo.model.load import (
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.continuous import ContinuousSampler, flash_attention
 from fastdpo.sample.generate import GenerateSampler, LoadedSampler
-from fastdpo.sample.sampler import Ending, Output, Sampler, shorter
+from fastdpo.sample.sampler import Ending, Sampler, shorter
 from fastdpo.sample.server import open_server
 from fastdpo.sample.vllm import VllmSampler
 from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic
@@ -80,11 +80,7 @@ def open_sampler(
 
 
 def _open(
-    policy: str,
-    tokenizer: Any,
-    config: SampleConfig,
-    max_length: int | None,
-    log_path: Path | None,
+    policy: str, tokenizer: Any, config: SampleConfig, max_length: int | None, log_path: Path | None
 ) -> Sampler:
     if not config.asks_server and config.backend != "vllm":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,13 +184,15 @@ def sample(
             """Write a part; the lengths of its responses."""
             first, last = starts[part], starts[part] + config.batch_prompts
             drawn = sampler.generate(prompt_ids[first:last], config.num_samples, seeds[part])
-            candidates = [
-                _candidate(prompts[i], prompt_ids[i], (i, j), output, sampler.ending)
-                for i, outputs in enumerate(drawn, first)
-                for j, output in enumerate(outputs)
-            ]
-            write_jsonl_atomic(part_path(out_dir, part), [x.to_json() for x in candidates])
-            return [len(x.response_ids) for x in candidates]
+            candidates = []
+            for i, outputs in enumerate(drawn, first):
+                row, known = prompts[i], prompt_ids[i]
+                for j, (ids, reason) in enumerate(outputs):
+                    text = sampler.ending.text(ids)
+                    candidate = Candidate(i, j, row.prompt, known, text, ids, reason, row.extra)
+                    candidates.append(candidate.to_json())
+            write_jsonl_atomic(part_path(out_dir, part), candidates)
+            return [len(output.ids) for outputs in drawn for output in outputs]
 
         lengths = _each(draw, undone, sampler.at_once)
         rates = _measured(lengths, len(starts), len(undone), progress)
@@ -214,13 +212,6 @@ def _sampler_of(source: Any, tokenizer: Any, config: SampleConfig) -> Iterator[S
         mine, its = getattr(config, name), getattr(source.config, name)
         require(config, name, mine == its, f"the sampler's, {its}; open it with this one")
     yield source
-
-
-def _candidate(
-    row: Prompt, ids: list[int], place: tuple[int, int], output: Output, ending: Ending
-) -> Candidate:
-    text, reason = ending.text(output.ids), output.finish_reason
-    return Candidate(*place, row.prompt, ids, text, output.ids, reason, row.extra)
 
 
 def _measured(

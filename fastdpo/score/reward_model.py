@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastdpo.data.records import Text, messages_of
 from fastdpo.data.rendering import text_of
@@ -29,6 +30,7 @@ def load_reward_model(
     loaded as such classifiers.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     spec = name
     tokenizer_name = name
@@ -38,7 +40,11 @@ def load_reward_model(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         value_head = "v_head.weight" in _tensor_names(name)
-        num_labels = 1 if value_head else config.num_labels
+        num_labels, options = config.num_labels, {}
+        if value_head:  # `transformer` and `v_head` become the body and head of a classifier
+            kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+            names = {r"^transformer\.": f"{kind.base_model_prefix}.", r"^v_head\.": "score."}
+            num_labels, options = 1, {"num_labels": 1, "key_mapping": names}
         model: Any = None
         if num_labels == 1:
             model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -47,7 +53,7 @@ def load_reward_model(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                **(_as_classifier(config) if value_head else {}),
+                **options,
             )
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
     except Exception as error:
@@ -99,16 +105,6 @@ def _tensor_names(name: str) -> set[str]:
         return set(tensors.keys())
 
 
-def _as_classifier(config: Any) -> dict[str, Any]:
-    """Options that load `transformer` and `v_head` as the body and head of a classifier."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
-    model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    body = model_class.base_model_prefix
-    names = {r"^transformer\.": f"{body}.", r"^v_head\.": "score."}
-    return {"num_labels": 1, "key_mapping": names}
-
-
 @dataclass(frozen=True)
 class RewardModel:
     """Scores of a sequence classifier with one label, read at the last token.
@@ -157,11 +153,10 @@ class RewardModel:
         return encoded["input_ids"]
 
     def _logits(self, batch: list[list[int]]) -> Tensor:
-        width = max(map(len, batch))
-        pad = self.pad_id or 0
+        rows = [torch.tensor(x) for x in batch]
         # On the right: absolute positions then start at 0 in every row.
-        ids = torch.tensor([x + [pad] * (width - len(x)) for x in batch])
-        mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in batch])
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id or 0)
+        mask = pad_sequence([torch.ones_like(x) for x in rows], batch_first=True)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.by_length:
             inputs["position_ids"] = (mask.cumsum(1) - 1) * mask
