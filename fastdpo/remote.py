@@ -267,7 +267,7 @@ class Endpoint:
                 journal.add(request, value)
             return value
 
-        with ThreadPoolExecutor(min(self.remote.concurrency, len(bodies) or 1)) as pool:
+        with ThreadPoolExecutor(self.remote.concurrency) as pool:
             futures = [pool.submit(one, body) for body in bodies]
             try:
                 for future in as_completed(futures):

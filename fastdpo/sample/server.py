@@ -29,12 +29,7 @@ _SEQUENCES = 256  # in flight, so that parts of a few prompts don't leave the se
 
 
 def open_server(
-    policy: str,
-    ending: Ending,
-    config: SampleConfig,
-    *,
-    max_length: int | None,
-    log_path: Path | None,
+    policy: str, ending: Ending, config: SampleConfig, max_length: int | None, log_path: Path | None
 ) -> "ServerSampler":
     """The server at `config.server_url`, or one started by `config.server_command`, as a sampler.
 

@@ -115,15 +115,12 @@ class LocalJudge:
         self.letters("x")
 
     def __call__(self, texts: list[str]) -> list[float]:
-        pairs = []
-        for text in texts:
-            ids, a, b = self.letters(text)
-            pairs.append(TokenizedPair(ids, [a], [b]))
+        pairs = [self.letters(text) for text in texts]
         logp_P2 = pair_logps(self.model, pairs, batch_size=self.batch_size)
         return torch.sigmoid(logp_P2[:, 0] - logp_P2[:, 1]).tolist()
 
-    def letters(self, text: str) -> tuple[list[int], int, int]:
-        """Token ids of a question, and of A and B after it.
+    def letters(self, text: str) -> TokenizedPair:
+        """The letters A and B after a question.
 
         Raises ModelError where the letters aren't one token each.
         """
@@ -147,7 +144,7 @@ class LocalJudge:
         for space in ("",) if rendered[-1:].isspace() else (" ", ""):
             a, b = ids_of(space + "A"), ids_of(space + "B")
             if a[:-1] == ids == b[:-1] and a[-1] != b[-1]:
-                return ids, a[-1], b[-1]
+                return TokenizedPair(ids, a[-1:], b[-1:])
         raise ModelError(
             "the judge's tokenizer doesn't make one token each of the letters A and B after a "
             "question. Use another model, or serve it and name its URL."

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_reward_model(
-    name: str, device: torch.device | str | None, dtype: torch.dtype | None, batch_size: int
+    spec: str, device: torch.device | str | None, dtype: torch.dtype | None, batch_size: int
 ) -> "RewardModel":
     """A reward model of a folder or hub name, with its tokenizer; see `load_scorer`.
 
@@ -32,10 +32,7 @@ def load_reward_model(
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-    spec = name
-    tokenizer_name = name
-    if "#" in name and not Path(name).exists():
-        name, _, tokenizer_name = name.partition("#")
+    name, _, of_tokenizer = (spec, "", "") if Path(spec).exists() else spec.partition("#")
     check_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -55,7 +52,7 @@ def load_reward_model(
                 output_loading_info=True,
                 **options,
             )
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(of_tokenizer or name, trust_remote_code=False)
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise ModelError(
