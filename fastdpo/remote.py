@@ -3,7 +3,6 @@
 Endpoint("http://localhost:8000", Remote(api_key_env="SCORE_KEY")).ask({"prompts": []}, "/score")
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -17,8 +16,8 @@ import threading
 import urllib.request
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -130,24 +129,27 @@ def check_url(url: str, option: str = "") -> None:
 
 
 class Stop(threading.Event):
-    """Ends requests, in whatever thread they are: none is tried again once it is set."""
+    """Ends requests, in whatever thread they are: none is tried again once it is set.
 
-    def __init__(self) -> None:
+    So does `gone`, where it raises RemoteError: what is asked has ended.
+    """
+
+    def __init__(self, gone: Callable[[], None] = lambda: None) -> None:
         super().__init__()
+        self._gone = gone
         self._lock = threading.Lock()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._cut = False
 
     def check(self) -> None:
         """Before each try. Raises RemoteError when requests are to end."""
         if self.is_set():
             raise RemoteError("the request was given up")
+        self._gone()
 
     def cut(self) -> None:
         """Set it, and break off the requests that wait for an answer."""
         self.set()
         with self._lock:
-            self._cut = True
             for one in self._sockets:
                 _shut(one)
 
@@ -157,12 +159,12 @@ class Stop(threading.Event):
             one = info["return_value"].get_extra_info("socket")
             with self._lock:
                 self._sockets.add(one)
-                if self._cut:
+                if self.is_set():  # nothing was sent yet
                     _shut(one)
 
 
 def _shut(one: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it may be closed already
+    with suppress(OSError):  # it may be closed already
         one.shutdown(socket.SHUT_RDWR)
 
 
@@ -190,21 +192,20 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = path
         self.values: dict[str, Any] = {}  # by request
         self._lock = threading.Lock()
-        data = self.path.read_bytes() if self.path.is_file() else b""
+        data = path.read_bytes() if path.is_file() else b""
         whole, _, rest = data.rpartition(b"\n")
         for line in whole.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
                 self.values[row["request"]] = row["value"]
         if rest:
-            os.truncate(self.path, len(data) - len(rest))
+            os.truncate(path, len(data) - len(rest))
 
     def add(self, request: str, value: Any) -> None:
         line = json.dumps({"request": request, "value": value}, allow_nan=False) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, open(self.path, "a", encoding="ascii") as file:
             file.write(line)
 
@@ -244,10 +245,7 @@ class Endpoint:
             ) from None
 
     def ask_all(
-        self,
-        bodies: Sequence[Any],
-        read: Callable[[Any, Any], Any],
-        keep: Callable[[Any], bool],
+        self, bodies: Sequence[Any], read: Callable[[Any, Any], Any], keep: Callable[[Any], bool]
     ) -> list[Any]:
         """What `read` makes of the answers, in order; `remote.concurrency` requests at a time.
 
@@ -258,34 +256,25 @@ class Endpoint:
         Raises RemoteError as `ask` does, at the first that fails for good. The others that are
         under way end, so that what a server charges for is kept, and are not tried again.
         """
-        stop = Stop()
-        pool = ThreadPoolExecutor(min(self.remote.concurrency, len(bodies) or 1))
-        try:
-            futures = [pool.submit(self._kept, body, read, keep, stop) for body in bodies]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            return [future.result() for future in futures]
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+        stop, journal = Stop(), self.journal
 
-    def _kept(
-        self,
-        body: Any,
-        read: Callable[[Any, Any], Any],
-        keep: Callable[[Any], bool],
-        stop: Stop,
-    ) -> Any:
-        if self.journal is None:
-            return read(self.ask(body, stop=stop), body)
-        request = hashlib.sha256(f"{self.url}\n{json.dumps(body)}".encode()).hexdigest()
-        if request in self.journal.values:
-            return self.journal.values[request]
-        value = read(self.ask(body, stop=stop), body)
-        if keep(value):
-            self.journal.add(request, value)
-        return value
+        def one(body: Any) -> Any:
+            request = hashlib.sha256(f"{self.url}\n{json.dumps(body)}".encode()).hexdigest()
+            if journal and request in journal.values:
+                return journal.values[request]
+            value = read(self.ask(body, stop=stop), body)
+            if journal and keep(value):
+                journal.add(request, value)
+            return value
+
+        with ThreadPoolExecutor(self.remote.concurrency) as pool:
+            futures = [pool.submit(one, body) for body in bodies]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                stop.set()
+        return [future.result() for future in futures]
 
     def ask(
         self,
@@ -303,29 +292,34 @@ class Endpoint:
         Raises RemoteError when tries run out, and at once when the server refuses the request
         (another 4xx, or a redirect) or answers with what isn't JSON.
         """
+        url, stop = self.url + path, stop or Stop()
         data = None if body is None else json.dumps(body).encode("ascii")
+        parse = parse or self._parse
+
+        def warn(state: tenacity.RetryCallState) -> None:
+            """Once for an outage, not for each of the requests that it hits."""
+            stop.check()
+            if not self._warned:
+                self._warned = True
+                _log.warning("%s: %s; trying again", url, _passing(state))
+
         tries = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(PassingError),
             stop=tenacity.stop_after_attempt(self.remote.retries + 1),
             wait=self._pause,
-            before_sleep=self._warn,
-            sleep=tenacity.sleep_using_event(stop := stop or Stop()),
+            before_sleep=warn,
+            sleep=tenacity.sleep_using_event(stop),
             reraise=True,
         )
         try:
-            found = tries(self._try, self.url + path, data, stop, parse or self._parse)
+            found = tries(lambda: parse(self.once(url, data, stop)))
         except PassingError as problem:
             raise RemoteError(
-                f"{self.url}{path} gave no answer in {self.remote.retries + 1} tries, the last "
-                f"one: {problem}. Check the server; the same command goes on where this one "
-                "stopped."
+                f"{url} gave no answer in {self.remote.retries + 1} tries, the last one: "
+                f"{problem}. Check the server; the same command goes on where this one stopped."
             ) from None
         self._warned = False
         return found
-
-    def _try(self, url: str, data: bytes | None, stop: Stop, parse: Callable[[bytes], Any]) -> Any:
-        stop.check()
-        return parse(self.once(url, data, stop))
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
         """Seconds before the next try."""
@@ -335,39 +329,27 @@ class Endpoint:
         whole = tenacity.wait_exponential(multiplier=self.remote.backoff, max=_MAX_PAUSE)(state)
         return whole * random.uniform(0.5, 1.0)
 
-    def _warn(self, state: tenacity.RetryCallState) -> None:
-        """Once for an outage, not for each of the requests that it hits."""
-        url, _, stop, _ = state.args
-        stop.check()
-        if not self._warned:
-            self._warned = True
-            _log.warning("%s: %s; trying again", url, _passing(state))
-
     def once(self, url: str, data: bytes | None, stop: Stop) -> bytes:
         """The body of the answer to one try.
 
         Raises PassingError for what may work a moment later, RemoteError for what won't.
         """
-        key, method = self.remote.key(), "GET" if data is None else "POST"
+        stop.check()
+        key = self.remote.key()
         headers = {"Content-Type": "application/json", "Connection": "close"}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
         try:
-            with (
-                httpx.Client(
-                    timeout=self.remote.timeout,
-                    verify=_certificates(),
-                    proxy=_proxy(url),
-                    trust_env=False,
-                ) as client,
-                client.stream(
-                    method, url, content=data, headers=headers, extensions={"trace": stop.trace}
-                ) as response,
-            ):
-                # A redirect is an error: a POST would lose its body, the key could go elsewhere.
-                if response.is_success:
-                    return response.read()
-                refused = f"status {response.status_code} ({_excerpt(response, key)})"
+            with httpx.Client(
+                timeout=self.remote.timeout,
+                verify=_certificates(),
+                proxy=_proxy(url),
+                trust_env=False,
+            ) as client:
+                method, trace = "GET" if data is None else "POST", {"trace": stop.trace}
+                response = client.request(
+                    method, url, content=data, headers=headers, extensions=trace
+                )
         except (httpx.HTTPError, OSError) as error:
             reason = _root(error)
             problem = f"{type(reason).__name__}: {hidden(str(reason), key)}"
@@ -376,6 +358,10 @@ class Endpoint:
             raise PassingError(problem) from None
         except (httpx.InvalidURL, ValueError, ImportError) as error:  # of the URL, or a proxy's
             raise RemoteError(f"{url} can't be asked: {error}. Mend the URL or proxy.") from None
+        # A redirect is an error: a POST would lose its body, the key could go elsewhere.
+        if response.is_success:
+            return response.content
+        refused = f"status {response.status_code} ({self._reason(response.text)})"
         if response.status_code in _TRY_AGAIN or response.status_code >= 500:
             raise PassingError(refused, _retry_after(response))
         raise RemoteError(
@@ -392,15 +378,23 @@ class Endpoint:
     def malformed(self, answer: Any, wanted: str) -> RemoteError:
         """The error for an answer of another form."""
         # As JSON again, whose escapes `hidden` knows.
-        text = (
-            answer.decode("utf-8", "replace") if isinstance(answer, bytes) else json.dumps(answer)
-        )
+        text = str(answer, "utf-8", "replace") if isinstance(answer, bytes) else json.dumps(answer)
         shown = self.excerpt(text)
         return RemoteError(f"{self.url} answered {shown!r}, not {wanted}. Mend the server.")
 
+    def _reason(self, text: str) -> str:
+        """What the body of an error says, in a line; it may repeat what it was sent."""
+        with suppress(ValueError, RecursionError, AttributeError, LookupError, TypeError):
+            reply = json.loads(text)
+            text = str(reply.get("error", reply)["message"])  # OpenAI's form
+        return self.excerpt(text) or "no reason given"
+
     def excerpt(self, text: str) -> str:
-        """A line to show of what a server said, without the key."""
-        return _shortened(text, self.remote.key())
+        """A line of at most 200 characters to show of what a server said.
+
+        The key goes first: a cut one wouldn't be found.
+        """
+        return " ".join(hidden(text, self.remote.key()).split())[:200]
 
 
 def _passing(state: tenacity.RetryCallState) -> PassingError:
@@ -415,24 +409,6 @@ def _root(error: BaseException) -> BaseException:
     while this is not None and not isinstance(this, OSError):
         this = this.__cause__ or this.__context__
     return this or error
-
-
-def _excerpt(response: httpx.Response, key: str | None) -> str:
-    """What the body of an error says, in a line; it may repeat what it was sent."""
-    try:
-        text = response.read().decode("utf-8", "replace")
-    except (httpx.HTTPError, OSError):
-        return "no reason given"
-    with contextlib.suppress(ValueError, RecursionError, AttributeError, LookupError, TypeError):
-        reply = json.loads(text)
-        reason = reply.get("error", reply)  # OpenAI's form
-        text = str(reason["message"])
-    return _shortened(text, key) or "no reason given"
-
-
-def _shortened(text: str, key: str | None) -> str:
-    """A line of at most 200 characters. The key goes first: a cut one wouldn't be found."""
-    return " ".join(hidden(text, key).split())[:200]
 
 
 def hidden(text: str, key: str | None) -> str:

@@ -37,24 +37,25 @@ def write_jsonl_atomic(
 
     Raises ValueError when a number is NaN or infinite, and TypeError for what isn't JSON.
     """
-    text = "".join(_dump(row) + "\n" for row in rows)
-    (_write_with_checksum if checksum else _write)(Path(path), text)
+    _write(Path(path), "".join(_dump(row) + "\n" for row in rows), checksum)
 
 
 def write_json_atomic(path: Path, value: Any, *, checksum: bool = False) -> None:
     """Write one JSON value, indented. Otherwise as `write_jsonl_atomic`."""
-    text = _dump(value, indent=2) + "\n"
-    (_write_with_checksum if checksum else _write)(Path(path), text)
+    _write(Path(path), _dump(value, indent=2) + "\n", checksum)
 
 
-def _write_with_checksum(path: Path, text: str) -> None:
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    files = [(checksum_path(path), f"{digest}  {path.name}\n"), (path, text)]
-    if path.exists():
-        checksum_path(path).unlink(missing_ok=True)
-        files.reverse()
+def _write(path: Path, text: str, checksum: bool) -> None:
+    files = [(path, text)]
+    if checksum:
+        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        files.insert(0, (checksum_path(path), f"{digest}  {path.name}\n"))
+        if path.exists():
+            checksum_path(path).unlink(missing_ok=True)
+            files.reverse()
     for file, content in files:
-        _write(file, content)
+        with atomic_file(file) as scratch:
+            scratch.write_bytes(content.encode("utf-8"))
 
 
 def checksum_path(path: Path) -> Path:
@@ -120,15 +121,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     when it is missing, empty or not what was written.
     """
     check_rows(path)
-    return [row for _, row in json_lines(read_text(path), path)]
+    return [row for _, row in json_lines(read_text(path, path), path)]
 
 
-def read_text(path: Path, name: str | None = None) -> str:
+def read_text(path: Path, name: Path | str) -> str:
     """The text of a file of rows; errors call the file `name`.
 
     Raises DataError when it is missing, unreadable, empty, or not UTF-8, with the line.
     """
-    name = str(path) if name is None else name
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -260,11 +260,6 @@ def _part_numbers(directory: Path) -> list[int]:
 
 def _dump(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as scratch:
-        scratch.write_bytes(text.encode("utf-8"))
 
 
 @contextmanager

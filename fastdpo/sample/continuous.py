@@ -118,7 +118,8 @@ def _run(
     names = manager.add_requests(requests, max_new_tokens=max_new_tokens)
     if manager.input_queue.qsize() != len(requests):
         raise RuntimeError("requests were refused")
-    wanted = [x for name in names for x in (*_children(name, forks), name)]
+    children = [f"__child#{i}" for i in range(forks - 1)]  # what transformers calls the forks
+    wanted = [name + child for name in names for child in (*children, "")]
     found: dict[str, list[int]] = {}
     manager.start()
     try:
@@ -135,11 +136,6 @@ def _run(
         raise
     manager.stop(keep_for_next_session=True)
     return [found[name] for name in wanted]
-
-
-def _children(name: str, forks: int) -> list[str]:
-    """What transformers calls the forks of a request, the request itself left out."""
-    return [f"{name}__child#{i}" for i in range(forks - 1)]
 
 
 def _chooses_flash() -> bool:

@@ -80,34 +80,22 @@ class GenerateSampler(LoadedSampler):
 
     def generate(self, prompts: list[list[int]], num_samples: int, seed: int) -> list[list[Output]]:
         """As `Sampler.generate`. Raises ModelError when memory runs out, or the model can't run."""
-        with told("generate"), self.drawing() as settings:
-            settings.pad_token_id = self._pad_id
-            torch.manual_seed(seed)
-            rows = self._draw(prompts, num_samples, settings)
-        return self.outputs(rows, num_samples)
-
-    def _draw(
-        self, prompts: list[list[int]], num_samples: int, settings: "GenerationConfig"
-    ) -> list[list[int]]:
-        width = max(map(len, prompts))
+        rows, width = [p for p in prompts for _ in range(num_samples)], max(map(len, prompts))
         # On the left, so that every response continues its prompt.
-        ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        ids, mask = (x.repeat_interleave(num_samples, 0).to(self.model.device) for x in (ids, mask))
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=settings,
-            stopping_criteria=self._stopping(width),
-        )
-        return output[:, width:].tolist()
+        ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in rows])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows])
 
-    def _stopping(self, width: int) -> Any:
-        """For `generate`, which rows have reached a stop string."""
-        from transformers import StoppingCriteriaList
-
-        def reached(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             done = [self.ending.reached(row) for row in input_ids[:, width:].tolist()]
             return torch.tensor(done, device=input_ids.device)
 
-        return StoppingCriteriaList([reached] if self.ending.stop else [])  # type: ignore[list-item]
+        with told("generate"), self.drawing() as settings:
+            settings.pad_token_id = self._pad_id
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                generation_config=settings,
+                stopping_criteria=[stopped] if self.ending.stop else None,
+            )
+            return self.outputs(output[:, width:].tolist(), num_samples)

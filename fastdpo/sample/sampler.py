@@ -13,8 +13,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,8 +21,7 @@ from fastdpo.errors import ModelError
 from fastdpo.sample.config import SampleConfig
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """A response: `ids` up to and with the token that ended it."""
 
     ids: list[int]

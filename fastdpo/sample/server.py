@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -28,24 +29,18 @@ _SEQUENCES = 256  # in flight, so that parts of a few prompts don't leave the se
 
 
 def open_server(
-    policy: str,
-    ending: Ending,
-    config: SampleConfig,
-    *,
-    max_length: int | None,
-    log_path: Path | None,
+    policy: str, ending: Ending, config: SampleConfig, max_length: int | None, log_path: Path | None
 ) -> "ServerSampler":
     """The server at `config.server_url`, or one started by `config.server_command`, as a sampler.
 
     Raises RemoteError when it can't be reached, doesn't start or doesn't serve the policy, and
     ConfigError when its key is missing.
     """
-    key = Remote(api_key_env=config.api_key_env).key()
-    if config.server_url is None:
-        local = LocalServer(policy, config, max_length, key, log_path)
-        sampler = ServerSampler(local.url, ending, config, local)
-    else:
-        local, sampler = None, ServerSampler(config.server_url, ending, config)
+    url, local = config.server_url, None
+    if url is None:
+        local = LocalServer(policy, config, max_length, log_path)
+        url = local.url
+    sampler = ServerSampler(url, ending, config, local)
     try:
         if local is not None:
             local.wait_until(sampler.is_healthy)
@@ -56,21 +51,6 @@ def open_server(
     sampler.policy = policy_digest(policy)
     sampler.context = shorter(sampler.context, max_length)
     return sampler
-
-
-class _Running(Stop):
-    """Ends requests when sampling does, and when the server that was started here has ended."""
-
-    def __init__(self, local: "LocalServer | None") -> None:
-        super().__init__()
-        self._local = local
-
-    def check(self, wait_s: float = 0.0) -> None:
-        """Raises RemoteError; `wait_s` as in `LocalServer.gone`."""
-        super().check()
-        gone = self._local.gone(wait_s) if self._local else None
-        if gone:
-            raise RemoteError(gone)
 
 
 class ServerSampler(Sampler):
@@ -100,7 +80,7 @@ class ServerSampler(Sampler):
         self._endpoint = Endpoint(url.rstrip("/").removesuffix("/v1"), remote)
         self.url, self.dtype = self._endpoint.url, config.dtype
         self.at_once = max(1, _SEQUENCES // (config.num_samples * config.batch_prompts))
-        self._local, self._stop = local, _Running(local)
+        self._local, self._stop = local, Stop(local.check) if local else Stop()
         self._model = ""
 
     def is_healthy(self) -> bool:
@@ -199,7 +179,8 @@ class ServerSampler(Sampler):
         try:
             return self._endpoint.ask(body, path, parse=parse, stop=self._stop)
         except RemoteError:
-            self._stop.check(wait_s=2.0)  # why the server that was started here has ended
+            if self._local and not self._stop.is_set():
+                self._local.check(wait_s=2.0)  # connections break before its end is known
             raise
 
     def close(self) -> None:
@@ -219,26 +200,18 @@ def _model_cards(reply: Any) -> list[dict[str, Any]]:
 # Runs the server in a group of processes of its own, and ends the group when the pipe from its
 # parent closes: because it was told to, or because the parent was killed.
 _KEEPER = """
-import os, signal, subprocess, sys, threading
+import contextlib, os, select, signal, subprocess, sys
 server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-closed = threading.Event()
-def listen():
-    while os.read(0, 1):
-        pass
-    closed.set()
-threading.Thread(target=listen, daemon=True).start()
-while server.poll() is None and not closed.wait(0.1):
+while server.poll() is None and not select.select([0], [], [], 0.1)[0]:
     pass
 status = server.poll()
 os.killpg(0, signal.SIGTERM)
-try:
+with contextlib.suppress(subprocess.TimeoutExpired):
     server.wait(30)
-except subprocess.TimeoutExpired:
-    pass
 if status is None:
     os.killpg(0, signal.SIGKILL)
-os._exit(status if status >= 0 else 128 - status)
+sys.exit(status if status >= 0 else 128 - status)
 """
 
 
@@ -250,19 +223,15 @@ class LocalServer:
     """
 
     def __init__(
-        self,
-        policy: str,
-        config: SampleConfig,
-        max_length: int | None,
-        key: str | None,
-        log_path: Path | None,
+        self, policy: str, config: SampleConfig, max_length: int | None, log_path: Path | None
     ) -> None:
         if os.name != "posix":
             raise RemoteError("a server is started on Linux and macOS only; give a server_url")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.url, self._key = f"http://127.0.0.1:{port}", key
+        self.url = f"http://127.0.0.1:{port}"
+        self._key = Remote(api_key_env=config.api_key_env).key()
         command = [word.replace("{model}", policy) for word in shlex.split(config.server_command)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", policy]
         command += ["--dtype", config.dtype, "--generation-config", "vllm"]
@@ -278,7 +247,7 @@ class LocalServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "VLLM_API_KEY": key} if key else None,
+                env={**os.environ, "VLLM_API_KEY": self._key} if self._key else None,
                 start_new_session=True,
             )
 
@@ -286,20 +255,16 @@ class LocalServer:
         """Raises RemoteError when the server ends, or isn't ready after half an hour."""
         deadline = time.monotonic() + _START_S
         while not ready():
-            gone = self.gone()
-            if gone:
-                raise RemoteError(gone)
+            self.check()
             if time.monotonic() > deadline:
                 raise RemoteError(f"the server wasn't ready after {_START_S:.0f} s; {self._tail()}")
             time.sleep(0.2)
 
-    def gone(self, wait_s: float = 0.0) -> str | None:
-        """None while the server runs, else how it ended; connections break before that is known."""
-        try:
+    def check(self, wait_s: float = 0.0) -> None:
+        """Raises RemoteError, saying how, once the server has ended; within `wait_s` seconds."""
+        with suppress(subprocess.TimeoutExpired):
             status = self._process.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            return None
-        return f"the server ended with status {status}; {self._tail()}"
+            raise RemoteError(f"the server ended with status {status}; {self._tail()}")
 
     def _tail(self) -> str:
         text = self.log_path.read_text(errors="replace")

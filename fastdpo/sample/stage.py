@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from fastdpo.model.load import (
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.continuous import ContinuousSampler, flash_attention
 from fastdpo.sample.generate import GenerateSampler, LoadedSampler
-from fastdpo.sample.sampler import Ending, Output, Sampler, shorter
+from fastdpo.sample.sampler import Ending, Sampler, shorter
 from fastdpo.sample.server import open_server
 from fastdpo.sample.vllm import VllmSampler
 from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic
@@ -53,7 +53,6 @@ _log = logging.getLogger(__name__)
 _UNPLANNED = {"backend", "dtype", "server_url", "server_command", "server_timeout", "api_key_env"}
 
 
-@contextmanager
 def open_sampler(
     policy: str,
     tokenizer: "PreTrainedTokenizerBase",
@@ -61,8 +60,8 @@ def open_sampler(
     *,
     max_length: int | None = None,
     log_path: Path | None = None,
-) -> Iterator[Sampler]:
-    """A sampler of the policy by `config.backend`, closed at the end of the block.
+) -> closing[Sampler]:
+    """A sampler of the policy by `config.backend`, as a context that closes it at its end.
 
     `policy` is a folder or hub name in Hugging Face format. transformers' backends load it on the
     GPU if there is one. They, vLLM and a server started here are made anew by each call, so none
@@ -75,30 +74,19 @@ def open_sampler(
         ModelError: the model or its backend can't be used; says why.
         RemoteError: the server can't be reached, doesn't start, or serves another model.
     """
-    with closing(_open(policy, tokenizer, config, max_length, log_path)) as sampler:
-        yield sampler
-
-
-def _open(
-    policy: str,
-    tokenizer: Any,
-    config: SampleConfig,
-    max_length: int | None,
-    log_path: Path | None,
-) -> Sampler:
     if not config.asks_server and config.backend != "vllm":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_causal_lm(policy, dtype=getattr(torch, config.dtype)).to(device)
         sampler = model_sampler(model, tokenizer, config)
         sampler.policy = policy_digest(policy)
         sampler.context = shorter(max_length, sampler.context)
-        return sampler
+        return closing(sampler)
     longest = shorter(max_length, context_of(load_config(policy)))
-    ends = end_ids(stop_ids(policy, tokenizer), tokenizer.eos_token_id)
+    ends = end_ids(stop_ids(policy, tokenizer), tokenizer.eos_token_id)  # type: ignore[arg-type]
     ending = Ending(ends, config.stop, tokenizer)
     if config.asks_server:
-        return open_server(policy, ending, config, max_length=longest, log_path=log_path)
-    return VllmSampler(policy, ending, config, longest)
+        return closing(open_server(policy, ending, config, longest, log_path))
+    return closing(VllmSampler(policy, ending, config, longest))
 
 
 def model_sampler(model: Any, tokenizer: Any, config: SampleConfig) -> LoadedSampler:
@@ -188,13 +176,15 @@ def sample(
             """Write a part; the lengths of its responses."""
             first, last = starts[part], starts[part] + config.batch_prompts
             drawn = sampler.generate(prompt_ids[first:last], config.num_samples, seeds[part])
-            candidates = [
-                _candidate(prompts[i], prompt_ids[i], (i, j), output, sampler.ending)
-                for i, outputs in enumerate(drawn, first)
-                for j, output in enumerate(outputs)
-            ]
-            write_jsonl_atomic(part_path(out_dir, part), [x.to_json() for x in candidates])
-            return [len(x.response_ids) for x in candidates]
+            candidates = []
+            for i, outputs in enumerate(drawn, first):
+                row, known = prompts[i], prompt_ids[i]
+                for j, (ids, reason) in enumerate(outputs):
+                    text = sampler.ending.text(ids)
+                    candidate = Candidate(i, j, row.prompt, known, text, ids, reason, row.extra)
+                    candidates.append(candidate.to_json())
+            write_jsonl_atomic(part_path(out_dir, part), candidates)
+            return [len(output.ids) for outputs in drawn for output in outputs]
 
         lengths = _each(draw, undone, sampler.at_once)
         rates = _measured(lengths, len(starts), len(undone), progress)
@@ -203,24 +193,16 @@ def sample(
             write_json_atomic(Path(out_dir) / "throughput.json", found)
 
 
-@contextmanager
-def _sampler_of(source: Any, tokenizer: Any, config: SampleConfig) -> Iterator[Sampler]:
+def _sampler_of(
+    source: Any, tokenizer: Any, config: SampleConfig
+) -> AbstractContextManager[Sampler]:
     """What samples, closed after the block where it is made here."""
     if isinstance(source, torch.nn.Module):
-        with closing(model_sampler(source, tokenizer, config)) as sampler:
-            yield sampler
-        return
+        return closing(model_sampler(source, tokenizer, config))
     for name in ("max_new_tokens", "temperature", "top_p", "stop"):
         mine, its = getattr(config, name), getattr(source.config, name)
         require(config, name, mine == its, f"the sampler's, {its}; open it with this one")
-    yield source
-
-
-def _candidate(
-    row: Prompt, ids: list[int], place: tuple[int, int], output: Output, ending: Ending
-) -> Candidate:
-    text, reason = ending.text(output.ids), output.finish_reason
-    return Candidate(*place, row.prompt, ids, text, output.ids, reason, row.extra)
+    return nullcontext(source)
 
 
 def _measured(

@@ -1,15 +1,15 @@
 """Follow-up likelihood as a reward (FLR, arXiv 2409.13948): does the answer please its reader?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
+
+import torch
 
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.records import Text, messages_of
 from fastdpo.data.rendering import text_of
-from fastdpo.model.load import load_tokenizer
-from fastdpo.model.logps import load_packed, pair_logps
+from fastdpo.model.logps import pair_logps
 
 POSITIVE = (
     "Thank you, that is just what I wanted to know.",
@@ -21,25 +21,6 @@ NEGATIVE = (
     "That is wrong.",
     "I don't understand what you mean.",
 )
-
-
-@dataclass(frozen=True)
-class FollowUp:
-    """`follow_up_scores` of a model: the scorer "follow_up:NAME"."""
-
-    model: Any
-    tokenizer: Any
-    batch_size: int
-
-    def __call__(self, prompts: Sequence[Text], responses: Sequence[str]) -> list[float]:
-        return follow_up_scores(
-            self.model, self.tokenizer, prompts, responses, batch_size=self.batch_size
-        )
-
-
-def load_follow_up(name: str, device: Any, dtype: Any, batch_size: int) -> FollowUp:
-    """The scorer of a folder or hub name of a causal language model."""
-    return FollowUp(load_packed(name, device, dtype or "auto"), load_tokenizer(name), batch_size)
 
 
 def follow_up_scores(
@@ -76,11 +57,8 @@ def follow_up_scores(
     ]
     if not pairs:
         return []
-    good, bad = [], []
-    logp_P2 = pair_logps(model, pairs, batch_size=batch_size)
-    for pair, (chosen, rejected) in zip(pairs, logp_P2.tolist()):
-        good.append(chosen / len(pair.chosen_ids))
-        bad.append(rejected / len(pair.rejected_ids))
+    lengths_P2 = torch.tensor([(len(x.chosen_ids), len(x.rejected_ids)) for x in pairs])
+    good, bad = (pair_logps(model, pairs, batch_size=batch_size) / lengths_P2).T.tolist()
     return [
         fmean(good[start : start + len(positive)]) - fmean(bad[start : start + len(negative)])
         for start in range(0, len(pairs), width)

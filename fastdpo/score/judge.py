@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.records import Candidate, Text
 from fastdpo.data.rendering import content_of, text_of
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.model.load import load_tokenizer
-from fastdpo.model.logps import load_packed, pair_logps
+from fastdpo.model.logps import pair_logps
 
 JUDGE_TEMPLATE = """\
 Two answers to the same message follow. Decide which one is better: more correct, more helpful and \
@@ -47,10 +46,8 @@ class Judge:
     ) -> list[float]:
         """Probability that `first[i]` is the better response to `prompts[i]`."""
         asked = [i for i in range(len(prompts)) if first[i] != second[i]]
-        texts = []
-        for i in asked:
-            texts.append(self._text(prompts[i], first[i], second[i]))
-            texts.append(self._text(prompts[i], second[i], first[i]))
+        both = [(prompts[i], *x) for i in asked for x in permutations((first[i], second[i]))]
+        texts = [self._text(*x) for x in both]
         wins = [0.5] * len(prompts)
         answers = self.ask(texts) if texts else []
         for i, forward, backward in zip(asked, answers[0::2], answers[1::2]):
@@ -103,34 +100,27 @@ def _conversation(prompt: Text) -> str:
     return "\n\n".join(f"{message['role']}: {content_of(message)}" for message in prompt)
 
 
-def load_local_judge(
-    name: str, device: torch.device | str | None, dtype: torch.dtype | None, batch_size: int
-) -> "LocalJudge":
-    """A causal language model that answers by the log-probabilities of the letters."""
-    tokenizer = load_tokenizer(name)
-    judge = LocalJudge(load_packed(name, device, dtype or "auto"), tokenizer, batch_size)
-    judge.letters("x")
-    return judge
-
-
 @dataclass(frozen=True)
 class LocalJudge:
-    """Probability of A against B as the next token of a causal language model."""
+    """Probability of A against B as the next token of a causal language model.
+
+    `model` is of `fastdpo.model.logps.load_packed`. Raises ModelError as `letters` does.
+    """
 
     model: Any
     tokenizer: Any
     batch_size: int
 
+    def __post_init__(self) -> None:
+        self.letters("x")
+
     def __call__(self, texts: list[str]) -> list[float]:
-        pairs = []
-        for text in texts:
-            ids, a, b = self.letters(text)
-            pairs.append(TokenizedPair(ids, [a], [b]))
+        pairs = [self.letters(text) for text in texts]
         logp_P2 = pair_logps(self.model, pairs, batch_size=self.batch_size)
         return torch.sigmoid(logp_P2[:, 0] - logp_P2[:, 1]).tolist()
 
-    def letters(self, text: str) -> tuple[list[int], int, int]:
-        """Token ids of a question, and of A and B after it.
+    def letters(self, text: str) -> TokenizedPair:
+        """The letters A and B after a question.
 
         Raises ModelError where the letters aren't one token each.
         """
@@ -154,7 +144,7 @@ class LocalJudge:
         for space in ("",) if rendered[-1:].isspace() else (" ", ""):
             a, b = ids_of(space + "A"), ids_of(space + "B")
             if a[:-1] == ids == b[:-1] and a[-1] != b[-1]:
-                return ids, a[-1], b[-1]
+                return TokenizedPair(ids, a[-1:], b[-1:])
         raise ModelError(
             "the judge's tokenizer doesn't make one token each of the letters A and B after a "
             "question. Use another model, or serve it and name its URL."

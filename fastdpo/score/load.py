@@ -4,18 +4,20 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdpo.errors import ConfigError
-from fastdpo.model.load import dtype_name, policy_digest
+from fastdpo.model.load import dtype_name, load_tokenizer, policy_digest
+from fastdpo.model.logps import load_packed
 from fastdpo.remote import Endpoint, Remote, check_url
 from fastdpo.score.answer import right_answer
-from fastdpo.score.follow_up import load_follow_up
-from fastdpo.score.implicit import load_implicit, load_likelihood
-from fastdpo.score.judge import JUDGE_TEMPLATE, Judge, check_template, load_local_judge
+from fastdpo.score.follow_up import follow_up_scores
+from fastdpo.score.implicit import implicit_reward, mean_likelihood
+from fastdpo.score.judge import JUDGE_TEMPLATE, Judge, LocalJudge, check_template
 from fastdpo.score.remote import PooledScores, RemoteJudge, RemoteScores
 from fastdpo.score.reward_model import load_reward_model
 from fastdpo.score.stage import Scorer
@@ -77,8 +79,8 @@ def load_scorer(
     - `follow_up:name`: how much likelier a causal language model finds praise after the response
       than a complaint, see `follow_up_scores`.
     - `answer`: 1 where the response gives the prompt's `answer`, see `right_answer`.
-    - `implicit`: log-ratio of `policy` and `previous`, see `ImplicitReward`.
-    - `likelihood`: mean log-probability under `policy`, see `Likelihood`.
+    - `implicit`: log-ratio of `policy` and `previous`, see `implicit_reward`.
+    - `likelihood`: mean log-probability under `policy`, see `mean_likelihood`.
 
     What else has a colon and is no existing path is a function; modules in the working directory
     are found too. Servers are asked as `remote` says.
@@ -102,28 +104,26 @@ def load_scorer(
                 "scorer 'implicit' needs policy and previous, folders or hub names of the policy "
                 "and of the one before it"
             )
-        reward = load_implicit(str(policy), str(previous), *on)
-        return Scorer(spec, reward, on="rows", settings=reward.digests)
+        return implicit_reward(str(policy), str(previous), *on)
     if kind == "likelihood":
         if policy is None:
             raise ConfigError("scorer 'likelihood' needs policy, a folder or hub name")
-        likelihood = load_likelihood(str(policy), *on)
-        return Scorer(spec, likelihood, on="rows", settings=likelihood.digests)
+        return mean_likelihood(str(policy), *on)
     if kind == "reward model":
         reward_model = load_reward_model(spec, *on)
         folder = spec if Path(spec).exists() else spec.partition("#")[0]
         return Scorer(spec, reward_model, settings=_weights(folder, reward_model.model))
-    if kind == "follow-up":
-        name = spec.removeprefix("follow_up:")
-        follow_up = load_follow_up(name, *on)
-        return Scorer(spec, follow_up, settings=_weights(name, follow_up.model))
     template = JUDGE_TEMPLATE if judge_template is None else judge_template
     if kind in ("judge", "remote judge"):
         check_template(template)
-    if kind == "judge":
-        name = spec.removeprefix("judge:")
-        local = load_local_judge(name, *on)
-        judge, settings = Judge(local, template), _weights(name, local.model)
+    if kind in ("judge", "follow-up"):
+        name = spec.partition(":")[2]
+        model, tokenizer = load_packed(name, device, dtype or "auto"), load_tokenizer(name)
+        settings = _weights(name, model)
+        if kind == "follow-up":
+            function = partial(follow_up_scores, model, tokenizer, batch_size=batch_size)
+            return Scorer(spec, function, settings=settings)
+        judge = Judge(LocalJudge(model, tokenizer, batch_size), template)
         return Scorer(spec, judge, "rows", judge.compare, {"template": template} | settings)
     return _load_remote(spec, kind, remote or Remote(), batch_size, template)
 

@@ -53,16 +53,15 @@ class PooledScores:
     model: str
 
     def __call__(self, prompts: list[Text], responses: list[str]) -> list[float]:
-        bodies = []
-        for prompt, response in zip(prompts, responses):
-            bodies.append(
-                {
-                    "model": self.model,
-                    "messages": messages_of(prompt, response),
-                    "use_activation": False,
-                    "add_generation_prompt": False,
-                }
-            )
+        bodies = [
+            {
+                "model": self.model,
+                "messages": messages_of(prompt, response),
+                "use_activation": False,
+                "add_generation_prompt": False,
+            }
+            for prompt, response in zip(prompts, responses)
+        ]
         return self.endpoint.ask_all(bodies, self._last, is_number)
 
     def _last(self, answer: Any, body: Any) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastdpo.data.records import Text, messages_of
 from fastdpo.data.rendering import text_of
@@ -20,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_reward_model(
-    name: str, device: torch.device | str | None, dtype: torch.dtype | None, batch_size: int
+    spec: str, device: torch.device | str | None, dtype: torch.dtype | None, batch_size: int
 ) -> "RewardModel":
     """A reward model of a folder or hub name, with its tokenizer; see `load_scorer`.
 
@@ -29,16 +30,18 @@ def load_reward_model(
     loaded as such classifiers.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-    spec = name
-    tokenizer_name = name
-    if "#" in name and not Path(name).exists():
-        name, _, tokenizer_name = name.partition("#")
+    name, _, of_tokenizer = (spec, "", "") if Path(spec).exists() else spec.partition("#")
     check_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         value_head = "v_head.weight" in _tensor_names(name)
-        num_labels = 1 if value_head else config.num_labels
+        num_labels, options = config.num_labels, {}
+        if value_head:  # `transformer` and `v_head` become the body and head of a classifier
+            kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+            names = {r"^transformer\.": f"{kind.base_model_prefix}.", r"^v_head\.": "score."}
+            num_labels, options = 1, {"num_labels": 1, "key_mapping": names}
         model: Any = None
         if num_labels == 1:
             model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -47,9 +50,9 @@ def load_reward_model(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                **(_as_classifier(config) if value_head else {}),
+                **options,
             )
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(of_tokenizer or name, trust_remote_code=False)
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise ModelError(
@@ -97,16 +100,6 @@ def _tensor_names(name: str) -> set[str]:
         return set()
     with safe_open(file, "pt") as tensors:
         return set(tensors.keys())
-
-
-def _as_classifier(config: Any) -> dict[str, Any]:
-    """Options that load `transformer` and `v_head` as the body and head of a classifier."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
-    model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    body = model_class.base_model_prefix
-    names = {r"^transformer\.": f"{body}.", r"^v_head\.": "score."}
-    return {"num_labels": 1, "key_mapping": names}
 
 
 @dataclass(frozen=True)
@@ -157,11 +150,10 @@ class RewardModel:
         return encoded["input_ids"]
 
     def _logits(self, batch: list[list[int]]) -> Tensor:
-        width = max(map(len, batch))
-        pad = self.pad_id or 0
+        rows = [torch.tensor(x) for x in batch]
         # On the right: absolute positions then start at 0 in every row.
-        ids = torch.tensor([x + [pad] * (width - len(x)) for x in batch])
-        mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in batch])
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id or 0)
+        mask = pad_sequence([torch.ones_like(x) for x in rows], batch_first=True)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.by_length:
             inputs["position_ids"] = (mask.cumsum(1) - 1) * mask
