@@ -173,22 +173,12 @@ class PairRow:
     @classmethod
     def of(cls, chosen: Scored, rejected: Scored) -> "PairRow":
         """Two responses to one prompt."""
-        several = len(chosen.scores) > 1
-        return cls(
-            chosen.prompt_index,
-            chosen.prompt,
-            chosen.prompt_ids,
-            chosen.response,
-            rejected.response,
-            chosen.response_ids,
-            rejected.response_ids,
-            chosen.score,
-            rejected.score,
-            chosen.finish_reason,
-            rejected.finish_reason,
-            scores_chosen=chosen.scores if several else None,
-            scores_rejected=rejected.scores if several else None,
-        )
+        sides: dict[str, Any] = {}
+        for name, columns in _SIDES.items():
+            sides |= zip(columns, (getattr(chosen, name), getattr(rejected, name)))
+        if len(chosen.scores) < 2:
+            sides |= {"scores_chosen": None, "scores_rejected": None}
+        return cls(chosen.prompt_index, chosen.prompt, chosen.prompt_ids, **sides)
 
     @property
     def key(self) -> str:
@@ -197,20 +187,10 @@ class PairRow:
 
     def turned(self) -> "PairRow":
         """The pair with chosen and rejected exchanged."""
-        return replace(
-            self,
-            chosen=self.rejected,
-            rejected=self.chosen,
-            chosen_ids=self.rejected_ids,
-            rejected_ids=self.chosen_ids,
-            score_chosen=self.score_rejected,
-            score_rejected=self.score_chosen,
-            chosen_finish=self.rejected_finish,
-            rejected_finish=self.chosen_finish,
-            scores_chosen=self.scores_rejected,
-            scores_rejected=self.scores_chosen,
-            flipped=True,
-        )
+        turned: dict[str, Any] = {"flipped": True}
+        for chosen, rejected in _SIDES.values():
+            turned |= {chosen: getattr(self, rejected), rejected: getattr(self, chosen)}
+        return replace(self, **turned)
 
     def candidates(self) -> tuple[Candidate, Candidate]:
         """Both sides as responses to the prompt, sample 0 the chosen one."""
@@ -243,6 +223,13 @@ class PairRow:
         return cls(**{name: row[name] for name in names})
 
 
+_SIDES = {  # what a pair has of its two candidates, and the columns of chosen and rejected
+    "response": ("chosen", "rejected"),
+    "response_ids": ("chosen_ids", "rejected_ids"),
+    "score": ("score_chosen", "score_rejected"),
+    "finish_reason": ("chosen_finish", "rejected_finish"),
+    "scores": ("scores_chosen", "scores_rejected"),
+}
 _OPTIONAL = {x.name for x in fields(PairRow) if x.default is None}
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "score_chosen": lambda x: x is None or is_number(x),

@@ -121,11 +121,6 @@ def _find(text: str, name: str, whole: str, at: int, start: int) -> int | None:
     return at if at > start or pieces[-1] == "</think>" else None
 
 
-def is_in(text: str, rendered: str) -> bool:
-    """Whether a text stands in a rendering, in any notation."""
-    return any(form in rendered for form in _notations(text.strip()))
-
-
 def _notations(text: str) -> list[str]:
     """A string of a tool call as it is, in JSON, in JSON within JSON, and in Python."""
     coded = json.dumps(text, ensure_ascii=False)[1:-1]
@@ -175,10 +170,8 @@ def last_token(ids: Sequence[int], tokenizer: Any) -> int:
 
     Templates write a line break after the end of a turn. It is trained on, as in TRL.
     """
-    for place in range(len(ids) - 1, -1, -1):
-        if tokenizer.decode([ids[place]]).strip():
-            return place
-    return -1
+    places = reversed(range(len(ids)))
+    return next((place for place in places if tokenizer.decode([ids[place]]).strip()), -1)
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -249,6 +242,19 @@ def render_prompt(
     return Renderer(tokenizer).ids(prompt, options, add_generation_prompt=True)
 
 
+def render_row(row: Prompt | PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids that a sample after the row's prompt follows, by `render_prompt` as chat.
+
+    Raises DataError as that does, naming the row.
+    """
+    try:
+        return render_prompt(
+            row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
+        )
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+
+
 def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether sampling takes a string as a message of the user: not where there is no chat
     template, nor where the string was rendered before, and begins with a special token that the
@@ -264,6 +270,11 @@ def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
         return True
     chat = Renderer(tokenizer).ids([{"role": "user", "content": prompt}], {})
     return chat.count(first[0]) == own.count(first[0])  # type: ignore[index,union-attr]
+
+
+def options_of(row: PreferenceRow | Prompt) -> dict[str, Any]:
+    """What a row gives to the chat template beside its messages."""
+    return {"tools": row.tools, **row.chat_template_kwargs}
 
 
 class Renderer:
@@ -327,12 +338,7 @@ class Renderer:
         return prompt + (response if response.rstrip().endswith(end) else response + end)
 
     def checked(
-        self,
-        row: PreferenceRow,
-        options: dict[str, Any],
-        name: str,
-        prompt: list[int],
-        ids: list[int],
+        self, row: PreferenceRow, name: str, prompt: list[int], ids: list[int]
     ) -> tuple[list[int], bool]:
         """A response's ids, all text in them and ended once; and whether its end was added here.
 
@@ -340,11 +346,11 @@ class Renderer:
         """
         after = ""
         if isinstance(row.prompt, list):
-            after = self._after_text(row, options, name, ids)
+            after = self._after_text(row, name, ids)
         if not row.append_eos:
             return ids, False
         last = last_token(ids, self.tokenizer)
-        if last >= 0 and self._is_end(ids[last], row, options, prompt, after):
+        if last >= 0 and self._is_end(ids[last], row, prompt, after):
             ids = once(ids, self.tokenizer, self.ends, self.stop_ids or ())
             end = ids[last_token(ids, self.tokenizer)]
             self.ends[end] = self.ends.get(end) or row.where
@@ -361,51 +367,35 @@ class Renderer:
         self.ends[end] = self.ends[end] or row.where
         return [*ids, end], True
 
-    def unread(self, row: PreferenceRow | Prompt, ids: list[int]) -> str | None:
+    def unread(self, row: PreferenceRow | Prompt) -> str | None:
         """What a template leaves out of a prompt: a message, or a tool; None: nothing.
 
         Turns of the assistant are not looked at: templates cut the reasoning off earlier ones.
         """
         if isinstance(row.prompt, str):
             return None
-        given = [
-            ("content", text)
-            for message in row.prompt
-            if message.get("role") != "assistant"
-            for name, text in texts(message)
-            if name == "content"
-        ]
+        asked = [x for x in row.prompt if x.get("role") != "assistant"]
+        given = [x for message in asked for x in texts(message) if x[0] == "content"]
         for tool in row.tools or ():
             function = tool.get("function", tool) if isinstance(tool, dict) else None
             if isinstance(function, dict) and isinstance(function.get("name"), str):
                 given.append(("tools", function["name"]))
+        rendered = self._text(row, row.prompt, add_generation_prompt=True)
+        for name, text in given:
+            if not any(form in rendered for form in _notations(text.strip())):
+                reason = cause(Lost(0, name, text), str(self.tokenizer.chat_template))
+                return f"{name} {_short(text)} ({reason})"
+        return None
 
-        def missing(rendered: str) -> tuple[str, str] | None:
-            return next((x for x in given if not is_in(x[1], rendered)), None)
-
-        if missing(self._decode(ids)) is None:
-            return None
-        # A tokenizer may not give the text back: ask the text.
-        options = {"tools": row.tools, **row.chat_template_kwargs}
-        lost = missing(
-            self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
-        )
-        if lost is None:
-            return None
-        reason = cause(Lost(0, *lost), str(self.tokenizer.chat_template))
-        return f"{lost[0]} {_short(lost[1])} ({reason})"
-
-    def _after_text(
-        self, row: PreferenceRow, options: dict[str, Any], name: str, ids: list[int]
-    ) -> str:
+    def _after_text(self, row: PreferenceRow, name: str, ids: list[int]) -> str:
         """What a template wrote after the text of a response; DataError where text is lost."""
         response: Any = getattr(row, name)
         lost, after = trace(response, "", self._decode(ids))
         if lost is None:
             return after
         # A beginning in the prompt, or a tokenizer that doesn't give the text back: ask the text.
-        prompt = self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
-        side = self._template([*row.prompt, *response], options, tokenize=False)
+        prompt = self._text(row, row.prompt, add_generation_prompt=True)
+        side = self._text(row, [*row.prompt, *response])
         split = common_prefix_length(prompt, side)
         given = [text.strip() for message in row.prompt for _, text in texts(message)]  # type: ignore[arg-type]
         opening = prompt[:split]
@@ -424,14 +414,7 @@ class Renderer:
             "that keeps it (chat_template), or write the row without it."
         )
 
-    def _is_end(
-        self,
-        token: int,
-        row: PreferenceRow,
-        options: dict[str, Any],
-        prompt: list[int],
-        after: str,
-    ) -> bool:
+    def _is_end(self, token: int, row: PreferenceRow, prompt: list[int], after: str) -> bool:
         """Whether a token ends a turn: a special one that the template wrote `after` the text of
         the response, unless it begins turns with it."""
         if token in self.ends or token not in self.special or isinstance(row.prompt, str):
@@ -440,7 +423,7 @@ class Renderer:
         others = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
         if token in others or self._decode([token]).strip() not in after:
             return False
-        alone = self.ids(row.prompt, options, add_generation_prompt=False)
+        alone = self.ids(row.prompt, options_of(row), add_generation_prompt=False)
         opening = prompt[common_prefix_length(alone, prompt) :]
         if token in (opening or prompt[last_token(prompt, self.tokenizer) :]):
             return False
@@ -452,6 +435,9 @@ class Renderer:
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
+
+    def _text(self, row: PreferenceRow | Prompt, messages: Any, **settings: Any) -> str:
+        return self._template(messages, options_of(row), tokenize=False, **settings)
 
     def _template(self, messages: Any, options: dict[str, Any], **settings: Any) -> Any:
         if not (self.tokenizer.chat_template or options.get("chat_template")):

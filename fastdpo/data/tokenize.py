@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.budget import check_overlong, counted
 from fastdpo.data.records import PreferenceRow, Prompt
-from fastdpo.data.rendering import Renderer, common_prefix_length, is_empty, starts_with
+from fastdpo.data.rendering import Renderer, common_prefix_length, is_empty, options_of, starts_with
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -115,18 +115,16 @@ def tokenize_dataset(
         )
     for message in notes.messages(len(kept), tokenizer, renderer.prefix):
         warnings.warn(message, stacklevel=2)
-    warn_of_unread(kept, [pair.prompt_ids for pair in result.pairs], tokenizer)
+    warn_of_unread(kept, tokenizer)
     for message in _ends_that_do_not_stop(renderer):
         warnings.warn(message, stacklevel=2)
     return result
 
 
-def warn_of_unread(
-    rows: Sequence[PreferenceRow | Prompt], ids: Sequence[list[int]], tokenizer: Any
-) -> None:
-    """Warn once of messages and tools of prompts that the chat template left out of their `ids`."""
+def warn_of_unread(rows: Sequence[PreferenceRow | Prompt], tokenizer: Any) -> None:
+    """Warn once of messages and tools of prompts that the chat template leaves out."""
     renderer = Renderer(tokenizer)
-    found = ((row.where, renderer.unread(row, x)) for row, x in zip(rows, ids))
+    found = ((row.where, renderer.unread(row)) for row in rows)
     places = [f"{where}: {unread}" for where, unread in found if unread]
     if places:
         warnings.warn(
@@ -220,15 +218,14 @@ def _split_pair(row: PreferenceRow, renderer: "Renderer") -> _SplitPair | str:
     marks = (renderer.tokenizer.bos_token, renderer.tokenizer.eos_token)
     if is_empty(row.chosen, marks) or is_empty(row.rejected, marks):
         return "empty response"
-    options = {"tools": row.tools, **row.chat_template_kwargs}
+    options = options_of(row)
     responses = {"chosen": row.chosen, "rejected": row.rejected}
     try:
         prompt = renderer.ids(row.prompt, options, add_generation_prompt=True)
         sides = [renderer.ids(renderer.join(row, x), options) for x in responses.values()]
         split = min(common_prefix_length(prompt, side) for side in sides)
         found = [
-            renderer.checked(row, options, name, prompt, side[split:])
-            for name, side in zip(responses, sides)
+            renderer.checked(row, name, prompt, x[split:]) for name, x in zip(responses, sides)
         ]
     except DataError as error:
         raise DataError(f"{row.where}: {error}") from error

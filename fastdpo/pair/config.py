@@ -4,14 +4,7 @@ from dataclasses import dataclass
 
 from fastdpo.errors import ConfigError, is_default, is_number, require, require_used
 
-RULES = (
-    "best_worst",
-    "best_random",
-    "all_ranked",
-    "curriculum",
-    "nearest_margin",
-    "tree_siblings",
-)
+RULES = ("best_worst", "best_random", "all_ranked", "curriculum", "nearest_margin", "tree_siblings")
 COMBINATIONS = ("weighted", "log_sigmoid")
 TRANSFORMS = ("none", "par", "log_sigmoid", "mean_std")
 
@@ -87,12 +80,12 @@ class PairConfig:
             ("consistency", ("none", "mean", "prompt")),
         ):
             require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        several = self.weights is None or (any(self.weights) and all(map(is_number, self.weights)))
-        require(self, "weights", several, "a list of finite numbers, not all of them 0")
+        numbers = self.weights is None or (any(self.weights) and all(map(is_number, self.weights)))
         penalty = self.length_penalty
         positive = penalty == "auto" or (is_number(penalty) and penalty >= 0)
-        require(self, "length_penalty", positive, 'a finite number of at least 0 or "auto"')
         for name, holds, wanted in (
+            ("weights", numbers, "a list of finite numbers, not all of them 0"),
+            ("length_penalty", positive, 'a finite number of at least 0 or "auto"'),
             ("min_gap", self.min_gap >= 0, "finite and >= 0"),
             ("target_margin", self.target_margin > 0, "finite and > 0"),
             ("max_pairs", self.max_pairs is None or self.max_pairs >= 1, ">= 1"),

@@ -38,7 +38,7 @@ def drop_truncated(rows: Sequence[Scored]) -> tuple[list[Scored], dict[str, int]
     DICE (arXiv 2406.09760) leaves cut outputs out; read in its released code, not in the paper.
     """
     kept = [row for row in rows if row.finish_reason != "length"]
-    return kept, _counted("truncated response", len(rows) - len(kept))
+    return kept, counted("truncated response", len(rows) - len(kept))
 
 
 def drop_duplicates(rows: Sequence[Scored]) -> tuple[list[Scored], dict[str, int]]:
@@ -53,14 +53,15 @@ def drop_duplicates(rows: Sequence[Scored]) -> tuple[list[Scored], dict[str, int
         key = _response(row)
         first[key] = min(first.get(key, row.sample_index), row.sample_index)
     kept = [row for row in rows if first[_response(row)] == row.sample_index]
-    return kept, _counted("duplicate response", len(rows) - len(kept))
+    return kept, counted("duplicate response", len(rows) - len(kept))
 
 
 def _response(row: Scored) -> tuple[Any, ...]:
     return row.prompt_index, tuple(row.prompt_ids), tuple(row.response_ids)
 
 
-def _counted(reason: str, count: int) -> dict[str, int]:
+def counted(reason: str, count: int) -> dict[str, int]:
+    """How many were dropped for a reason; nothing where none was."""
     return {reason: count} if count else {}
 
 
@@ -92,7 +93,7 @@ def beats_fresh(
             kept.append(row)
         else:
             worse += 1
-    return kept, _counted("offline: a fresh sample scores as high", worse)
+    return kept, counted("offline: a fresh sample scores as high", worse)
 
 
 def replay(
@@ -119,7 +120,7 @@ def replay(
         )
     order = sorted(range(len(free)), key=lambda i: draw_key(seed, free[i].prompt_index, i))
     drawn = sorted(order[:wanted])
-    dropped = _counted("offline: prompt has a sampled pair", len(offline) - len(free))
+    dropped = counted("offline: prompt has a sampled pair", len(offline) - len(free))
     return [free[i] for i in drawn], dropped
 
 
