@@ -76,10 +76,8 @@ def trace(messages: list[Message], opening: str, rendered: str) -> tuple[Lost | 
     for index, message in enumerate(messages):
         given = list(texts(message))
         calls_first = sorted(given, key=lambda x: x[0] != "tool_calls")
-        found = _walk(given, whole, at, len(opening))
-        if not isinstance(found, int) and calls_first != given:
-            again = _walk(calls_first, whole, at, len(opening))
-            found = again if isinstance(again, int) else found
+        ends = [_walk(order, whole, at, len(opening)) for order in (given, calls_first)]
+        found = next((end for end in ends if isinstance(end, int)), ends[0])
         if not isinstance(found, int):
             return Lost(index, *found), ""
         at = found
@@ -90,9 +88,9 @@ def _walk(given: list[tuple[str, str]], whole: str, at: int, start: int) -> int 
     """Where the texts, one after the other, end; or the first that isn't there."""
     calls = None  # where the calls begin: some templates sort their arguments
     for name, text in given:
-        if name == "tool_calls" and calls is None:
-            calls = at
-        base = calls if name == "tool_calls" and calls is not None else at
+        base = at
+        if name == "tool_calls":
+            base = calls = at if calls is None else calls
         found = _find(text, name, whole, base, start)
         if found is None:
             return name, text
@@ -107,8 +105,7 @@ def _find(text: str, name: str, whole: str, at: int, start: int) -> int | None:
         found = whole.find(form, max(at, start + 1 - len(form)))
         if form and found >= 0:
             return found + len(form)
-    pieces = [piece.strip() for piece in _THINK.split(text)]
-    pieces = [piece for piece in pieces if piece]
+    pieces = [piece for piece in map(str.strip, _THINK.split(text)) if piece]
     if not pieces:
         return at
     if len(pieces) == 1:
@@ -155,14 +152,12 @@ def cause(lost: Lost, template: str) -> str:
 
 def raw_part(messages: list[Message], rendered: str) -> str | None:
     """A part of a content that `rendered` has as Python or JSON writes it, braces and all."""
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            for part in (content, *(x for x in content if isinstance(x, dict))):
-                for form in (str(part), json.dumps(part), json.dumps(part, ensure_ascii=False)):
-                    if form in rendered:
-                        return form
-    return None
+    lists = [x["content"] for x in messages if isinstance(x.get("content"), list)]
+    parts = [part for x in lists for part in (x, *(y for y in x if isinstance(y, dict)))]
+    coded = (
+        form for x in parts for form in (str(x), json.dumps(x), json.dumps(x, ensure_ascii=False))
+    )
+    return next((form for form in coded if form in rendered), None)
 
 
 def last_token(ids: Sequence[int], tokenizer: Any) -> int:
@@ -196,15 +191,6 @@ def once(
         if not same or ids[last] not in ends:
             return ids
         ids = ids[: before + 1] + ids[last + 1 :]
-
-
-def own_prefix(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before every text of its own accord: the beginning token."""
-    ids, plain = (
-        tokenizer(text="a", add_special_tokens=special)["input_ids"] for special in (True, False)
-    )
-    places = range(len(ids) - len(plain) + 1)
-    return ids[: next((i for i in places if ids[i : i + len(plain)] == plain), 0)]
 
 
 def text_of(prompt: Text, role: str | None = None) -> str:
@@ -288,7 +274,12 @@ class Renderer:
 
     @cached_property
     def prefix(self) -> list[int]:
-        return own_prefix(self.tokenizer)
+        """What the tokenizer puts before every text of its own accord: the beginning token."""
+        ids, plain = (
+            self.tokenizer(text="a", add_special_tokens=x)["input_ids"] for x in (True, False)
+        )
+        places = range(len(ids) - len(plain) + 1)
+        return ids[: next((i for i in places if ids[i : i + len(plain)] == plain), 0)]
 
     @cached_property
     def special(self) -> set[int]:
@@ -305,7 +296,8 @@ class Renderer:
         One beginning token at most; of a string no end token but its own.
         """
         if isinstance(text, str):
-            ids = self._call(lambda: self._plain(text))
+            encoded = self._call(lambda: self.tokenizer(text=text, add_special_tokens=False))
+            ids = encoded["input_ids"]
             return ids if starts_with(ids, self.prefix) else self.prefix + ids
         encoded = self._template(text, options, tokenize=True, return_dict=True, **extra)
         ids = encoded["input_ids"]
@@ -433,9 +425,6 @@ class Renderer:
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
-
     def _text(self, row: PreferenceRow | Prompt, messages: Any, **settings: Any) -> str:
         return self._template(messages, options_of(row), tokenize=False, **settings)
 
@@ -445,6 +434,7 @@ class Renderer:
                 "the tokenizer has no chat template for message lists. Use the tokenizer of a chat "
                 "model, give one (chat_template), or write strings."
             )
+        # An option may be one of the settings too, which is an error of the call.
         return self._call(
             lambda: self.tokenizer.apply_chat_template(messages, **settings, **options)
         )

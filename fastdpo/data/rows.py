@@ -355,14 +355,7 @@ def _messages_in(text: str, column: str, where: str) -> list[dict[str, Any]] | N
 
 
 def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(x, dict) and isinstance(x.get("role"), str) and _message_problem(x) is None
-            for x in value
-        )
-    )
+    return isinstance(value, list) and bool(value) and not any(map(_message_problem, value))
 
 
 def _is_python(text: str) -> bool:

@@ -113,10 +113,8 @@ def tokenize_dataset(
             f"{rows[0].where} to {rows[-1].where}: no pair is left to train on ({reasons}). "
             f"Raise max_length{choice}, or check that chosen and rejected differ."
         )
-    for message in notes.messages(len(kept), tokenizer, renderer.prefix):
-        warnings.warn(message, stacklevel=2)
     warn_of_unread(kept, tokenizer)
-    for message in _ends_that_do_not_stop(renderer):
+    for message in (*notes.messages(len(kept), renderer), *_ends_that_do_not_stop(renderer)):
         warnings.warn(message, stacklevel=2)
     return result
 
@@ -151,7 +149,7 @@ class _Notes:
         if split.lost_ids:
             self.lost_at.append(f"{row.where}: {renderer.tokenizer.decode(split.lost_ids)!r}")
 
-    def messages(self, total: int, tokenizer: Any, prefix: list[int]) -> Iterator[str]:
+    def messages(self, total: int, renderer: Renderer) -> Iterator[str]:
         """One a kind, of `total` pairs."""
         if self.lost_at:
             yield (
@@ -161,15 +159,16 @@ class _Notes:
                 "a chat template that renders a prompt alike with and without a response."
             )
         if self.ended_at:
+            end = renderer.tokenizer.eos_token
             yield (
                 f"{len(self.ended_at)} of {total} pairs: the chat template ends a turn of the "
-                f"assistant with no token that stops generation, so {tokenizer.eos_token!r} was "
+                f"assistant with no token that stops generation, so {end!r} was "
                 f"put after the responses; the first is {self.ended_at[0]}. Give a template that "
                 "ends its turns (chat_template), or set append_eos to false in rows that are not "
                 "to end."
             )
         if self.unbegun_at:
-            begin = tokenizer.decode(prefix)
+            begin = renderer.tokenizer.decode(renderer.prefix)
             yield (
                 f"{len(self.unbegun_at)} of {total} pairs: the chat template doesn't begin with "
                 f"{begin!r}, which the tokenizer puts before every text; the first is "
