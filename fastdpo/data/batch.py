@@ -127,20 +127,22 @@ class TokenizedPair:
 
 def tokens_of_pair(prompt: int, chosen: int, rejected: int, layout: str) -> int:
     """`TokenizedPair.num_tokens` of a pair with so many tokens in its three parts."""
+    _check_layout(layout)
     if layout == "padded":
         return 2 * (prompt + max(chosen, rejected))
-    if layout == "packed":
-        return 2 * prompt + chosen + rejected
-    if layout == "shared":
-        shares = _shares_prompt(prompt, chosen, rejected, layout)
-        return (1 if shares else 2) * prompt + chosen + rejected
-    raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+    shares = _shares_prompt(prompt, chosen, rejected, layout)
+    return (1 if shares else 2) * prompt + chosen + rejected
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
 
 
 def _shares_prompt(prompt: int, chosen: int, rejected: int, layout: str) -> bool:
-    """Whether the prompt has the same keys on both sides of a pair."""
-    classes = _classes(layout)
-    return classes.of(prompt + chosen) == classes.of(prompt + rejected)
+    """Whether the prompt of a pair is there once, with the same keys on both sides."""
+    same = _classes(layout).of(prompt + chosen) == _classes(layout).of(prompt + rejected)
+    return layout == "shared" and same
 
 
 @dataclass(frozen=True)
@@ -253,8 +255,7 @@ def pack_pairs(
         index = range(len(pairs))
     if len(index) != len(pairs):
         raise ValueError(f"index has {len(index)} entries for {len(pairs)} pairs")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+    _check_layout(layout)
     responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     lay_out = _padded if layout == "padded" else _one_row
     return PackedPairs(
@@ -278,8 +279,7 @@ def _one_row(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
     bounds_q, bounds_k = [0], [0]
     for pair in pairs:
         prompt = len(pair.prompt_ids)
-        sizes = prompt, len(pair.chosen_ids), len(pair.rejected_ids)
-        shares = layout == "shared" and _shares_prompt(*sizes, layout)
+        shares = _shares_prompt(prompt, len(pair.chosen_ids), len(pair.rejected_ids), layout)
         start = 0  # of the prompt, in the row
         for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
             again, taken = shares and side == 1, len(keys)

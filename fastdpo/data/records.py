@@ -6,7 +6,8 @@ Each is written as a line of JSON by its `to_json` and read, and checked, by its
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -239,6 +240,15 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "stage": lambda x: type(x) is int and x >= 0,
     "source": lambda x: x in ("sampled", "offline"),
 }
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Within it, errors in a row name its place."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def prompt_key(prompt: Text) -> str:

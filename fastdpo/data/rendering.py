@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdpo.data.records import PreferenceRow, Prompt, Text
+from fastdpo.data.records import PreferenceRow, Prompt, Text, placed
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -141,8 +141,9 @@ def _parsed(arguments: Any) -> Any:
         return arguments
 
 
-def cause(lost: Lost, template: str) -> str:
-    """Why a template may have lost a text, as far as that can be read off it."""
+def cause(lost: Lost, tokenizer: Any) -> str:
+    """Why the chat template may have lost a text, as far as that can be read off it."""
+    template = str(tokenizer.chat_template)
     if lost.name not in template:
         return f"the template never reads {lost.name!r}"
     if lost.name == "content" and "</think>" in lost.text and "</think>" in template:
@@ -173,24 +174,6 @@ def special_ids(tokenizer: Any) -> set[int]:
     """The ids of a tokenizer's special tokens, named or only added as such."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-
-
-def once(
-    ids: list[int], tokenizer: Any, ends: Collection[int], stop_ids: Collection[int] = ()
-) -> list[int]:
-    """`ids` with one end token, where several stand at the end with but whitespace between them.
-
-    A response that brings its end token gets another from a template, and Phi-3's writes one after
-    a turn and one after the conversation.  Different ones are one end where the model stops at the
-    first of them, which is one of `stop_ids`.
-    """
-    while True:
-        last = last_token(ids, tokenizer)
-        before = last_token(ids[:last], tokenizer) if last > 0 else -1
-        same = before >= 0 and (ids[before] == ids[last] or ids[before] in stop_ids)
-        if not same or ids[last] not in ends:
-            return ids
-        ids = ids[: before + 1] + ids[last + 1 :]
 
 
 def text_of(prompt: Text, role: str | None = None) -> str:
@@ -233,12 +216,10 @@ def render_row(row: Prompt | PreferenceRow, tokenizer: "PreTrainedTokenizerBase"
 
     Raises DataError as that does, naming the row.
     """
-    try:
+    with placed(row.where):
         return render_prompt(
             row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
         )
-    except DataError as error:
-        raise DataError(f"{row.where}: {error}") from error
 
 
 def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -343,7 +324,7 @@ class Renderer:
             return ids, False
         last = last_token(ids, self.tokenizer)
         if last >= 0 and self._is_end(ids[last], row, prompt, after):
-            ids = once(ids, self.tokenizer, self.ends, self.stop_ids or ())
+            ids = self._ended_once(ids)
             end = ids[last_token(ids, self.tokenizer)]
             self.ends[end] = self.ends.get(end) or row.where
             return ids, False
@@ -358,6 +339,21 @@ class Renderer:
         end = self.tokenizer.eos_token_id
         self.ends[end] = self.ends[end] or row.where
         return [*ids, end], True
+
+    def _ended_once(self, ids: list[int]) -> list[int]:
+        """`ids` with one end token, where several stand at the end with but whitespace between.
+
+        A response that brings its end token gets another from a template, and Phi-3's writes one
+        after a turn and one after the conversation.  Different ones are one end where the model
+        stops at the first of them, which is one of `stop_ids`.
+        """
+        while True:
+            last = last_token(ids, self.tokenizer)
+            before = last_token(ids[:last], self.tokenizer) if last > 0 else -1
+            same = before >= 0 and ids[before] in (ids[last], *(self.stop_ids or ()))
+            if not same or ids[last] not in self.ends:
+                return ids
+            ids = ids[: before + 1] + ids[last + 1 :]
 
     def unread(self, row: PreferenceRow | Prompt) -> str | None:
         """What a template leaves out of a prompt: a message, or a tool; None: nothing.
@@ -375,8 +371,7 @@ class Renderer:
         rendered = self._text(row, row.prompt, add_generation_prompt=True)
         for name, text in given:
             if not any(form in rendered for form in _notations(text.strip())):
-                reason = cause(Lost(0, name, text), str(self.tokenizer.chat_template))
-                return f"{name} {_short(text)} ({reason})"
+                return f"{name} {_short(text)} ({cause(Lost(0, name, text), self.tokenizer)})"
         return None
 
     def _after_text(self, row: PreferenceRow, name: str, ids: list[int]) -> str:
@@ -395,16 +390,13 @@ class Renderer:
             opening = opening[opening.rindex(given[-1]) + len(given[-1]) :]
         lost, after = trace(response, opening, side[split:])
         if lost is not None:
-            raise DataError(self._told(lost, name, side[split:]))
+            reason = cause(lost, self.tokenizer)
+            raise DataError(
+                f"{lost.name} {_short(lost.text)} of message {lost.index} of {name} is not in what "
+                f"the chat template renders, {_short(side[split:])}: {reason}. Give a template "
+                "that keeps it (chat_template), or write the row without it."
+            )
         return after
-
-    def _told(self, lost: Lost, name: str, rendered: str) -> str:
-        template = str(self.tokenizer.chat_template)
-        return (
-            f"{lost.name} {_short(lost.text)} of message {lost.index} of {name} is not in what the "
-            f"chat template renders, {_short(rendered)}: {cause(lost, template)}. Give a template "
-            "that keeps it (chat_template), or write the row without it."
-        )
 
     def _is_end(self, token: int, row: PreferenceRow, prompt: list[int], after: str) -> bool:
         """Whether a token ends a turn: a special one that the template wrote `after` the text of

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.budget import check_overlong, counted
-from fastdpo.data.records import PreferenceRow, Prompt
+from fastdpo.data.records import PreferenceRow, Prompt, placed
 from fastdpo.data.rendering import Renderer, common_prefix_length, is_empty, options_of, starts_with
 from fastdpo.errors import DataError
 
@@ -219,15 +219,13 @@ def _split_pair(row: PreferenceRow, renderer: "Renderer") -> _SplitPair | str:
         return "empty response"
     options = options_of(row)
     responses = {"chosen": row.chosen, "rejected": row.rejected}
-    try:
+    with placed(row.where):
         prompt = renderer.ids(row.prompt, options, add_generation_prompt=True)
         sides = [renderer.ids(renderer.join(row, x), options) for x in responses.values()]
         split = min(common_prefix_length(prompt, side) for side in sides)
         found = [
             renderer.checked(row, name, prompt, x[split:]) for name, x in zip(responses, sides)
         ]
-    except DataError as error:
-        raise DataError(f"{row.where}: {error}") from error
     (chosen, chosen_ended), (rejected, rejected_ended) = found
     ended = chosen_ended or rejected_ended
     return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra, row.where, ended)
@@ -235,11 +233,10 @@ def _split_pair(row: PreferenceRow, renderer: "Renderer") -> _SplitPair | str:
 
 def _within(split: _SplitPair, max_length: int | None, overlong: str) -> TokenizedPair | str:
     """The pair within `max_length` tokens a side by the choice `overlong`, or why to drop it."""
-    if overlong == "truncate":
-        return _truncate(split, max_length)
-    pair = _truncate(split, None)
+    pair = _truncate(split, max_length if overlong == "truncate" else None)
+    fits = max_length is None or split.num_tokens <= max_length
     # What no length would save is no matter of length.
-    if isinstance(pair, str) or max_length is None or split.num_tokens <= max_length:
+    if overlong == "truncate" or fits or isinstance(pair, str):
         return pair
     if overlong == "drop":
         return "longer than max_length"

@@ -156,10 +156,8 @@ def fresh_scores(
 
     Several scorers are added as in `with_scores`. Raises as that does.
     """
-    scores: dict[str, float] = {}
-    for row in _added(candidates_dir, scores_dirs, weights):
-        scores.setdefault(prompt_key(row.prompt), row.score)
-    return scores
+    rows = _added(candidates_dir, scores_dirs, weights)
+    return {prompt_key(row.prompt): row.score for row in reversed(rows)}  # the first counts
 
 
 def _added(
