@@ -160,27 +160,31 @@ class PairConfig:
         """
         self.weights_of(scorers)
         self.check_shaping(scorers)
-        self.check_votes(offline)
+        self.check_votes(scorers, offline)
         self.check_replay()
         if self.transform_reference == "start":
             self.check_references()
 
-    def check_votes(self, offline: bool) -> None:
-        """Raise ConfigError where `flip_share` and `soft_label` can change no label.
+    def check_votes(self, scorers: int, offline: bool) -> None:
+        """Raise ConfigError where `flip_share` and `soft_label` can change no label: with a single
+        scorer, or where all labels are the sum of the scores that vote.
 
         Every rule takes the higher score as chosen, so with combine "weighted" and no length
         penalty no sampled pair is against the sum it was labelled by, whatever the rule and the
         transform. With another `combine` or a length penalty one can be, and so can an offline
         pair, whose label comes with the data.
         """
+        given = [name for name in ("flip_share", "soft_label") if getattr(self, name)]
+        names = " and ".join(f"{name}={getattr(self, name):g}" for name in given)
+        if given and scorers < 2:
+            raise ConfigError(f"{names} can change no label; give at least two scorers")
         reorders = self.combine != "weighted" or self.length_penalty != 0
-        if self.needs_several_scorers and not reorders and not offline:
-            names = [name for name in ("flip_share", "soft_label") if getattr(self, name)]
+        if given and not reorders and not offline:
             raise ConfigError(
-                f"{' and '.join(f'{name}={getattr(self, name):g}' for name in names)} can change "
-                "no label: combine=weighted without length_penalty labels sampled pairs by the "
-                "same sum of scores; give combine=log_sigmoid, a length_penalty or offline pairs "
-                "(replay) scored by all scorers, or leave out what does nothing"
+                f"{names} can change no label: combine=weighted without length_penalty labels "
+                "sampled pairs by the same sum of scores; give combine=log_sigmoid, a "
+                "length_penalty or offline pairs (replay) scored by all scorers, or leave out what "
+                "does nothing"
             )
 
     def check_shaping(self, scorers: int) -> None:

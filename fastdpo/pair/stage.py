@@ -62,12 +62,9 @@ def select(rows: Sequence[Scored], config: PairConfig) -> rules.Pairing:
 def _responses(rows: Sequence[Scored], config: PairConfig) -> tuple[list[Scored], dict[str, int]]:
     """The responses that may be in a pair, and how many are not, by reason."""
     kept, dropped = list(rows), {}
-    for wanted, drop in (
-        (config.drop_truncated, filters.drop_truncated),
-        (config.drop_duplicates, filters.drop_duplicates),
-    ):
-        if wanted:
-            kept, counts = drop(kept)
+    for name in ("drop_truncated", "drop_duplicates"):
+        if getattr(config, name):
+            kept, counts = getattr(filters, name)(kept)
             dropped |= counts
     return kept, dropped
 
@@ -121,7 +118,7 @@ def pair(
     scorers = len(folders)
     _require_inputs(config, scorers, len(before), replay, fresh, measure)
     work = _Work(config, config.weights_of(scorers))
-    config.check_votes(offline=config.replay_share > 0 and any(map(work.has_votes, replay)))
+    config.check_votes(scorers, config.replay_share > 0 and any(map(work.has_votes, replay)))
     config.check_shaping(scorers)
     rows, work.facts = scored_candidates(candidates_dir, folders, config, reference_scores)
     pairs, work.dropped = select(rows, config)
@@ -166,10 +163,6 @@ def _require_inputs(
             config.consistency != "none" and previous != scorers,
             f"consistency needs previous_scores of {scorers} scorers, got {previous}; leave it out "
             "in the first round, which has none before it",
-        ),
-        (
-            config.needs_several_scorers and scorers < 2,
-            "flip_share or soft_label needs the scores of at least two scorers",
         ),
         (config.needs_model and measure is None, "ches_keep or max_difficulty needs measure"),
         (config.replay_share > 0 and not replay, "replay_share needs offline pairs in replay"),
