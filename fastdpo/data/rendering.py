@@ -11,6 +11,7 @@ reasoning in a field of its own, whitespace about <think> and </think>, tool cal
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -244,14 +245,12 @@ def options_of(row: PreferenceRow | Prompt) -> dict[str, Any]:
     return {"tools": row.tools, **row.chat_template_kwargs}
 
 
+@dataclass(eq=False)
 class Renderer:
     """Texts to token ids by one tokenizer, and what was found out about it on the way."""
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", stop_ids: Collection[int] | None = None
-    ) -> None:
-        self.tokenizer: Any = tokenizer
-        self.stop_ids = stop_ids  # None: not known
+    tokenizer: Any
+    stop_ids: Collection[int] | None = None  # None: not known
 
     @cached_property
     def prefix(self) -> list[int]:

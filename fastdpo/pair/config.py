@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from fastdpo.errors import ConfigError, is_default, is_number, require, require_used
 
 RULES = ("best_worst", "best_random", "all_ranked", "curriculum", "nearest_margin", "tree_siblings")
-COMBINATIONS = ("weighted", "log_sigmoid")
-TRANSFORMS = ("none", "par", "log_sigmoid", "mean_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +72,8 @@ class PairConfig:
     def __post_init__(self) -> None:
         for name, choices in (
             ("rule", RULES),
-            ("combine", COMBINATIONS),
-            ("transform", TRANSFORMS),
+            ("combine", ("weighted", "log_sigmoid")),
+            ("transform", ("none", "par", "log_sigmoid", "mean_std")),
             ("transform_reference", ("own", "start")),
             ("consistency", ("none", "mean", "prompt")),
         ):
