@@ -107,10 +107,8 @@ def _find(text: str, name: str, whole: str, at: int, start: int) -> int | None:
         if form and found >= 0:
             return found + len(form)
     pieces = [piece for piece in map(str.strip, _THINK.split(text)) if piece]
-    if not pieces:
-        return at
-    if len(pieces) == 1:
-        return None
+    if len(pieces) < 2:
+        return None if pieces else at
     for piece in pieces:
         found = whole.find(piece, at)
         if found < 0:

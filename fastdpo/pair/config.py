@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fastdpo.errors import ConfigError, is_default, is_number, require, require_used
 
 RULES = ("best_worst", "best_random", "all_ranked", "curriculum", "nearest_margin", "tree_siblings")
+TRANSFORMS = ("none", "par", "log_sigmoid", "mean_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class PairConfig:
         for name, choices in (
             ("rule", RULES),
             ("combine", ("weighted", "log_sigmoid")),
-            ("transform", ("none", "par", "log_sigmoid", "mean_std")),
+            ("transform", TRANSFORMS),
             ("transform_reference", ("own", "start")),
             ("consistency", ("none", "mean", "prompt")),
         ):
