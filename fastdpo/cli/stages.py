@@ -132,11 +132,6 @@ class PairCommand(PairConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "scores", bool(self.scores), "at least one folder")
-        if self.needs_several_scorers and len(self.scores) < 2:
-            raise ConfigError(
-                f"flip_share={self.flip_share} and soft_label={self.soft_label} need at least two "
-                f"folders of scores, not scores={self.scores}"
-            )
         compares = self.consistency != "none"
         if compares and len(self.previous_scores) != len(self.scores):
             raise ConfigError(

@@ -15,7 +15,6 @@ Names: B rows, T tokens of a row, N scored tokens (targets), P pairs, S = 2P seq
 2i + 1 rejected), K gathered keys.
 """
 
-import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 LAYOUTS = ("shared", "packed", "padded")
 
@@ -127,20 +127,22 @@ class TokenizedPair:
 
 def tokens_of_pair(prompt: int, chosen: int, rejected: int, layout: str) -> int:
     """`TokenizedPair.num_tokens` of a pair with so many tokens in its three parts."""
+    _check_layout(layout)
     if layout == "padded":
         return 2 * (prompt + max(chosen, rejected))
-    if layout == "packed":
-        return 2 * prompt + chosen + rejected
-    if layout == "shared":
-        shares = _shares_prompt(prompt, chosen, rejected, layout)
-        return (1 if shares else 2) * prompt + chosen + rejected
-    raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+    shares = _shares_prompt(prompt, chosen, rejected, layout)
+    return (1 if shares else 2) * prompt + chosen + rejected
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
 
 
 def _shares_prompt(prompt: int, chosen: int, rejected: int, layout: str) -> bool:
-    """Whether the prompt has the same keys on both sides of a pair."""
-    classes = _classes(layout)
-    return classes.of(prompt + chosen) == classes.of(prompt + rejected)
+    """Whether the prompt of a pair is there once, with the same keys on both sides."""
+    same = _classes(layout).of(prompt + chosen) == _classes(layout).of(prompt + rejected)
+    return layout == "shared" and same
 
 
 @dataclass(frozen=True)
@@ -167,17 +169,19 @@ class Segments:
     masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def sizes(self) -> list[list[int]]:
+        """How many queries, and how many keys, each segment has."""
+        return [[b - a for a, b in pairwise(bounds)] for bounds in (self.bounds_q, self.bounds_k)]
+
+    @property
     def longest(self) -> tuple[int, int]:
         """Queries and keys of the longest segment of each."""
-        return tuple(  # type: ignore[return-value]
-            max(b - a for a, b in pairwise(bounds)) for bounds in (self.bounds_q, self.bounds_k)
-        )
+        queries, keys = self.sizes
+        return max(queries), max(keys)
 
     def exact_for(self, classes: LengthClasses) -> bool:
         """Whether all that share a prompt are of one length class."""
-        queries, keys = (
-            [b - a for a, b in pairwise(bounds)] for bounds in (self.bounds_q, self.bounds_k)
-        )
+        queries, keys = self.sizes
         return all(
             q == k or classes.of(before) == classes.of(k)
             for q, k, before in zip(queries[1:], keys[1:], keys)
@@ -251,8 +255,7 @@ def pack_pairs(
         index = range(len(pairs))
     if len(index) != len(pairs):
         raise ValueError(f"index has {len(index)} entries for {len(pairs)} pairs")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+    _check_layout(layout)
     responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     lay_out = _padded if layout == "padded" else _one_row
     return PackedPairs(
@@ -266,9 +269,7 @@ def pack_pairs(
 
 
 def _values(values: list[float], usual: float) -> Tensor | None:
-    if all(value == usual for value in values):
-        return None
-    return torch.tensor(values, dtype=torch.float32)
+    return None if set(values) == {usual} else torch.tensor(values, dtype=torch.float32)
 
 
 def _one_row(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
@@ -278,8 +279,7 @@ def _one_row(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
     bounds_q, bounds_k = [0], [0]
     for pair in pairs:
         prompt = len(pair.prompt_ids)
-        sizes = prompt, len(pair.chosen_ids), len(pair.rejected_ids)
-        shares = layout == "shared" and _shares_prompt(*sizes, layout)
+        shares = _shares_prompt(prompt, len(pair.chosen_ids), len(pair.rejected_ids), layout)
         start = 0  # of the prompt, in the row
         for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
             again, taken = shares and side == 1, len(keys)
@@ -315,22 +315,16 @@ def _one_row(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
 def _padded(pairs: Sequence[TokenizedPair], layout: str) -> dict[str, Any]:
     """A row for each `[prompt][response]`, padded on the right: a causal model needs no mask."""
     sides = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
-    T = max(len(prompt) + len(response) for prompt, response in sides)
-    input_ids_BT = torch.zeros(len(sides), T, dtype=torch.int64)
-    # Their largest tells how long a row is.
-    positions_BT = torch.zeros_like(input_ids_BT) if _classes(layout) else None
-    rows = []
-    for i, (prompt, response) in enumerate(sides):
-        length = len(prompt) + len(response)
-        input_ids_BT[i, :length] = torch.tensor(prompt + response)
-        if positions_BT is not None:
-            positions_BT[i, :length] = torch.arange(length)
-        rows += range(i * T + len(prompt) - 1, i * T + length - 1)
+    ids_B = [torch.tensor(prompt + response) for prompt, response in sides]
+    positions_B = [torch.arange(len(ids)) for ids in ids_B]
+    T = max(map(len, ids_B))
+    rows_B = [at[len(sides[i][0]) - 1 : -1] + i * T for i, at in enumerate(positions_B)]
     return {
-        "input_ids_BT": input_ids_BT,
-        "position_ids_BT": positions_BT,
+        "input_ids_BT": pad_sequence(ids_B, batch_first=True),
+        # Their largest tells how long a row is.
+        "position_ids_BT": pad_sequence(positions_B, True) if _classes(layout) else None,
         "segments": None,
-        "rows_N": torch.tensor(rows),
+        "rows_N": torch.cat(rows_B),
     }
 
 
@@ -389,19 +383,12 @@ def share_step(indices: Sequence[int], lengths: Sequence[int], world: int) -> li
     not depend on `world`. A process gets none only when there are fewer pairs than processes.
     """
     shares: list[list[int]] = [[] for _ in range(world)]
-    loads = [(0, 0, rank) for rank in range(world)]  # tokens, pairs, rank: a heap
+    tokens = [0] * world
     for i in sorted(indices, key=lambda i: (-lengths[i], i)):
-        tokens, count, rank = heapq.heappop(loads)
+        rank = min(range(world), key=lambda rank: (tokens[rank], len(shares[rank])))
         shares[rank].append(i)
-        heapq.heappush(loads, (tokens + lengths[i], count + 1, rank))
+        tokens[rank] += lengths[i]
     return [sorted(share) for share in shares]
-
-
-def fill_rate(plan: Sequence[Sequence[int]], lengths: Sequence[int], max_tokens: int) -> float:
-    """Share of the token budget that a plan of micro-batches uses, in (0, 1]."""
-    if not plan:
-        raise ValueError("the plan has no batches")
-    return sum(lengths[i] for batch in plan for i in batch) / (len(plan) * max_tokens)
 
 
 def _check_lengths(lengths: Sequence[int], max_tokens: int) -> None:

@@ -53,10 +53,7 @@ def fit_to_budget(
     if not pairs:
         raise DataError("there are no pairs to fit to max_tokens. Give at least one pair.")
     sizes = [pair.num_tokens(layout) for pair in pairs]
-    result: list[TokenizedPair] = []
-    kept: list[int] = []
-    dropped_at: list[str] = []
-    truncated_at: list[str] = []
+    fitted = Fitted([], [], [], [])
     for i, pair in enumerate(pairs):
         fitting: TokenizedPair | None = pair
         if sizes[i] > max_tokens:
@@ -68,20 +65,20 @@ def fit_to_budget(
                 )
             fitting = _cut(pair, max_tokens, layout) if overlong == "truncate" else None
         if fitting is None:
-            dropped_at.append(_place(pairs, i))
+            fitted.dropped_at.append(_place(pairs, i))
             continue
-        result.append(fitting)
-        kept.append(i)
+        fitted.pairs.append(fitting)
+        fitted.kept.append(i)
         if fitting is not pair:
-            truncated_at.append(_place(pairs, i))
-    if not result:
+            fitted.truncated_at.append(_place(pairs, i))
+    if not fitted.pairs:
         choice = ", or set overlong=truncate" if overlong == "drop" else ""
         raise DataError(
             f"{_place(pairs, 0)} to {_place(pairs, len(pairs) - 1)}: no pair is left to train on: "
             f"all {len(pairs)} take more than max_tokens = {max_tokens} tokens. "
             f"Raise max_tokens to at least {max(sizes)}, the longest pair{choice}."
         )
-    return Fitted(result, kept, dropped_at, truncated_at)
+    return fitted
 
 
 def _place(pairs: Sequence[TokenizedPair], i: int) -> str:
@@ -97,9 +94,7 @@ def _cut(pair: TokenizedPair, max_tokens: int, layout: str) -> TokenizedPair | N
 
     # Not by halves: where both sides can't share the prompt, a longer cap may take fewer tokens.
     cap = next(filter(fits, range(min(max(chosen, rejected), max_tokens), 0, -1)), 0)
-    if cap < 1:
-        return None
     chosen_ids, rejected_ids = pair.chosen_ids[:cap], pair.rejected_ids[:cap]
-    if chosen_ids == rejected_ids:
+    if chosen_ids == rejected_ids:  # also where both are empty
         return None
     return replace(pair, chosen_ids=chosen_ids, rejected_ids=rejected_ids)

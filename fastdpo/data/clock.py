@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from unittest.mock import patch
 
 KEY = "rendered_at"  # of the time, in the files of a run
 
@@ -35,7 +36,6 @@ def rendering_at(time: str | None) -> Iterator[Clock]:
     # transformers passes only plain data to templates, so none can be given a clock of its own.
     from transformers.utils import chat_template_utils as rendering
 
-    before: Any = rendering.datetime  # type: ignore[attr-defined]
     clock = Clock(time or now())
     moment = datetime.fromisoformat(clock.time)
 
@@ -45,8 +45,5 @@ def rendering_at(time: str | None) -> Iterator[Clock]:
             clock.read = True
             return moment
 
-    rendering.datetime = Held  # type: ignore[attr-defined]
-    try:
+    with patch.object(rendering, "datetime", Held):
         yield clock
-    finally:
-        rendering.datetime = before  # type: ignore[attr-defined]

@@ -99,13 +99,10 @@ def check_scored(candidates_dir: Path, scores_dir: Path) -> None:
 
 
 def _score_of(row: dict[str, Any], where: str) -> float:
-    if "score" not in row:
-        raise DataError(f"{where} has no score.")
-    if not is_number(row["score"]):
-        raise DataError(
-            f"{where}: the score is {row['score']!r}, not a finite number. Score it again."
-        )
-    return row["score"]
+    score = row.get("score")
+    if not is_number(score):
+        raise DataError(f"{where}: the score is {score!r}, not a finite number. Score it again.")
+    return score
 
 
 def _by_place(directory: Path, read: Callable[[dict[str, Any], str], T]) -> dict[Place, T]:
@@ -119,9 +116,6 @@ def _by_place(directory: Path, read: Callable[[dict[str, Any], str], T]) -> dict
             )
         where = f"{directory}: prompt {prompt_index}, sample {sample_index}"
         if (prompt_index, sample_index) in result:
-            raise DataError(
-                f"{directory}: prompt {prompt_index}, sample {sample_index} is there twice. "
-                "Write the directory again."
-            )
+            raise DataError(f"{where} is there twice. Write the directory again.")
         result[prompt_index, sample_index] = read(row, where)
     return dict(sorted(result.items()))

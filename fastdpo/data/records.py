@@ -6,7 +6,8 @@ Each is written as a line of JSON by its `to_json` and read, and checked, by its
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -173,22 +174,12 @@ class PairRow:
     @classmethod
     def of(cls, chosen: Scored, rejected: Scored) -> "PairRow":
         """Two responses to one prompt."""
-        several = len(chosen.scores) > 1
-        return cls(
-            chosen.prompt_index,
-            chosen.prompt,
-            chosen.prompt_ids,
-            chosen.response,
-            rejected.response,
-            chosen.response_ids,
-            rejected.response_ids,
-            chosen.score,
-            rejected.score,
-            chosen.finish_reason,
-            rejected.finish_reason,
-            scores_chosen=chosen.scores if several else None,
-            scores_rejected=rejected.scores if several else None,
-        )
+        sides: dict[str, Any] = {}
+        for name, columns in _SIDES.items():
+            sides |= zip(columns, (getattr(chosen, name), getattr(rejected, name)))
+        if len(chosen.scores) < 2:
+            sides |= {"scores_chosen": None, "scores_rejected": None}
+        return cls(chosen.prompt_index, chosen.prompt, chosen.prompt_ids, **sides)
 
     @property
     def key(self) -> str:
@@ -197,20 +188,10 @@ class PairRow:
 
     def turned(self) -> "PairRow":
         """The pair with chosen and rejected exchanged."""
-        return replace(
-            self,
-            chosen=self.rejected,
-            rejected=self.chosen,
-            chosen_ids=self.rejected_ids,
-            rejected_ids=self.chosen_ids,
-            score_chosen=self.score_rejected,
-            score_rejected=self.score_chosen,
-            chosen_finish=self.rejected_finish,
-            rejected_finish=self.chosen_finish,
-            scores_chosen=self.scores_rejected,
-            scores_rejected=self.scores_chosen,
-            flipped=True,
-        )
+        turned: dict[str, Any] = {"flipped": True}
+        for chosen, rejected in _SIDES.values():
+            turned |= {chosen: getattr(self, rejected), rejected: getattr(self, chosen)}
+        return replace(self, **turned)
 
     def candidates(self) -> tuple[Candidate, Candidate]:
         """Both sides as responses to the prompt, sample 0 the chosen one."""
@@ -243,6 +224,13 @@ class PairRow:
         return cls(**{name: row[name] for name in names})
 
 
+_SIDES = {  # what a pair has of its two candidates, and the columns of chosen and rejected
+    "response": ("chosen", "rejected"),
+    "response_ids": ("chosen_ids", "rejected_ids"),
+    "score": ("score_chosen", "score_rejected"),
+    "finish_reason": ("chosen_finish", "rejected_finish"),
+    "scores": ("scores_chosen", "scores_rejected"),
+}
 _OPTIONAL = {x.name for x in fields(PairRow) if x.default is None}
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "score_chosen": lambda x: x is None or is_number(x),
@@ -252,6 +240,15 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "stage": lambda x: type(x) is int and x >= 0,
     "source": lambda x: x in ("sampled", "offline"),
 }
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Within it, errors in a row name its place."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def prompt_key(prompt: Text) -> str:

@@ -11,10 +11,11 @@ reasoning in a field of its own, whitespace about <think> and </think>, tool cal
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdpo.data.records import PreferenceRow, Prompt, Text
+from fastdpo.data.records import PreferenceRow, Prompt, Text, placed
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,10 +77,8 @@ def trace(messages: list[Message], opening: str, rendered: str) -> tuple[Lost | 
     for index, message in enumerate(messages):
         given = list(texts(message))
         calls_first = sorted(given, key=lambda x: x[0] != "tool_calls")
-        found = _walk(given, whole, at, len(opening))
-        if not isinstance(found, int) and calls_first != given:
-            again = _walk(calls_first, whole, at, len(opening))
-            found = again if isinstance(again, int) else found
+        ends = [_walk(order, whole, at, len(opening)) for order in (given, calls_first)]
+        found = next((end for end in ends if isinstance(end, int)), ends[0])
         if not isinstance(found, int):
             return Lost(index, *found), ""
         at = found
@@ -90,9 +89,9 @@ def _walk(given: list[tuple[str, str]], whole: str, at: int, start: int) -> int 
     """Where the texts, one after the other, end; or the first that isn't there."""
     calls = None  # where the calls begin: some templates sort their arguments
     for name, text in given:
-        if name == "tool_calls" and calls is None:
-            calls = at
-        base = calls if name == "tool_calls" and calls is not None else at
+        base = at
+        if name == "tool_calls":
+            base = calls = at if calls is None else calls
         found = _find(text, name, whole, base, start)
         if found is None:
             return name, text
@@ -107,23 +106,15 @@ def _find(text: str, name: str, whole: str, at: int, start: int) -> int | None:
         found = whole.find(form, max(at, start + 1 - len(form)))
         if form and found >= 0:
             return found + len(form)
-    pieces = [piece.strip() for piece in _THINK.split(text)]
-    pieces = [piece for piece in pieces if piece]
-    if not pieces:
-        return at
-    if len(pieces) == 1:
-        return None
+    pieces = [piece for piece in map(str.strip, _THINK.split(text)) if piece]
+    if len(pieces) < 2:
+        return None if pieces else at
     for piece in pieces:
         found = whole.find(piece, at)
         if found < 0:
             return None
         at = found + len(piece)
     return at if at > start or pieces[-1] == "</think>" else None
-
-
-def is_in(text: str, rendered: str) -> bool:
-    """Whether a text stands in a rendering, in any notation."""
-    return any(form in rendered for form in _notations(text.strip()))
 
 
 def _notations(text: str) -> list[str]:
@@ -149,8 +140,9 @@ def _parsed(arguments: Any) -> Any:
         return arguments
 
 
-def cause(lost: Lost, template: str) -> str:
-    """Why a template may have lost a text, as far as that can be read off it."""
+def cause(lost: Lost, tokenizer: Any) -> str:
+    """Why the chat template may have lost a text, as far as that can be read off it."""
+    template = str(tokenizer.chat_template)
     if lost.name not in template:
         return f"the template never reads {lost.name!r}"
     if lost.name == "content" and "</think>" in lost.text and "</think>" in template:
@@ -160,14 +152,12 @@ def cause(lost: Lost, template: str) -> str:
 
 def raw_part(messages: list[Message], rendered: str) -> str | None:
     """A part of a content that `rendered` has as Python or JSON writes it, braces and all."""
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            for part in (content, *(x for x in content if isinstance(x, dict))):
-                for form in (str(part), json.dumps(part), json.dumps(part, ensure_ascii=False)):
-                    if form in rendered:
-                        return form
-    return None
+    lists = [x["content"] for x in messages if isinstance(x.get("content"), list)]
+    parts = [part for x in lists for part in (x, *(y for y in x if isinstance(y, dict)))]
+    coded = (
+        form for x in parts for form in (str(x), json.dumps(x), json.dumps(x, ensure_ascii=False))
+    )
+    return next((form for form in coded if form in rendered), None)
 
 
 def last_token(ids: Sequence[int], tokenizer: Any) -> int:
@@ -175,43 +165,14 @@ def last_token(ids: Sequence[int], tokenizer: Any) -> int:
 
     Templates write a line break after the end of a turn. It is trained on, as in TRL.
     """
-    for place in range(len(ids) - 1, -1, -1):
-        if tokenizer.decode([ids[place]]).strip():
-            return place
-    return -1
+    places = reversed(range(len(ids)))
+    return next((place for place in places if tokenizer.decode([ids[place]]).strip()), -1)
 
 
 def special_ids(tokenizer: Any) -> set[int]:
     """The ids of a tokenizer's special tokens, named or only added as such."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-
-
-def once(
-    ids: list[int], tokenizer: Any, ends: Collection[int], stop_ids: Collection[int] = ()
-) -> list[int]:
-    """`ids` with one end token, where several stand at the end with but whitespace between them.
-
-    A response that brings its end token gets another from a template, and Phi-3's writes one after
-    a turn and one after the conversation.  Different ones are one end where the model stops at the
-    first of them, which is one of `stop_ids`.
-    """
-    while True:
-        last = last_token(ids, tokenizer)
-        before = last_token(ids[:last], tokenizer) if last > 0 else -1
-        same = before >= 0 and (ids[before] == ids[last] or ids[before] in stop_ids)
-        if not same or ids[last] not in ends:
-            return ids
-        ids = ids[: before + 1] + ids[last + 1 :]
-
-
-def own_prefix(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before every text of its own accord: the beginning token."""
-    ids, plain = (
-        tokenizer(text="a", add_special_tokens=special)["input_ids"] for special in (True, False)
-    )
-    places = range(len(ids) - len(plain) + 1)
-    return ids[: next((i for i in places if ids[i : i + len(plain)] == plain), 0)]
 
 
 def text_of(prompt: Text, role: str | None = None) -> str:
@@ -249,6 +210,17 @@ def render_prompt(
     return Renderer(tokenizer).ids(prompt, options, add_generation_prompt=True)
 
 
+def render_row(row: Prompt | PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids that a sample after the row's prompt follows, by `render_prompt` as chat.
+
+    Raises DataError as that does, naming the row.
+    """
+    with placed(row.where):
+        return render_prompt(
+            row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
+        )
+
+
 def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether sampling takes a string as a message of the user: not where there is no chat
     template, nor where the string was rendered before, and begins with a special token that the
@@ -266,18 +238,26 @@ def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     return chat.count(first[0]) == own.count(first[0])  # type: ignore[index,union-attr]
 
 
+def options_of(row: PreferenceRow | Prompt) -> dict[str, Any]:
+    """What a row gives to the chat template beside its messages."""
+    return {"tools": row.tools, **row.chat_template_kwargs}
+
+
+@dataclass(eq=False)
 class Renderer:
     """Texts to token ids by one tokenizer, and what was found out about it on the way."""
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", stop_ids: Collection[int] | None = None
-    ) -> None:
-        self.tokenizer: Any = tokenizer
-        self.stop_ids = stop_ids  # None: not known
+    tokenizer: Any
+    stop_ids: Collection[int] | None = None  # None: not known
 
     @cached_property
     def prefix(self) -> list[int]:
-        return own_prefix(self.tokenizer)
+        """What the tokenizer puts before every text of its own accord: the beginning token."""
+        ids, plain = (
+            self.tokenizer(text="a", add_special_tokens=x)["input_ids"] for x in (True, False)
+        )
+        places = range(len(ids) - len(plain) + 1)
+        return ids[: next((i for i in places if ids[i : i + len(plain)] == plain), 0)]
 
     @cached_property
     def special(self) -> set[int]:
@@ -294,7 +274,8 @@ class Renderer:
         One beginning token at most; of a string no end token but its own.
         """
         if isinstance(text, str):
-            ids = self._call(lambda: self._plain(text))
+            encoded = self._call(lambda: self.tokenizer(text=text, add_special_tokens=False))
+            ids = encoded["input_ids"]
             return ids if starts_with(ids, self.prefix) else self.prefix + ids
         encoded = self._template(text, options, tokenize=True, return_dict=True, **extra)
         ids = encoded["input_ids"]
@@ -327,12 +308,7 @@ class Renderer:
         return prompt + (response if response.rstrip().endswith(end) else response + end)
 
     def checked(
-        self,
-        row: PreferenceRow,
-        options: dict[str, Any],
-        name: str,
-        prompt: list[int],
-        ids: list[int],
+        self, row: PreferenceRow, name: str, prompt: list[int], ids: list[int]
     ) -> tuple[list[int], bool]:
         """A response's ids, all text in them and ended once; and whether its end was added here.
 
@@ -340,12 +316,12 @@ class Renderer:
         """
         after = ""
         if isinstance(row.prompt, list):
-            after = self._after_text(row, options, name, ids)
+            after = self._after_text(row, name, ids)
         if not row.append_eos:
             return ids, False
         last = last_token(ids, self.tokenizer)
-        if last >= 0 and self._is_end(ids[last], row, options, prompt, after):
-            ids = once(ids, self.tokenizer, self.ends, self.stop_ids or ())
+        if last >= 0 and self._is_end(ids[last], row, prompt, after):
+            ids = self._ended_once(ids)
             end = ids[last_token(ids, self.tokenizer)]
             self.ends[end] = self.ends.get(end) or row.where
             return ids, False
@@ -361,51 +337,49 @@ class Renderer:
         self.ends[end] = self.ends[end] or row.where
         return [*ids, end], True
 
-    def unread(self, row: PreferenceRow | Prompt, ids: list[int]) -> str | None:
+    def _ended_once(self, ids: list[int]) -> list[int]:
+        """`ids` with one end token, where several stand at the end with but whitespace between.
+
+        A response that brings its end token gets another from a template, and Phi-3's writes one
+        after a turn and one after the conversation.  Different ones are one end where the model
+        stops at the first of them, which is one of `stop_ids`.
+        """
+        while True:
+            last = last_token(ids, self.tokenizer)
+            before = last_token(ids[:last], self.tokenizer) if last > 0 else -1
+            same = before >= 0 and ids[before] in (ids[last], *(self.stop_ids or ()))
+            if not same or ids[last] not in self.ends:
+                return ids
+            ids = ids[: before + 1] + ids[last + 1 :]
+
+    def unread(self, row: PreferenceRow | Prompt) -> str | None:
         """What a template leaves out of a prompt: a message, or a tool; None: nothing.
 
         Turns of the assistant are not looked at: templates cut the reasoning off earlier ones.
         """
         if isinstance(row.prompt, str):
             return None
-        given = [
-            ("content", text)
-            for message in row.prompt
-            if message.get("role") != "assistant"
-            for name, text in texts(message)
-            if name == "content"
-        ]
+        asked = [x for x in row.prompt if x.get("role") != "assistant"]
+        given = [x for message in asked for x in texts(message) if x[0] == "content"]
         for tool in row.tools or ():
             function = tool.get("function", tool) if isinstance(tool, dict) else None
             if isinstance(function, dict) and isinstance(function.get("name"), str):
                 given.append(("tools", function["name"]))
+        rendered = self._text(row, row.prompt, add_generation_prompt=True)
+        for name, text in given:
+            if not any(form in rendered for form in _notations(text.strip())):
+                return f"{name} {_short(text)} ({cause(Lost(0, name, text), self.tokenizer)})"
+        return None
 
-        def missing(rendered: str) -> tuple[str, str] | None:
-            return next((x for x in given if not is_in(x[1], rendered)), None)
-
-        if missing(self._decode(ids)) is None:
-            return None
-        # A tokenizer may not give the text back: ask the text.
-        options = {"tools": row.tools, **row.chat_template_kwargs}
-        lost = missing(
-            self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
-        )
-        if lost is None:
-            return None
-        reason = cause(Lost(0, *lost), str(self.tokenizer.chat_template))
-        return f"{lost[0]} {_short(lost[1])} ({reason})"
-
-    def _after_text(
-        self, row: PreferenceRow, options: dict[str, Any], name: str, ids: list[int]
-    ) -> str:
+    def _after_text(self, row: PreferenceRow, name: str, ids: list[int]) -> str:
         """What a template wrote after the text of a response; DataError where text is lost."""
         response: Any = getattr(row, name)
         lost, after = trace(response, "", self._decode(ids))
         if lost is None:
             return after
         # A beginning in the prompt, or a tokenizer that doesn't give the text back: ask the text.
-        prompt = self._template(row.prompt, options, tokenize=False, add_generation_prompt=True)
-        side = self._template([*row.prompt, *response], options, tokenize=False)
+        prompt = self._text(row, row.prompt, add_generation_prompt=True)
+        side = self._text(row, [*row.prompt, *response])
         split = common_prefix_length(prompt, side)
         given = [text.strip() for message in row.prompt for _, text in texts(message)]  # type: ignore[arg-type]
         opening = prompt[:split]
@@ -413,25 +387,15 @@ class Renderer:
             opening = opening[opening.rindex(given[-1]) + len(given[-1]) :]
         lost, after = trace(response, opening, side[split:])
         if lost is not None:
-            raise DataError(self._told(lost, name, side[split:]))
+            reason = cause(lost, self.tokenizer)
+            raise DataError(
+                f"{lost.name} {_short(lost.text)} of message {lost.index} of {name} is not in what "
+                f"the chat template renders, {_short(side[split:])}: {reason}. Give a template "
+                "that keeps it (chat_template), or write the row without it."
+            )
         return after
 
-    def _told(self, lost: Lost, name: str, rendered: str) -> str:
-        template = str(self.tokenizer.chat_template)
-        return (
-            f"{lost.name} {_short(lost.text)} of message {lost.index} of {name} is not in what the "
-            f"chat template renders, {_short(rendered)}: {cause(lost, template)}. Give a template "
-            "that keeps it (chat_template), or write the row without it."
-        )
-
-    def _is_end(
-        self,
-        token: int,
-        row: PreferenceRow,
-        options: dict[str, Any],
-        prompt: list[int],
-        after: str,
-    ) -> bool:
+    def _is_end(self, token: int, row: PreferenceRow, prompt: list[int], after: str) -> bool:
         """Whether a token ends a turn: a special one that the template wrote `after` the text of
         the response, unless it begins turns with it."""
         if token in self.ends or token not in self.special or isinstance(row.prompt, str):
@@ -440,7 +404,7 @@ class Renderer:
         others = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
         if token in others or self._decode([token]).strip() not in after:
             return False
-        alone = self.ids(row.prompt, options, add_generation_prompt=False)
+        alone = self.ids(row.prompt, options_of(row), add_generation_prompt=False)
         opening = prompt[common_prefix_length(alone, prompt) :]
         if token in (opening or prompt[last_token(prompt, self.tokenizer) :]):
             return False
@@ -450,8 +414,8 @@ class Renderer:
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
+    def _text(self, row: PreferenceRow | Prompt, messages: Any, **settings: Any) -> str:
+        return self._template(messages, options_of(row), tokenize=False, **settings)
 
     def _template(self, messages: Any, options: dict[str, Any], **settings: Any) -> Any:
         if not (self.tokenizer.chat_template or options.get("chat_template")):
@@ -459,6 +423,7 @@ class Renderer:
                 "the tokenizer has no chat template for message lists. Use the tokenizer of a chat "
                 "model, give one (chat_template), or write strings."
             )
+        # An option may be one of the settings too, which is an error of the call.
         return self._call(
             lambda: self.tokenizer.apply_chat_template(messages, **settings, **options)
         )

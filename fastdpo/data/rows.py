@@ -18,21 +18,22 @@ import ast
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
-from fastdpo.data.records import PreferenceRow, Prompt, Text
+from fastdpo.data.records import PreferenceRow, Prompt, Text, placed
 from fastdpo.data.rendering import named
 from fastdpo.errors import DataError
 from fastdpo.storage import json_lines, read_text
 
 _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
 _OTHER_SUFFIXES = {".txt", ".tsv", ".arrow", ".gz", ".zip", ".zst", ".xz", ".ndjson", ".yaml"}
+Checked = TypeVar("Checked", PreferenceRow, Prompt)
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
@@ -234,7 +235,7 @@ def preference_rows(rows: Rows) -> list[PreferenceRow]:
 
     Raises DataError at the first malformed row.
     """
-    return [_preference_row(row, rows.where(i)) for i, row in enumerate(rows.rows)]
+    return _checked(rows, _preference_row)
 
 
 def prompt_rows(rows: Rows) -> list[Prompt]:
@@ -242,59 +243,60 @@ def prompt_rows(rows: Rows) -> list[Prompt]:
 
     Raises DataError at the first malformed row.
     """
+    return _checked(
+        rows,
+        lambda row, where: Prompt(where, _text_column(row, "prompt"), *_others(row, "prompt")),
+    )
+
+
+def _checked(rows: Rows, check: Callable[[dict[str, Any], str], Checked]) -> list[Checked]:
     result = []
     for i, row in enumerate(rows.rows):
-        where = rows.where(i)
-        prompt = _text_column(row, "prompt", where)
-        result.append(Prompt(where, prompt, *_template_options(row, where), _extra(row, "prompt")))
+        with placed(rows.where(i)):
+            result.append(check(row, rows.where(i)))
     return result
 
 
 def _preference_row(row: dict[str, Any], where: str) -> PreferenceRow:
-    chosen = _text_column(row, "chosen", where, may_be_empty=True)
-    rejected = _text_column(row, "rejected", where, may_be_empty=True)
-    prompt = _text_column(row, "prompt", where) if "prompt" in row else None
+    chosen = _text_column(row, "chosen", may_be_empty=True)
+    rejected = _text_column(row, "rejected", may_be_empty=True)
+    prompt = _text_column(row, "prompt") if "prompt" in row else None
     if not chosen or not rejected:
         prompt = prompt or chosen or rejected  # dropped later, whatever the prompt
     else:
-        prompt, chosen, rejected = _explicit(prompt, chosen, rejected, where)
-    tools, template_kwargs = _template_options(row, where)
-    extra = _extra(row, "prompt", "chosen", "rejected", "append_eos")
-    append_eos = _append_eos(row, where)
-    return PreferenceRow(where, prompt, chosen, rejected, tools, template_kwargs, extra, append_eos)
+        prompt, chosen, rejected = _explicit(prompt, chosen, rejected)
+    others = _others(row, "prompt", "chosen", "rejected", "append_eos")
+    return PreferenceRow(where, prompt, chosen, rejected, *others, _append_eos(row))
 
 
-def _explicit(
-    prompt: Text | None, chosen: Text, rejected: Text, where: str
-) -> tuple[Text, Text, Text]:
+def _explicit(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     """Prompt and responses of one format, the prompt taken out of the responses."""
     conversational = isinstance(chosen, list)
     if conversational != isinstance(rejected, list):
         raise DataError(
-            f"{where}: one response is a string and the other a message list. "
-            "Write both in the same format."
+            "one response is a string and the other a message list. Write both in the same format."
         )
     if prompt is None or (conversational and isinstance(prompt, str)):
-        given, (prompt, chosen, rejected) = prompt, _extract_prompt(chosen, rejected, where)
+        given, (prompt, chosen, rejected) = prompt, _extract_prompt(chosen, rejected)
         if given is not None and given not in [m.get("content") for m in prompt]:  # type: ignore[union-attr]
             raise DataError(
-                f"{where}: prompt is a string, the responses are message lists that don't begin "
+                "prompt is a string, the responses are message lists that don't begin "
                 "with it. Write the prompt as a message list too."
             )
     elif isinstance(prompt, list) != conversational:
         raise DataError(
-            f"{where}: prompt is a message list, the responses are strings. "
+            "prompt is a message list, the responses are strings. "
             "Write all three in the same format."
         )
     elif conversational and chosen[: len(prompt)] == prompt:
         raise DataError(
-            f"{where}: the responses repeat the messages of the prompt. "
+            "the responses repeat the messages of the prompt. "
             "Remove the prompt column, or these messages from the responses."
         )
     return prompt, chosen, rejected  # type: ignore[return-value]
 
 
-def _extract_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
+def _extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Split two conversations or strings at their first difference."""
     # Where one is the beginning of the other, the last element still belongs to the response.
     limit = min(len(chosen), len(rejected)) - 1
@@ -304,41 +306,36 @@ def _extract_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, A
         split -= 1
     if split == 0:
         raise DataError(
-            f"{where}: no prompt column, and the responses have no common beginning. "
-            "Add a prompt column."
+            "no prompt column, and the responses have no common beginning. Add a prompt column."
         )
     return chosen[:split], chosen[split:], rejected[split:]
 
 
-def _text_column(
-    row: dict[str, Any], column: str, where: str, *, may_be_empty: bool = False
-) -> Text:
+def _text_column(row: dict[str, Any], column: str, *, may_be_empty: bool = False) -> Text:
     """A string or list of messages."""
     if column not in row:
-        raise DataError(f"{where}: column {column!r} is missing; it has {sorted(row)}. Add it.")
+        raise DataError(f"column {column!r} is missing; it has {sorted(row)}. Add it.")
     value = row[column]
     if isinstance(value, str):
-        value = _messages_in(value, column, where) or value
+        value = _messages_in(value, column) or value
     if not isinstance(value, str | list):
-        raise DataError(
-            f"{where}: {column} is {_kind(value)}. Write a string or a list of messages."
-        )
+        raise DataError(f"{column} is {_kind(value)}. Write a string or a list of messages.")
     if not value and not may_be_empty:
-        raise DataError(f"{where}: {column} is empty. Fill it in or remove the row.")
+        raise DataError(f"{column} is empty. Fill it in or remove the row.")
     if isinstance(value, str):
         return value
     for message in value:
         problem = _message_problem(message)
         if problem:
             raise DataError(
-                f"{where}: a message in {column} {problem}. "
+                f"a message in {column} {problem}. "
                 'Write every message as {"role": ..., "content": ...}.'
             )
     # A call of a tool without content: some templates ask whether the content is none.
     return [message if "content" in message else {**message, "content": None} for message in value]
 
 
-def _messages_in(text: str, column: str, where: str) -> list[dict[str, Any]] | None:
+def _messages_in(text: str, column: str) -> list[dict[str, Any]] | None:
     """The messages that a string holds as JSON; None where it is a text."""
     if not text.lstrip().startswith("["):
         return None
@@ -347,7 +344,7 @@ def _messages_in(text: str, column: str, where: str) -> list[dict[str, Any]] | N
     except (ValueError, RecursionError):
         if _is_python(text):
             raise DataError(
-                f"{where}: {column} is a list of messages as Python prints it. Write it as JSON, "
+                f"{column} is a list of messages as Python prints it. Write it as JSON, "
                 "by json.dumps."
             ) from None
         return None
@@ -355,14 +352,7 @@ def _messages_in(text: str, column: str, where: str) -> list[dict[str, Any]] | N
 
 
 def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(x, dict) and isinstance(x.get("role"), str) and _message_problem(x) is None
-            for x in value
-        )
-    )
+    return isinstance(value, list) and bool(value) and not any(map(_message_problem, value))
 
 
 def _is_python(text: str) -> bool:
@@ -389,42 +379,40 @@ def _message_problem(message: Any) -> str | None:
     return None if media is None else f"has a part of type {media!r}, which can't be trained on"
 
 
-def _append_eos(row: dict[str, Any], where: str) -> bool:
+def _append_eos(row: dict[str, Any]) -> bool:
     value = row.get("append_eos")
     known = {None: True, True: True, False: False, "true": True, "false": False, "": True}
     value = value.lower() if isinstance(value, str) else value  # a CSV cell
     if not isinstance(value, bool | str | None) or value not in known:
-        raise DataError(f"{where}: append_eos is {value!r}. Write true or false.")
+        raise DataError(f"append_eos is {value!r}. Write true or false.")
     return known[value]
 
 
-def _template_options(row: dict[str, Any], where: str) -> tuple[list[Any] | None, dict[str, Any]]:
-    """The tools and keyword arguments for the chat template, each as it is or as JSON."""
-    tools, template_kwargs = (_parsed(row, column, where) for column in _TEMPLATE_COLUMNS)
+def _others(
+    row: dict[str, Any], *used: str
+) -> tuple[list[Any] | None, dict[str, Any], dict[str, Any]]:
+    """The tools and keyword arguments for the chat template, each as it is or as JSON; and the
+    columns that are neither these nor `used`."""
+    tools, template_kwargs = (_parsed(row, column) for column in _TEMPLATE_COLUMNS)
     if tools is not None and not isinstance(tools, list):
-        raise DataError(f"{where}: tools is {_kind(tools)}. Write a list, or a list as JSON.")
+        raise DataError(f"tools is {_kind(tools)}. Write a list, or a list as JSON.")
     if template_kwargs is not None and not isinstance(template_kwargs, dict):
-        raise DataError(
-            f"{where}: chat_template_kwargs is {_kind(template_kwargs)}. Write an object."
-        )
+        raise DataError(f"chat_template_kwargs is {_kind(template_kwargs)}. Write an object.")
     for column in ("image", "images"):
         if row.get(column):
-            raise DataError(f"{where}: images can't be trained on. Remove the column {column!r}.")
-    return tools, template_kwargs or {}
+            raise DataError(f"images can't be trained on. Remove the column {column!r}.")
+    extra = {k: v for k, v in row.items() if k not in used and k not in _TEMPLATE_COLUMNS}
+    return tools, template_kwargs or {}, extra
 
 
-def _parsed(row: dict[str, Any], column: str, where: str) -> Any:
+def _parsed(row: dict[str, Any], column: str) -> Any:
     value = row.get(column)
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except ValueError as error:
-        raise DataError(f"{where}: {column} is not valid JSON ({error}). Fix it.") from error
-
-
-def _extra(row: dict[str, Any], *used: str) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k not in used and k not in _TEMPLATE_COLUMNS}
+        raise DataError(f"{column} is not valid JSON ({error}). Fix it.") from error
 
 
 def _kind(value: Any) -> str:

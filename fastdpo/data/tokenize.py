@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.budget import check_overlong, counted
-from fastdpo.data.records import PreferenceRow, Prompt
-from fastdpo.data.rendering import Renderer, common_prefix_length, is_empty, starts_with
+from fastdpo.data.records import PreferenceRow, Prompt, placed
+from fastdpo.data.rendering import Renderer, common_prefix_length, is_empty, options_of, starts_with
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -113,20 +113,16 @@ def tokenize_dataset(
             f"{rows[0].where} to {rows[-1].where}: no pair is left to train on ({reasons}). "
             f"Raise max_length{choice}, or check that chosen and rejected differ."
         )
-    for message in notes.messages(len(kept), tokenizer, renderer.prefix):
-        warnings.warn(message, stacklevel=2)
-    warn_of_unread(kept, [pair.prompt_ids for pair in result.pairs], tokenizer)
-    for message in _ends_that_do_not_stop(renderer):
+    warn_of_unread(kept, tokenizer)
+    for message in (*notes.messages(len(kept), renderer), *_ends_that_do_not_stop(renderer)):
         warnings.warn(message, stacklevel=2)
     return result
 
 
-def warn_of_unread(
-    rows: Sequence[PreferenceRow | Prompt], ids: Sequence[list[int]], tokenizer: Any
-) -> None:
-    """Warn once of messages and tools of prompts that the chat template left out of their `ids`."""
+def warn_of_unread(rows: Sequence[PreferenceRow | Prompt], tokenizer: Any) -> None:
+    """Warn once of messages and tools of prompts that the chat template leaves out."""
     renderer = Renderer(tokenizer)
-    found = ((row.where, renderer.unread(row, x)) for row, x in zip(rows, ids))
+    found = ((row.where, renderer.unread(row)) for row in rows)
     places = [f"{where}: {unread}" for where, unread in found if unread]
     if places:
         warnings.warn(
@@ -153,7 +149,7 @@ class _Notes:
         if split.lost_ids:
             self.lost_at.append(f"{row.where}: {renderer.tokenizer.decode(split.lost_ids)!r}")
 
-    def messages(self, total: int, tokenizer: Any, prefix: list[int]) -> Iterator[str]:
+    def messages(self, total: int, renderer: Renderer) -> Iterator[str]:
         """One a kind, of `total` pairs."""
         if self.lost_at:
             yield (
@@ -163,15 +159,16 @@ class _Notes:
                 "a chat template that renders a prompt alike with and without a response."
             )
         if self.ended_at:
+            end = renderer.tokenizer.eos_token
             yield (
                 f"{len(self.ended_at)} of {total} pairs: the chat template ends a turn of the "
-                f"assistant with no token that stops generation, so {tokenizer.eos_token!r} was "
+                f"assistant with no token that stops generation, so {end!r} was "
                 f"put after the responses; the first is {self.ended_at[0]}. Give a template that "
                 "ends its turns (chat_template), or set append_eos to false in rows that are not "
                 "to end."
             )
         if self.unbegun_at:
-            begin = tokenizer.decode(prefix)
+            begin = renderer.tokenizer.decode(renderer.prefix)
             yield (
                 f"{len(self.unbegun_at)} of {total} pairs: the chat template doesn't begin with "
                 f"{begin!r}, which the tokenizer puts before every text; the first is "
@@ -220,18 +217,15 @@ def _split_pair(row: PreferenceRow, renderer: "Renderer") -> _SplitPair | str:
     marks = (renderer.tokenizer.bos_token, renderer.tokenizer.eos_token)
     if is_empty(row.chosen, marks) or is_empty(row.rejected, marks):
         return "empty response"
-    options = {"tools": row.tools, **row.chat_template_kwargs}
+    options = options_of(row)
     responses = {"chosen": row.chosen, "rejected": row.rejected}
-    try:
+    with placed(row.where):
         prompt = renderer.ids(row.prompt, options, add_generation_prompt=True)
         sides = [renderer.ids(renderer.join(row, x), options) for x in responses.values()]
         split = min(common_prefix_length(prompt, side) for side in sides)
         found = [
-            renderer.checked(row, options, name, prompt, side[split:])
-            for name, side in zip(responses, sides)
+            renderer.checked(row, name, prompt, x[split:]) for name, x in zip(responses, sides)
         ]
-    except DataError as error:
-        raise DataError(f"{row.where}: {error}") from error
     (chosen, chosen_ended), (rejected, rejected_ended) = found
     ended = chosen_ended or rejected_ended
     return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra, row.where, ended)
@@ -239,11 +233,10 @@ def _split_pair(row: PreferenceRow, renderer: "Renderer") -> _SplitPair | str:
 
 def _within(split: _SplitPair, max_length: int | None, overlong: str) -> TokenizedPair | str:
     """The pair within `max_length` tokens a side by the choice `overlong`, or why to drop it."""
-    if overlong == "truncate":
-        return _truncate(split, max_length)
-    pair = _truncate(split, None)
+    pair = _truncate(split, max_length if overlong == "truncate" else None)
+    fits = max_length is None or split.num_tokens <= max_length
     # What no length would save is no matter of length.
-    if isinstance(pair, str) or max_length is None or split.num_tokens <= max_length:
+    if overlong == "truncate" or fits or isinstance(pair, str):
         return pair
     if overlong == "drop":
         return "longer than max_length"

@@ -4,15 +4,7 @@ from dataclasses import dataclass
 
 from fastdpo.errors import ConfigError, is_default, is_number, require, require_used
 
-RULES = (
-    "best_worst",
-    "best_random",
-    "all_ranked",
-    "curriculum",
-    "nearest_margin",
-    "tree_siblings",
-)
-COMBINATIONS = ("weighted", "log_sigmoid")
+RULES = ("best_worst", "best_random", "all_ranked", "curriculum", "nearest_margin", "tree_siblings")
 TRANSFORMS = ("none", "par", "log_sigmoid", "mean_std")
 
 
@@ -81,18 +73,18 @@ class PairConfig:
     def __post_init__(self) -> None:
         for name, choices in (
             ("rule", RULES),
-            ("combine", COMBINATIONS),
+            ("combine", ("weighted", "log_sigmoid")),
             ("transform", TRANSFORMS),
             ("transform_reference", ("own", "start")),
             ("consistency", ("none", "mean", "prompt")),
         ):
             require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        several = self.weights is None or (any(self.weights) and all(map(is_number, self.weights)))
-        require(self, "weights", several, "a list of finite numbers, not all of them 0")
+        numbers = self.weights is None or (any(self.weights) and all(map(is_number, self.weights)))
         penalty = self.length_penalty
         positive = penalty == "auto" or (is_number(penalty) and penalty >= 0)
-        require(self, "length_penalty", positive, 'a finite number of at least 0 or "auto"')
         for name, holds, wanted in (
+            ("weights", numbers, "a list of finite numbers, not all of them 0"),
+            ("length_penalty", positive, 'a finite number of at least 0 or "auto"'),
             ("min_gap", self.min_gap >= 0, "finite and >= 0"),
             ("target_margin", self.target_margin > 0, "finite and > 0"),
             ("max_pairs", self.max_pairs is None or self.max_pairs >= 1, ">= 1"),
@@ -167,27 +159,31 @@ class PairConfig:
         """
         self.weights_of(scorers)
         self.check_shaping(scorers)
-        self.check_votes(offline)
+        self.check_votes(scorers, offline)
         self.check_replay()
         if self.transform_reference == "start":
             self.check_references()
 
-    def check_votes(self, offline: bool) -> None:
-        """Raise ConfigError where `flip_share` and `soft_label` can change no label.
+    def check_votes(self, scorers: int, offline: bool) -> None:
+        """Raise ConfigError where `flip_share` and `soft_label` can change no label: with a single
+        scorer, or where all labels are the sum of the scores that vote.
 
         Every rule takes the higher score as chosen, so with combine "weighted" and no length
         penalty no sampled pair is against the sum it was labelled by, whatever the rule and the
         transform. With another `combine` or a length penalty one can be, and so can an offline
         pair, whose label comes with the data.
         """
+        given = [name for name in ("flip_share", "soft_label") if getattr(self, name)]
+        names = " and ".join(f"{name}={getattr(self, name):g}" for name in given)
+        if given and scorers < 2:
+            raise ConfigError(f"{names} can change no label; give at least two scorers")
         reorders = self.combine != "weighted" or self.length_penalty != 0
-        if self.needs_several_scorers and not reorders and not offline:
-            names = [name for name in ("flip_share", "soft_label") if getattr(self, name)]
+        if given and not reorders and not offline:
             raise ConfigError(
-                f"{' and '.join(f'{name}={getattr(self, name):g}' for name in names)} can change "
-                "no label: combine=weighted without length_penalty labels sampled pairs by the "
-                "same sum of scores; give combine=log_sigmoid, a length_penalty or offline pairs "
-                "(replay) scored by all scorers, or leave out what does nothing"
+                f"{names} can change no label: combine=weighted without length_penalty labels "
+                "sampled pairs by the same sum of scores; give combine=log_sigmoid, a "
+                "length_penalty or offline pairs (replay) scored by all scorers, or leave out what "
+                "does nothing"
             )
 
     def check_shaping(self, scorers: int) -> None:

@@ -38,7 +38,7 @@ def drop_truncated(rows: Sequence[Scored]) -> tuple[list[Scored], dict[str, int]
     DICE (arXiv 2406.09760) leaves cut outputs out; read in its released code, not in the paper.
     """
     kept = [row for row in rows if row.finish_reason != "length"]
-    return kept, _counted("truncated response", len(rows) - len(kept))
+    return kept, counted("truncated response", len(rows) - len(kept))
 
 
 def drop_duplicates(rows: Sequence[Scored]) -> tuple[list[Scored], dict[str, int]]:
@@ -48,19 +48,18 @@ def drop_duplicates(rows: Sequence[Scored]) -> tuple[list[Scored], dict[str, int
     them different ones. SimPO (arXiv 2405.14734; its released code) drops a prompt when all its
     responses are the same text; this is the same for single responses, and ours.
     """
-    first: dict[Any, int] = {}
-    for row in rows:
-        key = _response(row)
-        first[key] = min(first.get(key, row.sample_index), row.sample_index)
-    kept = [row for row in rows if first[_response(row)] == row.sample_index]
-    return kept, _counted("duplicate response", len(rows) - len(kept))
+
+    def response(row: Scored) -> tuple[Any, ...]:
+        return row.prompt_index, tuple(row.prompt_ids), tuple(row.response_ids)
+
+    last_first = sorted(rows, key=lambda row: row.sample_index, reverse=True)
+    first = {response(row): row.sample_index for row in last_first}
+    kept = [row for row in rows if first[response(row)] == row.sample_index]
+    return kept, counted("duplicate response", len(rows) - len(kept))
 
 
-def _response(row: Scored) -> tuple[Any, ...]:
-    return row.prompt_index, tuple(row.prompt_ids), tuple(row.response_ids)
-
-
-def _counted(reason: str, count: int) -> dict[str, int]:
+def counted(reason: str, count: int) -> dict[str, int]:
+    """How many were dropped for a reason; nothing where none was."""
     return {reason: count} if count else {}
 
 
@@ -79,7 +78,7 @@ def beats_fresh(
 
     Raises DataError when an offline pair to be compared has no score.
     """
-    kept, worse = [], 0
+    kept = []
     for row in pairs:
         values = [scores[row.key] for scores in fresh if row.key in scores]
         score = row.score_chosen
@@ -90,9 +89,7 @@ def beats_fresh(
             )
         if score is None or all(value - score < threshold for value in values):
             kept.append(row)
-        else:
-            worse += 1
-    return kept, _counted("offline: a fresh sample scores as high", worse)
+    return kept, counted("offline: a fresh sample scores as high", len(pairs) - len(kept))
 
 
 def replay(
@@ -119,7 +116,7 @@ def replay(
         )
     order = sorted(range(len(free)), key=lambda i: draw_key(seed, free[i].prompt_index, i))
     drawn = sorted(order[:wanted])
-    dropped = _counted("offline: prompt has a sampled pair", len(offline) - len(free))
+    dropped = counted("offline: prompt has a sampled pair", len(offline) - len(free))
     return [free[i] for i in drawn], dropped
 
 
@@ -206,31 +203,28 @@ def measure(
     layout, device = layout_of(model), next(model.parameters()).device
     lengths = [pair.num_tokens(layout) for pair in pairs]
     plan = plan_batches(lengths, max_tokens=max(max_tokens, *lengths), padded=layout == "padded")
-    found: dict[int, tuple[float, float]] = {}
+    found_P2 = torch.empty(len(pairs), 2, dtype=torch.float64)
     for index in tqdm(plan, desc="measuring pairs", unit="batch", disable=not progress):
         batch = pack_pairs([pairs[i] for i in index], index, layout=layout).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            hidden_SD, logp_S = _sums(model, batch, impl)
-        counts_S1 = batch.bounds_S1.diff()[:, None].to(device)
-        hidden_SD = hidden_SD / counts_S1
+            hidden_SD, logp_S = _by_sequence(model, batch, impl)
         chosen_PD, rejected_PD = hidden_SD[0::2], hidden_SD[1::2]
         ches_P = (chosen_PD * (rejected_PD - chosen_PD)).sum(1)
-        difficulty_P = logp_S[1::2] - logp_S[0::2]
-        found |= zip(index, zip(ches_P.tolist(), difficulty_P.tolist()))
-    values = [found[i] for i in range(len(pairs))]
-    for i, pair in enumerate(pairs):
-        if not all(map(math.isfinite, values[i])):
+        found_P2[index] = torch.stack([ches_P, logp_S[1::2] - logp_S[0::2]], 1).cpu()
+    for i, finite in enumerate(found_P2.isfinite().all(1).tolist()):
+        if not finite:
             raise DataError(
-                f"{pair.where or f'pair {i} (counting from 0)'}: the model gives it a hidden state "
-                "or log-prob that is not finite. Try bf16=False, or check the model."
+                f"{pairs[i].where or f'pair {i} (counting from 0)'}: the model gives it a hidden "
+                "state or log-prob that is not finite. Try bf16=False, or check the model."
             )
-    return Measured([value[0] for value in values], [value[1] for value in values])
+    return Measured(*found_P2.T.tolist())
 
 
-def _sums(model: Any, batch: Any, impl: str) -> tuple[Tensor, Tensor]:
-    """Sums over each sequence of the hidden states that predict its tokens, (S, D), and of their
-    log-probs, (S,); fp64."""
+def _by_sequence(model: Any, batch: Any, impl: str) -> tuple[Tensor, Tensor]:
+    """The mean over each sequence of the hidden states that predict its tokens, (S, D), and the
+    sum of their log-probs, (S,); fp64."""
     from fastdpo.loss.ops import linear_logp
+    from fastdpo.loss.reference import sequence_sums
     from fastdpo.model.head import packed_forward
 
     def both(h_TD: Tensor, w_VD: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
@@ -238,6 +232,6 @@ def _sums(model: Any, batch: Any, impl: str) -> tuple[Tensor, Tensor]:
         return h_TD[batch.rows_N], logp_N
 
     h_ND, logp_N = packed_forward(model, batch, both)
-    sizes = batch.bounds_S1.diff().tolist()
-    hidden_SD = torch.stack([part.sum(0, dtype=torch.float64) for part in h_ND.split(sizes)])
-    return hidden_SD, torch.stack([part.sum(dtype=torch.float64) for part in logp_N.split(sizes)])
+    parts = h_ND.split(batch.bounds_S1.diff().tolist())
+    hidden_SD = torch.stack([part.mean(0, dtype=torch.float64) for part in parts])
+    return hidden_SD, sequence_sums(logp_N.double(), batch.bounds_S1)

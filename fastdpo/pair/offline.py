@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.parts import read_scored
-from fastdpo.data.records import PairRow, PreferenceRow, Prompt, Scored, prompt_key
-from fastdpo.data.rendering import is_empty, last_token, render_prompt, special_ids, takes_as_chat
+from fastdpo.data.records import PairRow, PreferenceRow, Prompt, Scored, messages_of, prompt_key
+from fastdpo.data.rendering import is_empty, last_token, render_row, special_ids, takes_as_chat
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
@@ -77,34 +77,16 @@ def offline_pairs(
     for pair in result.pairs:
         place = pair.extra["place"]
         row, sides = rows[place], [pair.chosen_ids, pair.rejected_ids]
-        finish = ["stop", "stop"]
-        if not row.append_eos:
-            if isinstance(row.prompt, str) and isinstance(placed[place].prompt, list):
-                # As messages they may have got an end that the strings haven't.
-                sides = [
-                    _less_after(ids, text, tokenizer)
-                    for ids, text in zip(sides, (row.chosen, row.rejected))
-                ]
-            finish = [_finish(ids, tokenizer) for ids in sides]
-        texts: list[Any] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sides]
+        as_chat = isinstance(row.prompt, str) and isinstance(placed[place].prompt, list)
+        if as_chat and not row.append_eos:
+            # As messages they may have got an end that the strings haven't.
+            texts = row.chosen, row.rejected
+            sides = [_less_after(ids, text, tokenizer) for ids, text in zip(sides, texts)]
+        found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sides]
+        finish = ["stop" if row.append_eos else _finish(ids, tokenizer) for ids in sides]
         origin = Prompt(row.where, row.prompt, row.tools, row.chat_template_kwargs, row.extra)
-        pairs.append(
-            PairRow(
-                place,
-                row.prompt,
-                pair.prompt_ids,
-                texts[0],
-                texts[1],
-                sides[0],
-                sides[1],
-                None,
-                None,
-                finish[0],
-                finish[1],
-                source="offline",
-                origin=origin,
-            )
-        )
+        columns: Any = row.prompt, pair.prompt_ids, *found, *sides, None, None, *finish
+        pairs.append(PairRow(place, *columns, source="offline", origin=origin))
     return pairs, dropped | result.dropped
 
 
@@ -174,10 +156,8 @@ def fresh_scores(
 
     Several scorers are added as in `with_scores`. Raises as that does.
     """
-    scores: dict[str, float] = {}
-    for row in _added(candidates_dir, scores_dirs, weights):
-        scores.setdefault(prompt_key(row.prompt), row.score)
-    return scores
+    rows = _added(candidates_dir, scores_dirs, weights)
+    return {prompt_key(row.prompt): row.score for row in reversed(rows)}  # the first counts
 
 
 def _added(
@@ -211,13 +191,13 @@ def _usable(
     """Places of the rows whose prompt is not excluded and has at most `room` tokens."""
     # Messages alone miss a template's defaults written out, tokens alone other tools.
     keys = {row.key for row in exclude}
-    tokens = {tuple(_rendered(row, tokenizer)) for row in exclude}
+    tokens = {tuple(render_row(row, tokenizer)) for row in exclude}
     places, dropped = [], Counter[str]()
     for i, row in enumerate(rows):
         if is_empty(row.chosen) or is_empty(row.rejected):
             places.append(i)  # dropped with its reason, whatever the prompt
             continue
-        ids = _rendered(row, tokenizer)
+        ids = render_row(row, tokenizer)
         if prompt_key(row.prompt) in keys or tuple(ids) in tokens:
             dropped["offline: prompt is held out"] += 1
         elif room is not None and len(ids) > room:
@@ -227,28 +207,11 @@ def _usable(
     return places, dict(dropped)
 
 
-def _rendered(row: Prompt | PreferenceRow, tokenizer: Any) -> list[int]:
-    """The tokens that a sample after the row's prompt follows."""
-    try:
-        return render_prompt(
-            row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
-        )
-    except DataError as error:
-        raise DataError(f"{row.where}: {error}") from error
-
-
 def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:
     if not isinstance(row.prompt, str) or not takes_as_chat(row.prompt, tokenizer):
         return row
-    prompt, chosen, rejected = (
-        [{"role": role, "content": text}]
-        for role, text in (
-            ("user", row.prompt),
-            ("assistant", row.chosen),
-            ("assistant", row.rejected),
-        )
-    )
-    return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
+    chosen, rejected = ([{"role": "assistant", "content": x}] for x in (row.chosen, row.rejected))
+    return replace(row, prompt=messages_of(row.prompt), chosen=chosen, rejected=rejected)
 
 
 def _finish(ids: list[int], tokenizer: Any) -> str:

@@ -8,7 +8,7 @@ two scores are equal or too close, or whose responses are the same tokens, is dr
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Any
 
 from fastdpo.data.records import PairRow, Scored
@@ -49,8 +49,7 @@ def best_random(rows: Sequence[Scored], *, min_gap: float = 0.0, seed: int = 0) 
         others = [row for row in group if _refusal(best, row, min_gap) is None]
         if not others:
             return _best_and_worst(group)
-        place = best.prompt_index
-        return [(best, min(others, key=lambda x: draw_key(seed, place, x.sample_index)))]
+        return [(best, min(others, key=lambda row: draw_key(seed, *row.place)))]
 
     return _pairs(rows, propose, min_gap)
 
@@ -67,11 +66,7 @@ def all_ranked(
     """
 
     def widest(pairs: list[Proposal]) -> list[Proposal]:
-        def wide(pair: Proposal) -> tuple[float, float]:
-            chosen, rejected = pair
-            return rejected.score - chosen.score, rejected.unshaped - chosen.unshaped
-
-        return sorted(pairs, key=wide)[:max_pairs]
+        return sorted(pairs, key=lambda x: (-_gap(x), x[1].unshaped - x[0].unshaped))[:max_pairs]
 
     return _pairs(rows, lambda group: list(combinations(group, 2)), min_gap, keep=widest)
 
@@ -99,12 +94,8 @@ def curriculum(
         return [(group[0], row) for row in others]
 
     pairs, dropped = _pairs(rows, propose, min_gap, keep=spread)
-    stages: Counter[int] = Counter()
-    staged = []
-    for row in pairs:
-        staged.append(replace(row, stage=stages[row.prompt_index]))
-        stages[row.prompt_index] += 1
-    return staged, dropped
+    groups = groupby(pairs, key=lambda row: row.prompt_index)
+    return [replace(row, stage=i) for _, group in groups for i, row in enumerate(group)], dropped
 
 
 def nearest_margin(rows: Sequence[Scored], *, target: float, min_gap: float = 0.0) -> Pairing:

@@ -13,6 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fastdpo.storage import check_rows, write_json_atomic, write_jsonl_atomic
 _EXTRA = ("prompt_index", "score_chosen", "score_rejected", "chosen_finish", "rejected_finish",
           "stage", "source")  # fmt: skip
 Measure = Callable[[list[TokenizedPair]], filters.Measured]
+Fresh = Mapping[str, float]  # the score of a fresh sample by `Prompt.key`
 
 
 def select(rows: Sequence[Scored], config: PairConfig) -> rules.Pairing:
@@ -42,16 +44,14 @@ def select(rows: Sequence[Scored], config: PairConfig) -> rules.Pairing:
     unit = rules.family if config.rule == "tree_siblings" else rules.prompt_of
     kept, dropped = _responses(rows, config)
     lost = len(set(map(unit, rows))) - len(set(map(unit, kept)))
-    gap, most, target = config.min_gap, config.max_pairs, config.target_margin
-    rule: Callable[[], rules.Pairing] = {
-        "best_worst": lambda: rules.best_worst(kept, min_gap=gap),
-        "best_random": lambda: rules.best_random(kept, min_gap=gap, seed=config.seed),
-        "all_ranked": lambda: rules.all_ranked(kept, min_gap=gap, max_pairs=most),
-        "curriculum": lambda: rules.curriculum(kept, min_gap=gap, max_pairs=most),
-        "nearest_margin": lambda: rules.nearest_margin(kept, target=target, min_gap=gap),
-        "tree_siblings": lambda: rules.tree_siblings(kept, min_gap=gap),
-    }[config.rule]
-    pairs, counts = rule()
+    options: dict[str, Any] = {
+        "best_random": {"seed": config.seed},
+        "all_ranked": {"max_pairs": config.max_pairs},
+        "curriculum": {"max_pairs": config.max_pairs},
+        "nearest_margin": {"target": config.target_margin},
+    }
+    rule: Callable[..., rules.Pairing] = getattr(rules, config.rule)
+    pairs, counts = rule(kept, min_gap=config.min_gap, **options.get(config.rule, {}))
     dropped |= counts
     if lost:
         reason = "fewer than two responses"
@@ -62,12 +62,9 @@ def select(rows: Sequence[Scored], config: PairConfig) -> rules.Pairing:
 def _responses(rows: Sequence[Scored], config: PairConfig) -> tuple[list[Scored], dict[str, int]]:
     """The responses that may be in a pair, and how many are not, by reason."""
     kept, dropped = list(rows), {}
-    for wanted, drop in (
-        (config.drop_truncated, filters.drop_truncated),
-        (config.drop_duplicates, filters.drop_duplicates),
-    ):
-        if wanted:
-            kept, counts = drop(kept)
+    for name in ("drop_truncated", "drop_duplicates"):
+        if getattr(config, name):
+            kept, counts = getattr(filters, name)(kept)
             dropped |= counts
     return kept, dropped
 
@@ -81,7 +78,7 @@ def pair(
     previous_scores: Path | Sequence[Path] = (),
     reference_scores: tuple[Path, Sequence[Path]] | None = None,
     replay: Sequence[PairRow] = (),
-    fresh: Sequence[Mapping[str, float]] = (),
+    fresh: Sequence[Fresh] = (),
     measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Join candidates with their scores, pair them and write the pairs.
@@ -121,7 +118,7 @@ def pair(
     scorers = len(folders)
     _require_inputs(config, scorers, len(before), replay, fresh, measure)
     work = _Work(config, config.weights_of(scorers))
-    config.check_votes(offline=config.replay_share > 0 and any(map(work.has_votes, replay)))
+    config.check_votes(scorers, config.replay_share > 0 and any(map(work.has_votes, replay)))
     config.check_shaping(scorers)
     rows, work.facts = scored_candidates(candidates_dir, folders, config, reference_scores)
     pairs, work.dropped = select(rows, config)
@@ -159,33 +156,23 @@ def _require_inputs(
     config: PairConfig, scorers: int, previous: int, replay: Any, fresh: Any, measure: Any
 ) -> None:
     """Refuse an option that would do nothing for want of its input."""
-    if scorers < 1:
-        raise ConfigError("scores_dirs must name at least one folder of scores")
-    for name, on, has, wanted in (
+    compared = config.replay_share > 0 and len(fresh) > 0
+    for lacks, message in (
+        (scorers < 1, "scores_dirs must name at least one folder of scores"),
         (
-            "consistency",
-            config.consistency != "none",
-            previous == scorers,
-            f"previous_scores of {scorers} scorers, got {previous}; leave it out in the first "
-            "round, which has none before it",
+            config.consistency != "none" and previous != scorers,
+            f"consistency needs previous_scores of {scorers} scorers, got {previous}; leave it out "
+            "in the first round, which has none before it",
         ),
+        (config.needs_model and measure is None, "ches_keep or max_difficulty needs measure"),
+        (config.replay_share > 0 and not replay, "replay_share needs offline pairs in replay"),
         (
-            "flip_share or soft_label",
-            config.needs_several_scorers,
-            scorers > 1,
-            "the scores of at least two scorers",
-        ),
-        ("ches_keep or max_difficulty", config.needs_model, measure is not None, "measure"),
-        ("replay_share", config.replay_share > 0, len(replay) > 0, "offline pairs in replay"),
-        (
-            "fresh_threshold",
-            config.fresh_threshold is not None,
-            config.replay_share > 0 and len(fresh) > 0,
-            "replay_share > 0 and scores of fresh samples in fresh",
+            config.fresh_threshold is not None and not compared,
+            "fresh_threshold needs replay_share > 0 and scores of fresh samples in fresh",
         ),
     ):
-        if on and not has:
-            raise ConfigError(f"{name} needs {wanted}")
+        if lacks:
+            raise ConfigError(message)
 
 
 @dataclass
@@ -236,27 +223,20 @@ class _Work:
         easy = [i for i in range(len(pairs)) if found.difficulty[i] <= most]
         lowest = filters.keep_lowest([found.ches[i] for i in easy], self.config.ches_keep)
         kept = [easy[j] for j in lowest]
-        for reason, count in (
-            ("difficulty above max_difficulty", len(pairs) - len(easy)),
-            ("CHES above the share kept", len(easy) - len(kept)),
-        ):
-            if count:
-                self.dropped[reason] = count
+        self.dropped |= filters.counted("difficulty above max_difficulty", len(pairs) - len(easy))
+        self.dropped |= filters.counted("CHES above the share kept", len(easy) - len(kept))
         return [pairs[i] for i in kept]
 
     def drawn(
-        self,
-        pairs: list[PairRow],
-        offline: Sequence[PairRow],
-        fresh: Sequence[Mapping[str, float]],
+        self, pairs: list[PairRow], offline: Sequence[PairRow], fresh: Sequence[Fresh]
     ) -> list[PairRow]:
         """The offline pairs drawn beside the sampled ones, dealt evenly to the stages."""
         config = self.config
         if config.fresh_threshold is not None:
             offline, worse = filters.beats_fresh(offline, fresh, config.fresh_threshold)
-            self.dropped.update(worse)
+            self.dropped |= worse
         drawn, taken = filters.replay(pairs, offline, config.replay_share, config.seed)
-        self.dropped.update(taken)
+        self.dropped |= taken
         if config.rule == "curriculum":
             stages = 1 + max(row.stage or 0 for row in pairs)
             drawn = [replace(row, stage=i % stages) for i, row in enumerate(drawn)]
@@ -267,11 +247,8 @@ class _Work:
 
 def _summary(rows: list[Scored], pairs: list[PairRow], dropped: dict[str, int]) -> dict[str, Any]:
     # Offline pairs have no score, or one that was not shaped.
-    scored = [
-        (x.score_chosen, x.score_rejected)
-        for x in pairs
-        if x.source != "offline" and x.score_chosen is not None and x.score_rejected is not None
-    ]
+    sampled = [x for x in pairs if x.source != "offline"]
+    sides = ("score_chosen", "score_rejected")
     scores, lengths = [x.score for x in rows], [len(x.response_ids) for x in rows]
     try:
         correlation = statistics.correlation(scores, lengths)
@@ -280,8 +257,7 @@ def _summary(rows: list[Scored], pairs: list[PairRow], dropped: dict[str, int]) 
     return {
         "pairs": len(pairs),
         "dropped": dropped,
-        "mean_score_chosen": statistics.fmean(chosen for chosen, _ in scored),
-        "mean_score_rejected": statistics.fmean(rejected for _, rejected in scored),
+        **{f"mean_{side}": statistics.fmean(getattr(x, side) for x in sampled) for side in sides},
         "mean_length_chosen": statistics.fmean(len(x.chosen_ids) for x in pairs),
         "mean_length_rejected": statistics.fmean(len(x.rejected_ids) for x in pairs),
         "score_length_correlation": correlation,
@@ -316,10 +292,11 @@ def split_stages(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
 
     Pairs without a stage belong to the first, so pairs of other rules are one stage.
     """
-    stages: dict[int, list[TokenizedPair]] = {}
-    for pair in pairs:
-        stages.setdefault(pair.extra.get("stage", 0), []).append(pair)
-    return [stages[stage] for stage in sorted(stages)]
+
+    def stage(pair: TokenizedPair) -> int:
+        return pair.extra.get("stage", 0)
+
+    return [list(group) for _, group in groupby(sorted(pairs, key=stage), key=stage)]
 
 
 def scored_candidates(
@@ -338,11 +315,9 @@ def scored_candidates(
     `config` is not for so many scorers, and as `PairConfig.check_references`.
     """
     weights = config.weights_of(len(scores_dirs))
+    rows, references_K = read_scored(candidates_dir, scores_dirs), None
     if reference_scores is not None:
         config.check_references()
-    rows = read_scored(candidates_dir, scores_dirs)
-    references_K = None
-    if reference_scores is not None:
         references_K = _references(rows, *reference_scores, scorers=len(scores_dirs))
     if not config.shapes(len(scores_dirs)):
         return rows, {}

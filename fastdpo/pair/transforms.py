@@ -66,11 +66,7 @@ def shape(
     else:
         alpha = float(config.length_penalty)
         gap = length_gap(list(zip(penalize(before, of_used[0], alpha), order)), *of_used)
-    facts = {
-        "length_penalty": alpha,
-        "length_gap_before": gap_before,
-        "length_gap": gap,
-    }
+    facts = {"length_penalty": alpha, "length_gap_before": gap_before, "length_gap": gap}
     return penalize(scores, lengths, alpha), facts
 
 

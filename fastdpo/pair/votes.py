@@ -5,6 +5,8 @@ Agreement of two rounds' rankings (CREAM), and the mean gap of several scorers (
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
@@ -21,10 +23,7 @@ def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
 
     Concordant less discordant pairs, over all pairs (tau-a). At least two entries.
     """
-    orders = []
-    for values in (a, b):
-        x = np.asarray(values, dtype=np.float64)
-        orders.append((x[:, None] > x).astype(np.int64) - (x[:, None] < x))
+    orders = [np.sign(np.subtract.outer(x, x)) for x in (a, b)]
     return int((orders[0] * orders[1]).sum()) / (len(a) * (len(a) - 1))
 
 
@@ -49,11 +48,9 @@ def consistency(
     ranks them by their place in the list. The code also skips prompts without moving on in the list
     of their values, so that pairs get the value of another prompt; not here.
     """
-    groups: dict[int, list[Scored]] = {}
-    for row in rows:
-        groups.setdefault(row.prompt_index, []).append(row)
-    result = {}
-    for prompt_index, group in sorted(groups.items()):
+    key, result = attrgetter("prompt_index"), {}
+    for prompt_index, of_prompt in groupby(sorted(rows, key=key), key):
+        group = list(of_prompt)
         if len(group) > 1:
             before = [previous[row.place] for row in group]
             tau = kendall_tau(_ranks([row.rank for row in group]), _ranks(before))
@@ -61,10 +58,10 @@ def consistency(
     return result
 
 
-def _ranks(values: Sequence[Any]) -> list[float]:
+def _ranks(values: Sequence[Any]) -> list[int]:
     """The place of each among the different values, from the lowest."""
-    places = {value: i for i, value in enumerate(sorted(set(values)))}
-    return [float(places[value]) for value in values]
+    places = sorted(set(values))
+    return [places.index(value) for value in values]
 
 
 def smooth(pairs: Sequence[PairRow], agreement: Mapping[int, float], how: str) -> list[PairRow]:
@@ -133,10 +130,8 @@ def flip_weakest(
 
     Raises DataError as `strengths`.
     """
-    values = strengths(pairs, weights)
-    weakest = sorted(range(len(pairs)), key=lambda i: (values[i], i))[
-        : floor_of(share * len(pairs))
-    ]
+    values, most = strengths(pairs, weights), floor_of(share * len(pairs))
+    weakest = sorted(range(len(pairs)), key=lambda i: (values[i], i))[:most]
     flip = {i for i in weakest if values[i] < 0}
     return [row.turned() if i in flip else row for i, row in enumerate(pairs)], len(flip)
 

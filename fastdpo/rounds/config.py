@@ -166,11 +166,6 @@ class IterateConfig:
                 "pair.rule=tree_siblings needs the candidates of a tree search, which iterate does "
                 "not run; give them to fastdpo pair"
             )
-        if pair.needs_several_scorers and len(scorers) < 2:
-            raise ConfigError(
-                f"pair.flip_share={pair.flip_share} and pair.soft_label={pair.soft_label} need a "
-                f"list of at least two scorers, not score.scorer={self.score.scorer}"
-            )
         with _in("pair"):
             pair.check_scorers(len(scorers), offline=pair.replay is not None)
         if pair.fresh_threshold is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdpo.data.records import PreferenceRow, Prompt
-from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rendering import render_row
 from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.model.load import check_start, load_tokenizer
@@ -59,7 +59,7 @@ def _tokens(
     """The tokens that a run is given, each with its place; samples have those of the model."""
     yield "the tokenizer's end token", [tokenizer.eos_token_id]
     for row in (*prompts, *heldout):
-        yield row.where, _rendered(row, tokenizer)
+        yield row.where, render_row(row, tokenizer)
     if replay:
         longest = config.train.max_length
         pairs, _ = offline_pairs(
@@ -100,7 +100,7 @@ def _that_fit(rows: list[Prompt], config: IterateConfig, tokenizer: Any) -> list
     """The rows whose prompts leave room for a response."""
     room, fitting = config.train.max_length - config.sample.max_new_tokens, []
     for row in rows:
-        ids = _rendered(row, tokenizer)
+        ids = render_row(row, tokenizer)
         if len(ids) <= room:
             fitting.append(row)
         elif config.train.overlong != "drop":
@@ -112,10 +112,6 @@ def _that_fit(rows: list[Prompt], config: IterateConfig, tokenizer: Any) -> list
     if len(fitting) < len(rows):
         print(f"{len(rows) - len(fitting)} prompts of over {room} tokens are left out")
     return fitting
-
-
-def _rendered(row: Prompt, tokenizer: Any) -> list[int]:
-    return render_prompt(row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True)
 
 
 def decides(

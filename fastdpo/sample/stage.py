@@ -24,7 +24,7 @@ import torch
 
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.records import Candidate, Prompt
-from fastdpo.data.rendering import render_prompt
+from fastdpo.data.rendering import render_row
 from fastdpo.data.tokenize import warn_of_unread
 from fastdpo.errors import DataError, ModelError, require
 from fastdpo.model.load import (
@@ -249,12 +249,7 @@ def _render_all(
     """Token ids of all prompts, checked before the first is sampled."""
     result, context = [], sampler.context
     for row in prompts:
-        try:
-            ids = render_prompt(
-                row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
-            )
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from error
+        ids = render_row(row, tokenizer)
         if not ids:
             raise DataError(f"{row.where}: the prompt has no tokens. Fill it in or remove the row.")
         if sampler.vocab is not None and max(ids) >= sampler.vocab:
@@ -270,7 +265,7 @@ def _render_all(
                 "Shorten or remove the prompt, lower max_new_tokens, or raise max_length."
             )
         result.append(ids)
-    warn_of_unread(prompts, result, tokenizer)
+    warn_of_unread(prompts, tokenizer)
     return result
 
 

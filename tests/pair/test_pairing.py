@@ -656,8 +656,8 @@ def test_votes_that_can_change_no_label_are_refused(tmp_path):
     reordering: list[dict[str, Any]] = [{"combine": "log_sigmoid"}, {"length_penalty": 0.1}]
     for more in reordering:
         assert "flipped" in pair(candidates, scores, out, PairConfig(**ranked, **more))
-    PairConfig(**ranked).check_votes(offline=True)
-    PairConfig().check_votes(offline=False)
+    PairConfig(**ranked).check_votes(2, offline=True)
+    PairConfig().check_votes(1, offline=False)
 
 
 def test_an_option_without_its_input_is_refused(tmp_path):
@@ -665,7 +665,7 @@ def test_an_option_without_its_input_is_refused(tmp_path):
     out = tmp_path / "pairs.jsonl"
     wanted: list[tuple[dict[str, Any], str]] = [
         ({"consistency": "mean"}, "consistency needs previous_scores of 1 scorers, got 0"),
-        ({"flip_share": 0.2}, "flip_share or soft_label needs the scores of at least two"),
+        ({"flip_share": 0.2}, "flip_share=0.2 can change no label; give at least two scorers"),
         ({"ches_keep": 0.5}, "ches_keep or max_difficulty needs measure"),
         ({"replay_share": 0.5}, "replay_share needs offline pairs in replay"),
         ({"fresh_threshold": 0.0}, "fresh_threshold needs replay_share > 0"),
