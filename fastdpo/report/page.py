@@ -365,9 +365,17 @@ def _responses(run: Run) -> dict[str, Any]:
         for one, group in zip(known, groups):
             first, scores = group[index][0], [response.score for response in group[index]]
             mean, score = short(math.fsum(scores) / len(scores)), short(first.score)
-            text = clipped(first.text)
+            text = clipped(first.response)
             answers.append(
-                Answer(_name(one), first.cut, score, len(scores), mean, first.length, text)
+                Answer(
+                    _name(one),
+                    first.finish_reason == "length",
+                    score,
+                    len(scores),
+                    mean,
+                    len(first.response_ids),
+                    text,
+                )
             )
         questions.append(Question(index, prompt_parts(prompt), left_out, answers))
     policies = f"{len(known)} of {len(evaluated)}" if len(known) < len(evaluated) else "all"

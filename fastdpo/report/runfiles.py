@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastdpo.data.records import Scored
 from fastdpo.errors import DataError
 from fastdpo.report.evaluation import (
     Estimate,
-    Response,
     by_length,
     by_prompt,
     by_score,
@@ -37,7 +37,7 @@ class Round:
     pairing: dict[str, float]  # pairs.summary.json
     dropped: dict[str, int]  # by reason
     steps: list[dict[str, float]]  # metrics.jsonl
-    held: list[Response]  # eval
+    held: list[Scored]  # eval
     speed: dict[str, dict[str, Any]]  # throughput.json of "rollouts" and "evaluation"
 
 

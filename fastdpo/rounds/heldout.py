@@ -184,7 +184,7 @@ def heldout_row(folder: Path, start: Path) -> dict[str, float]:
     Standard errors are over prompts; lengths are tokens, `truncated` the share cut at the limit.
     """
     now = heldout(folder)
-    row = {"truncated": sum(x.cut for x in now) / len(now)}
+    row = {"truncated": sum(x.finish_reason == "length" for x in now) / len(now)}
     for name, values in (
         ("score", means_by_prompt(now, by_score)),
         ("length", means_by_prompt(now, by_length)),
