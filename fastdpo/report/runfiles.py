@@ -40,6 +40,10 @@ class Round:
     held: list[Scored]  # eval
     speed: dict[str, dict[str, Any]]  # throughput.json of "rollouts" and "evaluation"
 
+    @property
+    def name(self) -> str:
+        return f"Round {self.index}" if self.index else "Start"
+
 
 @dataclass(frozen=True)
 class Run:
