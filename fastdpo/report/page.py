@@ -10,7 +10,9 @@ markup ever get through, it stays without effect.
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path, PurePath
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -61,19 +63,13 @@ TEMPLATES = Environment(
 )
 TEMPLATES.globals |= {"KEPT_CHARS": KEPT_CHARS, "KEPT_MESSAGES": KEPT_MESSAGES}
 TEMPLATES.filters |= {
-    "by_prompt": by_prompt,
-    "clipped": clipped,
-    "correlation": correlation,
-    "count": count,
-    "mean": fmean,
-    "plain": plain,
-    "prompt_parts": prompt_parts,
-    "short": short,
-    "told": told,
+    use.__name__: use
+    for use in (by_prompt, clipped, correlation, count, fmean, plain, prompt_parts, short, told)
 }
 
 Row = dict[str, Estimate]
 Cell = str | Told
+Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]  # its head, and rows with their names first
 Figure = tuple[str, str, charts.Chart]  # its title, and where its values were measured
 
 
@@ -143,14 +139,6 @@ SPEED = {
 }
 
 
-class Table(NamedTuple):
-    """A table whose first column names the rows."""
-
-    caption: str
-    head: Sequence[str]
-    body: Sequence[Sequence[Cell]]
-
-
 def render(run: Run) -> str:
     """The page as text, the same for the same run."""
     rows = {one.index: measured(run, one) for one in run.rounds}
@@ -161,7 +149,8 @@ def render(run: Run) -> str:
         run=run,
         title=_title(run),
         facts=_facts(run),
-        status=_status(run),
+        planned=number(run.config.get("rounds")),
+        finished=len([x for x in run.done if re.fullmatch(r"round-(?!00).*/report", x, re.DOTALL)]),
         tiles=_tiles(rows),
         rounds=_rounds(run, rows),
         other_sampling=_other_sampling(run),
@@ -170,9 +159,10 @@ def render(run: Run) -> str:
         lengths=_lengths(run),
         **_responses(run),
         **_training(run),
-        pairs=_pairs(run),
-        offline=_offline(run),
-        speeds=_speeds(run),
+        **_pairs(run),
+        offline=_drops("Kept", [run.offline], [run.offline["dropped"]]) if run.offline else [],
+        sampling=_sampling(run),
+        rates=_rates(run),
         config=[(key[:80], clipped(masked(as_text(x)))) for key, x in run.config.items()],
     )
 
@@ -193,18 +183,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         if (value := run.option(option)) is not None:
             facts.append((label, as_text(value)[:40]))
     return facts
-
-
-def _status(run: Run) -> str:
-    planned = number(run.config.get("rounds"))
-    finished = [r for r in run.done if r.startswith("round-") and r.endswith("/report")]
-    rounds = len([r for r in finished if not r.startswith("round-00")])
-    if planned is None:
-        return f"{len(run.rounds)} folders of rounds; what was planned is not known."
-    if rounds >= planned:
-        return f"Finished: {count(planned)} of {count(planned)} rounds."
-    last = f", last stage done {run.done[-1][:60]}" if run.done else ""
-    return f"Unfinished: {rounds} of {count(planned)} rounds{last}."
 
 
 def _tiles(rows: dict[int, Row]) -> list[tuple[str, Told, Told, str]]:
@@ -230,13 +208,9 @@ def _tiles(rows: dict[int, Row]) -> list[tuple[str, Told, Told, str]]:
 
 def _rounds(run: Run, rows: dict[int, Row]) -> Table | None:
     columns = [_named(run, q) for q in COLUMNS if any(q.key in row for row in rows.values())]
-    if not columns:
-        return None
-    head = ["Policy", *(quantity.name for quantity in columns)]
-    cells = zip(
-        (one.name for one in run.rounds), *(_column(quantity, rows) for quantity in columns)
-    )
-    return Table("Held-out evaluation and training by round", head, list(cells))
+    cells = [_column(quantity, rows) for quantity in columns]
+    body = [[one.name, *row] for one, *row in zip(run.rounds, *cells)]
+    return ([quantity.name for quantity in columns], body) if columns else None
 
 
 def _named(run: Run, quantity: Quantity) -> Quantity:
@@ -335,12 +309,11 @@ def _training(run: Run) -> dict[str, Any]:
     size = math.ceil(sum(len(one.steps) for one in run.rounds) / charts.MAX_BINS) or 1
     figures = []
     for quantity in STEPS:
-        lines, before = [], 0
-        for one in run.rounds:
-            found = ((i, _step_value(quantity, step)) for i, step in enumerate(one.steps, 1))
-            values = [(before + i, value) for i, value in found if value is not None]
-            before += len(one.steps)
-            if values:
+        lines = []
+        starts = accumulate((len(one.steps) for one in run.rounds), initial=1)
+        for one, start in zip(run.rounds, starts):
+            found = ((i, _step_value(quantity, step)) for i, step in enumerate(one.steps, start))
+            if values := [(i, value) for i, value in found if value is not None]:
                 lines.append((one.index, charts.binned(values, size)))
         if lines:
             figures.append((quantity.label, "", charts.by_step(quantity.name, lines)))
@@ -354,20 +327,16 @@ def _step_value(quantity: Quantity, step: dict[str, float]) -> float | None:
     return value and (100 if quantity.percent else 1) * value
 
 
-def _pairs(run: Run) -> list[Table]:
+def _pairs(run: Run) -> dict[str, Any]:
     """What was dropped, and what is known of the pairs kept, by round."""
     trained = [one for one in run.rounds if one.pairing or one.dropped]
-    if not trained:
-        return []
-    head = ["Round", *(one.name for one in trained)]
-    kept = [one.pairing for one in trained]
-    body = _kept("Pairs kept", kept, [one.dropped for one in trained])
-    if len(body) == 1:
-        body.append(["Dropped", *("0" for _ in trained)])
+    kept, numbers = [one.pairing for one in trained], [one.numbers for one in trained]
+    drops = _drops("Pairs kept", kept, [one.dropped for one in trained])
+    if len(drops) == 1:
+        drops.append(["Dropped", *("0" for _ in trained)])
     for key, name in LOST.items():
-        numbers = [one.numbers for one in trained]
         if any(found.get(key) for found in numbers):
-            body.append([name, *_entries(numbers, key, 0)])
+            drops.append([name, *_entries(numbers, key, 0)])
     facts = []
     found = dict.fromkeys(key for pairing in kept for key in pairing if key != "pairs")
     for key in sorted(found, key=lambda key: key not in PAIRING):
@@ -376,49 +345,39 @@ def _pairs(run: Run) -> list[Table]:
         digits = digits_of(known) if small else min(digits_of(known), 3)
         name = PAIRING.get(key, key.replace("_", " "))[:60]
         facts.append([name, *_entries(kept, key, digits)])
-    tables = [Table("Pairs kept and dropped, by reason", head, body)]
-    return [*tables, Table("The pairs kept", head, facts)] if facts else tables
+    return {"trained": [one.name for one in trained], "drops": drops, "kept": facts}
 
 
-def _offline(run: Run) -> Table | None:
-    """The pairs given to be replayed, read once for all rounds."""
-    if not run.offline:
-        return None
-    body = _kept("Kept", [run.offline], [run.offline["dropped"]])
-    return Table("Offline pairs to replay", ["Offline", "Pairs"], body)
-
-
-def _kept(
+def _drops(
     first: str, kept: list[dict[str, float]], dropped: list[dict[str, int]]
 ) -> list[list[str]]:
     """Rows of the pairs that were kept, and of those dropped, by reason."""
-    reasons = sorted({why for found in dropped for why in found})
-    counts = [[count(found.get(why, 0)) for found in dropped] for why in reasons]
-    drops = [[f"Dropped: {why[:200]}", *row] for why, row in zip(reasons, counts)]
-    return [[first, *_entries(kept, "pairs", 0)], *drops]
+    rows = [[first, *_entries(kept, "pairs", 0)]]
+    for why in sorted({why for found in dropped for why in found}):
+        rows.append([f"Dropped: {why[:200]}", *(count(found.get(why, 0)) for found in dropped)])
+    return rows
 
 
 def _entries(rounds: Iterable[dict[str, float]], key: str, digits: int) -> list[str]:
     return [fixed(numbers[key], digits) if key in numbers else "–" for numbers in rounds]
 
 
-def _speeds(run: Run) -> list[Table]:
-    facts = [
-        (f"{one.name}, {what}", found) for one in run.rounds for what, found in one.speed.items()
-    ]
-    keys = dict.fromkeys(k for _, found in facts for k, x in found.items() if _plain(x) != "–")
-    shown, tables = list(keys)[:12], []
-    if shown:
-        head = ["Stage", *(SPEED.get(key, key.replace("_", " "))[:60] for key in shown)]
-        body = [[name, *(_plain(found.get(key)) for key in shown)] for name, found in facts]
-        tables.append(Table("Sampling", head, body))
-    rates = [(one.name, one.numbers.get("pairs_per_second")) for one in run.rounds]
-    trained = [(name, Estimate(rate)) for name, rate in rates if rate is not None]
-    if trained:
-        digits = min(digits_of([rate for _, rate in trained]), 2)
-        body = [[name, fixed(rate.value, digits)] for name, rate in trained]
-        tables.append(Table("Training", ["Stage", "pairs/s, mean of the steps"], body))
-    return tables
+def _sampling(run: Run) -> Table | None:
+    """How fast stages sampled."""
+    found = {f"{one.name}, {name}": x for one in run.rounds for name, x in one.speed.items()}
+    keys = dict.fromkeys(key for x in found.values() for key in x if _plain(x[key]) != "–")
+    shown = list(keys)[:12]
+    head = [SPEED.get(key, key.replace("_", " "))[:60] for key in shown]
+    body = [[name, *(_plain(x.get(key)) for key in shown)] for name, x in found.items()]
+    return (head, body) if shown else None
+
+
+def _rates(run: Run) -> list[list[str]]:
+    """Pairs that rounds trained on in a second."""
+    key = "pairs_per_second"
+    found = {one.name: Estimate(one.numbers[key]) for one in run.rounds if key in one.numbers}
+    digits = min(digits_of(list(found.values())), 2)
+    return [[name, fixed(rate.value, digits)] for name, rate in found.items()]
 
 
 def _plain(value: Any) -> str:

@@ -119,7 +119,8 @@ def masked(text: str) -> str:
 def digits_of(estimates: Sequence[Estimate]) -> int:
     """Decimals for two digits of the widest interval, without intervals four of the value."""
     halves = [e.half for e in estimates if e.half]
-    size, places = (max(halves), 1) if halves else (max(abs(e.value) for e in estimates), 3)
+    size = max(halves or [abs(e.value) for e in estimates], default=0.0)
+    places = 1 if halves else 3
     return 0 if size == 0 else min(max(places - math.floor(math.log10(size)), 0), 6)
 
 
