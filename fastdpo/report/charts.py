@@ -8,6 +8,7 @@ Coordinates are rounded to a tenth, so the same numbers give the same bytes.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, linear_regression
 from typing import NamedTuple
 
 from fastdpo.report.evaluation import Estimate
@@ -51,6 +52,15 @@ class Cloud(NamedTuple):
     def means(self) -> str:
         (mx, hx), (my, hy) = ((short(e.value), short(e.half or 0)) for e in (self.x, self.y))
         return f"{self.name}, means: {mx} ± {hx} tokens, score {my} ± {hy}"
+
+    @property
+    def fit(self) -> list[tuple[float, float]]:
+        """The ends of the line fitted by least squares, none where all x are the same."""
+        xs, ys = zip(*self.points)
+        if len(set(xs)) < 2:
+            return []
+        slope, intercept = linear_regression(xs, ys)
+        return [(x, intercept + slope * x) for x in (min(xs), max(xs))]
 
 
 @dataclass(frozen=True)
@@ -169,23 +179,17 @@ def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> ByStep:
 
 def binned(values: Sequence[tuple[int, float]], size: int) -> list[Bin]:
     """Neighbouring (step, value) taken together, `size` at a time."""
-    bins = []
-    for i in range(0, len(values), size):
-        steps, ys = zip(*values[i : i + size])
-        bins.append(Bin(sum(steps) / len(steps), math.fsum(ys) / len(ys), min(ys), max(ys)))
-    return bins
+    groups = (zip(*values[i : i + size]) for i in range(0, len(values), size))
+    return [Bin(fmean(steps), fmean(ys), min(ys), max(ys)) for steps, ys in groups]
 
 
 @dataclass(frozen=True)
 class Scatter(Chart):
-    """Points of each cloud, and the line fitted to them where there is one.
-
-    `limit` is the length at which responses are cut, None where none come near it.
+    """Points of each cloud; `limit` is the length at which responses are cut, None where none come
+    near it.
     """
 
     clouds: Sequence[Cloud]
-    dots: list[str]
-    fits: list[str]
     limit: float | None
 
 
@@ -204,23 +208,4 @@ def scatter(clouds: Sequence[Cloud], *, limit: float | None) -> Scatter:
         for c in clouds
     )
     spoken = f"Score over length of held-out responses. {'; '.join(means)}."
-    chart = Scatter(x, y, spoken, clouds, [], [], near)
-    for i, cloud in enumerate(clouds):
-        # Apart by their own width: those cut at the limit all have one length.
-        dots = (chart.path([point], aside=6 * i - 3) + "h0" for point in cloud.points)
-        chart.dots.append("".join(dots))
-        line = fitted(cloud.points)
-        ends = [f(length for length, _ in cloud.points) for f in (min, max)]
-        chart.fits.append(chart.path((e, line[0] + line[1] * e) for e in ends) if line else "")
-    return chart
-
-
-def fitted(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """Intercept and slope by least squares, None where all x are the same."""
-    n = len(points)
-    mx, my = math.fsum(p[0] for p in points) / n, math.fsum(p[1] for p in points) / n
-    spread = math.fsum((px - mx) ** 2 for px, _ in points)
-    if spread <= 1e-12 * max(mx * mx, 1):
-        return None
-    slope = math.fsum((px - mx) * (py - my) for px, py in points) / spread
-    return my - slope * mx, slope
+    return Scatter(x, y, spoken, clouds, near)
