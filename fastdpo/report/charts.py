@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, linear_regression
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastdpo.report.evaluation import Estimate
 from fastdpo.report.text import short
@@ -99,40 +99,6 @@ def axis(values: Sequence[float], start: float, end: float) -> Axis:
     return Axis(low - air, high + air, start, end)
 
 
-@dataclass(frozen=True)
-class Chart:
-    """Two axes; `spoken` is what a screen reader says in place of the drawing."""
-
-    x: Axis
-    y: Axis
-    spoken: str
-
-    def path(self, points: Iterable[Sequence[float]], aside: float = 0) -> str:
-        """A line through the points (x, y, ...), so many pixels to the right."""
-        x = replace(self.x, start=self.x.start + aside, end=self.x.end + aside)
-        return "M" + "L".join(f"{x(px)} {self.y(py)}" for px, py, *_ in points)
-
-
-@dataclass(frozen=True)
-class ByRound(Chart):
-    """A value by round; `line` is a level drawn across, to compare with."""
-
-    marks: Sequence[Mark]
-    rounds: Sequence[int]  # those named below
-    line: float | None
-
-
-def by_round(
-    name: str, marks: Sequence[Mark], rounds: Sequence[int], *, line: float | None
-) -> ByRound:
-    """A value by round with its intervals."""
-    ends = [m.value + sign * (m.half or 0) for m in marks for sign in (-1, 1)]
-    y = axis(ends if line is None else [*ends, line], 186, 8)
-    x = Axis(min(rounds) - 0.35, max(rounds) + 0.35, 44, 352)
-    spoken = f"{name} by round. {'; '.join(mark.spoken for mark in marks)}."
-    return ByRound(x, y, spoken, marks, rounds[:: math.ceil(len(rounds) / 10)], line)
-
-
 class Stretch(NamedTuple):
     """A round in a chart by step: where it begins, its line, and the range of its bins if any.
     `named` says that there is room for its name.
@@ -146,13 +112,36 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ByStep(Chart):
-    """A value by optimizer step."""
+class Chart:
+    """Two axes and what is drawn: marks, stretches or clouds. `level` is a value to compare with,
+    and `rounds` are those named below; `spoken` is what a screen reader says in place of all.
+    """
 
-    stretches: list[Stretch]
+    x: Axis
+    y: Axis
+    spoken: str
+    drawn: Sequence[Any]
+    level: float | None = None
+    rounds: Sequence[int] = ()
+
+    def path(self, points: Iterable[Sequence[float]], aside: float = 0) -> str:
+        """A line through the points (x, y, ...), so many pixels to the right."""
+        x = replace(self.x, start=self.x.start + aside, end=self.x.end + aside)
+        return "M" + "L".join(f"{x(px)} {self.y(py)}" for px, py, *_ in points)
 
 
-def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> ByStep:
+def by_round(
+    name: str, marks: Sequence[Mark], rounds: Sequence[int], *, line: float | None
+) -> Chart:
+    """A value by round with its intervals; `line` is a level drawn across."""
+    ends = [m.value + sign * (m.half or 0) for m in marks for sign in (-1, 1)]
+    y = axis(ends if line is None else [*ends, line], 186, 8)
+    x = Axis(min(rounds) - 0.35, max(rounds) + 0.35, 44, 352)
+    spoken = f"{name} by round. {'; '.join(mark.spoken for mark in marks)}."
+    return Chart(x, y, spoken, marks, line, rounds[:: math.ceil(len(rounds) / 10)])
+
+
+def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> Chart:
     """A metric of training over the optimizer steps of all rounds.
 
     `lines` has the number of each round and its bins.
@@ -163,7 +152,7 @@ def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> ByStep:
     y = axis([x for one in bins for x in (one.low, one.high)], 166, 22)
     first, final = short(bins[0].mean), short(bins[-1].mean)
     spoken = f"{name} by optimizer step: {first} at first, {final} at last."
-    chart = ByStep(x, y, spoken, [])
+    chart, stretches = Chart(x, y, spoken, []), []
     ends = [*(of_round[0].x for _, of_round in lines[1:]), last]
     for (index, of_round), end in zip(lines, ends):
         line, band = chart.path(of_round), ""
@@ -173,8 +162,8 @@ def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> ByStep:
         begin = of_round[0].x
         line += "h0" if len(of_round) == 1 else ""
         named = end - begin >= 0.16 * last
-        chart.stretches.append(Stretch(index, x(begin), named, line, band))
-    return chart
+        stretches.append(Stretch(index, x(begin), named, line, band))
+    return replace(chart, drawn=stretches)
 
 
 def binned(values: Sequence[tuple[int, float]], size: int) -> list[Bin]:
@@ -183,19 +172,10 @@ def binned(values: Sequence[tuple[int, float]], size: int) -> list[Bin]:
     return [Bin(fmean(steps), fmean(ys), min(ys), max(ys)) for steps, ys in groups]
 
 
-@dataclass(frozen=True)
-class Scatter(Chart):
-    """Points of each cloud; `limit` is the length at which responses are cut, None where none come
-    near it.
-    """
-
-    clouds: Sequence[Cloud]
-    limit: float | None
-
-
-def scatter(clouds: Sequence[Cloud], *, limit: float | None) -> Scatter:
+def scatter(clouds: Sequence[Cloud], *, limit: float | None) -> Chart:
     """Score over length in tokens, a colour and a shape for each policy, with lines fitted by
-    least squares and the means.
+    least squares and the means. `limit` is the length at which responses are cut, drawn where some
+    come near it.
     """
     points = [point for cloud in clouds for point in cloud.points]
     longest = max(length for length, _ in points)
@@ -208,4 +188,4 @@ def scatter(clouds: Sequence[Cloud], *, limit: float | None) -> Scatter:
         for c in clouds
     )
     spoken = f"Score over length of held-out responses. {'; '.join(means)}."
-    return Scatter(x, y, spoken, clouds, near)
+    return Chart(x, y, spoken, clouds, near)

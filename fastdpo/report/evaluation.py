@@ -88,8 +88,8 @@ def _within(angle: float, degrees: int) -> float:
 def half_width(error: float, count: int | None) -> float | None:
     """Half of the 95% interval of a mean of so many values, from its standard error.
 
-    A count that is not known is taken to be large. None where the error says nothing: of a single
-    value, or of values that are all the same, it is 0.
+    A count that is not known is 0 or None, and taken to be large. None where the error says
+    nothing: of a single value, or of values that are all the same, it is 0.
     """
     if error <= 0 or count == 1:
         return None

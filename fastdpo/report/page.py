@@ -160,7 +160,7 @@ def render(run: Run) -> str:
         **_responses(run),
         **_training(run),
         **_pairs(run),
-        offline=_drops("Kept", [run.offline], [run.offline["dropped"]]) if run.offline else [],
+        offline=run.offline and _drops("Kept", [run.offline[0]], [run.offline[1]]),
         sampling=_sampling(run),
         rates=_rates(run),
         config=[(key[:80], clipped(masked(as_text(x)))) for key, x in run.config.items()],
@@ -268,7 +268,7 @@ def _plots(run: Run, rows: dict[int, Row]) -> list[Figure]:
     return figures
 
 
-def _lengths(run: Run) -> tuple[list[tuple[Round, int]], charts.Scatter] | None:
+def _lengths(run: Run) -> tuple[list[tuple[Round, int]], charts.Chart] | None:
     """The start and the last evaluated policy, and them drawn; one point in so many of each."""
     known = [one for one in run.rounds if one.held]
     if not known:

@@ -126,11 +126,10 @@ def digits_of(estimates: Sequence[Estimate]) -> int:
 
 def fixed(value: float, digits: int, *, signed: bool = False) -> str:
     """With so many decimals, and a real minus sign; `signed` adds a plus."""
-    text = f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.3e}"
-    if float(text.replace(",", "")) == 0:
-        text = text.lstrip("-")
-    text = text.replace("-", "−")
-    return f"+{text}" if signed and not text.startswith("−") else text
+    sign = "+" if signed else ""
+    if abs(value) >= 1e9:
+        return f"{value:{sign}.3e}".replace("-", "−")
+    return f"{round(value, digits) + 0.0:{sign},.{digits}f}".replace("-", "−")
 
 
 def short(value: float) -> str:
