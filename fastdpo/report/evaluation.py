@@ -9,17 +9,18 @@ and then over prompts, and so is its interval: Student's, with a prompt as the i
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fastdpo.data.parts import read_scored
-from fastdpo.data.records import Scored
+from fastdpo.data.records import Candidate, Scored
 from fastdpo.errors import DataError, is_number
 
 NORMAL = 1.959964  # quantile of many degrees of freedom
+Row = TypeVar("Row", bound=Candidate)
 Measure = Callable[[Scored], float]
 
 
@@ -109,9 +110,10 @@ def interval(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), half_width(standard_error(values), len(values)))
 
 
-def by_prompt(held: Sequence[Scored]) -> dict[int, list[Scored]]:
-    groups: dict[int, list[Scored]] = {}
-    for one in held:
+def by_prompt(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    """The rows of each prompt, in order."""
+    groups: dict[int, list[Row]] = {}
+    for one in rows:
         groups.setdefault(one.prompt_index, []).append(one)
     return groups
 

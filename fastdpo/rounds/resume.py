@@ -59,18 +59,19 @@ class Stages:
         work: Callable[[], None],
         *,
         makes: Path | Sequence[Path],
-        needs: Sequence[Path] = (),
+        needs: Sequence[Path | str] = (),
     ) -> None:
         """Run a stage unless it is done, and note that it is.
 
         What it needs is compared with its checksums before, and made again where it was removed;
-        what no stage that is left needs may be removed for good.
+        what no stage that is left needs may be removed for good. A hub name is no file to compare.
         """
+        paths = [Path(path) for path in needs]
         for path in [makes] if isinstance(makes, Path) else makes:
-            self.makers[path] = work, needs
+            self.makers[path] = work, paths
         if name in self.done:
             return
-        self._provide(needs)
+        self._provide(paths)
         work()
         release()
         self.done.append(name)
