@@ -55,12 +55,8 @@ def evaluate(run: Run, index: int) -> None:
                 needs=[candidates, policy],
             )
             needs.append(kl)
-    stage(
-        f"{name}/report",
-        lambda: _summarize(run, index),
-        makes=folder / "summary.json",
-        needs=needs,
-    )
+    row = folder / "summary.json"
+    stage(f"{name}/report", lambda: _summarize(run, index), makes=row, needs=needs)
 
 
 def _score(run: Run, candidates: Path, scores: Path) -> None:
@@ -120,13 +116,8 @@ def against_start(scorer: Scorer, start: Path) -> Scorer:
             scores.append((wins + 0.5 * (all_of_them - different)) / all_of_them)
         return scores
 
-    return Scorer(
-        scorer.name,
-        function,
-        on="rows",
-        settings={**scorer.settings, "against": "start"},
-        endpoint=scorer.endpoint,
-    )
+    settings = {**scorer.settings, "against": "start"}
+    return replace(scorer, function=function, on="rows", compare=None, settings=settings)
 
 
 def _measure_kl(run: Run, policy: str, candidates: Path, path: Path) -> None:

@@ -100,7 +100,12 @@ class Stages:
         if not isinstance(state, dict) or not {"config", "done"} <= state.keys():
             raise DataError(f"{self.path} is not the state of a run; remove {self.out}")
         if "train" not in state["config"]:
-            _refuse_flat(self.out, state["config"])
+            new = old_names(IterateConfig)
+            places = moved([name for name in state["config"] if name in new], new)
+            raise ConfigError(
+                f"{self.out} holds a run of before options had sections ({places}); give another "
+                "output_dir to start anew"
+            )
         before, used = dict(_flat(state["config"])), {x.rpartition("/")[2] for x in state["done"]}
         for name, value in _flat(self.config):
             # Nothing depends on how pairs are made before the first, or on how they are trained on.
@@ -121,16 +126,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _refuse_flat(out: Path, config: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a run whose options had no sections."""
-    new = old_names(IterateConfig)
-    known = [name for name in config if name in new]
-    raise ConfigError(
-        f"{out} holds a run of before options had sections ({moved(known, new)}); give another "
-        "output_dir to start anew"
-    )
 
 
 def release() -> None:

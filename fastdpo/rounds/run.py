@@ -87,7 +87,7 @@ def _round(run: Run, index: int) -> None:
         makes=scores,
         needs=[candidates, *implicit],
     )
-    joined = [candidates, *scores]
+    joined: list[Path | str] = [candidates, *scores]
     if config.pair.consistency != "none":
         earlier, ranked = run.start_of(index - 1), folder / "scores-before"
         joined.append(ranked)
@@ -106,18 +106,10 @@ def _round(run: Run, index: int) -> None:
         _average(run, index)
     reference = run.reference(index)
     models = [start] if reference is None else [start, reference]
-    stage(
-        f"{name}/pair",
-        lambda: _pair(run, index),
-        makes=pairs,
-        needs=[*joined, *(models if config.pair.needs_model else [])],
-    )
-    stage(
-        f"{name}/train",
-        lambda: _train(run, index),
-        makes=[folder / "policy", folder / "train.json"],
-        needs=[pairs, *models],
-    )
+    joined += models if config.pair.needs_model else []
+    stage(f"{name}/pair", lambda: _pair(run, index), makes=pairs, needs=joined)
+    made = [folder / "policy", folder / "train.json"]
+    stage(f"{name}/train", lambda: _train(run, index), makes=made, needs=[pairs, *models])
     if config.extrapolation:
         more, names = config.extrapolation, [run.trained(index), run.trained(index - 1)]
         path = folder / "extrapolated"
