@@ -62,10 +62,11 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.globals |= {"KEPT_CHARS": KEPT_CHARS, "KEPT_MESSAGES": KEPT_MESSAGES}
-TEMPLATES.filters |= {
-    use.__name__: use
-    for use in (by_prompt, clipped, correlation, count, fmean, plain, prompt_parts, short, told)
-}
+SHOWING = (
+    as_text, by_prompt, clipped, correlation, count, fmean, masked, plain, prompt_parts, short,
+    told,
+)  # fmt: skip
+TEMPLATES.filters |= {use.__name__: use for use in SHOWING}
 
 Row = dict[str, Estimate]
 Cell = str | Told
@@ -163,7 +164,6 @@ def render(run: Run) -> str:
         offline=run.offline and _drops("Kept", [run.offline[0]], [run.offline[1]]),
         sampling=_sampling(run),
         rates=_rates(run),
-        config=[(key[:80], clipped(masked(as_text(x)))) for key, x in run.config.items()],
     )
 
 
