@@ -8,7 +8,8 @@ Coordinates are rounded to a tenth, so the same numbers give the same bytes.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from statistics import fmean, linear_regression
+from typing import Any, NamedTuple
 
 from fastdpo.report.evaluation import Estimate
 from fastdpo.report.text import short
@@ -52,6 +53,15 @@ class Cloud(NamedTuple):
         (mx, hx), (my, hy) = ((short(e.value), short(e.half or 0)) for e in (self.x, self.y))
         return f"{self.name}, means: {mx} ± {hx} tokens, score {my} ± {hy}"
 
+    @property
+    def fit(self) -> list[tuple[float, float]]:
+        """The ends of the line fitted by least squares, none where all x are the same."""
+        xs, ys = zip(*self.points)
+        if len(set(xs)) < 2:
+            return []
+        slope, intercept = linear_regression(xs, ys)
+        return [(x, intercept + slope * x) for x in (min(xs), max(xs))]
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -89,40 +99,6 @@ def axis(values: Sequence[float], start: float, end: float) -> Axis:
     return Axis(low - air, high + air, start, end)
 
 
-@dataclass(frozen=True)
-class Chart:
-    """Two axes; `spoken` is what a screen reader says in place of the drawing."""
-
-    x: Axis
-    y: Axis
-    spoken: str
-
-    def path(self, points: Iterable[Sequence[float]], aside: float = 0) -> str:
-        """A line through the points (x, y, ...), so many pixels to the right."""
-        x = replace(self.x, start=self.x.start + aside, end=self.x.end + aside)
-        return "M" + "L".join(f"{x(px)} {self.y(py)}" for px, py, *_ in points)
-
-
-@dataclass(frozen=True)
-class ByRound(Chart):
-    """A value by round; `line` is a level drawn across, to compare with."""
-
-    marks: Sequence[Mark]
-    rounds: Sequence[int]  # those named below
-    line: float | None
-
-
-def by_round(
-    name: str, marks: Sequence[Mark], rounds: Sequence[int], *, line: float | None
-) -> ByRound:
-    """A value by round with its intervals."""
-    ends = [m.value + sign * (m.half or 0) for m in marks for sign in (-1, 1)]
-    y = axis(ends if line is None else [*ends, line], 186, 8)
-    x = Axis(min(rounds) - 0.35, max(rounds) + 0.35, 44, 352)
-    spoken = f"{name} by round. {'; '.join(mark.spoken for mark in marks)}."
-    return ByRound(x, y, spoken, marks, rounds[:: math.ceil(len(rounds) / 10)], line)
-
-
 class Stretch(NamedTuple):
     """A round in a chart by step: where it begins, its line, and the range of its bins if any.
     `named` says that there is room for its name.
@@ -136,13 +112,36 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ByStep(Chart):
-    """A value by optimizer step."""
+class Chart:
+    """Two axes and what is drawn: marks, stretches or clouds. `level` is a value to compare with,
+    and `rounds` are those named below; `spoken` is what a screen reader says in place of all.
+    """
 
-    stretches: list[Stretch]
+    x: Axis
+    y: Axis
+    spoken: str
+    drawn: Sequence[Any]
+    level: float | None = None
+    rounds: Sequence[int] = ()
+
+    def path(self, points: Iterable[Sequence[float]], aside: float = 0) -> str:
+        """A line through the points (x, y, ...), so many pixels to the right."""
+        x = replace(self.x, start=self.x.start + aside, end=self.x.end + aside)
+        return "M" + "L".join(f"{x(px)} {self.y(py)}" for px, py, *_ in points)
 
 
-def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> ByStep:
+def by_round(
+    name: str, marks: Sequence[Mark], rounds: Sequence[int], *, line: float | None
+) -> Chart:
+    """A value by round with its intervals; `line` is a level drawn across."""
+    ends = [m.value + sign * (m.half or 0) for m in marks for sign in (-1, 1)]
+    y = axis(ends if line is None else [*ends, line], 186, 8)
+    x = Axis(min(rounds) - 0.35, max(rounds) + 0.35, 44, 352)
+    spoken = f"{name} by round. {'; '.join(mark.spoken for mark in marks)}."
+    return Chart(x, y, spoken, marks, line, rounds[:: math.ceil(len(rounds) / 10)])
+
+
+def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> Chart:
     """A metric of training over the optimizer steps of all rounds.
 
     `lines` has the number of each round and its bins.
@@ -153,7 +152,7 @@ def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> ByStep:
     y = axis([x for one in bins for x in (one.low, one.high)], 166, 22)
     first, final = short(bins[0].mean), short(bins[-1].mean)
     spoken = f"{name} by optimizer step: {first} at first, {final} at last."
-    chart = ByStep(x, y, spoken, [])
+    chart, stretches = Chart(x, y, spoken, []), []
     ends = [*(of_round[0].x for _, of_round in lines[1:]), last]
     for (index, of_round), end in zip(lines, ends):
         line, band = chart.path(of_round), ""
@@ -163,35 +162,20 @@ def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> ByStep:
         begin = of_round[0].x
         line += "h0" if len(of_round) == 1 else ""
         named = end - begin >= 0.16 * last
-        chart.stretches.append(Stretch(index, x(begin), named, line, band))
-    return chart
+        stretches.append(Stretch(index, x(begin), named, line, band))
+    return replace(chart, drawn=stretches)
 
 
 def binned(values: Sequence[tuple[int, float]], size: int) -> list[Bin]:
     """Neighbouring (step, value) taken together, `size` at a time."""
-    bins = []
-    for i in range(0, len(values), size):
-        steps, ys = zip(*values[i : i + size])
-        bins.append(Bin(sum(steps) / len(steps), math.fsum(ys) / len(ys), min(ys), max(ys)))
-    return bins
+    groups = (zip(*values[i : i + size]) for i in range(0, len(values), size))
+    return [Bin(fmean(steps), fmean(ys), min(ys), max(ys)) for steps, ys in groups]
 
 
-@dataclass(frozen=True)
-class Scatter(Chart):
-    """Points of each cloud, and the line fitted to them where there is one.
-
-    `limit` is the length at which responses are cut, None where none come near it.
-    """
-
-    clouds: Sequence[Cloud]
-    dots: list[str]
-    fits: list[str]
-    limit: float | None
-
-
-def scatter(clouds: Sequence[Cloud], *, limit: float | None) -> Scatter:
+def scatter(clouds: Sequence[Cloud], *, limit: float | None) -> Chart:
     """Score over length in tokens, a colour and a shape for each policy, with lines fitted by
-    least squares and the means.
+    least squares and the means. `limit` is the length at which responses are cut, drawn where some
+    come near it.
     """
     points = [point for cloud in clouds for point in cloud.points]
     longest = max(length for length, _ in points)
@@ -204,23 +188,4 @@ def scatter(clouds: Sequence[Cloud], *, limit: float | None) -> Scatter:
         for c in clouds
     )
     spoken = f"Score over length of held-out responses. {'; '.join(means)}."
-    chart = Scatter(x, y, spoken, clouds, [], [], near)
-    for i, cloud in enumerate(clouds):
-        # Apart by their own width: those cut at the limit all have one length.
-        dots = (chart.path([point], aside=6 * i - 3) + "h0" for point in cloud.points)
-        chart.dots.append("".join(dots))
-        line = fitted(cloud.points)
-        ends = [f(length for length, _ in cloud.points) for f in (min, max)]
-        chart.fits.append(chart.path((e, line[0] + line[1] * e) for e in ends) if line else "")
-    return chart
-
-
-def fitted(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """Intercept and slope by least squares, None where all x are the same."""
-    n = len(points)
-    mx, my = math.fsum(p[0] for p in points) / n, math.fsum(p[1] for p in points) / n
-    spread = math.fsum((px - mx) ** 2 for px, _ in points)
-    if spread <= 1e-12 * max(mx * mx, 1):
-        return None
-    slope = math.fsum((px - mx) * (py - my) for px, py in points) / spread
-    return my - slope * mx, slope
+    return Chart(x, y, spoken, clouds, near)

@@ -8,18 +8,20 @@ and then over prompts, and so is its interval: Student's, with a prompt as the i
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar
 
-from fastdpo.data.parts import check_scored
-from fastdpo.data.records import Text
+from fastdpo.data.parts import read_scored
+from fastdpo.data.records import Candidate, Scored
 from fastdpo.errors import DataError, is_number
-from fastdpo.storage import read_parts
 
 NORMAL = 1.959964  # quantile of many degrees of freedom
+Row = TypeVar("Row", bound=Candidate)
+Measure = Callable[[Scored], float]
 
 
 class Estimate(NamedTuple):
@@ -29,63 +31,26 @@ class Estimate(NamedTuple):
     half: float | None = None
 
 
-@dataclass(frozen=True)
-class Response:
-    """A scored response; `length` is in tokens, `cut` says that it reached max_new_tokens."""
-
-    prompt_index: int
-    prompt: Text
-    text: str
-    length: int
-    score: float
-    cut: bool
-
-
-def by_score(response: Response) -> float:
+def by_score(response: Scored) -> float:
     return response.score
 
 
-def by_length(response: Response) -> float:
-    return float(response.length)
+def by_length(response: Scored) -> float:
+    """In tokens."""
+    return float(len(response.response_ids))
 
 
-def heldout(folder: Path) -> list[Response]:
+def heldout(folder: Path) -> list[Scored]:
     """The responses in an evaluation's `candidates` with their `scores`, in order of the prompts.
 
-    Raises DataError when parts are missing, a row is malformed, or the two don't belong together.
+    Raises DataError as `read_scored`, and for a row that can't be shown.
     """
-    check_scored(folder / "candidates", folder / "scores")
-    scores = {_key(row, folder): row.get("score") for row in read_parts(folder / "scores")}
-    found: dict[tuple[int, int], Response] = {}
-    for row in read_parts(folder / "candidates"):
-        key = _key(row, folder)
-        response = _response(row, number(scores.get(key)))
-        if response is None or key in found:
-            raise DataError(
-                f"{folder}: prompt {key[0]}, sample {key[1]} is malformed, there twice or without "
-                "a score. Write the stage again."
-            )
-        found[key] = response
-    if found.keys() != scores.keys():
-        raise DataError(f"{folder}: there are scores of no candidate. Score it again.")
-    return [found[key] for key in sorted(found)]
-
-
-def _response(row: dict[str, Any], score: float | None) -> Response | None:
-    prompt, text, ids = row.get("prompt"), row.get("response"), row.get("response_ids")
-    if score is None or not isinstance(prompt, str | list):
-        return None
-    if not isinstance(text, str) or not isinstance(ids, list):
-        return None
-    cut = row.get("finish_reason") == "length"
-    return Response(row["prompt_index"], prompt, text, len(ids), score, cut)
-
-
-def _key(row: dict[str, Any], folder: Path) -> tuple[int, int]:
-    prompt_index, sample_index = row.get("prompt_index"), row.get("sample_index")
-    if type(prompt_index) is not int or type(sample_index) is not int:
-        raise DataError(f"{folder}: a row has no prompt_index or sample_index. Write it again.")
-    return prompt_index, sample_index
+    rows = read_scored(folder / "candidates", [folder / "scores"])
+    for row in rows:
+        texts = isinstance(row.prompt, str | list) and isinstance(row.response, str)
+        if not (texts and isinstance(row.response_ids, list)) or number(row.score) is None:
+            raise DataError(f"{folder}: {row.name} is malformed. Write the stage again.")
+    return rows
 
 
 def number(value: Any) -> float | None:
@@ -124,8 +89,8 @@ def _within(angle: float, degrees: int) -> float:
 def half_width(error: float, count: int | None) -> float | None:
     """Half of the 95% interval of a mean of so many values, from its standard error.
 
-    A count that is not known is taken to be large. None where the error says nothing: of a single
-    value, or of values that are all the same, it is 0.
+    A count that is not known is 0 or None, and taken to be large. None where the error says
+    nothing: of a single value, or of values that are all the same, it is 0.
     """
     if error <= 0 or count == 1:
         return None
@@ -134,8 +99,7 @@ def half_width(error: float, count: int | None) -> float | None:
 
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean of independent values; 0 for a single one, and where all are the same."""
-    n = len(values)
-    mean = math.fsum(values) / n
+    n, mean = len(values), fmean(values)
     error = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n) if n > 1 else 0.0
     # What rounding leaves of equal values is no spread.
     return error if error > 1e-12 * max(map(abs, values)) else 0.0
@@ -143,30 +107,28 @@ def standard_error(values: Sequence[float]) -> float:
 
 def interval(values: Sequence[float]) -> Estimate:
     """Mean of independent values, with Student's interval; none where all values are the same."""
-    n = len(values)
-    return Estimate(math.fsum(values) / n, half_width(standard_error(values), n))
+    return Estimate(fmean(values), half_width(standard_error(values), len(values)))
 
 
-def by_prompt(held: Sequence[Response]) -> dict[int, list[Response]]:
-    groups: dict[int, list[Response]] = {}
-    for one in held:
+def by_prompt(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    """The rows of each prompt, in order."""
+    groups: dict[int, list[Row]] = {}
+    for one in rows:
         groups.setdefault(one.prompt_index, []).append(one)
     return groups
 
 
-def over_prompts(held: Sequence[Response], what: Callable[[Response], float]) -> Estimate:
+def over_prompts(held: Sequence[Scored], what: Measure) -> Estimate:
     """Mean of `what` over responses of a prompt, then over prompts."""
     return interval(means_by_prompt(held, what))
 
 
-def means_by_prompt(held: Sequence[Response], what: Callable[[Response], float]) -> list[float]:
+def means_by_prompt(held: Sequence[Scored], what: Measure) -> list[float]:
     """Mean of `what` over the responses of each prompt."""
     return [_mean(group, what) for group in by_prompt(held).values()]
 
 
-def change(
-    start: Sequence[Response], now: Sequence[Response], what: Callable[[Response], float]
-) -> Estimate | None:
+def change(start: Sequence[Scored], now: Sequence[Scored], what: Measure) -> Estimate | None:
     """Mean difference of `what` to the start, prompt by prompt; None where they share no prompt."""
     before, after = by_prompt(start), by_prompt(now)
     shared = [index for index in after if index in before]
@@ -175,7 +137,7 @@ def change(
     return interval([_mean(after[i], what) - _mean(before[i], what) for i in shared])
 
 
-def win_rate(start: Sequence[Response], now: Sequence[Response]) -> Estimate | None:
+def win_rate(start: Sequence[Scored], now: Sequence[Scored]) -> Estimate | None:
     """How often a response scores higher than one of the start to the same prompt; a tie is half.
 
     Over all pairs of a prompt, then over prompts; None where they share no prompt.
@@ -184,54 +146,42 @@ def win_rate(start: Sequence[Response], now: Sequence[Response]) -> Estimate | N
     return interval(rates) if rates else None
 
 
-def win_rates(start: Sequence[Response], now: Sequence[Response]) -> list[float]:
+def win_rates(start: Sequence[Scored], now: Sequence[Scored]) -> list[float]:
     """The win rate of each prompt that both have."""
     before, after = by_prompt(start), by_prompt(now)
     return [_wins(after[i], before[i]) for i in after if i in before]
 
 
-def _wins(group: Sequence[Response], others: Sequence[Response]) -> float:
+def _wins(group: Sequence[Scored], others: Sequence[Scored]) -> float:
     points = ((a.score > b.score) + 0.5 * (a.score == b.score) for a in group for b in others)
     return sum(points) / (len(group) * len(others))
 
 
-def correlation(held: Sequence[Response]) -> Estimate | None:
+def correlation(held: Sequence[Scored]) -> Estimate | None:
     """Pearson's, of score and length over all responses; None where one of them is constant.
 
     Its interval is Student's, of the jackknife that leaves out a prompt at a time.
     """
-    groups = list(by_prompt(held).values())
-    # About the means, so that the sums below don't cancel.
-    center = _mean(held, by_score), _mean(held, by_length)
-    parts = [_sums(group, *center) for group in groups]
-    total = [math.fsum(column) for column in zip(*parts)]
-    whole = _pearson(total)
-    without = [_pearson([t - x for t, x in zip(total, part)]) for part in parts]
+    whole, prompts = _pearson(held), by_prompt(held)
+    without = (_pearson([row for row in held if row.prompt_index != i]) for i in prompts)
     known = [r for r in without if r is not None]
-    if whole is None or len(known) < max(len(groups), 2):
+    if whole is None or len(known) < max(len(prompts), 2):
         return None if whole is None else Estimate(whole)
-    middle = math.fsum(known) / len(known)
+    middle = fmean(known)
     spread = math.fsum((r - middle) ** 2 for r in known)
     error = math.sqrt(spread * (len(known) - 1) / len(known))
     return Estimate(whole, quantile(len(known) - 1) * error)
 
 
-def _sums(group: Sequence[Response], score: float, length: float) -> list[float]:
-    """Number, sums, sums of squares and of products of a prompt's scores and lengths."""
-    pairs = [(r.score - score, r.length - length) for r in group]
-    sums = ((1.0, x, y, x * x, y * y, x * y) for x, y in pairs)
-    return [math.fsum(column) for column in zip(*sums)]
-
-
-def _pearson(sums: Sequence[float]) -> float | None:
-    n, x, y, xx, yy, xy = sums
-    if n < 2:
+def _pearson(rows: Sequence[Scored]) -> float | None:
+    scores, lengths = [row.score for row in rows], [len(row.response_ids) for row in rows]
+    if len(set(scores)) < 2:  # what rounding leaves of equal values is no spread
         return None
-    var_x, var_y = xx - x * x / n, yy - y * y / n
-    if var_x <= 1e-12 * xx or var_y <= 1e-12 * yy:
+    try:
+        return statistics.correlation(scores, lengths)
+    except statistics.StatisticsError:
         return None
-    return max(-1.0, min(1.0, (xy - x * y / n) / math.sqrt(var_x * var_y)))
 
 
-def _mean(group: Sequence[Response], what: Callable[[Response], float]) -> float:
-    return math.fsum(map(what, group)) / len(group)
+def _mean(group: Sequence[Scored], what: Measure) -> float:
+    return fmean(map(what, group))

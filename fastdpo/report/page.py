@@ -10,8 +10,11 @@ markup ever get through, it stays without effect.
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path, PurePath
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -31,7 +34,6 @@ from fastdpo.report.runfiles import Round, Run, measured
 from fastdpo.report.text import (
     KEPT_CHARS,
     KEPT_MESSAGES,
-    Clipped,
     Told,
     as_text,
     clipped,
@@ -60,10 +62,16 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.globals |= {"KEPT_CHARS": KEPT_CHARS, "KEPT_MESSAGES": KEPT_MESSAGES}
-TEMPLATES.filters |= {"count": count, "plain": plain}
+SHOWING = (
+    as_text, by_prompt, clipped, correlation, count, fmean, masked, plain, prompt_parts, short,
+    told,
+)  # fmt: skip
+TEMPLATES.filters |= {use.__name__: use for use in SHOWING}
 
 Row = dict[str, Estimate]
 Cell = str | Told
+Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]  # its head, and rows with their names first
+Figure = tuple[str, str, charts.Chart]  # its title, and where its values were measured
 
 
 class Quantity(NamedTuple):
@@ -132,62 +140,6 @@ SPEED = {
 }
 
 
-class Tile(NamedTuple):
-    """A number at the top of the page, and a note below it with its unit."""
-
-    name: str
-    value: Told
-    note: Told
-    unit: str = ""
-
-
-class Table(NamedTuple):
-    """A table whose first column names the rows."""
-
-    caption: str
-    head: Sequence[str]
-    body: Sequence[Sequence[Cell]]
-
-
-class Figure(NamedTuple):
-    """A chart, its title, and where its values were measured."""
-
-    title: str
-    where: str
-    chart: charts.Chart
-
-
-class Policy(NamedTuple):
-    """What the scatter plot says of a policy in words; `every` is the share of points drawn."""
-
-    name: str
-    responses: int
-    prompts: int
-    every: int
-    correlation: Told | None
-
-
-class Answer(NamedTuple):
-    """A policy's first response to a prompt; `mean` is the score of all `samples`."""
-
-    policy: str
-    cut: bool
-    score: str
-    samples: int
-    mean: str
-    tokens: int
-    text: Clipped
-
-
-class Question(NamedTuple):
-    """A prompt in its messages (role and text), their number, and an answer of each policy."""
-
-    number: int
-    messages: list[tuple[str | None, Clipped]]
-    left_out: int
-    answers: list[Answer]
-
-
 def render(run: Run) -> str:
     """The page as text, the same for the same run."""
     rows = {one.index: measured(run, one) for one in run.rounds}
@@ -198,7 +150,8 @@ def render(run: Run) -> str:
         run=run,
         title=_title(run),
         facts=_facts(run),
-        status=_status(run),
+        planned=number(run.config.get("rounds")),
+        finished=len([x for x in run.done if re.fullmatch(r"round-(?!00).*/report", x, re.DOTALL)]),
         tiles=_tiles(rows),
         rounds=_rounds(run, rows),
         other_sampling=_other_sampling(run),
@@ -207,10 +160,10 @@ def render(run: Run) -> str:
         lengths=_lengths(run),
         **_responses(run),
         **_training(run),
-        pairs=_pairs(run),
-        offline=_offline(run),
-        speeds=_speeds(run),
-        config=[(key[:80], clipped(masked(as_text(x)))) for key, x in run.config.items()],
+        **_pairs(run),
+        offline=run.offline and _drops("Kept", [run.offline[0]], [run.offline[1]]),
+        sampling=_sampling(run),
+        rates=_rates(run),
     )
 
 
@@ -232,52 +185,32 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts
 
 
-def _status(run: Run) -> str:
-    planned = number(run.config.get("rounds"))
-    finished = [r for r in run.done if r.startswith("round-") and r.endswith("/report")]
-    rounds = len([r for r in finished if not r.startswith("round-00")])
-    if planned is None:
-        return f"{len(run.rounds)} folders of rounds; what was planned is not known."
-    if rounds >= planned:
-        return f"Finished: {count(planned)} of {count(planned)} rounds."
-    last = f", last stage done {run.done[-1][:60]}" if run.done else ""
-    return f"Unfinished: {rounds} of {count(planned)} rounds{last}."
-
-
-def _tiles(rows: dict[int, Row]) -> list[Tile]:
-    """What changed from the start to the last evaluated round."""
+def _tiles(rows: dict[int, Row]) -> list[tuple[str, Told, Told, str]]:
+    """What changed from the start to the last evaluated round: name, value, note, its unit."""
     score, length, rate, _ = (_by_round(quantity, rows) for quantity in HELD)
     tiles = []
     for name, unit, values in (("score", "", score), ("length", " tokens", length)):
         if 0 in values and len(values) > 1:
             last = max(values)
             digits = digits_of([values[0], values[last]])
-            ends = (fixed(values[index].value, digits) for index in (0, last))
+            ends = " → ".join(fixed(values[index].value, digits) for index in (0, last))
             moved = rows[last].get(f"{name} change")
             note = told(moved, digits_of([moved]), signed=True) if moved else Told("")
-            unit = unit if moved else ""
-            tiles.append(Tile(f"Held-out {name}", Told(" → ".join(ends)), note, unit))
+            tiles.append((f"Held-out {name}", Told(ends), note, unit if moved else ""))
     if rate:
-        note = f"round {max(rate)} against the start"
-        tiles.append(Tile("Win rate", told(rate[max(rate)], 0, unit="%"), Told(note)))
-    pairs = [row["pairs"].value for row in rows.values() if "pairs" in row]
-    if pairs:
-        note = f"in {len(pairs)} round{'s' if len(pairs) > 1 else ''}"
-        tiles.append(Tile("Pairs trained on", Told(count(sum(pairs))), Told(note)))
+        note = Told(f"round {max(rate)} against the start")
+        tiles.append(("Win rate", told(rate[max(rate)], 0, unit="%"), note, ""))
+    if pairs := [row["pairs"].value for row in rows.values() if "pairs" in row]:
+        note = Told(f"in {len(pairs)} round{'s' if len(pairs) > 1 else ''}")
+        tiles.append(("Pairs trained on", Told(count(sum(pairs))), note, ""))
     return tiles
-
-
-def _name(one: Round) -> str:
-    return "Start" if one.index == 0 else f"Round {one.index}"
 
 
 def _rounds(run: Run, rows: dict[int, Row]) -> Table | None:
     columns = [_named(run, q) for q in COLUMNS if any(q.key in row for row in rows.values())]
-    if not columns:
-        return None
-    head = ["Policy", *(quantity.name for quantity in columns)]
-    cells = zip(map(_name, run.rounds), *(_column(quantity, rows) for quantity in columns))
-    return Table("Held-out evaluation and training by round", head, list(cells))
+    cells = [_column(quantity, rows) for quantity in columns]
+    body = [[one.name, *row] for one, *row in zip(run.rounds, *cells)]
+    return ([quantity.name for quantity in columns], body) if columns else None
 
 
 def _named(run: Run, quantity: Quantity) -> Quantity:
@@ -318,6 +251,7 @@ def _by_round(quantity: Quantity, rows: dict[int, Row]) -> dict[int, Estimate]:
 
 
 def _plots(run: Run, rows: dict[int, Row]) -> list[Figure]:
+    """A chart by round of each quantity that is known."""
     targets = [row["length/target"].value for row in rows.values() if "length/target" in row]
     figures = []
     for quantity in (*HELD, *TRAINED):
@@ -330,46 +264,35 @@ def _plots(run: Run, rows: dict[int, Row]) -> list[Figure]:
             line, where = targets[-1], f"{where}; dashed: the target, {short(targets[-1])}"
         marks = [charts.Mark(i, *estimate) for i, estimate in known.items()]
         chart = charts.by_round(named.name, marks, list(rows), line=line)
-        figures.append(Figure(named.label, where, chart))
+        figures.append((named.label, where, chart))
     return figures
 
 
-def _lengths(run: Run) -> tuple[list[Policy], charts.Scatter] | None:
-    """The start and the last evaluated policy, in words and drawn."""
+def _lengths(run: Run) -> tuple[list[tuple[Round, int]], charts.Chart] | None:
+    """The start and the last evaluated policy, and them drawn; one point in so many of each."""
     known = [one for one in run.rounds if one.held]
     if not known:
         return None
-    policies, clouds = [], []
-    for one in known[:1] if len(known) == 1 else [known[0], known[-1]]:
-        length, score = over_prompts(one.held, by_length), over_prompts(one.held, by_score)
-        every = math.ceil(len(one.held) / MAX_POINTS)
+    shown = [(one, math.ceil(len(one.held) / MAX_POINTS)) for one in _spread(known, 2)]
+    clouds = []
+    for one, every in shown:
+        means = (over_prompts(one.held, by_length), over_prompts(one.held, by_score))
         points = [(by_length(response), by_score(response)) for response in one.held[::every]]
-        clouds.append(charts.Cloud(_name(one).lower(), points, length, score))
-        r, prompts = correlation(one.held), len(by_prompt(one.held))
-        shown = told(r, 2) if r else None
-        policies.append(Policy(_name(one), len(one.held), prompts, every, shown))
-    return policies, charts.scatter(clouds, limit=number(run.option("sample.max_new_tokens")))
+        clouds.append(charts.Cloud(one.name.lower(), points, *means))
+    return shown, charts.scatter(clouds, limit=number(run.option("sample.max_new_tokens")))
 
 
 def _responses(run: Run) -> dict[str, Any]:
-    """Prompts that all evaluated policies shown answered, evenly spaced, with their answers."""
+    """Prompts that all evaluated policies shown answered, evenly spaced: of each its number, and
+    the responses of each policy by its name.
+    """
     evaluated = [one for one in run.rounds if one.held]
-    known = _spread(evaluated, SAMPLE_ROUNDS)
-    groups = [by_prompt(one.held) for one in known]
-    shared = sorted(set.intersection(*map(set, groups))) if groups else []
-    questions = []
-    for index in _spread(shared, SAMPLE_PROMPTS):
-        prompt = groups[0][index][0].prompt
-        left_out = 0 if isinstance(prompt, str) else max(0, len(prompt) - KEPT_MESSAGES)
-        answers = []
-        for one, group in zip(known, groups):
-            first, scores = group[index][0], [response.score for response in group[index]]
-            mean, score = short(math.fsum(scores) / len(scores)), short(first.score)
-            text = clipped(first.text)
-            answers.append(
-                Answer(_name(one), first.cut, score, len(scores), mean, first.length, text)
-            )
-        questions.append(Question(index, prompt_parts(prompt), left_out, answers))
+    known = {one.name: by_prompt(one.held) for one in _spread(evaluated, SAMPLE_ROUNDS)}
+    shared = sorted(set.intersection(*map(set, known.values()))) if known else []
+    questions = [
+        (index, {name: groups[index] for name, groups in known.items()})
+        for index in _spread(shared, SAMPLE_PROMPTS)
+    ]
     policies = f"{len(known)} of {len(evaluated)}" if len(known) < len(evaluated) else "all"
     return {"questions": questions, "asked": len(shared), "answering": policies}
 
@@ -386,15 +309,14 @@ def _training(run: Run) -> dict[str, Any]:
     size = math.ceil(sum(len(one.steps) for one in run.rounds) / charts.MAX_BINS) or 1
     figures = []
     for quantity in STEPS:
-        lines, before = [], 0
-        for one in run.rounds:
-            found = ((i, _step_value(quantity, step)) for i, step in enumerate(one.steps, 1))
-            values = [(before + i, value) for i, value in found if value is not None]
-            before += len(one.steps)
-            if values:
+        lines = []
+        starts = accumulate((len(one.steps) for one in run.rounds), initial=1)
+        for one, start in zip(run.rounds, starts):
+            found = ((i, _step_value(quantity, step)) for i, step in enumerate(one.steps, start))
+            if values := [(i, value) for i, value in found if value is not None]:
                 lines.append((one.index, charts.binned(values, size)))
         if lines:
-            figures.append(Figure(quantity.label, "", charts.by_step(quantity.name, lines)))
+            figures.append((quantity.label, "", charts.by_step(quantity.name, lines)))
     return {"training": figures, "steps_a_point": size}
 
 
@@ -405,23 +327,16 @@ def _step_value(quantity: Quantity, step: dict[str, float]) -> float | None:
     return value and (100 if quantity.percent else 1) * value
 
 
-def _pairs(run: Run) -> list[Table]:
+def _pairs(run: Run) -> dict[str, Any]:
     """What was dropped, and what is known of the pairs kept, by round."""
     trained = [one for one in run.rounds if one.pairing or one.dropped]
-    if not trained:
-        return []
-    head = ["Round", *map(_name, trained)]
-    kept = [one.pairing for one in trained]
-    body = [["Pairs kept", *_entries(kept, "pairs", 0)]]
-    for why in sorted({why for one in trained for why in one.dropped}):
-        counts = [count(one.dropped.get(why, 0)) for one in trained]
-        body.append([f"Dropped: {why[:200]}", *counts])
-    if len(body) == 1:
-        body.append(["Dropped", *("0" for _ in trained)])
+    kept, numbers = [one.pairing for one in trained], [one.numbers for one in trained]
+    drops = _drops("Pairs kept", kept, [one.dropped for one in trained])
+    if len(drops) == 1:
+        drops.append(["Dropped", *("0" for _ in trained)])
     for key, name in LOST.items():
-        numbers = [one.numbers for one in trained]
         if any(found.get(key) for found in numbers):
-            body.append([name, *_entries(numbers, key, 0)])
+            drops.append([name, *_entries(numbers, key, 0)])
     facts = []
     found = dict.fromkeys(key for pairing in kept for key in pairing if key != "pairs")
     for key in sorted(found, key=lambda key: key not in PAIRING):
@@ -430,42 +345,39 @@ def _pairs(run: Run) -> list[Table]:
         digits = digits_of(known) if small else min(digits_of(known), 3)
         name = PAIRING.get(key, key.replace("_", " "))[:60]
         facts.append([name, *_entries(kept, key, digits)])
-    tables = [Table("Pairs kept and dropped, by reason", head, body)]
-    return [*tables, Table("The pairs kept", head, facts)] if facts else tables
+    return {"trained": [one.name for one in trained], "drops": drops, "kept": facts}
 
 
-def _offline(run: Run) -> Table | None:
-    """The pairs given to be replayed, read once for all rounds."""
-    if not run.offline:
-        return None
-    body = [["Kept", *_entries([run.offline], "pairs", 0)]]
-    body += [
-        [f"Dropped: {why[:200]}", count(n)] for why, n in sorted(run.offline["dropped"].items())
-    ]
-    return Table("Offline pairs to replay", ["Offline", "Pairs"], body)
+def _drops(
+    first: str, kept: list[dict[str, float]], dropped: list[dict[str, int]]
+) -> list[list[str]]:
+    """Rows of the pairs that were kept, and of those dropped, by reason."""
+    rows = [[first, *_entries(kept, "pairs", 0)]]
+    for why in sorted({why for found in dropped for why in found}):
+        rows.append([f"Dropped: {why[:200]}", *(count(found.get(why, 0)) for found in dropped)])
+    return rows
 
 
 def _entries(rounds: Iterable[dict[str, float]], key: str, digits: int) -> list[str]:
     return [fixed(numbers[key], digits) if key in numbers else "–" for numbers in rounds]
 
 
-def _speeds(run: Run) -> list[Table]:
-    facts = [
-        (f"{_name(one)}, {what}", found) for one in run.rounds for what, found in one.speed.items()
-    ]
-    keys = dict.fromkeys(k for _, found in facts for k, x in found.items() if _plain(x) != "–")
-    shown, tables = list(keys)[:12], []
-    if shown:
-        head = ["Stage", *(SPEED.get(key, key.replace("_", " "))[:60] for key in shown)]
-        body = [[name, *(_plain(found.get(key)) for key in shown)] for name, found in facts]
-        tables.append(Table("Sampling", head, body))
-    rates = [(_name(one), one.numbers.get("pairs_per_second")) for one in run.rounds]
-    trained = [(name, Estimate(rate)) for name, rate in rates if rate is not None]
-    if trained:
-        digits = min(digits_of([rate for _, rate in trained]), 2)
-        body = [[name, fixed(rate.value, digits)] for name, rate in trained]
-        tables.append(Table("Training", ["Stage", "pairs/s, mean of the steps"], body))
-    return tables
+def _sampling(run: Run) -> Table | None:
+    """How fast stages sampled."""
+    found = {f"{one.name}, {name}": x for one in run.rounds for name, x in one.speed.items()}
+    keys = dict.fromkeys(key for x in found.values() for key in x if _plain(x[key]) != "–")
+    shown = list(keys)[:12]
+    head = [SPEED.get(key, key.replace("_", " "))[:60] for key in shown]
+    body = [[name, *(_plain(x.get(key)) for key in shown)] for name, x in found.items()]
+    return (head, body) if shown else None
+
+
+def _rates(run: Run) -> list[list[str]]:
+    """Pairs that rounds trained on in a second."""
+    key = "pairs_per_second"
+    found = {one.name: Estimate(one.numbers[key]) for one in run.rounds if key in one.numbers}
+    digits = min(digits_of(list(found.values())), 2)
+    return [[name, fixed(rate.value, digits)] for name, rate in found.items()]
 
 
 def _plain(value: Any) -> str:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastdpo.data.records import Scored
 from fastdpo.errors import DataError
 from fastdpo.report.evaluation import (
     Estimate,
-    Response,
     by_length,
     by_prompt,
     by_score,
@@ -21,11 +21,12 @@ from fastdpo.report.evaluation import (
     over_prompts,
     win_rate,
 )
-from fastdpo.storage import read_json
+from fastdpo.storage import read_json, read_text
 
 PARTS = ("config", "numbers", "pairing", "steps", "held", "speed")
 _ROUND = re.compile(r"round-(\d{2,6})")
 T = TypeVar("T")
+Numbers = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,16 @@ class Round:
     """What the files of a round say; round 0 is the start, which is only evaluated."""
 
     index: int
-    numbers: dict[str, float]  # summary.json, and what it takes from other files
-    pairing: dict[str, float]  # pairs.summary.json
+    numbers: Numbers  # summary.json, and what it takes from other files
+    pairing: Numbers  # pairs.summary.json
     dropped: dict[str, int]  # by reason
-    steps: list[dict[str, float]]  # metrics.jsonl
-    held: list[Response]  # eval
+    steps: list[Numbers]  # metrics.jsonl
+    held: list[Scored]  # eval
     speed: dict[str, dict[str, Any]]  # throughput.json of "rollouts" and "evaluation"
+
+    @property
+    def name(self) -> str:
+        return f"Round {self.index}" if self.index else "Start"
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Run:
     """What the files of a run say.
 
     `config` has the options by their names with the section, as on the command line.
-    `offline` is offline/summary.json, of the pairs to replay, with entries as in a round.
+    `offline` is offline/summary.json, of the pairs to replay: what `pairing` and `dropped` are of a
+    round; None where there are none.
     `gone` has, for each of `PARTS`, a line for each file that is missing or damaged; paths in it
     are relative to the run.
     """
@@ -54,7 +60,7 @@ class Run:
     config: dict[str, Any]
     done: list[str]
     rounds: list[Round]
-    offline: dict[str, Any]
+    offline: tuple[Numbers, dict[str, int]] | None
     gone: dict[str, list[str]]
 
     def option(self, name: str) -> Any:
@@ -75,9 +81,9 @@ def read_run(out: Path) -> Run:
     files = _Files(out)
     state = files.read("config", out / "state.json", _state) or {"config": {}, "done": []}
     rounds = [_round(files, index, path) for index, path in round_folders(out).items()]
-    offline: dict[str, Any] = {}
+    offline = None
     if (out / "offline").is_dir():
-        offline = files.read("pairing", out / "offline" / "summary.json", _pairing) or {}
+        offline = files.read("pairing", out / "offline" / "summary.json", _pairing)
     return Run(state["config"], state["done"], rounds, offline, files.gone)
 
 
@@ -106,11 +112,11 @@ class _Files:
 
 def _round(files: _Files, index: int, folder: Path) -> Round:
     numbers = files.read("numbers", folder / "summary.json", _numbers) or {}
-    pairing: dict[str, Any] = {}
-    steps: list[dict[str, float]] = []
+    pairing: tuple[Numbers, dict[str, int]] = ({}, {})
+    steps: list[Numbers] = []
     speed = {}
     if index:  # the start is not trained
-        pairing = files.read("pairing", folder / "pairs.summary.json", _pairing) or {}
+        pairing = files.read("pairing", folder / "pairs.summary.json", _pairing) or pairing
         # A curriculum has metrics for each of its stages.
         stages = sorted(folder.glob("stage-*"), key=lambda path: (len(path.name), path.name))
         for path in stages or [folder]:
@@ -119,15 +125,9 @@ def _round(files: _Files, index: int, folder: Path) -> Round:
             numbers = files.read("numbers", folder / "train.json", _numbers) or {}
         speed["rollouts"] = files.read("speed", folder / "candidates/throughput.json", _object)
     speed["evaluation"] = files.read("speed", folder / "eval/candidates/throughput.json", _object)
-    return Round(
-        index=index,
-        numbers=numbers,
-        pairing={k: x for k, x in pairing.items() if k != "dropped"},
-        dropped=pairing.get("dropped", {}),
-        steps=steps,
-        held=files.read("held", folder / "eval", heldout) or [],
-        speed={what: facts for what, facts in speed.items() if facts},
-    )
+    held = files.read("held", folder / "eval", heldout) or []
+    speed = {what: facts for what, facts in speed.items() if facts}
+    return Round(index, numbers, *pairing, steps, held, speed)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -137,11 +137,11 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _numbers(path: Path) -> dict[str, float]:
+def _numbers(path: Path) -> Numbers:
     return _finite(_object(path))
 
 
-def _finite(values: dict[str, Any]) -> dict[str, float]:
+def _finite(values: dict[str, Any]) -> Numbers:
     """The entries that are finite numbers."""
     found = {name: number(value) for name, value in values.items()}
     return {name: value for name, value in found.items() if value is not None}
@@ -158,7 +158,7 @@ def _state(path: Path) -> dict[str, Any]:
     return {"config": config, "done": [x for x in state["done"] if isinstance(x, str)]}
 
 
-def _pairing(path: Path) -> dict[str, Any]:
+def _pairing(path: Path) -> tuple[Numbers, dict[str, int]]:
     """Its numbers, those that shaping found among them, and the drops by reason."""
     summary = _object(path)
     dropped, shaping = summary.get("dropped", {}), summary.get("shaping", {})
@@ -166,16 +166,13 @@ def _pairing(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: dropped is not a count for each reason. Pair again.")
     if not isinstance(shaping, dict):
         raise DataError(f"{path}: shaping is not an object. Pair again.")
-    found = _finite(summary) | _finite(shaping)
-    return {**found, "dropped": {why: int(x) for why, x in dropped.items()}}
+    return _finite(summary) | _finite(shaping), {why: int(x) for why, x in dropped.items()}
 
 
-def _steps(path: Path) -> list[dict[str, float]]:
+def _steps(path: Path) -> list[Numbers]:
     """Rows of optimizer steps; a last line that a kill cut off is left out."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8. Restore it.") from error
+    text = read_text(path) if path.stat().st_size else ""
+    lines = [line for line in text.split("\n") if line]
     rows = []
     for i, line in enumerate(lines, 1):
         try:
@@ -186,12 +183,6 @@ def _steps(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _heldout_prompts(run: Run) -> int | None:
-    """Prompts of an evaluation as the config has them, None where it doesn't."""
-    prompts = number(run.option("evaluate.heldout"))
-    return None if prompts is None or prompts < 1 else int(prompts)
-
-
 def measured(run: Run, one: Round) -> dict[str, Estimate]:
     """What is known of a round, by name: the numbers of its files, NAME with NAME_se as interval.
 
@@ -199,7 +190,8 @@ def measured(run: Run, one: Round) -> dict[str, Estimate]:
     "length change" and "win_rate" against the start (shares, 0 to 1). What was measured in training
     has no interval: it changes from step to step. "pairs" are those that training took.
     """
-    prompts = len(by_prompt(one.held)) or _heldout_prompts(run)
+    planned = number(run.option("evaluate.heldout")) or 0
+    prompts = len(by_prompt(one.held)) or max(int(planned), 0)
     errors = {name: one.numbers.get(f"{name}_se", 0.0) for name in one.numbers}
     row = {name: Estimate(x, half_width(errors[name], prompts)) for name, x in one.numbers.items()}
     found: dict[str, Estimate | None] = {}

@@ -119,17 +119,17 @@ def masked(text: str) -> str:
 def digits_of(estimates: Sequence[Estimate]) -> int:
     """Decimals for two digits of the widest interval, without intervals four of the value."""
     halves = [e.half for e in estimates if e.half]
-    size, places = (max(halves), 1) if halves else (max(abs(e.value) for e in estimates), 3)
+    size = max(halves or [abs(e.value) for e in estimates], default=0.0)
+    places = 1 if halves else 3
     return 0 if size == 0 else min(max(places - math.floor(math.log10(size)), 0), 6)
 
 
 def fixed(value: float, digits: int, *, signed: bool = False) -> str:
     """With so many decimals, and a real minus sign; `signed` adds a plus."""
-    text = f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.3e}"
-    if float(text.replace(",", "")) == 0:
-        text = text.lstrip("-")
-    text = text.replace("-", "−")
-    return f"+{text}" if signed and not text.startswith("−") else text
+    sign = "+" if signed else ""
+    if abs(value) >= 1e9:
+        return f"{value:{sign}.3e}".replace("-", "−")
+    return f"{round(value, digits) + 0.0:{sign},.{digits}f}".replace("-", "−")
 
 
 def short(value: float) -> str:

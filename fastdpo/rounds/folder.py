@@ -76,16 +76,27 @@ class Run:
         return str(self.folder(index) / "reference") if name == "average" else name
 
     def sample(
-        self, policy: str, prompts: list[Prompt], config: SampleConfig, folder: Path, index: int
+        self,
+        name: str,
+        policy: str,
+        prompts: list[Prompt],
+        config: SampleConfig,
+        candidates: Path,
+        index: int,
     ) -> None:
-        longest, log = self.config.train.max_length, self.out / "sampler.log"
-        with open_sampler(
-            policy, self.tokenizer, config, max_length=longest, log_path=log
-        ) as sampler:
-            sample(
-                sampler, self.tokenizer, prompts, config, folder, round_index=index,
-                progress=self.progress,
-            )  # fmt: skip
+        """The stage of this name, in which a policy responds to prompts."""
+
+        def work() -> None:
+            longest, log = self.config.train.max_length, self.out / "sampler.log"
+            with open_sampler(
+                policy, self.tokenizer, config, max_length=longest, log_path=log
+            ) as sampler:
+                sample(
+                    sampler, self.tokenizer, prompts, config, candidates, round_index=index,
+                    progress=self.progress,
+                )  # fmt: skip
+
+        self.stages.run(name, work, makes=candidates, needs=[policy])
 
     def score(self, candidates: Path, folders: list[Path], policy: str, previous: str) -> None:
         """Score with each scorer in turn, loaded for it alone."""

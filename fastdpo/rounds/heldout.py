@@ -13,6 +13,7 @@ from fastdpo.model.logps import load_packed, response_logps
 from fastdpo.report import summary as report
 from fastdpo.report.evaluation import (
     by_length,
+    by_prompt,
     by_score,
     heldout,
     means_by_prompt,
@@ -37,12 +38,7 @@ def evaluate(run: Run, index: int) -> None:
     if run.heldout:
         count = config.evaluate.num_samples
         settings = replace(config.sample, seed=config.seed + 1, num_samples=count)
-        stage(
-            f"{name}/eval-sample",
-            lambda: run.sample(policy, run.heldout, settings, candidates, index),
-            makes=candidates,
-            needs=[Path(policy)],
-        )
+        run.sample(f"{name}/eval-sample", policy, run.heldout, settings, candidates, index)
         stage(
             f"{name}/eval-score",
             lambda: _score(run, candidates, scores),
@@ -56,15 +52,11 @@ def evaluate(run: Run, index: int) -> None:
                 f"{name}/eval-kl",
                 lambda: _measure_kl(run, policy, candidates, kl),
                 makes=kl,
-                needs=[candidates, Path(policy)],
+                needs=[candidates, policy],
             )
             needs.append(kl)
-    stage(
-        f"{name}/report",
-        lambda: _summarize(run, index),
-        makes=folder / "summary.json",
-        needs=needs,
-    )
+    row = folder / "summary.json"
+    stage(f"{name}/report", lambda: _summarize(run, index), makes=row, needs=needs)
 
 
 def _score(run: Run, candidates: Path, scores: Path) -> None:
@@ -72,18 +64,6 @@ def _score(run: Run, candidates: Path, scores: Path) -> None:
     if scorer.compare is not None:
         scorer = against_start(scorer, run.folder(0) / "eval" / "candidates")
     score(scorer, candidates, scores, progress=run.progress)
-
-
-def _measure_kl(run: Run, policy: str, candidates: Path, path: Path) -> None:
-    config = run.config
-    found = kl_to_start(
-        policy,
-        config.model,
-        candidates,
-        dtype=getattr(torch, config.sample.dtype),
-        batch_size=config.score.batch_size,
-    )
-    write_json_atomic(path, found, checksum=True)
 
 
 def _summarize(run: Run, index: int) -> None:
@@ -116,9 +96,7 @@ def against_start(scorer: Scorer, start: Path) -> Scorer:
     """
     compare = scorer.compare
     assert compare is not None
-    others: dict[int, list[str]] = {}
-    for row in read_candidates(start).values():
-        others.setdefault(row.prompt_index, []).append(row.response)
+    others = by_prompt(read_candidates(start).values())
 
     def function(rows: list[Candidate]) -> list[float]:
         prompts, first, second, counts = [], [], [], []
@@ -126,7 +104,7 @@ def against_start(scorer: Scorer, start: Path) -> Scorer:
             known = others.get(row.prompt_index)
             if not known:
                 raise DataError(f"{start}: there is no response to prompt {row.prompt_index}")
-            different = [x for x in known if x != row.response]
+            different = [x.response for x in known if x.response != row.response]
             prompts += [row.prompt] * len(different)
             first += [row.response] * len(different)
             second += different
@@ -138,40 +116,30 @@ def against_start(scorer: Scorer, start: Path) -> Scorer:
             scores.append((wins + 0.5 * (all_of_them - different)) / all_of_them)
         return scores
 
-    return Scorer(
-        scorer.name,
-        function,
-        on="rows",
-        settings={**scorer.settings, "against": "start"},
-        endpoint=scorer.endpoint,
-    )
+    settings = {**scorer.settings, "against": "start"}
+    return replace(scorer, function=function, on="rows", compare=None, settings=settings)
 
 
-def kl_to_start(
-    policy: str, start: str, candidates: Path, *, dtype: torch.dtype, batch_size: int
-) -> dict[str, float]:
+def _measure_kl(run: Run, policy: str, candidates: Path, path: Path) -> None:
     """The policy's KL divergence from the start, from the responses that the policy gave.
 
     The mean of log pi(y|x) - log pi_start(y|x), first over the responses of a prompt and then over
     prompts, in nats a response, with its standard error: an unbiased estimate of KL(pi || pi_start)
-    for responses at temperature 1 and top_p 1, and only a measure of distance for others.
-
-    Args:
-        policy, start: folders or hub names, loaded one after the other.
-        candidates: the policy's responses.
-        dtype: of both models.
-        batch_size: sequences at a time.
+    for responses at temperature 1 and top_p 1, and only a measure of distance for others. The
+    models, folders or hub names, are loaded one after the other.
     """
     rows = list(read_candidates(candidates).values())
+    dtype, batch_size = getattr(torch, run.config.sample.dtype), run.config.score.batch_size
     logp_2R = [
         response_logps(load_packed(name, dtype=dtype), rows, batch_size=batch_size)
-        for name in (policy, start)
+        for name in (policy, run.config.model)
     ]
     ratios: dict[int, list[float]] = {}
     for row, ratio in zip(rows, (logp_2R[0] - logp_2R[1]).tolist()):
         ratios.setdefault(row.prompt_index, []).append(ratio)
     means = [sum(group) / len(group) for group in ratios.values()]
-    return {"kl": sum(means) / len(means), "kl_se": standard_error(means)}
+    found = {"kl": sum(means) / len(means), "kl_se": standard_error(means)}
+    write_json_atomic(path, found, checksum=True)
 
 
 def heldout_row(folder: Path, start: Path) -> dict[str, float]:
@@ -184,7 +152,7 @@ def heldout_row(folder: Path, start: Path) -> dict[str, float]:
     Standard errors are over prompts; lengths are tokens, `truncated` the share cut at the limit.
     """
     now = heldout(folder)
-    row = {"truncated": sum(x.cut for x in now) / len(now)}
+    row = {"truncated": sum(x.finish_reason == "length" for x in now) / len(now)}
     for name, values in (
         ("score", means_by_prompt(now, by_score)),
         ("length", means_by_prompt(now, by_length)),

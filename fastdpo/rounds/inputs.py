@@ -120,7 +120,8 @@ def decides(
     """All that decides a run: its options, and the content of the files that they name."""
     digest = hashlib.sha256()
     for row in [*prompts, None, *heldout]:
-        content = row and [_source(row), row.extra]
+        source = row and [row.prompt, row.tools, row.chat_template_kwargs]  # decides its tokens
+        content = row and [json.dumps(source, sort_keys=True), row.extra]
         digest.update(json.dumps(content, default=str).encode())
     found = {**config.to_dict(), "content of prompts": digest.hexdigest()}
     if config.pair.replay is not None and Path(config.pair.replay).is_file():
@@ -128,8 +129,3 @@ def decides(
     template = json.dumps(tokenizer.chat_template)
     found["content of chat_template"] = hashlib.sha256(template.encode()).hexdigest()
     return found
-
-
-def _source(row: Prompt) -> str:
-    """All that decides the tokens of a prompt."""
-    return json.dumps([row.prompt, row.tools, row.chat_template_kwargs], sort_keys=True)

@@ -32,12 +32,7 @@ def answer_offline(run: Run, index: int) -> None:
     start, candidates = run.start_of(index), folder / "candidates"
     prompts = offline.prompt_rows(_rows(run)[0])
     settings = replace(config.sample, seed=config.seed + 2, num_samples=1)
-    run.stages.run(
-        f"{name}/offline-sample",
-        lambda: run.sample(start, prompts, settings, candidates, index),
-        makes=candidates,
-        needs=[Path(start)],
-    )
+    run.sample(f"{name}/offline-sample", start, prompts, settings, candidates, index)
     run.stages.run(
         f"{name}/offline-score",
         lambda: run.score(candidates, run.scores(folder), start, run.before(index)),

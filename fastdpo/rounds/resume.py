@@ -59,18 +59,19 @@ class Stages:
         work: Callable[[], None],
         *,
         makes: Path | Sequence[Path],
-        needs: Sequence[Path] = (),
+        needs: Sequence[Path | str] = (),
     ) -> None:
         """Run a stage unless it is done, and note that it is.
 
         What it needs is compared with its checksums before, and made again where it was removed;
-        what no stage that is left needs may be removed for good.
+        what no stage that is left needs may be removed for good. A hub name is no file to compare.
         """
+        paths = [Path(path) for path in needs]
         for path in [makes] if isinstance(makes, Path) else makes:
-            self.makers[path] = work, needs
+            self.makers[path] = work, paths
         if name in self.done:
             return
-        self._provide(needs)
+        self._provide(paths)
         work()
         release()
         self.done.append(name)
@@ -99,7 +100,12 @@ class Stages:
         if not isinstance(state, dict) or not {"config", "done"} <= state.keys():
             raise DataError(f"{self.path} is not the state of a run; remove {self.out}")
         if "train" not in state["config"]:
-            _refuse_flat(self.out, state["config"])
+            new = old_names(IterateConfig)
+            places = moved([name for name in state["config"] if name in new], new)
+            raise ConfigError(
+                f"{self.out} holds a run of before options had sections ({places}); give another "
+                "output_dir to start anew"
+            )
         before, used = dict(_flat(state["config"])), {x.rpartition("/")[2] for x in state["done"]}
         for name, value in _flat(self.config):
             # Nothing depends on how pairs are made before the first, or on how they are trained on.
@@ -120,16 +126,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _refuse_flat(out: Path, config: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a run whose options had no sections."""
-    new = old_names(IterateConfig)
-    known = [name for name in config if name in new]
-    raise ConfigError(
-        f"{out} holds a run of before options had sections ({moved(known, new)}); give another "
-        "output_dir to start anew"
-    )
 
 
 def release() -> None:

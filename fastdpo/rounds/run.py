@@ -17,6 +17,7 @@ from fastdpo.model.load import combine, load_causal_lm
 from fastdpo.pair import filters
 from fastdpo.pair.stage import load_pairs, pair, split_stages
 from fastdpo.report import summary as report
+from fastdpo.report.evaluation import by_prompt
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.rounds.folder import Run
 from fastdpo.rounds.heldout import evaluate
@@ -78,20 +79,15 @@ def _round(run: Run, index: int) -> None:
     name = folder.name
     start, before = run.start_of(index), run.before(index)
     candidates, scores, pairs = folder / "candidates", run.scores(folder), folder / "pairs.jsonl"
-    stage(
-        f"{name}/sample",
-        lambda: run.sample(start, run.prompts, config.sample, candidates, index),
-        makes=candidates,
-        needs=[Path(start)],
-    )
-    implicit = [Path(start), Path(before)] if "implicit" in config.score.scorers else []
+    run.sample(f"{name}/sample", start, run.prompts, config.sample, candidates, index)
+    implicit = [start, before] if "implicit" in config.score.scorers else []
     stage(
         f"{name}/score",
         lambda: run.score(candidates, scores, start, before),
         makes=scores,
         needs=[candidates, *implicit],
     )
-    joined = [candidates, *scores]
+    joined: list[Path | str] = [candidates, *scores]
     if config.pair.consistency != "none":
         earlier, ranked = run.start_of(index - 1), folder / "scores-before"
         joined.append(ranked)
@@ -99,7 +95,7 @@ def _round(run: Run, index: int) -> None:
             f"{name}/score-before",
             lambda: _score_before(run, candidates, ranked, earlier),
             makes=ranked,
-            needs=[candidates, Path(earlier), Path(before)],
+            needs=[candidates, earlier, before],
         )
     if config.pair.fresh_threshold is not None:
         answer_offline(run, index)
@@ -109,19 +105,11 @@ def _round(run: Run, index: int) -> None:
     if config.reference == "average" and index > 1:
         _average(run, index)
     reference = run.reference(index)
-    models = [Path(start)] if reference is None else [Path(start), Path(reference)]
-    stage(
-        f"{name}/pair",
-        lambda: _pair(run, index),
-        makes=pairs,
-        needs=joined + (models if config.pair.needs_model else []),
-    )
-    stage(
-        f"{name}/train",
-        lambda: _train(run, index),
-        makes=[folder / "policy", folder / "train.json"],
-        needs=[pairs, *models],
-    )
+    models = [start] if reference is None else [start, reference]
+    joined += models if config.pair.needs_model else []
+    stage(f"{name}/pair", lambda: _pair(run, index), makes=pairs, needs=joined)
+    made = [folder / "policy", folder / "train.json"]
+    stage(f"{name}/train", lambda: _train(run, index), makes=made, needs=[pairs, *models])
     if config.extrapolation:
         more, names = config.extrapolation, [run.trained(index), run.trained(index - 1)]
         path = folder / "extrapolated"
@@ -129,7 +117,7 @@ def _round(run: Run, index: int) -> None:
             f"{name}/extrapolate",
             lambda: combine(names, [1 + more, -more], run.tokenizer, path),
             makes=path,
-            needs=[Path(name) for name in names],
+            needs=names,
         )
 
 
@@ -158,7 +146,7 @@ def _average(run: Run, index: int) -> None:
         f"round-{index:02d}/average",
         lambda: combine(names, [decay, 1 - decay], run.tokenizer, path),
         makes=path,
-        needs=[Path(name) for name in names],
+        needs=names,
     )
 
 
@@ -242,7 +230,5 @@ def _mean(found: list[dict[str, float]], sizes: list[int]) -> dict[str, float]:
 
 def response_lengths(candidates: Path) -> list[list[int]]:
     """Tokens of each response, a list for each prompt."""
-    found: dict[int, list[int]] = {}
-    for row in read_candidates(candidates).values():  # in order
-        found.setdefault(row.prompt_index, []).append(len(row.response_ids))
-    return list(found.values())
+    groups = by_prompt(read_candidates(candidates).values()).values()
+    return [[len(row.response_ids) for row in group] for group in groups]

@@ -99,12 +99,12 @@ def test_a_long_training_stays_small(tmp_path):
 
 def test_the_scatter_fits_and_marks_each_policy():
     points = [(float(i), 2.0 * i + 1) for i in range(10)]
-    assert charts.fitted(points) == pytest.approx((1.0, 2.0))
-    assert charts.fitted([(3.0, 1.0), (3.0, 2.0)]) is None
     clouds = [
         charts.Cloud("start", points, Estimate(4.5, 1.0), Estimate(10.0, 2.0)),
         charts.Cloud("round 2", points[:4], Estimate(1.5), Estimate(4.0)),
     ]
+    assert clouds[0].fit == [(0.0, 1.0), (9.0, pytest.approx(19.0))]
+    assert clouds[0]._replace(points=[(3.0, 1.0), (3.0, 2.0)]).fit == []
     root = drawing(draw.scatter(charts.scatter(clouds, limit=11.0)))
     dots = [p.attrib for p in root.findall("path") if p.attrib["class"].startswith("dots")]
     assert [d["class"] for d in dots] == ["dots c0", "dots c1"]

@@ -11,14 +11,17 @@ from report_runs import (
     write_run,
 )
 
+from fastdpo.data.records import Scored
 from fastdpo.errors import DataError
 from fastdpo.report import evaluation
-from fastdpo.report.evaluation import Response
 
 
 def held(*values, start=0):
     """Responses from (prompt, score, length)."""
-    return [Response(p, "q", "a", length, score, False) for p, score, length in values]
+    return [
+        Scored(p, 0, "q", [], "a", [0] * length, "stop", score=score, scores=[])
+        for p, score, length in values
+    ]
 
 
 many = st.lists(
@@ -124,7 +127,7 @@ def test_heldout_reads_in_order_of_prompts_and_joins_by_key(tmp_path):
     found = evaluation.heldout(folder)
     assert [r.prompt_index for r in found] == [0, 0, 1, 1, 2, 2]
     assert [r.score for r in found] == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2, 0.25])
-    assert found[1].cut and not found[0].cut and found[3].length == 14
+    assert found[1].finish_reason == "length" and len(found[3].response_ids) == 14
     for broken in (scores[1:], [*scores, {**scores[0], "sample_index": 9}], [{}], [*scores, 3]):
         write_rows(folder / "scores/part-00000.jsonl", broken)  # type: ignore[arg-type]
         with pytest.raises(DataError):
