@@ -105,6 +105,11 @@ ITERATE = ("iterate", "--model=m", "--prompts=p")
         ([*ITERATE, "--train.seed=1"], "did you mean --seed?"),
         ([*ITERATE, "--train.beta=-1"], "train.beta=-1.0 must be"),
         ([*ITERATE, "--evaluate.num_samples=0"], "evaluate.num_samples=0 must be"),
+        (
+            [*ITERATE, "--sample.temperature=0"],
+            "error: sample.temperature=0.0 must be > 0 with sample.num_samples=4, which would",
+        ),
+        ([*ITERATE, "--train.target_length=9"], "> 0, and needs train.alpha=auto"),
         (["trian"], "did you mean train?"),
         (["nonsense"], "there are demo, iterate,"),
     ],
