@@ -238,8 +238,10 @@ class Simulation:
                 if config.load_in_4bit:
                     _quantize(model)
                 model = prepare_policy(model, config, prove=False)
+            # It is not built there, because peft could not move its adapters.
             with self.fake:
-                _give_device(model)
+                model.to_empty(device="cpu")
+            model.tie_weights()  # type: ignore[operator]
         self.model: Any = model
         self.layout = layout_of(model)
         self.aux_loss_coef = balance.coefficient(model, config.router_aux_loss_coef)
@@ -336,22 +338,3 @@ def _masks_as_for_real(layout: str) -> Iterator[None]:
         yield
     finally:
         masking_utils.is_tracing = plain
-
-
-def _give_device(model: nn.Module) -> None:
-    """Move a model without content to the CPU of the current `FakeTensorMode`, ties and all.
-
-    It is not built there, because peft could not move its adapters.
-    """
-    moved: dict[int, Any] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in moved:
-                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    if isinstance(old, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    moved[id(old)] = old, new  # the old one is kept for its id
-                tensors[name] = moved[id(old)][1]
