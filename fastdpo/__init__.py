@@ -1,19 +1,12 @@
 """Length-regularized DPO, fast and exact: a fused loss without logits and an iterative trainer."""
 
+# ruff: noqa: F405
 from typing import TYPE_CHECKING
 
 from .lazy import lazy
 
 if TYPE_CHECKING:
-    from . import objectives, reference
-    from .loss import (
-        LinearDPOLoss,
-        PreferenceLoss,
-        linear_dpo_loss,
-        linear_kl,
-        linear_logp,
-        linear_preference_loss,
-    )
+    from .loss import *  # noqa: F403
 
 __version__ = "0.1.0"
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny import LLAMA, save_tiny
 
 from fastdpo.cli import COMMANDS, main, parse
+from fastdpo.cli.commands import save_options
 from fastdpo.cli.names import _of_trl, table
 from fastdpo.cli.options import options_of
 from fastdpo.errors import ConfigError
@@ -69,6 +70,19 @@ def test_yaml_and_overrides(tmp_path):
     assert (config.beta, config.alpha, config.model) == (0.5, 0.3, "m")
 
 
+def test_the_options_left_in_a_run_are_whole(tmp_path, monkeypatch):
+    def cut(path, text):
+        path.write_bytes(text[:3].encode())
+        raise OSError("no space left")
+
+    save_options({"beta": 0.1}, tmp_path)
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="no space"):
+        save_options({"beta": 0.2}, tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert yaml.safe_load(file.read_text()) == {"beta": 0.1}
+
+
 def test_defaults_are_the_documented_ones():
     _, config = parse(["train", "--model=m", "--dataset=d"])
     assert (config.beta, config.alpha) == (0.1, 0.01)
@@ -105,6 +119,11 @@ ITERATE = ("iterate", "--model=m", "--prompts=p")
         ([*ITERATE, "--train.seed=1"], "did you mean --seed?"),
         ([*ITERATE, "--train.beta=-1"], "train.beta=-1.0 must be"),
         ([*ITERATE, "--evaluate.num_samples=0"], "evaluate.num_samples=0 must be"),
+        (
+            [*ITERATE, "--sample.temperature=0"],
+            "error: sample.temperature=0.0 must be > 0 with sample.num_samples=4, which would",
+        ),
+        ([*ITERATE, "--train.target_length=9"], "> 0, and needs train.alpha=auto"),
         (["trian"], "did you mean train?"),
         (["nonsense"], "there are demo, iterate,"),
     ],

@@ -126,6 +126,16 @@ def test_importing_the_stages_does_not_import_transformers():
     assert "fastdpo.sample.stage" in loaded and "transformers" not in loaded, out.stderr
 
 
+@pytest.mark.parametrize("name", ["objectives", "reference"])
+@pytest.mark.parametrize("first", ["import fastdpo.{0}", "from fastdpo import {0}"])
+def test_a_documented_name_is_one_module(name, first):
+    code = (
+        f"{first}; import fastdpo.{{0}}; from fastdpo import {{0}}; from fastdpo.loss import {{0}} "
+        "as real; assert fastdpo.{0} is {0} is real"
+    ).format(name)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -15,6 +15,7 @@ import fastdpo
 from fastdpo.cli.options import Given, made, read_file
 from fastdpo.errors import ConfigError
 from fastdpo.rounds.config import IterateConfig
+from fastdpo.storage import atomic_file
 from fastdpo.train.config import TrainConfig
 
 
@@ -96,8 +97,8 @@ def run_iterate(config: IterateConfig) -> None:
 
 def save_options(values: dict[str, Any], out: Path) -> None:
     """Leave the options of a run in its folder, as a file for ``--config``."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    with atomic_file(out / "config.yaml") as scratch:
+        scratch.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def run_demo(config: DemoCommand) -> None:

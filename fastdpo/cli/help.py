@@ -1,13 +1,13 @@
 """What ``--help`` prints: the options that most people need first, then all the others."""
 
+import argparse
 import inspect
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 from fastdpo.cli.names import table
-from fastdpo.cli.options import Option, meanings_of, options_of
+from fastdpo.cli.options import meanings_of, options_of
 
-_WIDTH = 100
 _FILES = (
     "Options can stand in a YAML file too, those of a section nested under its name. What the "
     "command line says comes before what a file says."
@@ -30,35 +30,27 @@ def help_of(command: str, config: type) -> str:
     """All options of a command, with their defaults and meanings."""
     options, sections = options_of(config), meanings_of(config)
     first = [options[name] for name in table()["first"].get(command, "").split()]
-    rest = [x for x in options.values() if x not in first]
     needed = [f"--{x.name} ..." for x in options.values() if x.required]
-    usage = ["usage: fastdpo", command, *needed, "[--config FILE] [--option VALUE ...]"]
-    about = textwrap.wrap(_summary(config), _WIDTH)
-    lines = [" ".join(usage), "", *about, "", *textwrap.wrap(_FILES, _WIDTH)]
-    if first:
-        lines += ["", "what most people need:", *_lines(first)]
+    parser = argparse.ArgumentParser(
+        usage=" ".join(["fastdpo", command, *needed, "[--config FILE] [--option VALUE ...]"]),
+        description=_summary(config),
+        epilog=_FILES,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=100),
+        add_help=False,
+    )
     stage = any(x.inherited for x in options.values())
-    groups: dict[str, list[Option]] = {}
-    for option in rest:
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in [*first, *(x for x in options.values() if x not in first)]:
         own = "inputs" if stage and not option.inherited else "options"
-        groups.setdefault(option.section or f"{'other ' * bool(first)}{own}", []).append(option)
-    for name, group in groups.items():
-        meaning = f"{name}: {sections[name]}" if name in sections else f"{name}:"
-        lines += ["", *textwrap.wrap(meaning, _WIDTH), *_lines(group)]
-    return "\n".join(lines)
+        name = option.section or (f"other {own}" if first else own)
+        name = "what most people need" if option in first else name
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name, sections.get(name))
+        meaning = option.meaning.replace("%", "%%")
+        groups[name].add_argument(f"--{option.name}", metavar=option.shown, help=meaning)
+    return parser.format_help().rstrip()
 
 
 def _summary(config: type) -> str:
     """The first paragraph of a docstring."""
     return " ".join(inspect.cleandoc(config.__doc__ or "").split("\n\n")[0].split())
-
-
-def _lines(options: Iterable[Option]) -> Iterator[str]:
-    """An option and its default, and beside them, or below if they are long, what it means."""
-    indent = " " * 34
-    for option in options:
-        shown = f"  --{option.name} {option.shown}"
-        text = textwrap.fill(
-            option.meaning, _WIDTH, initial_indent=indent, subsequent_indent=indent
-        )
-        yield f"{shown}\n{text}" if len(shown) >= len(indent) else shown + text[len(shown) :]

@@ -32,8 +32,7 @@ def refuse(unknown: Sequence[Given], command: str, options: Mapping[str, Option]
     if found:
         pairs = ", ".join(f"--{name} is --{old[name]}" for name in found)
         raise ConfigError(f"{where}options of fastdpo {command} have other names now: {pairs}")
-    meant = _of_trl(first.name, options)
-    if meant is not None:
+    if meant := _of_trl(first.name, options):
         raise ConfigError(f"{where}{first} is {meant}")
     close = nearest(first.name, options)
     guess = f"; did you mean {'' if where else '--'}{close}?" if close else ""
@@ -78,7 +77,5 @@ def closest(name: str, names: Iterable[str]) -> str | None:
 
 def _short(options: Mapping[str, Option]) -> dict[str, str]:
     """Options by their names without a section; where several share one, the trainer's first."""
-    found: dict[str, str] = {}
-    for name in sorted(options, key=lambda name: not name.startswith("train.")):
-        found.setdefault(name.rpartition(".")[2], name)
-    return found
+    first = sorted(options, key=lambda name: not name.startswith("train."))
+    return {name.rpartition(".")[2]: name for name in reversed(first)}

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -112,7 +112,7 @@ def convert(value: Any, kind: Any) -> Any:
 
     Raises ValueError when it is no such value.
     """
-    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+    if isinstance(kind, UnionType):
         for member in sorted(get_args(kind), key=lambda x: x is str):  # all is text, so it is last
             try:
                 return convert(value, member)
@@ -134,9 +134,7 @@ def kinds_of(kind: Any) -> str:
     """A type in words: "a number or null"."""
     if get_origin(kind) is list:
         return "a list of " + ("numbers" if get_args(kind)[0] is float else "texts, as [a, b]")
-    members = [x for x in get_args(kind) if x is not NoneType] + [NoneType] * (
-        NoneType in get_args(kind)
-    )
+    members = sorted(get_args(kind), key=lambda x: x is NoneType)
     return " or ".join(map(kinds_of, members)) or _KINDS[kind]
 
 
@@ -184,12 +182,11 @@ def read_file(path: str, config: type) -> list[Given]:
         raise ConfigError(f"config={path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config={path} is no text: {error}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+    except yaml.YAMLError as error:  # a character that is none has no mark
+        mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
-        raise ConfigError(f"{place}: this is no YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: this is no YAML: {str(error).splitlines()[0]}") from error
+        problem = getattr(error, "problem", str(error).splitlines()[0])
+        raise ConfigError(f"{place}: this is no YAML: {problem}") from error
 
 
 def _leaves(loader: Any, node: Any, path: str, prefix: str, sections: set[str]) -> Iterator[Given]:
@@ -208,18 +205,6 @@ def _leaves(loader: Any, node: Any, path: str, prefix: str, sections: set[str]) 
             yield Given(name, loader.construct_object(value, deep=True), place)
 
 
-def value_of(given: Given, option: Option) -> Any:
-    """The value that an option is given.
-
-    Raises ConfigError, which names place, option, value and kind, when it has another type.
-    """
-    try:
-        return convert(given.value, option.kind)
-    except ValueError:
-        wanted = kinds_of(option.kind)
-        raise ConfigError(f"{given.place}{option.name}={given.value} must be {wanted}") from None
-
-
 def made(config: type, given: Iterable[Given]) -> Any:
     """The dataclass of options that were given; of one given twice the last counts.
 
@@ -227,7 +212,13 @@ def made(config: type, given: Iterable[Given]) -> Any:
     one.
     """
     options = options_of(config)
-    values = {x.name: value_of(x, options[x.name]) for x in given}
+    values = {}
+    for name, value, place in given:
+        kind = options[name].kind
+        try:
+            values[name] = convert(value, kind)
+        except ValueError:
+            raise ConfigError(f"{place}{name}={value} must be {kinds_of(kind)}") from None
     missing = [f"--{x.name}" for x in options.values() if x.required and x.name not in values]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given")
@@ -235,7 +226,10 @@ def made(config: type, given: Iterable[Given]) -> Any:
 
 
 def build(config: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """The dataclass of values by their option names; errors of a section name it too."""
+    """The dataclass of values by their option names.
+
+    Errors name options as ``name=value``; of a section, each name gets that of the section.
+    """
     arguments = {}
     for field, kind in get_type_hints(config).items():
         name = prefix + field
@@ -246,4 +240,6 @@ def build(config: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     try:
         return config(**arguments)
     except ConfigError as error:
-        raise ConfigError(f"{prefix}{error}") from error
+        names = "|".join(get_type_hints(config))
+        text = re.sub(rf" ({names})=", rf" {prefix}\1=", str(error))
+        raise ConfigError(f"{prefix}{text}") from error

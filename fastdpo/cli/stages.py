@@ -140,9 +140,7 @@ class PairCommand(PairConfig):
             )
         self.check_scorers(len(self.scores), offline=False)
         refers = self.transform_reference == "start"
-        named = self.reference_candidates is not None and bool(self.reference_scores)
-        given = self.reference_candidates is not None or bool(self.reference_scores)
-        if refers != named or refers != given:
+        if {self.reference_candidates is not None, bool(self.reference_scores)} != {refers}:
             raise ConfigError(
                 f"transform_reference={self.transform_reference} with "
                 f"reference_candidates={self.reference_candidates} and "
@@ -153,14 +151,15 @@ class PairCommand(PairConfig):
         measures, replays = self.needs_model, self.replay is not None
         if (measures or replays) and self.model is None:
             raise ConfigError("ches_keep, max_difficulty and replay need model, the policy")
-        for names, used, otherwise in (
-            (("previous_scores",), compares, "consistency be given"),
-            (("model",), measures or replays, "ches_keep, max_difficulty or replay be given"),
-            (("max_length", "chat_template"), replays, "replay be given"),
-            (("max_tokens", "bf16"), measures, "ches_keep or max_difficulty be given"),
+        for name, used, otherwise in (
+            ("previous_scores", compares, "consistency be given"),
+            ("model", measures or replays, "ches_keep, max_difficulty or replay be given"),
+            ("max_length", replays, "replay be given"),
+            ("chat_template", replays, "replay be given"),
+            ("max_tokens", measures, "ches_keep or max_difficulty be given"),
+            ("bf16", measures, "ches_keep or max_difficulty be given"),
         ):
-            for name in names:
-                require_used(self, name, used, otherwise)
+            require_used(self, name, used, otherwise)
 
 
 @dataclass(kw_only=True)

@@ -275,8 +275,7 @@ def _check_config(args: Any) -> None:
             )
     if not args.sync_ref_model:
         for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-            default = DPOConfig.__dataclass_fields__[name].default
-            if getattr(args, name) != default:
+            if getattr(args, name) != getattr(usual, name):
                 raise ConfigError(
                     f"DPOConfig({name}={getattr(args, name)!r}) does nothing without "
                     "sync_ref_model=True"

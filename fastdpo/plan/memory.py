@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -136,10 +137,6 @@ def _linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _linear_added(x: Tensor, other: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return _linear(x, weight)
-
-
 def _grouped_mm(left: Tensor, right: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
     """Experts; torch's own rule knows bf16 alone.  Two matrices give one product a group."""
     first = ()
@@ -169,7 +166,7 @@ _RULES: dict[str, Any] = {
     "aten::_unique2": _unique,
     "aten::_grouped_mm": _grouped_mm,
     "mkldnn::_linear_pointwise": _linear,
-    "mkldnn::_linear_pointwise.binary": _linear_added,
+    "mkldnn::_linear_pointwise.binary": lambda x, added, *rest: _linear(x, *rest),
     "torch_attn::_varlen_attn_backward": _flash_backward,
 }
 
@@ -238,8 +235,10 @@ class Simulation:
                 if config.load_in_4bit:
                     _quantize(model)
                 model = prepare_policy(model, config, prove=False)
+            # It is not built there, because peft could not move its adapters.
             with self.fake:
-                _give_device(model)
+                model.to_empty(device="cpu")
+            model.tie_weights()  # type: ignore[operator]
         self.model: Any = model
         self.layout = layout_of(model)
         self.aux_loss_coef = balance.coefficient(model, config.router_aux_loss_coef)
@@ -263,27 +262,30 @@ class Simulation:
 
     def run(self, pairs: list[TokenizedPair], *, accumulated: bool) -> Peaks:
         """A micro-batch, forward and backward; ``accumulated``: after others of its step."""
+        from transformers import masking_utils
+
         live = self.live
         batch = pack_pairs(pairs, layout=self.layout)
         reference_S = torch.zeros(2 * len(pairs), dtype=torch.float64)
         gpu = simulated(_CAPABILITY) if self.gpu_gib else nullcontext()
+        masks = nullcontext()
+        if self.layout == "padded":
+            # Padded rows need no mask, but transformers does not look at tensors that it takes for
+            # a trace, and makes one of (T, T) to be safe.
+            masks = mock.patch.object(masking_utils, "is_tracing", lambda *_: False, create=True)
         start = live.bytes  # of an earlier step, where the collector has not come yet
-        with self._readable(), self.fake, gpu, Stash.apart(), _masks_as_for_real(self.layout):
+        with self._readable(), self.fake, gpu, Stash.apart(), masks:
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if accumulated else None
             live.known(p.grad for p in self.trained if p.grad is not None)
             # On a CPU the head keeps a buffer from one call to the next.
             for _ in range(1 if self.gpu_gib else 2):
                 if not accumulated:
-                    self._clear()
+                    self.model.zero_grad()
                 with live:
                     peaks = self._micro_batch(batch, reference_S, start)
-            self._clear()
+            self.model.zero_grad()
         return peaks
-
-    def _clear(self) -> None:
-        for parameter in self.trained:
-            parameter.grad = None
 
     def _micro_batch(self, batch: Any, reference_S: Tensor, start: int) -> Peaks:
         live, config = self.live, self.config
@@ -316,42 +318,3 @@ class Simulation:
             hook.remove()
         _, forward, kept, head = edges
         return Peaks(kept - before, head - start, max(forward, live.peak) - start, live.host_peak)
-
-
-@contextmanager
-def _masks_as_for_real(layout: str) -> Iterator[None]:
-    """Let transformers see, as it does with real tensors, that padded rows need no mask.
-
-    It does not look at tensors that it takes for a trace, and makes a (T, T) mask to be safe.
-    """
-    from transformers import masking_utils as module
-
-    masking_utils: Any = module
-    plain = getattr(masking_utils, "is_tracing", None)
-    if layout != "padded" or plain is None:
-        yield
-        return
-    masking_utils.is_tracing = lambda *_: False
-    try:
-        yield
-    finally:
-        masking_utils.is_tracing = plain
-
-
-def _give_device(model: nn.Module) -> None:
-    """Move a model without content to the CPU of the current `FakeTensorMode`, ties and all.
-
-    It is not built there, because peft could not move its adapters.
-    """
-    moved: dict[int, Any] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in moved:
-                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    if isinstance(old, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    moved[id(old)] = old, new  # the old one is kept for its id
-                tensors[name] = moved[id(old)][1]

@@ -13,7 +13,6 @@ from fastdpo.train.config import TrainConfig
 # allocator loses a share to gaps between blocks.  Both are estimates that no GPU has confirmed.
 CONTEXT_GIB = 0.6
 ALLOCATED_SHARE = 0.95
-_DEVICES = ("cuda", "cpu")
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,12 @@ def estimate(
     for name, value in (("prompt", prompt), ("response", response)):
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name}={value!r} must be a positive number of tokens")
-    if device not in _DEVICES:
-        raise ConfigError(f"device={device!r} must be one of {', '.join(_DEVICES)}")
+    if device not in ("cuda", "cpu"):
+        raise ConfigError(f"device={device!r} must be one of cuda, cpu")
     if device == "cuda":
         usable_bytes(gpu_gib)  # it may be no memory of a GPU
-    else:
-        gpu_gib = 0.0
-    return of_step(Simulation(configuration_of(model), config, gpu_gib), prompt, response)
+    memory = gpu_gib if device == "cuda" else 0.0
+    return of_step(Simulation(configuration_of(model), config, memory), prompt, response)
 
 
 def configuration_of(model: Any) -> Any:
@@ -131,13 +129,6 @@ def configuration_of(model: Any) -> Any:
     return found
 
 
-def fixed_bytes(simulation: Simulation) -> tuple[int, int]:
-    """Bytes of the optimizer and of a second model, which are there whatever runs."""
-    config = simulation.config
-    twice = not config.precompute_ref_log_probs and not config.use_peft
-    return 2 * simulation.gradients, simulation.weights if twice else 0
-
-
 def of_step(
     simulation: Simulation, prompt: int, response: int, pairs: int | None = None
 ) -> StepMemory:
@@ -152,7 +143,8 @@ def of_step(
         pairs = min(max(1, config.max_tokens // tokens), config.batch_size)
     several = pairs < config.batch_size
     found = simulation.run([pair] * pairs, accumulated=several)
-    optimizer, reference = fixed_bytes(simulation)
+    twice = not config.precompute_ref_log_probs and not config.use_peft
+    reference, optimizer = simulation.weights if twice else 0, 2 * simulation.gradients
     fixed = simulation.weights + optimizer + reference
     running = fixed + (simulation.gradients if several else 0) + max(found.head, found.body)
     return StepMemory(

@@ -66,8 +66,8 @@ class SampleConfig:
         in_range = is_number(self.top_p) and 0 < self.top_p <= 1
         require(self, "top_p", in_range, "a number above 0 and at most 1")
         if self.temperature == 0:
-            same = "1 with temperature 0, where all samples are the same"
-            require(self, "num_samples", self.num_samples == 1, same)
+            several = f"> 0 with num_samples={self.num_samples}, which would all be the same"
+            require(self, "temperature", self.num_samples == 1, several)
             require(self, "top_p", self.top_p == 1, "1 with temperature 0, which draws nothing")
         strings = isinstance(self.stop, list) and all(isinstance(x, str) and x for x in self.stop)
         require(self, "stop", strings, "a list of strings that aren't empty")

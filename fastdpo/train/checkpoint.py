@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from fastdpo.model.adapters import load_trainable_state, trainable_state
 from fastdpo.storage import atomic_directory, check_directory
 
 _STEP = "step-{:08d}"
@@ -28,12 +30,9 @@ def save_checkpoint(
 ) -> None:
     """Save weights, optimizer, schedule and random state after ``step`` steps; drop older ones.
 
-    ``extra`` is JSON that is to be had again.
+    Args:
+        extra: JSON that `load_checkpoint` gives back.
     """
-    from safetensors.torch import save_file
-
-    from fastdpo.model.adapters import trainable_state
-
     target = folder / _STEP.format(step)
     with atomic_directory(target) as scratch:
         # A frozen base is what the run starts from, so only what is trained is kept.
@@ -58,15 +57,14 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> tuple[int, Any]:
-    """Restore the newest checkpoint in place; the number of steps done, 0 without one, and extra.
+    """Restore the newest checkpoint in place.
+
+    Returns:
+        The number of steps done, 0 without a checkpoint, and its ``extra``.
 
     Raises:
         DataError: it is damaged.
     """
-    from safetensors.torch import load_file
-
-    from fastdpo.model.adapters import load_trainable_state
-
     found = sorted(folder.glob("step-*"))
     if not found:
         return 0, None
@@ -84,4 +82,4 @@ def load_checkpoint(
     scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
         group["lr"] = rate
-    return state["step"], state.get("extra")
+    return state["step"], state["extra"]

@@ -151,16 +151,13 @@ class LengthController:
             )
         _require("beta", beta, is_number(beta) and beta > 0, "> 0")
         spread = math.sqrt(math.fsum(x * x for x in differences) / len(differences))
-        begun = replace(
-            self,
+        begun = LengthController(  # without a tilt: the policy is its own reference
+            target=self.target,
             round=self.round + 1,
-            length=None,
+            error_sum=self.error_sum,
             beta=float(beta),
             neutral=neutral_alpha(differences, MAX_MARGIN / spread) if spread else 0.0,
-            wanted=0.0,
             spread=spread,
-            tilt=0.0,  # the policy is its own reference
-            progress=0.0,
         )
         return begun if lengths is None else begun._aim(*_moments(lengths))
 

@@ -11,8 +11,10 @@ from fastdpo.storage import write_jsonl_atomic
 class MetricsLog:
     """Appends rows with a ``step`` to ``metrics.jsonl``, and to TensorBoard where it is installed.
 
-    Opened after ``done`` steps, it first drops rows of later steps: those were logged after the
-    checkpoint that training resumes from, and will be logged again.
+    Args:
+        folder: gets both.
+        done: steps of the checkpoint that training resumes from. Rows of later steps are dropped
+            first: they will be logged again.
     """
 
     def __init__(self, folder: Path, done: int) -> None:

@@ -88,26 +88,20 @@ def load_start(start: Any, config: TrainConfig, device: torch.device) -> Any:
     return start.to(device)
 
 
-def with_adapters(model: Any, config: TrainConfig) -> Any:
-    """The model, or with ``use_peft`` its new adapters around it."""
-    if not config.use_peft:
-        return model
-    return add_lora(
-        model,
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        target_modules=config.lora_target_modules,
-        target_parameters=config.lora_target_parameters,
-        seed=config.seed,
-    )
-
-
 def prepare_policy(model: Any, config: TrainConfig, *, prove: bool = True) -> nn.Module:
     """Everything that the options patch onto a model: adapters, layout, head, memory.
 
     Without ``prove`` nothing is run, as for a model whose tensors have no content.
     """
-    model = with_adapters(model, config)
+    if config.use_peft:
+        model = add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules,
+            target_parameters=config.lora_target_parameters,
+            seed=config.seed,
+        )
     if prove and config.dtype == "bfloat16" and not config.use_peft:
         _log.warning("dtype=bfloat16 without use_peft: steps under 1/500 of a weight are lost")
     if not any(p.requires_grad for p in model.parameters()):
@@ -136,12 +130,10 @@ def load_reference(setup: Setup) -> tuple[nn.Module, str, Setup]:
         The model, the digest of its weights ("" on all but the first process), and ``setup`` with
         the pairs that it can compute.
     """
-    off: dict[str, Any] = {
-        field.name: field.default
-        for field in fields(TrainConfig)
-        if field.name in ("use_peft", "load_in_4bit") or field.name.startswith("lora_")
-    }
-    config = replace(setup.config, **off, router_aux_loss_coef=0.0)
+    off = {x.name: x.default for x in fields(TrainConfig) if x.name.startswith("lora_")}
+    config = replace(
+        setup.config, **off, use_peft=False, load_in_4bit=False, router_aux_loss_coef=0.0
+    )
     model = load_start(setup.reference, config, setup.accelerator.device)
     weights = weights_digest(model) if setup.accelerator.is_main_process else ""
     model = prepare_policy(model, config).requires_grad_(False).eval()
@@ -159,10 +151,8 @@ def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
     changed = bool(fitted.dropped_at or fitted.truncated_at)
     if before is not None and before.key != layout.key:
         _check_reference_layout(setup, before, layout, changed)
-    too_long = {
-        "pairs_dropped": setup.too_long["pairs_dropped"] + len(fitted.dropped_at),
-        "pairs_truncated": setup.too_long["pairs_truncated"] + len(fitted.truncated_at),
-    }
+    found = {"pairs_dropped": fitted.dropped_at, "pairs_truncated": fitted.truncated_at}
+    too_long = {name: setup.too_long.get(name, 0) + len(at) for name, at in found.items()}
     if setup.accelerator.is_main_process:
         write_json_atomic(setup.out / FITTED, too_long)
         if changed:

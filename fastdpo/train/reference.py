@@ -64,7 +64,13 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> Tensor:
         if accelerator.is_main_process:
             save(own, logp_P2, weights)
         if shared is not None:
-            _share(shared, logp_P2, weights)
+            try:
+                save(shared, logp_P2, weights)
+            except OSError as error:
+                _log.warning(
+                    "reference_cache: %s cannot be written, other runs will not find it: %s",
+                    shared, error,
+                )  # fmt: skip
     accelerator.wait_for_everyone()
     # Every process reads what the first one found.
     return load_file(own)["logp_P2"] if logp_P2 is None else logp_P2
@@ -104,15 +110,6 @@ def _cache_path(setup: Setup, weights: str) -> Path:
         liger=config.use_liger_kernel,
     )
     return Path(config.reference_cache or "").expanduser() / f"{key}.safetensors"
-
-
-def _share(path: Path, logp_P2: Tensor, weights: str) -> None:
-    try:
-        save(path, logp_P2, weights)
-    except OSError as error:
-        _log.warning(
-            "reference_cache: %s cannot be written, other runs will not find it: %s", path, error
-        )
 
 
 def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
@@ -161,14 +158,12 @@ def load(path: Path, count: int, weights: str) -> Tensor | None:
                 "one that the run started from has changed since; give the old one to go on, or "
                 "another output_dir to start anew"
             )
-        whole = known == _digest(logp_P2)
-        if whole and logp_P2.shape == (count, 2) and bool(logp_P2.isfinite().all()):
+        if known != _digest(logp_P2):
+            problem = "its SHA-256 differs, or it has none"
+        elif logp_P2.shape != (count, 2):
+            problem = f"it holds {tuple(logp_P2.shape)} numbers for {count} pairs"
+        else:
             return logp_P2
-        problem = (
-            "its SHA-256 differs, or it has none"
-            if not whole
-            else f"it holds {tuple(logp_P2.shape)} numbers for {count} pairs, or not finite ones"
-        )
     _log.warning("%s is not used, the reference is computed again: %s", path, problem)
     return None
 

@@ -31,7 +31,6 @@ from fastdpo.model.prepare import packed_loss
 from fastdpo.train.config import TrainConfig
 
 COVARIANCE = "covariance"  # of margins and lengths, for alpha=auto
-_SUMS = ("loss", "preference_loss")  # metrics that are a step's share of a sum over pairs
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,7 @@ class Setup:
     pairs: Sequence[TokenizedPair]
     layout: Any = None
     lengths: Sequence[int] = ()
-    too_long: dict[str, int] = field(
-        default_factory=lambda: {"pairs_dropped": 0, "pairs_truncated": 0}
-    )
+    too_long: dict[str, int] = field(default_factory=dict)
     aux_loss_coef: float = 0.0
 
     def tokens(self, index: list[int]) -> int:
@@ -147,13 +144,9 @@ def take_step(
     """
     accelerator, started = setup.accelerator, time.perf_counter()
     world, own_pairs = accelerator.num_processes, sum(map(len, batches))
-    counts = [
-        own_pairs,
-        sum(map(setup.tokens, batches)),
-        len(batches),
-        sum(map(setup.routed, batches)),
-    ]
-    totals = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
+    tokens, routed = (sum(map(count, batches)) for count in (setup.tokens, setup.routed))
+    counts = torch.tensor([own_pairs, tokens, len(batches), routed], device=accelerator.device)
+    totals = accelerator.reduce(counts, "sum").tolist()
     step_pairs, all_tokens, all_batches, all_routed = totals
     sums: dict[str, Tensor] = {}
     # Every process takes part in the sum of gradients: one without a pair adds zeros to it.
@@ -183,16 +176,17 @@ def take_step(
             accelerator.backward(loss)
         metrics = {"loss": loss.detach(), **result.metrics}
         metrics[COVARIANCE] = _covariance(result, ref_logp_S)
-        of_pairs = len(index) / max(own_pairs, 1)
+        # A loss is scaled by the processes already, the others are means over the batch's pairs.
+        shares: dict[str, float] = {"loss": 1, "preference_loss": 1, "aux_loss": weight}
         for name, value in metrics.items():
-            factor = 1.0 if name in _SUMS else weight if name == "aux_loss" else of_pairs
-            sums[name] = sums.get(name, 0.0) + value * (0.0 if idle else factor)
+            share = shares[name] / world if name in shares else len(index) / step_pairs
+            sums[name] = sums.get(name, 0.0) + value * (0.0 if idle else share)
     norm = accelerator.clip_grad_norm_(model.parameters(), setup.config.max_grad_norm)
-    row = {name: float(value) for name, value in sums.items()} | {"grad_norm": float(norm)}
+    values = accelerator.reduce(torch.stack([x.double() for x in sums.values()]), "sum")
+    row = dict(zip(sums, values.tolist())) | {"grad_norm": float(norm)}
     _check_finite(row, setup.config)
     optimizer.step()
     optimizer.zero_grad()
-    row = _average(setup, row, own_pairs / step_pairs)
     return {
         **row,
         "pairs": step_pairs,
@@ -209,18 +203,6 @@ def _check_finite(row: dict[str, float], config: TrainConfig) -> None:
             f"{row['grad_norm']}); lower learning_rate ({config.learning_rate}) or set "
             "bf16=false. The last checkpoint is kept"
         )
-
-
-def _average(setup: Setup, row: dict[str, float], share: float) -> dict[str, float]:
-    """Weight each process's metrics by its share of the pairs."""
-    accelerator = setup.accelerator
-    if accelerator.num_processes == 1:
-        return row
-    # Losses are already scaled by the processes; their plain mean is the step's.
-    weights: dict[str, float] = dict.fromkeys((*_SUMS, "aux_loss"), 1 / accelerator.num_processes)
-    values = torch.tensor([value * weights.get(name, share) for name, value in row.items()])
-    values = accelerator.reduce(values.to(accelerator.device), "sum")
-    return dict(zip(row, values.tolist()))
 
 
 def _covariance(result: PreferenceLoss, ref_logp_S: Tensor) -> Tensor:

@@ -96,10 +96,8 @@ def train(
     with _repeatable(accelerator.device):
         claim_folder(setup, model)
         if not (out / "policy").is_dir():
-            if config.alpha == "auto":
-                control = control or LengthController(config.target_length)
-            else:
-                control = None
+            begun = control or LengthController(config.target_length)
+            control = begun if config.alpha == "auto" else None
             _train(setup, model, tokenizer, control, lengths, on_step)
             gc.collect()  # the patched forwards are a cycle
         elif not isinstance(model, str | Path):
@@ -156,9 +154,8 @@ def _train(
     if control is not None:
         control = _begin_control(setup, control, state, response_lengths)
     log = MetricsLog(out / "metrics", done) if accelerator.is_main_process else None
-    bar = tqdm(total=len(steps), initial=done, desc="train", disable=not setup.progress)
-
-    for step, batches in enumerate(steps[done:], start=done + 1):
+    bar = tqdm(steps[done:], "train", total=len(steps), initial=done, disable=not setup.progress)
+    for step, batches in enumerate(bar, start=done + 1):
         alpha = float(config.alpha) if control is None else control.alpha
         row = take_step(setup, model, optimizer, batches, alpha, ref_logp_P2, reference)
         covariance = row.pop(COVARIANCE)
@@ -170,7 +167,6 @@ def _train(
         if log is not None:
             log.add({"step": step, **row})
         bar.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['rewards/margins']:.4f}")
-        bar.update()
         due = step % config.save_steps == 0 or step == len(steps)
         if due and accelerator.is_main_process:
             extra = None if control is None else control.to_dict()
@@ -178,7 +174,6 @@ def _train(
         if on_step is not None:
             on_step(row)
 
-    bar.close()
     if log is not None:
         log.close()
         if control is not None:

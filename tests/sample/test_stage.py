@@ -232,7 +232,7 @@ def test_sampling_errors_come_before_any_sample(model, tokenizer, tmp_path):
         {"top_p": "1"},
         {"batch_prompts": 0},
         {"seed": None},
-        {"temperature": 0, "num_samples": 2},
+        {"num_samples": 2, "temperature": 0},
     ],
 )
 def test_sampling_config_names_what_is_wrong(options):
