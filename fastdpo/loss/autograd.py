@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Pairs
+from .call import Call, Pairs, collect
 from .passes import (
-    Share,
     forward_blocks,
     frozen_forward,
     grouped_pass,
-    kl_backward,
-    ref_logps,
     rounded,
     score,
     token_backward,
@@ -80,15 +77,11 @@ def _free_unless_retained(ctx: Any) -> None:
         ctx.call.blocks, ctx.grads = [], None
 
 
-def _log_probs(ctx: Any, call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Log-probs of the scored tokens; saves what `token_backward` reads."""
-    unit_ND = None
-    if call.plan.route == "frozen":
-        logp_N, unit_ND = frozen_forward(call, h_TD, w_VD, bias_V)
-    else:
-        logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
+def _forward(ctx: Any, call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> None:
+    """Leave the log-probs in the call's blocks, and save what `token_backward` reads."""
+    run = frozen_forward if call.plan.route == "frozen" else forward_blocks
+    unit_ND = run(call, h_TD, w_VD, bias_V)
     ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND, call.target_N, call.rows_N)
-    return logp_N
 
 
 class LinearLogp(torch.autograd.Function):
@@ -98,7 +91,8 @@ class LinearLogp(torch.autograd.Function):
     @_plain_precision
     def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
         ctx.call = call
-        return call.full(_log_probs(ctx, call, h_TD, w_VD, bias_V))
+        _forward(ctx, call, h_TD, w_VD, bias_V)
+        return call.full(collect(call.blocks, "logp_N"))
 
     @staticmethod
     @_once
@@ -126,7 +120,7 @@ class LinearKL(torch.autograd.Function):
     @_once
     @_plain_precision
     def backward(ctx, dkl_N):
-        return *kl_backward(ctx.call, ctx.saved_tensors, dkl_N), None
+        return *token_backward(ctx.call, (*ctx.saved_tensors, None), dkl_N, of_kl=True), None
 
 
 class LinearPreference(torch.autograd.Function):
@@ -140,8 +134,8 @@ class LinearPreference(torch.autograd.Function):
             loss, logp_S, ref_S, ctx.grads = grouped_pass(call, pairs, h_TD, w_VD, bias_V)
             ctx.save_for_backward(h_TD, w_VD, bias_V)
         else:
-            logp_N = _log_probs(ctx, call, h_TD, w_VD, bias_V)
-            loss, logp_S, ref_S, _, ctx.coef_N = score(call, pairs, logp_N, ref_logps(call))
+            _forward(ctx, call, h_TD, w_VD, bias_V)
+            loss, logp_S, ref_S, _, ctx.coef_N = score(call, pairs, call.blocks)
         ctx.mark_non_differentiable(logp_S, ref_S)
         ctx.set_materialize_grads(False)  # the sums' would be cleared for nothing
         return _returned(loss, h_TD, pairs), logp_S, ref_S
@@ -166,10 +160,10 @@ def score_only(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `LinearPreference` returns, where no gradient is wanted."""
     with torch.no_grad(), plainly(h_TD.device):
-        logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
+        forward_blocks(call, h_TD, w_VD, bias_V)
         # Slopes only for their check of the objective; inference mode has none.
         slopes = not torch.is_inference_mode_enabled()
-        share: Share = score(call, pairs, logp_N, ref_logps(call), slopes=slopes)
+        share = score(call, pairs, call.blocks, slopes=slopes)
         return _returned(share.loss, h_TD, pairs), share.logp_S, share.ref_logp_S
 
 

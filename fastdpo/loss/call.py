@@ -3,7 +3,6 @@
 Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P pairs, S = 2P sequences.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -65,21 +64,19 @@ class Call:
     fused: bool  # by the Triton kernels
     streamer: Any  # `streaming.Streamer` or `fused.FusedStreamer`
     stats: frozenset[str] = frozenset()
-    ref: tuple[Head, Tensor] | None = None
+    ref: tuple[Tensor, Tensor, Tensor | None] | None = None  # hidden rows, weight and bias
     bounds_S1: Tensor | None = None  # the edges on the device, for the kernels
-    blocks: list[tuple[int, int, Block]] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
 
-    def open(self, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> tuple[Any, TokenRows]:
-        """The policy's head as a streamer, and its rows."""
+    def open(self, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Any:
+        """A streamer of the policy's head over its rows."""
         head = Head(w_VD, bias_V, self.scale, self.softcap)
-        return self.streamer(head, self.plan), TokenRows(h_TD, self.rows_N, self.target_N)
+        rows = TokenRows(h_TD, self.rows_N, self.target_N)
+        return self.streamer(head, rows, self.needs, self.plan)
 
-    def open_reference(self) -> tuple[Any, TokenRows] | None:
+    def open_reference(self) -> Any:
         """The same of the reference, if it comes as a head."""
-        if self.ref is None:
-            return None
-        head, h_TD = self.ref
-        return self.streamer(head, self.plan), TokenRows(h_TD, self.rows_N, self.target_N)
+        return None if self.ref is None else self.open(*self.ref)
 
     def full(self, x_N: Tensor) -> Tensor:
         """Put values of the scored targets back among the ignored ones."""
@@ -87,13 +84,9 @@ class Call:
             return x_N
         return x_N.new_zeros(self.num_targets).index_copy_(0, self.keep_N, x_N)
 
-    def collect(self, value: Callable[[Block], Tensor | None]) -> Tensor:
-        """A value of all blocks, one after the other."""
-        return join([x for _, _, block in self.blocks if (x := value(block)) is not None])
-
     def token_stats(self) -> dict[str, Tensor]:
         return {
-            name: self.full(self.collect(lambda block, name=name: block.stats[name]))
+            name: self.full(join([block.stats[name] for block in self.blocks]))
             for name in sorted(self.stats)
         }
 
@@ -114,7 +107,6 @@ class Pairs:
     smoothing_P: Any
     weight_P: Any
     num_pairs: float
-    device: torch.device
     results: list[Any] = field(default_factory=list)  # what a kernel found of some pairs each
 
     @property
@@ -165,3 +157,9 @@ class Pairs:
 def join(parts: list[Tensor]) -> Tensor:
     """One after the other; of a single one no copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def collect(blocks: list[Block], name: str) -> Any:
+    """A field of some blocks, one after the other; None if they have none."""
+    parts = [getattr(block, name) for block in blocks]
+    return None if parts[0] is None else join(parts)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from . import checks
 from .autograd import LinearKL, LinearLogp, LinearPreference, plainly, score_only
-from .call import Call, HeadInputs, PairInputs, Pairs, join
+from .call import Call, HeadInputs, PairInputs, Pairs, collect, join
+from .checks import IGNORE
 from .objectives import Objective, as_objective
 from .passes import forward_blocks
 from .plan import MIB, default_workspace_mib, make_plan
 from .result import PreferenceLoss, metrics_of
-from .streaming import IGNORE, Head, Needs, Streamer
+from .streaming import Needs, Streamer
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -34,7 +35,8 @@ def logp(given: HeadInputs) -> Tensor:
     call = make_call(given, fused=fused)
     if call.plan.route == "forward":
         with torch.no_grad(), plainly(given.h_TD.device):
-            return call.full(forward_blocks(call, *given[:3]))
+            forward_blocks(call, *given[:3])
+            return call.full(collect(call.blocks, "logp_N"))
     return LinearLogp.apply(*given[:3], call)  # type: ignore[return-value]
 
 
@@ -86,7 +88,7 @@ def preference(given: HeadInputs, of_pairs: PairInputs, objective: Any) -> Prefe
     lengths_S = _lengths(call, given.h_TD.device, not known or objective.length_normalized)
     pairs = Pairs(
         objective, call.edges, lengths_S, of_pairs.ref_logp_S, margin_P, smoothing_P, weight_P,
-        count, given.h_TD.device,
+        count,
     )  # fmt: skip
     run: Callable = score_only if call.plan.route == "forward" else _differentiably
     loss, logp_S, ref_S = run(call, pairs, *given[:3])
@@ -140,9 +142,7 @@ def _check_targets(given: HeadInputs, fused: bool) -> None:
     checks.check_targets(given.h_TD, V, given.target_N, given.rows_N, in_kernel=fused)
 
 
-def _check_reference(
-    given: HeadInputs, ref_logp_S: Any, S: int, fused: bool
-) -> tuple[Head, Tensor] | None:
+def _check_reference(given: HeadInputs, ref_logp_S: Any, S: int, fused: bool) -> Any:
     """Exactly one form of reference."""
     if (ref_logp_S is None) == (given.ref_h_TD is None):
         raise ValueError("pass the reference either as ref_logp_S or as ref_h_TD with ref_w_VD")
@@ -154,13 +154,10 @@ def _check_reference(
     return None
 
 
-def _reference_head(given: HeadInputs) -> tuple[Head, Tensor]:
-    """The reference's head with the policy's scale and softcap, and its hidden rows."""
-    h_TD, w_VD, bias_V = given[-3:]
-    checks.check_reference_head(given.h_TD, given.w_VD, h_TD, w_VD, bias_V)
-    h_TD, w_VD, bias_V = (None if x is None else x.detach() for x in (h_TD, w_VD, bias_V))
-    assert h_TD is not None and w_VD is not None
-    return Head(w_VD, bias_V, given.scale, given.softcap), h_TD
+def _reference_head(given: HeadInputs) -> Any:
+    """The reference's hidden rows, weight and bias; it has the policy's scale and softcap."""
+    checks.check_reference_head(given.h_TD, given.w_VD, *given[-3:])
+    return tuple(None if x is None else x.detach() for x in given[-3:])
 
 
 def _check_pair_values(
@@ -224,7 +221,7 @@ def make_call(
         w_VD.shape[0],
         itemsize=torch.promote_types(h_TD.dtype, torch.float32).itemsize,
         workspace_bytes=int(given.workspace_mib * MIB),
-        need_head=needs.head,
+        need_head=needs.w or needs.bias,
         need_h=needs.h,
         T=h_TD.shape[0],
         unit_buffers=unit_buffers,
