@@ -9,6 +9,18 @@ from .device import capability_of, is_simulated
 _MINIMUM_TRITON = (3, 6)
 _MINIMUM_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What is said of the pairs of a call beside their loss, in this order.
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
+    "length_margin",
+)
 
 
 def is_interpreted() -> bool:

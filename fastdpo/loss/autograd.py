@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from .call import Call, Pairs, collect
 from .passes import (
@@ -61,10 +62,8 @@ def _once(backward: Callable) -> Callable:
 
 
 def _is_last_backward() -> bool:
-    """Whether autograd lets go of the graph after this backward; False where torch cannot say."""
-    autograd = getattr(torch._C, "_autograd", None)
-    graph_is_kept = getattr(autograd, "_get_current_graph_task_keep_graph", None)
-    return graph_is_kept is not None and not graph_is_kept()
+    """Whether autograd lets go of the graph after this backward."""
+    return not _get_current_graph_task_keep_graph()
 
 
 def _free_unless_retained(ctx: Any) -> None:

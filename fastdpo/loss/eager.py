@@ -44,7 +44,7 @@ def kl(given: HeadInputs) -> Tensor:
     """`ops.linear_kl`; there are no targets yet."""
     given, fused = _check_head(given)
     if given.rows_N is not None:
-        checks.require_tensor("rows_N", given.rows_N, 1, "(N,)")
+        checks.check_tokens("rows_N", given.rows_N, given.h_TD.device)
     N = len(given.h_TD if given.rows_N is None else given.rows_N)
     if N == 0:
         raise ValueError("there is no row to compare: h_TD, or rows_N, is empty")
@@ -175,10 +175,14 @@ def _check_pair_values(
         ("smoothing_P", given.smoothing_P, 0.0, 1.0, 0.0),
         ("weight_P", given.weight_P, 0.0, inf, 1.0),
     )
-    return [
-        checks.check_pair_value(name, x, P, device, low, high, value if neutral else None)
-        for name, x, low, high, value in ranges
-    ]
+    values: list[Tensor | None] = []
+    for name, x, low, high, value in ranges:
+        if x is not None:
+            x = checks.check_vector(name, x, P, "P", device, low=low, high=high).double()
+        elif neutral:
+            x = torch.full((P,), value, dtype=torch.float64, device=device)
+        values.append(x)
+    return values
 
 
 def _all_ignored(target_N: Tensor) -> bool:

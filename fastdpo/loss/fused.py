@@ -421,11 +421,6 @@ def _rows_in_memory(h_ND: Tensor) -> Tensor:
     return h_ND if h_ND.stride(1) == 1 else h_ND.contiguous()
 
 
-def scale_into(out_ID: Tensor, x_ID: Tensor, factor: Tensor | None) -> None:
-    """``out = x * factor``, rounded once."""
-    scatter.row_sums(out_ID, base_ID=x_ID, base_factor=factor)
-
-
 def device_bounds(edges: list[int], device: torch.device) -> Tensor:
     """Sequence bounds on the device, without a synchronization.
 

@@ -21,14 +21,6 @@ from .call import HeadInputs, PairInputs
 from .objectives import Objective, lr_dpo
 from .result import PreferenceLoss
 
-__all__ = [
-    "PreferenceLoss",
-    "linear_dpo_loss",
-    "linear_kl",
-    "linear_logp",
-    "linear_preference_loss",
-]
-
 
 def linear_logp(
     h_TD: Tensor,

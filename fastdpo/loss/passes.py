@@ -79,7 +79,7 @@ def _run_block(call: Call, streamer: Any, span: tuple[int, int], *, keep: bool) 
 
 
 def forward_blocks(call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> None:
-    """Leave blocks with the log-probs of all scored tokens, and what a backward reads, in ``call``."""
+    """Leave the log-probs of all scored tokens, and what a backward reads, in the call's blocks."""
     streamer = call.open(h_TD, w_VD, bias_V)
     call.blocks = []
     for span in call.plan.spans:
@@ -156,9 +156,9 @@ def rounded(
             return x
         out = torch.empty_like(x, dtype=dtype, memory_format=_ROWS)
         if call.fused and x.ndim == 2:
-            from .fused import scale_into
+            from ..kernels import scatter  # only where Triton is
 
-            scale_into(out, x, factor)
+            scatter.row_sums(out, base_ID=x, base_factor=factor)
             return out
         for part, rows in zip(out.split(4096), x.split(4096)):
             part.copy_(rows if factor is None else rows * factor.to(x.dtype))
