@@ -8,6 +8,7 @@ R rows of a tile, C columns of a tile, N rows, K tiles of a row, V vocabulary.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,14 +52,11 @@ class Partials:
 
     @classmethod
     def empty(cls, target_N: Tensor, V: int, width: int, stats: frozenset[str]) -> "Partials":
-        def new() -> Tensor:
-            shape = cdiv(V, width), target_N.shape[0]
-            return torch.empty(shape, dtype=torch.float32, device=target_N.device)
-
-        target_z_N = torch.empty(target_N.shape[0], dtype=torch.float32, device=target_N.device)
-        return cls(
-            width, new(), new(), target_z_N, {name: new() for name in STATS if name in stats}
-        )
+        N, device = target_N.shape[0], target_N.device
+        new = partial(torch.empty, cdiv(V, width), N, dtype=torch.float32, device=device)
+        target_z_N = torch.empty(N, dtype=torch.float32, device=device)
+        stats_KN = {name: new() for name in STATS if name in stats}
+        return cls(width, new(), new(), target_z_N, stats_KN)
 
     def stat_list(self) -> list[Tensor | None]:
         """One entry a name of `STATS`."""
@@ -351,13 +349,12 @@ def fold(
     """
     R, C = product_RC.shape
     k = first_column // partials.width
-    part = {name: x_KN[k, rows] for name, x_KN in partials.stats.items()}
+    stats = (x_KN if x_KN is None else x_KN[k, rows] for x_KN in partials.stat_list())
     grid, blocks = _launch(R, C)
     fold_kernel[grid](
         product_RC, bias_C, target_R,
         partials.shift_KN[k, rows], partials.rest_KN[k, rows], partials.shift_KN[0, rows],
-        partials.target_z_N[rows], stash_RC, part.get("mean_logit"), part.get("entropy"),
-        part.get("log_sum_sq_probs"), part.get("top1"), R, C, first_column,
+        partials.target_z_N[rows], stash_RC, *stats, R, C, first_column,
         product_RC.stride(0), 0 if stash_RC is None else stash_RC.stride(0),
         *head, limit, FIRST=k == 0, **blocks,
     )  # fmt: skip

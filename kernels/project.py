@@ -47,7 +47,6 @@ SMALL = Tile(128, 64, 32, 8, 3)  # for 99 KiB of shared memory
 INTERPRETED = Tile(32, 64, 32, 4, 1, persistent=True)
 SHIFT = Tile(64, 128, 64, 4, 4)
 INTERPRETED_SHIFT = Tile(32, 32, 32, 4, 1)
-GROUP_M = 8  # row blocks that share a pass over the vocabulary, so that both stay in the L2 cache
 
 
 def tile_for(device: torch.device, *, narrow: bool = False) -> Tile:
@@ -134,15 +133,16 @@ def fold_half(z, c, own_c, shift_N, left, stash_desc, m0, v0, scored, softcap, s
 
 @triton.jit
 def project_tile(
-    unit, operands, sums, stats, sizes, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One of all tiles, GROUP blocks of rows at a time; the tuples are of `project_kernel`."""
+    unit, operands, sums, sizes, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """One of all tiles, some blocks of rows at a time; the tuples are of `project_kernel`."""
     h_desc, w_desc, stash_desc, bias_ptr, target_ptr, given_ptr = operands
-    shift_ptr, rest_ptr, target_z_ptr, top_ptr = sums
+    shift_ptr, rest_ptr, target_z_ptr, top_ptr, stats = sums
     mean_ptr, entropy_ptr, squares_ptr = stats
     N, V, D, first_column, num_tiles, scale, softcap, limit = sizes
     HALF: tl.constexpr = BLOCK_V // 2
+    # Row blocks that share a pass over the vocabulary, so that both stay in the L2 cache.
+    GROUP: tl.constexpr = 8
     group = unit // (GROUP * num_tiles)
     first_m = group * GROUP
     group_m = tl.minimum(tl.cdiv(N, BLOCK_M) - first_m, GROUP)
@@ -228,7 +228,6 @@ def project_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """The ``num_tiles`` tiles of each row, of the ``V`` columns from ``first_column``.
 
@@ -236,16 +235,16 @@ def project_kernel(
     log-sum-exp, and their probabilities are kept and nothing is folded.
     """
     operands = h_desc, w_desc, stash_desc, bias_ptr, target_ptr, given_ptr
-    sums = shift_ptr, rest_ptr, target_z_ptr, top_ptr
     stats = mean_ptr, entropy_ptr, squares_ptr
+    sums = shift_ptr, rest_ptr, target_z_ptr, top_ptr, stats
     sizes = N, V, D, first_column, num_tiles, scale, softcap, limit
     if PERSISTENT:
         units = tl.cdiv(N, BLOCK_M) * num_tiles
         for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=True):
-            project_tile(unit, operands, sums, stats, sizes, BLOCK_M, BLOCK_V, BLOCK_K, GROUP)
+            project_tile(unit, operands, sums, sizes, BLOCK_M, BLOCK_V, BLOCK_K)
     else:
         unit = tl.program_id(0)
-        project_tile(unit, operands, sums, stats, sizes, BLOCK_M, BLOCK_V, BLOCK_K, GROUP)
+        project_tile(unit, operands, sums, sizes, BLOCK_M, BLOCK_V, BLOCK_K)
 
 
 def can_project(h_ND: Tensor, w_VD: Tensor) -> bool:
@@ -312,6 +311,6 @@ def project(
         TensorDescriptor.from_tensor(w_VD, [tile.v, tile.k]), stash_desc, bias_V, target_N, given_N,
         *folded, N, V, D, first, K, *head, limit,
         PERSISTENT=tile.persistent, BLOCK_M=tile.m,
-        BLOCK_V=tile.v, BLOCK_K=tile.k, GROUP=GROUP_M, num_warps=tile.warps,
+        BLOCK_V=tile.v, BLOCK_K=tile.k, num_warps=tile.warps,
         num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from .call import Call, Pairs, collect
+from .call import Call, Pairs
 from .passes import (
     forward_blocks,
     frozen_forward,
@@ -83,15 +83,15 @@ def _forward(ctx: Any, call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | 
     ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND, call.target_N, call.rows_N)
 
 
-class LinearLogp(torch.autograd.Function):
-    """Log-probs of all targets, from which any gradient may come back."""
+class LinearTokens(torch.autograd.Function):
+    """Log-probs of all targets, or KLs to the reference, from which any gradient may come back."""
 
     @staticmethod
     @_plain_precision
     def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
         ctx.call = call
         _forward(ctx, call, h_TD, w_VD, bias_V)
-        return call.full(collect(call.blocks, "logp_N"))
+        return call.token_values()
 
     @staticmethod
     @_once
@@ -102,24 +102,6 @@ class LinearLogp(torch.autograd.Function):
         grads = token_backward(call, ctx.saved_tensors[:4], coef_N, reuse=_is_last_backward())
         _free_unless_retained(ctx)
         return *grads, None
-
-
-class LinearKL(torch.autograd.Function):
-    """KL(reference || policy) of each row."""
-
-    @staticmethod
-    @_plain_precision
-    def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
-        forward_blocks(call, h_TD, w_VD, bias_V)
-        ctx.call = call
-        ctx.save_for_backward(h_TD, w_VD, bias_V)
-        return call.token_stats()["kl_ref"]
-
-    @staticmethod
-    @_once
-    @_plain_precision
-    def backward(ctx, dkl_N):
-        return *token_backward(ctx.call, (*ctx.saved_tensors, None), dkl_N, of_kl=True), None
 
 
 class LinearPreference(torch.autograd.Function):

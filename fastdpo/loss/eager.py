@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import LinearKL, LinearLogp, LinearPreference, plainly, score_only
-from .call import Call, HeadInputs, PairInputs, Pairs, collect, join
+from .autograd import LinearPreference, LinearTokens, plainly, score_only
+from .call import Call, HeadInputs, PairInputs, Pairs, join
 from .checks import IGNORE
 from .objectives import Objective, as_objective
 from .passes import forward_blocks
@@ -27,17 +27,15 @@ def logp(given: HeadInputs) -> Tensor:
     """`ops.linear_logp`."""
     given, fused = _check_head(given)
     _check_targets(given, fused)
-    if not fused and _all_ignored(given.target_N):
+    # Where it costs no synchronization to know.
+    on_host = not fused and given.target_N.device.type == "cpu"
+    if on_host and bool((given.target_N == IGNORE).all()):
         acc = torch.promote_types(given.h_TD.dtype, torch.float32)
         anchors = [x[:0].sum() for x in given[:3] if x is not None]  # keep the graph connected
         zeros = torch.zeros(given.target_N.shape[0], dtype=acc, device=given.h_TD.device)
         return zeros + sum(anchors[1:], anchors[0]).to(acc)
     call = make_call(given, fused=fused)
-    if call.plan.route == "forward":
-        with torch.no_grad(), plainly(given.h_TD.device):
-            forward_blocks(call, *given[:3])
-            return call.full(collect(call.blocks, "logp_N"))
-    return LinearLogp.apply(*given[:3], call)  # type: ignore[return-value]
+    return _of_tokens(call, given)
 
 
 def kl(given: HeadInputs) -> Tensor:
@@ -55,15 +53,19 @@ def kl(given: HeadInputs) -> Tensor:
     if given.ref_h_TD is None:
         raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
     call = make_call(given, fused=fused)
-    call.ref, call.stats = _reference_head(given), frozenset({"kl_ref"})
+    call.ref, call.stats, call.of_kl = _reference_head(given), frozenset({"kl_ref"}), True
     # Nothing is kept: the difference of two softmaxes needs both log-sum-exps first.
     route, plan = "recompute" if any(call.needs) else "forward", call.plan
     call.plan = replace(plan, route=route, grad_tile_bytes=plan.tile_bytes)
-    if route == "forward":
+    return _of_tokens(call, given)
+
+
+def _of_tokens(call: Call, given: HeadInputs) -> Tensor:
+    if call.plan.route == "forward":
         with torch.no_grad(), plainly(given.h_TD.device):
             forward_blocks(call, *given[:3])
-            return call.token_stats()["kl_ref"]
-    return LinearKL.apply(*given[:3], call)  # type: ignore[return-value]
+            return call.token_values()
+    return LinearTokens.apply(*given[:3], call)  # type: ignore[return-value]
 
 
 # -------------------------------------------------------------------------------------------- pairs
@@ -85,11 +87,11 @@ def preference(given: HeadInputs, of_pairs: PairInputs, objective: Any) -> Prefe
         count = checks.require_number("num_pairs", of_pairs.num_pairs, low=0, open_low=True)
     call = make_call(given, edges, fused=fused, unit_buffers=1 if objective.by_margin else 2)
     call.stats, call.ref = stats, ref
-    lengths_S = _lengths(call, given.h_TD.device, not known or objective.length_normalized)
+    bounds_S1, lengths_S = _lengths(call, not known or objective.length_normalized)
+    ref_S = None if of_pairs.ref_logp_S is None else of_pairs.ref_logp_S.contiguous()
     pairs = Pairs(
-        objective, call.edges, lengths_S, of_pairs.ref_logp_S, margin_P, smoothing_P, weight_P,
-        count,
-    )  # fmt: skip
+        objective, call.edges, bounds_S1, lengths_S, ref_S, margin_P, smoothing_P, weight_P, count
+    )
     run: Callable = score_only if call.plan.route == "forward" else _differentiably
     loss, logp_S, ref_S = run(call, pairs, *given[:3])
     if fused:
@@ -103,21 +105,25 @@ def _differentiably(call: Call, pairs: Pairs, *tensors: Tensor | None) -> Any:
     return LinearPreference.apply(*tensors, call, pairs)
 
 
-def _lengths(call: Call, device: torch.device, wanted: bool) -> Tensor | None:
-    """Scored tokens of each sequence; by kernels only if wanted before they count them."""
-    sizes = [b - a for a, b in pairwise(call.edges)]
+def _lengths(call: Call, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Bounds on the device, for kernels, and scored tokens of each sequence.
+
+    Kernels count those, so there they are made only if ``wanted`` before.
+    """
+    device = call.target_N.device
     if call.fused:
         from .fused import count_scored, device_bounds
 
         with plainly(device):
-            call.bounds_S1 = device_bounds(call.edges, device)
-            return count_scored(call.target_N, call.bounds_S1) if wanted else None
+            bounds_S1 = device_bounds(call.edges, device)
+            return bounds_S1, count_scored(call.target_N, bounds_S1) if wanted else None
+    sizes = [b - a for a, b in pairwise(call.edges)]
     if device.type == "cpu":
-        return torch.tensor(sizes)
+        return None, torch.tensor(sizes)
     scored = (call.target_N != IGNORE).long().split(sizes)
     lengths_S = torch.stack([part.sum() for part in scored])
     checks.check_device_lengths(lengths_S)
-    return lengths_S
+    return None, lengths_S
 
 
 # --------------------------------------------------------------------------------- checks and plan
@@ -178,16 +184,15 @@ def _check_pair_values(
     values: list[Tensor | None] = []
     for name, x, low, high, value in ranges:
         if x is not None:
-            x = checks.check_vector(name, x, P, "P", device, low=low, high=high).double()
+            x = (
+                checks.check_vector(name, x, P, "P", device, low=low, high=high)
+                .double()
+                .contiguous()
+            )
         elif neutral:
             x = torch.full((P,), value, dtype=torch.float64, device=device)
         values.append(x)
     return values
-
-
-def _all_ignored(target_N: Tensor) -> bool:
-    """Whether no target is scored, where it costs no synchronization to know."""
-    return target_N.device.type == "cpu" and bool((target_N == IGNORE).all())
 
 
 def make_call(

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import fold, pair, project, scatter
-from .call import Call, Pairs, collect
+from ..kernels import fold, project, scatter
+from .call import collect
 from .checks import IGNORE
 from .gemm import fp32_product
 from .plan import Plan
@@ -441,38 +441,3 @@ def count_scored(target_N: Tensor, bounds_S1: Tensor) -> Tensor:
     """Scored tokens of each sequence."""
     before = torch.nn.functional.pad((target_N != IGNORE).cumsum(0), (1, 0))
     return before[bounds_S1].diff()
-
-
-def launch_pairs(
-    call: Call,
-    pairs: Pairs,
-    logp_N: Tensor,
-    ref_logp_N: Tensor | None,
-    part: tuple[int, int],
-    *,
-    slopes: bool,
-) -> pair.PairResult:
-    """Sums, loss and slopes of some pairs in one launch; only sums without a kernel's objective."""
-    first, last = part
-
-    def of_part(x_P: Tensor | None, each: int = 1) -> Tensor | None:
-        return None if x_P is None else x_P[each * first : each * last].contiguous()
-
-    assert call.bounds_S1 is not None
-    start, stop = pairs.edges[2 * first], pairs.edges[2 * last]
-    bounds_S1 = call.bounds_S1[2 * first : 2 * last + 1]
-    found = pair.pair_losses(
-        logp_N,
-        call.target_N[start:stop],
-        bounds_S1 - start if start else bounds_S1,
-        pairs.objective,
-        ref_logp_S=of_part(pairs.ref_logp_S, 2),
-        ref_logp_N=ref_logp_N,
-        margin_P=of_part(pairs.margin_P),
-        smoothing_P=of_part(pairs.smoothing_P),
-        weight_P=of_part(pairs.weight_P),
-        num_pairs=pairs.num_pairs,
-        want_coef=slopes,
-    )
-    pairs.results.append(found)
-    return found

@@ -32,36 +32,31 @@ class Share(NamedTuple):
     coef_N: Tensor | None
 
 
-def score(
-    call: Call,
-    pairs: Pairs,
-    blocks: list[Block],
-    part: tuple[int, int] | None = None,
-    *,
-    slopes: bool = True,
-) -> Share:
-    """Loss and slopes of the pairs whose tokens ``blocks`` have: all, or those from ``part``."""
+def score(call: Call, pairs: Pairs, blocks: list[Block], *, slopes: bool = True) -> Share:
+    """Loss and slopes of the pairs whose tokens ``blocks`` have, by a kernel in one launch."""
     logp_N, ref_logp_N = collect(blocks, "logp_N"), collect(blocks, "ref_logp_N")
-    first, last = part or (0, len(pairs.edges) // 2)
-    sizes = pairs.sizes[2 * first : 2 * last]
+    ref_S = pairs.ref_logp_S
     if call.fused:
-        from .fused import launch_pairs  # only where Triton is
+        from ..kernels import pair  # only where Triton is
 
-        found = launch_pairs(call, pairs, logp_N, ref_logp_N, (first, last), slopes=slopes)
-        if pairs.by_kernel:
-            loss, slope_S = found.totals[0], found.slope_S
-            return Share(loss, found.logp_S, found.ref_logp_S, slope_S, found.coef_N)
+        start, stop = pairs.edges[0], pairs.edges[-1]
+        bounds_S1 = pairs.bounds_S1 - start if start else pairs.bounds_S1
+        found = pair.pair_losses(
+            logp_N, call.target_N[start:stop], bounds_S1, pairs.objective, ref_logp_S=ref_S,
+            ref_logp_N=ref_logp_N, margin_P=pairs.margin_P, smoothing_P=pairs.smoothing_P,
+            weight_P=pairs.weight_P, num_pairs=pairs.num_pairs, want_coef=slopes,
+        )  # fmt: skip
+        pairs.results.append(found)
         logp_S, ref_S = found.logp_S, found.ref_logp_S
+        if pairs.by_kernel:
+            return Share(found.totals[0], logp_S, ref_S, found.slope_S, found.coef_N)
     else:
-        logp_S = pairs.sums(logp_N, sizes)
-        if pairs.ref_logp_S is not None:
-            ref_S = pairs.ref_logp_S[2 * first : 2 * last]
-        else:
-            ref_S = pairs.sums(ref_logp_N, sizes)
+        logp_S = pairs.sums(logp_N)
+        ref_S = pairs.sums(ref_logp_N) if ref_S is None else ref_S
     if not slopes:
-        return Share(pairs.loss(logp_S, ref_S, slice(first, last)), logp_S, ref_S, None, None)
-    loss, slope_S = pairs.loss_and_slope(logp_S, ref_S, slice(first, last))
-    return Share(loss, logp_S, ref_S, slope_S, _per_token(slope_S, sizes))
+        return Share(pairs.loss(logp_S, ref_S), logp_S, ref_S, None, None)
+    loss, slope_S = pairs.loss_and_slope(logp_S, ref_S)
+    return Share(loss, logp_S, ref_S, slope_S, _per_token(slope_S, pairs.sizes))
 
 
 def _per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
@@ -108,12 +103,11 @@ def token_backward(
     upstream: Tensor | None = None,
     *,
     reuse: bool = False,
-    of_kl: bool = False,
 ) -> Gradients:
     """Gradients of ``upstream * sum coef * logp`` by the frozen, stash or recompute route.
 
-    With ``reuse`` nobody will ask for them again, so what was kept may be overwritten.  With
-    ``of_kl`` they are those of ``sum coef * KL(ref || policy)``, which is recomputed.
+    With ``reuse`` nobody will ask for them again, so what was kept may be overwritten.  Those of
+    ``sum coef * KL(ref || policy)`` are always recomputed.
     """
     h_TD, w_VD, bias_V, unit_ND = saved
     assert h_TD is not None and w_VD is not None
@@ -127,7 +121,7 @@ def token_backward(
             call.blocks[0], coef_N, into, add=False, whole=True, upstream=upstream
         )
     else:
-        ref = call.open_reference() if of_kl else None
+        ref = call.open_reference() if call.of_kl else None
         streamer.recompute_backward(call.blocks, coef_N, into, ref, upstream)
     return rounded(call, into, h_TD.dtype)
 
@@ -181,7 +175,7 @@ def grouped_pass(
     parts: list[Share] = []
     for group in call.plan.groups:
         run = _unit_group if group.unit else _stash_group
-        parts.append(run(call, pairs, group, streamer, total))
+        parts.append(run(call, pairs.part(*group.pairs), group, streamer, total))
     loss = torch.stack([part.loss for part in parts]).sum()
     logp_S = join([part.logp_S for part in parts])
     return loss, logp_S, join([part.ref_logp_S for part in parts]), total
@@ -190,7 +184,7 @@ def grouped_pass(
 def _stash_group(call: Call, pairs: Pairs, group: Group, streamer: Any, total: Grads) -> Share:
     """Pairs whose stash fits the workspace."""
     block = _run_block(call, streamer, group.rows, keep=True)
-    share = score(call, pairs, [block], group.pairs)
+    share = score(call, pairs, [block])
     first = group is call.plan.groups[0]
     dh_ND = streamer.backward(block, share.coef_N, total, add=not first)
     block.free()
@@ -206,11 +200,9 @@ def _unit_group(call: Call, pairs: Pairs, group: Group, streamer: Any, total: Gr
     by the pair's scalar once the loss is known.  An objective whose two sides have scalars of
     their own needs the weight's unit gradient of each side.
     """
-    sides = slice(2 * group.pairs[0], 2 * group.pairs[1])
-    sizes, by_margin = pairs.sizes[sides], pairs.objective.by_margin
-    lengths_S = None if pairs.lengths_S is None else pairs.lengths_S[sides]
+    sizes, by_margin = pairs.sizes, pairs.objective.by_margin
     h_TD = streamer.rows.h_TD
-    sign_S = pairs.objective.token_signs(lengths_S, 2, h_TD.device)
+    sign_S = pairs.objective.token_signs(pairs.lengths_S, 2, h_TD.device)
     sign_N = _per_token(sign_S, sizes)
     offset, middle = group.rows[0], group.rows[0] + sizes[0]
     units = [_new_grads(call, streamer) for _ in range(1 if by_margin else 2)]
@@ -228,7 +220,7 @@ def _unit_group(call: Call, pairs: Pairs, group: Group, streamer: Any, total: Gr
             unit_h[rows] = dh_ND
         block.free()
         blocks.append(block)
-    share = score(call, pairs, blocks, group.pairs)
+    share = score(call, pairs, blocks)
     assert share.slope_S is not None
     scalar_S = (share.slope_S / sign_S).to(streamer.acc_dtype)
     for unit, scalar in zip(units, scalar_S):
