@@ -184,11 +184,8 @@ def _check_pair_values(
     values: list[Tensor | None] = []
     for name, x, low, high, value in ranges:
         if x is not None:
-            x = (
-                checks.check_vector(name, x, P, "P", device, low=low, high=high)
-                .double()
-                .contiguous()
-            )
+            checks.check_vector(name, x, P, "P", device, low=low, high=high)
+            x = x.double().contiguous()
         elif neutral:
             x = torch.full((P,), value, dtype=torch.float64, device=device)
         values.append(x)

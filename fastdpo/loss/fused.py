@@ -86,13 +86,8 @@ class FusedStreamer:
         tokens = self.tokens(span)
         h_ND, target_N = tokens
         stash_NV = matrix(len(h_ND), self.V, h_ND.dtype, h_ND.device) if keep else None
-        ref_partials = cross_KN = None
-        if "kl_ref" in stats:
-            partials, ref_partials, cross_KN = self._fold(
-                tokens, stats, stash_NV, ref and (ref, ref.tokens(span))
-            )
-        else:
-            partials = self._partials(tokens, stats, stash_NV)
+        other = (ref, ref.tokens(span)) if ref and "kl_ref" in stats else None
+        partials, ref_partials, cross_KN = self._partials(tokens, stats, stash_NV, other=other)
         merged = fold.merge(partials, target_N, self.V, self.shape, stash_NV)
         del partials  # before the reference's are made
         block = Block(
@@ -102,7 +97,7 @@ class FusedStreamer:
         if ref is None:
             return block
         if ref_partials is None:
-            ref_partials = ref._partials(ref.tokens(span), frozenset(), None, bool(stats))
+            ref_partials, _, _ = ref._partials(ref.tokens(span), frozenset(), None, bool(stats))
         ref_merged = fold.merge(ref_partials, target_N, self.V)
         block.ref_logp_N, block.ref_lse_N = ref_merged.logp_N, ref_merged.lse_N
         if cross_KN is not None:
@@ -122,11 +117,15 @@ class FusedStreamer:
         stats: frozenset[str],
         stash_NV: Tensor | None,
         with_stats: bool = False,
-    ) -> fold.Partials:
-        """The partials of one head; ``with_stats`` if they are compared to some with statistics."""
+        other: "tuple[FusedStreamer, Tokens] | None" = None,
+    ) -> tuple[fold.Partials, fold.Partials | None, Tensor | None]:
+        """The partials of one head; ``with_stats`` if they are compared to some with statistics.
+
+        With ``other`` those of the reference too, and the cross term of their KL.
+        """
         h_ND, target_N = tokens
-        if not self.projects(h_ND):
-            return self._fold(tokens, stats, stash_NV, None)[0]
+        if other is not None or not self.projects(h_ND):
+            return self._fold(tokens, stats, stash_NV, other)
         head = self.head
         tile = self.kernel_tile(narrow=with_stats or bool(stats))
         partials = fold.Partials.empty(target_N, self.V, tile.v, stats)
@@ -135,7 +134,7 @@ class FusedStreamer:
             h_ND, head.w_VD, head.bias_V, self.shape, target_N, shift_N, tile=tile,
             partials=partials, stash_NC=stash_NV, limit=self.limit,
         )  # fmt: skip
-        return partials
+        return partials, None, None
 
     def kernel_tile(self, *, narrow: bool = False) -> project.Tile:
         head = self.head
