@@ -71,9 +71,8 @@ def choose_impl(impl: Any, h_TD: Any) -> str:
     device, dtype = torch.device("cpu"), torch.float32
     if isinstance(h_TD, Tensor):
         device, dtype = h_TD.device, h_TD.dtype
-    if impl == "torch" or (
-        impl == "auto" and (capability_of(device) is None or dtype == torch.float64)
-    ):
+    automatic = capability_of(device) is not None and dtype != torch.float64
+    if impl == "torch" or (impl == "auto" and not automatic):
         return "torch"
     from ..kernels import support
 

@@ -79,13 +79,10 @@ class Products:
         if not self.onednn:
             return self._mm(h_blocks[0], self.operand(w_CD).T)
         linear = torch.ops.mkldnn._linear_pointwise
-        z_NC = None
-        for h_block, w_block in zip(h_blocks, self.inner_blocks(w_CD)):
-            if z_NC is None:
-                z_NC = linear(h_block, w_block, None, "none", [], "")
-            else:
-                z_NC = linear.binary(h_block, z_NC, w_block, None, "add")
-        assert z_NC is not None
+        blocks = zip(h_blocks, self.inner_blocks(w_CD))
+        z_NC = linear(*next(blocks), None, "none", [], "")
+        for h_block, w_block in blocks:
+            z_NC = linear.binary(h_block, z_NC, w_block, None, "add")
         return z_NC
 
     def addmm(self, acc: Tensor, a: Tensor, b: Tensor) -> None:

@@ -85,23 +85,29 @@ def _columns(target_N: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
 
 
 class _Fold:
-    """Log-sum-exp of each row and the target's logit, from one chunk at a time.
+    """Log-sum-exp of each row, the target's logit and statistics, from one chunk at a time.
 
     The exponentials are summed without the target's, so that the log-prob of a likely target,
     ``-log(1 + rest / own)``, is not the difference of two numbers near its logit.
     """
 
-    def __init__(self, target_N: Tensor, num_chunks: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, target_N: Tensor, num_chunks: int, dtype: torch.dtype, stats: frozenset[str]
+    ) -> None:
         N = target_N.shape[0]
         self.target_N = target_N
         self.max_KN = torch.empty(num_chunks, N, dtype=dtype, device=target_N.device)
         self.sum_KN = torch.empty_like(self.max_KN)
         self.rest_KN = torch.empty_like(self.max_KN)
         self.target_z_N = torch.zeros(N, dtype=dtype, device=target_N.device)
+        self.stats = stats
+        self.part = {name: torch.zeros_like(self.max_KN) for name in stats - {"top1"}}
 
     def add(self, k: int, v0: int, z_NC: Tensor, out_NC: Tensor | None = None) -> Tensor:
         """Fold chunk ``k``; ``exp(z - max)`` overwrites the logits, or ``out_NC`` if given."""
         column_N1, hit_N1 = _columns(self.target_N, v0, v0 + z_NC.shape[1])
+        if "mean_logit" in self.stats:
+            self.part["mean_logit"][k] = z_NC.sum(1)
         self.target_z_N += torch.where(hit_N1, z_NC.gather(1, column_N1), 0.0)[:, 0]
         torch.amax(z_NC, 1, out=self.max_KN[k])
         # A chunk of a padded vocabulary may be -inf throughout.
@@ -112,6 +118,10 @@ class _Fold:
         torch.sum(e_NC, 1, out=self.rest_KN[k])
         e_NC.scatter_(1, column_N1, own_N1)
         torch.add(self.rest_KN[k], torch.where(hit_N1, own_N1, 0.0)[:, 0], out=self.sum_KN[k])
+        if "entropy" in self.stats:  # sum e * (z - max); e is 0 where z - max underflows
+            self.part["entropy"][k] = torch.special.entr(e_NC).sum(1)
+        if "log_sum_sq_probs" in self.stats:
+            self.part["log_sum_sq_probs"][k] = e_NC.square().sum(1)
         return e_NC
 
     @cached_property
@@ -123,48 +133,24 @@ class _Fold:
         logp_N = -F.softplus(rest_lse_N - self.target_z_N, threshold=50.0)
         return torch.where(self.target_N == IGNORE, 0.0, logp_N)
 
-
-class _Stats:
-    """Per-token statistics of the policy's logits, summed a chunk at a time."""
-
-    def __init__(self, names: frozenset[str], like_KN: Tensor) -> None:
-        self.names = names
-        self.part = {name: torch.zeros_like(like_KN) for name in names - {"top1"}}
-
-    def before(self, k: int, z_NC: Tensor, ref_z_NC: Tensor | None) -> None:
-        """Take what must be read before the logits are overwritten."""
-        if "mean_logit" in self.names:
-            self.part["mean_logit"][k] = z_NC.sum(1)
-        if "kl_ref" in self.names and ref_z_NC is not None:
-            self.difference_NC = ref_z_NC - z_NC
-
-    def after(self, k: int, e_NC: Tensor, ref_e_NC: Tensor | None) -> None:
-        if "entropy" in self.names:  # sum e * (z - max); e is 0 where z - max underflows
-            self.part["entropy"][k] = torch.special.entr(e_NC).sum(1)
-        if "log_sum_sq_probs" in self.names:
-            self.part["log_sum_sq_probs"][k] = e_NC.square().sum(1)
-        if "kl_ref" in self.names and ref_e_NC is not None:
-            # Both logits of a padded token may be -inf, whose difference is NaN.
-            terms_NC = torch.where(ref_e_NC > 0, ref_e_NC * self.difference_NC, 0.0)
-            self.part["kl_ref"][k] = terms_NC.sum(1)
-
-    def finish(self, fold: _Fold, ref: _Fold, V: int) -> dict[str, Tensor]:
-        shift_KN = fold.max_KN - fold.lse_N
+    def finish_stats(self, ref: "_Fold", V: int) -> dict[str, Tensor]:
+        """Statistics of each token; ``ref`` has the reference's fold where one needs it."""
+        shift_KN = self.max_KN - self.lse_N
         weight_KN, out = shift_KN.exp(), {}
-        if "mean_logit" in self.names:
+        if "mean_logit" in self.stats:
             out["mean_logit"] = self.part["mean_logit"].sum(0) / V
-        if "top1" in self.names:
-            out["top1"] = (fold.target_z_N >= fold.max_KN.amax(0)).to(shift_KN.dtype)
-        if "entropy" in self.names:  # -sum p log p, with log p = (z - max) + shift
-            own_KN = self.part["entropy"] - shift_KN * fold.sum_KN
+        if "top1" in self.stats:
+            out["top1"] = (self.target_z_N >= self.max_KN.amax(0)).to(shift_KN.dtype)
+        if "entropy" in self.stats:  # -sum p log p, with log p = (z - max) + shift
+            own_KN = self.part["entropy"] - shift_KN * self.sum_KN
             out["entropy"] = (weight_KN * own_KN).sum(0)
-        if "log_sum_sq_probs" in self.names:
+        if "log_sum_sq_probs" in self.stats:
             squares_N = (weight_KN.square() * self.part["log_sum_sq_probs"]).sum(0)
             out["log_sum_sq_probs"] = squares_N.log()
-        if "kl_ref" in self.names:
+        if "kl_ref" in self.stats:
             cross_N = ((ref.max_KN - ref.lse_N).exp() * self.part["kl_ref"]).sum(0)
-            out["kl_ref"] = cross_N - ref.lse_N + fold.lse_N
-        scored_N = fold.target_N != IGNORE
+            out["kl_ref"] = cross_N - ref.lse_N + self.lse_N
+        scored_N = self.target_N != IGNORE
         return {name: torch.where(scored_N, x_N, 0.0) for name, x_N in out.items()}
 
 
@@ -289,18 +275,23 @@ class Streamer:
         target_N, K = tokens.target_N, len(self.chunks)
         h_blocks = self.products.inner_blocks(tokens.h_ND)
         ref_blocks = ref.products.inner_blocks(ref.tokens(span).h_ND) if ref else []
-        fold = _Fold(target_N, K, self.acc_dtype)
-        ref_fold = _Fold(target_N, K if ref else 0, self.acc_dtype)
-        take = _Stats(stats, fold.max_KN)
+        fold = _Fold(target_N, K, self.acc_dtype, stats)
+        ref_fold = _Fold(target_N, K if ref else 0, self.acc_dtype, frozenset())
         stash = Stash(target_N, self.chunks, self.acc_dtype) if keep else None
         for k, (v0, v1) in enumerate(self.chunks):
             z_NC = self._logits(h_blocks, v0, v1)
             ref_z_NC = ref._logits(ref_blocks, v0, v1) if ref else None
-            take.before(k, z_NC, ref_z_NC)
+            difference_NC = None
+            if ref_z_NC is not None and "kl_ref" in stats:
+                difference_NC = ref_z_NC - z_NC
             slope_NC = self._slope(z_NC) if keep and self.head.softcap is not None else None
             e_NC = fold.add(k, v0, z_NC, None if stash is None else stash.chunks[k])
-            ref_e_NC = None if ref_z_NC is None else ref_fold.add(k, v0, ref_z_NC)
-            take.after(k, e_NC, ref_e_NC)
+            if ref_z_NC is not None:
+                e_ref_NC = ref_fold.add(k, v0, ref_z_NC)
+                if difference_NC is not None:
+                    # Both logits of a padded token may be -inf, whose difference is NaN.
+                    terms_NC = torch.where(e_ref_NC > 0, e_ref_NC * difference_NC, 0.0)
+                    fold.part["kl_ref"][k] = terms_NC.sum(1)
             if slope_NC is not None:
                 e_NC.mul_(slope_NC)
         logp_N = fold.logp()
@@ -309,7 +300,7 @@ class Streamer:
             own_N *= self._slope(fold.target_z_N)
         kept = tokens if keep else None
         block = Block(span, kept, logp_N, fold.lse_N, fold.max_KN, stash, own_N)
-        block.stats = take.finish(fold, ref_fold, self.head.w_VD.shape[0])
+        block.stats = fold.finish_stats(ref_fold, self.head.w_VD.shape[0])
         if ref:
             block.ref_logp_N, block.ref_lse_N = ref_fold.logp(), ref_fold.lse_N
         return block
