@@ -98,7 +98,10 @@ class LinearDPOLoss(nn.Module):
                 )
             settings["ref_h_TD"] = ref_h.flatten(0, 1)
         if ref_logp_S is not None:
-            checks.check_vector("ref_logp_S", ref_logp_S, S, "2B", h_TD.device, in_kernel=True)
+            checks.require_tensor("ref_logp_S", ref_logp_S, 1, "(2B,)")
+            if ref_logp_S.shape[0] != S:
+                raise ValueError(f"ref_logp_S must have 2B={S} entries, got {ref_logp_S.shape[0]}")
+            checks.require_device("ref_logp_S", ref_logp_S, h_TD.device)
             ref_logp_S = ref_logp_S[order]
         result = linear_dpo_loss(
             h_TD.reshape(S * L, D),
