@@ -41,7 +41,7 @@ def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[Any, ...] | Non
     """A streamer that folds tiles of a size, or projects with a kernel's tile."""
     from fastdpo.kernels.project import Tile
     from fastdpo.loss.fused import FusedStreamer
-    from fastdpo.loss.streaming import Head
+    from fastdpo.loss.streaming import Head, Needs, TokenRows
 
     class Forced(FusedStreamer):
         def projects(self, h_ND: Tensor) -> bool:
@@ -57,15 +57,17 @@ def forced(problem: Problem, tile_mib: float, kernel_tile: tuple[Any, ...] | Non
         fused_itemsize=problem.h_ND.element_size(),
     )  # fmt: skip
     head = Head(problem.w_VD.detach(), None, 1.0, softcap)
+    rows = TokenRows(problem.h_ND.detach(), None, problem.target_N)
     size = int(tile_mib * MIB)
-    return Forced(head, replace(plan, tile_bytes=size, grad_tile_bytes=size))
+    plan = replace(plan, tile_bytes=size, grad_tile_bytes=size)
+    return Forced(head, rows, Needs(True, True, False), plan)
 
 
 def candidates(problem: Problem) -> dict[str, Callable[[], Any]]:
     """Calls by name; one that fails or is wrong is left out, with a line that says so."""
-    from fastdpo.loss.streaming import Grads, Needs
+    from fastdpo.loss.streaming import Grads
 
-    h, target = problem.h_ND.detach(), problem.target_N
+    span = 0, len(problem.h_ND)
     sample, gold = sampled_logp(problem)
     folds = {f"fold {mib} MiB": forced(problem, mib, None) for mib in TILE_MIB}
     kernels = {f"kernel {tile}": forced(problem, TILE_MIB[1], tile) for tile in KERNEL_TILES}
@@ -73,7 +75,7 @@ def candidates(problem: Problem) -> dict[str, Callable[[], Any]]:
     block = None
     for name, streamer in {**folds, **kernels}.items():
         row = {"variant": name, "note": None}
-        found = attempt(row, partial(streamer.forward, h, target, keep=block is None))
+        found = attempt(row, partial(streamer.forward, span, keep=block is None))
         if found is None:  # a tile that does not compile or launch is a result
             print(f"{name}: {row['note']}")
             continue
@@ -82,19 +84,13 @@ def candidates(problem: Problem) -> dict[str, Callable[[], Any]]:
             print(f"{name}: wrong, log-prob error {error:.2g}")
             continue
         block = block or found
-        calls[f"{name}, forward"] = partial(streamer.forward, h, target, keep=False)
-        calls[f"{name}, forward and stash"] = partial(streamer.forward, h, target, keep=True)
+        calls[f"{name}, forward"] = partial(streamer.forward, span, keep=False)
+        calls[f"{name}, forward and stash"] = partial(streamer.forward, span, keep=True)
     if block is not None:
         into = Grads(w=torch.empty_like(problem.w_VD))
-        rest = (
-            block,
-            h,
-            target,
-            torch.ones_like(gold[:1]).expand(len(h)),
-            Needs(True, True, False),
-        )
+        coef = torch.ones_like(gold[:1]).expand(span[1])
         for name, streamer in folds.items():
-            calls[f"{name}, backward"] = partial(streamer.backward, *rest, into, final=True)
+            calls[f"{name}, backward"] = partial(streamer.backward, block, coef, into, add=False)
     return calls
 
 

@@ -8,7 +8,8 @@ R rows of a tile, C columns of a tile, N rows, K tiles of a row, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -51,14 +52,11 @@ class Partials:
 
     @classmethod
     def empty(cls, target_N: Tensor, V: int, width: int, stats: frozenset[str]) -> "Partials":
-        def new() -> Tensor:
-            shape = cdiv(V, width), target_N.shape[0]
-            return torch.empty(shape, dtype=torch.float32, device=target_N.device)
-
-        target_z_N = torch.empty(target_N.shape[0], dtype=torch.float32, device=target_N.device)
-        return cls(
-            width, new(), new(), target_z_N, {name: new() for name in STATS if name in stats}
-        )
+        N, device = target_N.shape[0], target_N.device
+        new = partial(torch.empty, cdiv(V, width), N, dtype=torch.float32, device=device)
+        target_z_N = torch.empty(N, dtype=torch.float32, device=device)
+        stats_KN = {name: new() for name in STATS if name in stats}
+        return cls(width, new(), new(), target_z_N, stats_KN)
 
     def stat_list(self) -> list[Tensor | None]:
         """One entry a name of `STATS`."""
@@ -66,14 +64,21 @@ class Partials:
 
 
 @triton.jit
-def load_logits(
-    product_ptr, bias_ptr, n, c, inside, C, stride, scale, softcap, HAS_SOFTCAP: tl.constexpr
-):
+def places(R, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's rows and columns of a tile (R, C), and which of them there are."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    row = n < R
+    return n, c, row, row[:, None] & (c < C)[None, :]
+
+
+@triton.jit
+def load_logits(product_ptr, bias_ptr, n, c, inside, C, stride, scale, softcap):
     """A tile of logits from a tile of products; -inf outside."""
     a = tl.load(product_ptr + n.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
     if bias_ptr is not None:
         a += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    return tl.where(inside, logits(a, scale, softcap, HAS_SOFTCAP), float("-inf"))
+    return tl.where(inside, logits(a, scale, softcap), float("-inf"))
 
 
 @triton.jit
@@ -98,19 +103,13 @@ def fold_kernel(
     scale,
     softcap,
     limit,
-    HAS_SOFTCAP: tl.constexpr,
     FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Fold ROWS rows of a tile of products (R, C)."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK)
-    row = n < R
-    inside = row[:, None] & (c < C)[None, :]
-    z = load_logits(
-        product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap, HAS_SOFTCAP
-    )
+    n, c, row, inside = places(R, C, ROWS, BLOCK)
+    z = load_logits(product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap)
     column = tl.load(target_ptr + n, mask=row, other=-1) - first_column
     own = c[None, :] == column[:, None]
     owner = row & (column >= 0) & (column < C)
@@ -131,7 +130,7 @@ def fold_kernel(
     if top_ptr is not None:
         tl.store(top_ptr + n, top_N, mask=row)
     if stash_ptr is not None:
-        e = kept(e, z, (column >= -first_column)[:, None], softcap, HAS_SOFTCAP)
+        e = kept(e, z, (column >= -first_column)[:, None], softcap)
         at = stash_ptr + n.to(tl.int64)[:, None] * stash_stride + c[None, :]
         # Four at a time, as the products are read: a wider store would lay the tile out anew, and
         # its rows would be summed in another order with a stash than without.
@@ -157,7 +156,6 @@ def keep_kernel(
     stash_stride,
     scale,
     softcap,
-    HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -166,13 +164,8 @@ def keep_kernel(
     With a reference's products, the difference ``p - p_ref`` instead: the gradient of
     KL(reference || policy) by the policy's logits.
     """
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK)
-    row = n < R
-    inside = row[:, None] & (c < C)[None, :]
-    z = load_logits(
-        product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap, HAS_SOFTCAP
-    )
+    n, c, row, inside = places(R, C, ROWS, BLOCK)
+    z = load_logits(product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap)
     e = tl.exp(z - tl.load(lse_ptr + n, mask=row, other=0.0)[:, None])
     scored = row
     if target_ptr is not None:
@@ -181,10 +174,10 @@ def keep_kernel(
         e = tl.where(c[None, :] == (target - first_column)[:, None], 0.0, e)
     if ref_product_ptr is not None:
         ref_z = load_logits(
-            ref_product_ptr, ref_bias_ptr, n, c, inside, C, ref_stride, scale, softcap, HAS_SOFTCAP
+            ref_product_ptr, ref_bias_ptr, n, c, inside, C, ref_stride, scale, softcap
         )
         e -= tl.exp(ref_z - tl.load(ref_lse_ptr + n, mask=row, other=0.0)[:, None])
-    e = kept(e, z, scored[:, None], softcap, HAS_SOFTCAP)
+    e = kept(e, z, scored[:, None], softcap)
     at = stash_ptr + n.to(tl.int64)[:, None] * stash_stride + c[None, :]
     tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
 
@@ -203,21 +196,13 @@ def cross_kernel(
     ref_stride,
     scale,
     softcap,
-    HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``sum exp(z_ref - shift_ref) * (z_ref - z)`` of each row of two tiles, for the KL."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK)
-    row = n < R
-    inside = row[:, None] & (c < C)[None, :]
-    z = load_logits(
-        product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap, HAS_SOFTCAP
-    )
-    ref_z = load_logits(
-        ref_product_ptr, ref_bias_ptr, n, c, inside, C, ref_stride, scale, softcap, HAS_SOFTCAP
-    )
+    n, c, row, inside = places(R, C, ROWS, BLOCK)
+    z = load_logits(product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap)
+    ref_z = load_logits(ref_product_ptr, ref_bias_ptr, n, c, inside, C, ref_stride, scale, softcap)
     e = tl.exp(ref_z - tl.load(ref_shift_ptr + n, mask=row, other=0.0)[:, None])
     # Where the reference gives no probability there is no term, even if both logits are -inf.
     tl.store(cross_ptr + n, tl.sum(tl.where(e > 0.0, e * (ref_z - z), 0.0), 1), mask=row)
@@ -248,7 +233,6 @@ def merge_kernel(
     width,
     stash_stride,
     softcap,
-    HAS_SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -303,7 +287,7 @@ def merge_kernel(
     tl.store(lse_ptr + n, lse, mask=row)
     tl.store(logp_ptr + n, tl.where(scored, -softplus(against), 0.0), mask=row)
     miss = 1.0 / (1.0 + tl.exp(-against))
-    if HAS_SOFTCAP:
+    if softcap is not None:
         miss *= slope(t, softcap)
     tl.store(own_ptr + n, tl.where(scored, miss, 0.0), mask=row)
     tl.store(top_shift_ptr + n, shift, mask=row)
@@ -338,16 +322,14 @@ def _launch(R: int, C: int) -> tuple[tuple[int], dict[str, Any]]:
     return (cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": 4, **OPTIONS}
 
 
-@dataclass(frozen=True)
-class HeadShape:
+class HeadShape(NamedTuple):
     """What turns products into logits beside a bias."""
 
     scale: float = 1.0
     softcap: float | None = None
 
-    @property
-    def arguments(self) -> tuple[float, float]:
-        return self.scale, 1.0 if self.softcap is None else self.softcap
+
+PLAIN = HeadShape()
 
 
 def fold(
@@ -367,15 +349,14 @@ def fold(
     """
     R, C = product_RC.shape
     k = first_column // partials.width
-    part = {name: x_KN[k, rows] for name, x_KN in partials.stats.items()}
+    stats = (x_KN if x_KN is None else x_KN[k, rows] for x_KN in partials.stat_list())
     grid, blocks = _launch(R, C)
     fold_kernel[grid](
         product_RC, bias_C, target_R,
         partials.shift_KN[k, rows], partials.rest_KN[k, rows], partials.shift_KN[0, rows],
-        partials.target_z_N[rows], stash_RC, part.get("mean_logit"), part.get("entropy"),
-        part.get("log_sum_sq_probs"), part.get("top1"), R, C, first_column,
+        partials.target_z_N[rows], stash_RC, *stats, R, C, first_column,
         product_RC.stride(0), 0 if stash_RC is None else stash_RC.stride(0),
-        *head.arguments, limit, HAS_SOFTCAP=head.softcap is not None, FIRST=k == 0, **blocks,
+        *head, limit, FIRST=k == 0, **blocks,
     )  # fmt: skip
 
 
@@ -396,7 +377,7 @@ def keep(
     keep_kernel[grid](
         product_RC, bias_C, target_R, lse_R, ref_product, ref_bias, ref_lse, stash_RC, R, C,
         first_column, product_RC.stride(0), 0 if ref_product is None else ref_product.stride(0),
-        stash_RC.stride(0), *head.arguments, HAS_SOFTCAP=head.softcap is not None, **blocks,
+        stash_RC.stride(0), *head, **blocks,
     )  # fmt: skip
 
 
@@ -414,8 +395,8 @@ def cross(
     grid, blocks = _launch(R, C)
     cross_kernel[grid](
         product_RC, bias_C, ref_product_RC, ref_bias_C, ref_shift_R, cross_R, R, C,
-        product_RC.stride(0), ref_product_RC.stride(0), *head.arguments,
-        HAS_SOFTCAP=head.softcap is not None, **blocks,
+        product_RC.stride(0), ref_product_RC.stride(0), *head,
+        **blocks,
     )  # fmt: skip
 
 
@@ -438,7 +419,7 @@ def merge(
     partials: Partials,
     target_N: Tensor,
     V: int,
-    head: HeadShape = HeadShape(),
+    head: HeadShape = PLAIN,
     stash_NV: Tensor | None = None,
 ) -> Merged:
     """Log-sum-exp, log-prob and statistics of each row from the partials of all its tiles.
@@ -452,8 +433,8 @@ def merge(
     merge_kernel[(cdiv(N, 32),)](
         partials.shift_KN, partials.rest_KN, partials.target_z_N, target_N, lse_N, logp_N, own_N,
         shift_N, stash_NV, *partials.stat_list(), *(out.get(name) for name in STATS),
-        N, K, V, partials.width, 0 if stash_NV is None else stash_NV.stride(0), head.arguments[1],
-        HAS_SOFTCAP=head.softcap is not None, BLOCK_N=32, BLOCK_K=16, BLOCK_V=256, num_warps=4,
+        N, K, V, partials.width, 0 if stash_NV is None else stash_NV.stride(0), head.softcap,
+        BLOCK_N=32, BLOCK_K=16, BLOCK_V=256, num_warps=4,
         **ASSERTING,
     )  # fmt: skip
     return Merged(lse_N, logp_N, own_N, shift_N, out)

@@ -13,24 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .pointwise import ASSERTING
+from .support import METRICS
 
 # Objectives by number, the KIND below: functions of the margin z, then of the two sides.
 MARGIN_KINDS = ("sigmoid", "hinge", "ipo")
 SEPARATE_KINDS = ("apo_zero", "nca_pair")
 KINDS = MARGIN_KINDS + SEPARATE_KINDS
-# What the kernel sums over pairs, in this order.
-TOTALS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "lengths/chosen",
-    "lengths/rejected",
-    "length_margin",
-)
+TOTALS = ("loss", *METRICS)  # what the kernel sums over pairs, in this order
 
 
 @triton.jit

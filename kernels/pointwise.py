@@ -43,10 +43,10 @@ def softplus(x):
 
 
 @triton.jit
-def logits(a, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def logits(a, scale, softcap):
     """Logits of the biased products ``a``: scaled, then capped."""
     z = a * scale
-    if HAS_SOFTCAP:  # a product, since a division takes registers
+    if softcap is not None:  # a product, since a division takes registers
         z = softcap * tanh(z * (1.0 / softcap))
     return z
 
@@ -70,8 +70,8 @@ def row_shift(top_N, first_shift_ptr, n, row, limit, FIRST: tl.constexpr):
 
 
 @triton.jit
-def kept(e, z, scored, softcap, HAS_SOFTCAP: tl.constexpr):
+def kept(e, z, scored, softcap):
     """What the backward reads: exponentials times the cap's slope, zeros in ignored rows."""
-    if HAS_SOFTCAP:
+    if softcap is not None:
         e *= slope(z, softcap)
     return tl.where(scored, e, 0.0)

@@ -47,7 +47,6 @@ SMALL = Tile(128, 64, 32, 8, 3)  # for 99 KiB of shared memory
 INTERPRETED = Tile(32, 64, 32, 4, 1, persistent=True)
 SHIFT = Tile(64, 128, 64, 4, 4)
 INTERPRETED_SHIFT = Tile(32, 32, 32, 4, 1)
-GROUP_M = 8  # row blocks that share a pass over the vocabulary, so that both stay in the L2 cache
 
 
 def tile_for(device: torch.device, *, narrow: bool = False) -> Tile:
@@ -76,11 +75,11 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def half_logits(a, bias_ptr, first_v, c, V, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def half_logits(a, bias_ptr, first_v, c, V, scale, softcap):
     """Logits of the columns ``c`` of a tile; -inf beyond the V columns that are left."""
     if bias_ptr is not None:
         a += tl.load(bias_ptr + first_v + c, mask=c < V, other=0.0).to(tl.float32)[None, :]
-    return tl.where((c < V)[None, :], logits(a, scale, softcap, HAS_SOFTCAP), float("-inf"))
+    return tl.where((c < V)[None, :], logits(a, scale, softcap), float("-inf"))
 
 
 @triton.jit
@@ -95,7 +94,6 @@ def shift_kernel(
     step,
     scale,
     softcap,
-    HAS_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -106,29 +104,15 @@ def shift_kernel(
     for k in tl.range(0, tl.cdiv(D, BLOCK_K)):
         acc = tl.dot(h_desc.load([m0, k * BLOCK_K]), w_desc.load([0, k * BLOCK_K]).T, acc)
     c = tl.arange(0, BLOCK_V) * step
-    z = half_logits(acc, bias_ptr, 0, c, V, scale, softcap, HAS_SOFTCAP)
+    z = half_logits(acc, bias_ptr, 0, c, V, scale, softcap)
     n = m0 + tl.arange(0, BLOCK_M)
     tl.store(shift_ptr + n, tl.maximum(tl.max(z, 1), LOWEST), mask=n < N)
 
 
 @triton.jit
-def fold_half(
-    z,
-    c,
-    own_c,
-    shift_N,
-    left,
-    stash_desc,
-    m0,
-    v0,
-    scored,
-    softcap,
-    mean_ptr,
-    entropy_ptr,
-    squares_ptr,
-    HAS_SOFTCAP: tl.constexpr,
-):
+def fold_half(z, c, own_c, shift_N, left, stash_desc, m0, v0, scored, softcap, stats):
     """Sums over the columns ``c`` of a tile; what is kept of them goes to the stash."""
+    mean_ptr, entropy_ptr, squares_ptr = stats
     own = c[None, :] == own_c[:, None]
     e = tl.exp(z - shift_N[:, None])
     squares_N = tl.sum(e * e, 1) if squares_ptr is not None else 0.0
@@ -142,43 +126,23 @@ def fold_half(
     if entropy_ptr is not None:  # an exponential of 0 may have a logit of -inf
         entropy_N = tl.sum(tl.where(e > 0.0, e * (z - shift_N[:, None]), 0.0), 1)
     if stash_desc is not None:
-        e = kept(e, z, scored, softcap, HAS_SOFTCAP)
+        e = kept(e, z, scored, softcap)
         stash_desc.store([m0, v0], e.to(stash_desc.dtype))
     return rest_N, own_z_N, mean_N, entropy_N, squares_N
 
 
 @triton.jit
 def project_tile(
-    unit,
-    h_desc,
-    w_desc,
-    stash_desc,
-    bias_ptr,
-    target_ptr,
-    given_ptr,
-    shift_ptr,
-    rest_ptr,
-    target_z_ptr,
-    mean_ptr,
-    entropy_ptr,
-    squares_ptr,
-    top_ptr,
-    N,
-    V,
-    D,
-    first_column,
-    num_tiles,
-    scale,
-    softcap,
-    limit,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    unit, operands, sums, sizes, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """One of all tiles, GROUP blocks of rows at a time."""
+    """One of all tiles, some blocks of rows at a time; the tuples are of `project_kernel`."""
+    h_desc, w_desc, stash_desc, bias_ptr, target_ptr, given_ptr = operands
+    shift_ptr, rest_ptr, target_z_ptr, top_ptr, stats = sums
+    mean_ptr, entropy_ptr, squares_ptr = stats
+    N, V, D, first_column, num_tiles, scale, softcap, limit = sizes
     HALF: tl.constexpr = BLOCK_V // 2
+    # Row blocks that share a pass over the vocabulary, so that both stay in the L2 cache.
+    GROUP: tl.constexpr = 8
     group = unit // (GROUP * num_tiles)
     first_m = group * GROUP
     group_m = tl.minimum(tl.cdiv(N, BLOCK_M) - first_m, GROUP)
@@ -204,26 +168,24 @@ def project_tile(
     first_v = first_column + v0
     c0 = tl.arange(0, HALF)
     c1 = HALF + tl.arange(0, HALF)
-    z0 = half_logits(a0, bias_ptr, first_v, c0, V - v0, scale, softcap, HAS_SOFTCAP)
-    z1 = half_logits(a1, bias_ptr, first_v, c1, V - v0, scale, softcap, HAS_SOFTCAP)
+    z0 = half_logits(a0, bias_ptr, first_v, c0, V - v0, scale, softcap)
+    z1 = half_logits(a1, bias_ptr, first_v, c1, V - v0, scale, softcap)
     if shift_ptr is None:
         shift_N = tl.load(given_ptr + n, mask=row, other=0.0)
         e0 = tl.where(c0[None, :] == own_c[:, None], 0.0, tl.exp(z0 - shift_N[:, None]))
-        stash_desc.store([m0, v0], kept(e0, z0, scored, softcap, HAS_SOFTCAP).to(stash_desc.dtype))
+        stash_desc.store([m0, v0], kept(e0, z0, scored, softcap).to(stash_desc.dtype))
         e1 = tl.where(c1[None, :] == own_c[:, None], 0.0, tl.exp(z1 - shift_N[:, None]))
-        e1 = kept(e1, z1, scored, softcap, HAS_SOFTCAP)
+        e1 = kept(e1, z1, scored, softcap)
         stash_desc.store([m0, v0 + HALF], e1.to(stash_desc.dtype))
     else:
         top_N = tl.maximum(tl.maximum(tl.max(z0, 1), tl.max(z1, 1)), LOWEST)
         shift_N = row_shift(top_N, given_ptr, n, row, limit, False)
         rest0, own0, mean0, entropy0, squares0 = fold_half(
-            z0, c0, own_c, shift_N, V - v0, stash_desc, m0, v0, scored, softcap,
-            mean_ptr, entropy_ptr, squares_ptr, HAS_SOFTCAP,
-        )  # fmt: skip
+            z0, c0, own_c, shift_N, V - v0, stash_desc, m0, v0, scored, softcap, stats
+        )
         rest1, own1, mean1, entropy1, squares1 = fold_half(
-            z1, c1, own_c, shift_N, V - v0, stash_desc, m0, v0 + HALF, scored, softcap,
-            mean_ptr, entropy_ptr, squares_ptr, HAS_SOFTCAP,
-        )  # fmt: skip
+            z1, c1, own_c, shift_N, V - v0, stash_desc, m0, v0 + HALF, scored, softcap, stats
+        )
         at = tile.to(tl.int64) * N + n
         tl.store(shift_ptr + at, shift_N, mask=row)
         tl.store(rest_ptr + at, rest0 + rest1, mask=row)
@@ -262,34 +224,27 @@ def project_kernel(
     scale,
     softcap,
     limit,
-    HAS_SOFTCAP: tl.constexpr,
     PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """The ``num_tiles`` tiles of each row, of the ``V`` columns from ``first_column``.
 
     ``given`` has the shift of each row; without ``shift`` the rows are finished, ``given`` is their
     log-sum-exp, and their probabilities are kept and nothing is folded.
     """
+    operands = h_desc, w_desc, stash_desc, bias_ptr, target_ptr, given_ptr
+    stats = mean_ptr, entropy_ptr, squares_ptr
+    sums = shift_ptr, rest_ptr, target_z_ptr, top_ptr, stats
+    sizes = N, V, D, first_column, num_tiles, scale, softcap, limit
     if PERSISTENT:
         units = tl.cdiv(N, BLOCK_M) * num_tiles
         for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=True):
-            project_tile(
-                unit, h_desc, w_desc, stash_desc, bias_ptr, target_ptr, given_ptr, shift_ptr,
-                rest_ptr, target_z_ptr, mean_ptr, entropy_ptr, squares_ptr, top_ptr, N, V, D,
-                first_column, num_tiles, scale, softcap, limit, HAS_SOFTCAP, BLOCK_M, BLOCK_V,
-                BLOCK_K, GROUP,
-            )  # fmt: skip
+            project_tile(unit, operands, sums, sizes, BLOCK_M, BLOCK_V, BLOCK_K)
     else:
-        project_tile(
-            tl.program_id(0), h_desc, w_desc, stash_desc, bias_ptr, target_ptr, given_ptr,
-            shift_ptr, rest_ptr, target_z_ptr, mean_ptr, entropy_ptr, squares_ptr, top_ptr, N, V, D,
-            first_column, num_tiles, scale, softcap, limit, HAS_SOFTCAP, BLOCK_M, BLOCK_V, BLOCK_K,
-            GROUP,
-        )  # fmt: skip
+        unit = tl.program_id(0)
+        project_tile(unit, operands, sums, sizes, BLOCK_M, BLOCK_V, BLOCK_K)
 
 
 def can_project(h_ND: Tensor, w_VD: Tensor) -> bool:
@@ -313,7 +268,7 @@ def row_shifts(h_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, head: HeadShap
     shift_kernel[(cdiv(N, tile.m),)](
         TensorDescriptor.from_tensor(h_ND, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(w_VD[::step], [tile.v, tile.k]), bias_V, shift_N, N, V, D,
-        step, *head.arguments, HAS_SOFTCAP=head.softcap is not None, BLOCK_M=tile.m, BLOCK_V=tile.v,
+        step, *head, BLOCK_M=tile.m, BLOCK_V=tile.v,
         BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
     return shift_N
@@ -354,8 +309,8 @@ def project(
     project_kernel[(programs,)](
         TensorDescriptor.from_tensor(h_ND, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(w_VD, [tile.v, tile.k]), stash_desc, bias_V, target_N, given_N,
-        *folded, N, V, D, first, K, *head.arguments, limit,
-        HAS_SOFTCAP=head.softcap is not None, PERSISTENT=tile.persistent, BLOCK_M=tile.m,
-        BLOCK_V=tile.v, BLOCK_K=tile.k, GROUP=GROUP_M, num_warps=tile.warps,
+        *folded, N, V, D, first, K, *head, limit,
+        PERSISTENT=tile.persistent, BLOCK_M=tile.m,
+        BLOCK_V=tile.v, BLOCK_K=tile.k, num_warps=tile.warps,
         num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 N tokens, D hidden, I rows of the result, T hidden rows.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,8 +43,7 @@ def order_kernel(
     tl.store(start_ptr + index, place, mask=(before == 0) & (index >= 0))
 
 
-@dataclass
-class TokenGroups:
+class TokenGroups(NamedTuple):
     """Which tokens belong to each of I rows, in their order; those of a negative index to none.
 
     The tokens of row i are the ``size_N[p]`` from ``order_N[p]`` on, ``p = start_I[i]``.  If a row
@@ -265,13 +264,11 @@ def row_sums(
     # Several rows of fp32 numbers at a time take the registers of a wide block.
     in_fp32 = any(x is not None and x.dtype == torch.float32 for x in (a_ND, b_ND))
     grid_d, block = _blocks(D, 1024 if segments is not None and in_fp32 else 2048)
-    s = segments
-    group = (None,) * 4 if s is None else (s.index_N, s.order_N, s.size_N, s.start_I)
     stride = [0 if x is None else x.stride(0) for x in (base_ID, a_ND, b_ND)]
     row_sums_kernel[(rows, grid_d)](
-        out_ID, base_ID, base_factor, *group, a_ND, a_scale_N, b_ND, b_scale_N, b_index_N,
-        0 if s is None else len(s.order_N), offset, D, out_ID.stride(0), *stride,
-        ACCUMULATE=accumulate, TOKENS=1 if segments is None else 4, BLOCK_D=block,
+        out_ID, base_ID, base_factor, *(segments or (None,) * 4), a_ND, a_scale_N, b_ND, b_scale_N,
+        b_index_N, 0 if segments is None else len(segments.order_N), offset, D, out_ID.stride(0),
+        *stride, ACCUMULATE=accumulate, TOKENS=1 if segments is None else 4, BLOCK_D=block,
         num_warps=4, **OPTIONS,
     )  # fmt: skip
 

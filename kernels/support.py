@@ -9,6 +9,18 @@ from .device import capability_of, is_simulated
 _MINIMUM_TRITON = (3, 6)
 _MINIMUM_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What is said of the pairs of a call beside their loss, in this order.
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
+    "length_margin",
+)
 
 
 def is_interpreted() -> bool:
@@ -28,7 +40,9 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype = torch.bfloat16
     if not is_simulated():
         if importlib.util.find_spec("triton") is None:
             return "the triton package is not installed"
-        version = _triton_version()
+        import triton
+
+        version = tuple(map(int, triton.__version__.split(".")[:2]))
         if version < _MINIMUM_TRITON:
             wanted = ".".join(map(str, _MINIMUM_TRITON))
             return f"triton {'.'.join(map(str, version))} is installed, {wanted} or newer is needed"
@@ -38,13 +52,6 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype = torch.bfloat16
         have = ".".join(map(str, capability))
         return f"the GPU has compute capability {have}, 8.0 (Ampere) or newer is needed"
     return None
-
-
-def _triton_version() -> tuple[int, int]:
-    import triton
-
-    major, minor, *_ = triton.__version__.split(".")
-    return int(major), int(minor)
 
 
 # Triton's own functions of these names take the host longer than the rest of a launch's arguments.

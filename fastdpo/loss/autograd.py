@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from .call import Call, Pairs
 from .passes import (
-    Share,
     forward_blocks,
     frozen_forward,
     grouped_pass,
-    kl_backward,
-    ref_logps,
     rounded,
     score,
     token_backward,
@@ -64,10 +62,8 @@ def _once(backward: Callable) -> Callable:
 
 
 def _is_last_backward() -> bool:
-    """Whether autograd lets go of the graph after this backward; False where torch cannot say."""
-    autograd = getattr(torch._C, "_autograd", None)
-    graph_is_kept = getattr(autograd, "_get_current_graph_task_keep_graph", None)
-    return graph_is_kept is not None and not graph_is_kept()
+    """Whether autograd lets go of the graph after this backward."""
+    return not _get_current_graph_task_keep_graph()
 
 
 def _free_unless_retained(ctx: Any) -> None:
@@ -80,25 +76,22 @@ def _free_unless_retained(ctx: Any) -> None:
         ctx.call.blocks, ctx.grads = [], None
 
 
-def _log_probs(ctx: Any, call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Log-probs of the scored tokens; saves what `token_backward` reads."""
-    unit_ND = None
-    if call.plan.route == "frozen":
-        logp_N, unit_ND = frozen_forward(call, h_TD, w_VD, bias_V)
-    else:
-        logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
+def _forward(ctx: Any, call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> None:
+    """Leave the log-probs in the call's blocks, and save what `token_backward` reads."""
+    run = frozen_forward if call.plan.route == "frozen" else forward_blocks
+    unit_ND = run(call, h_TD, w_VD, bias_V)
     ctx.save_for_backward(h_TD, w_VD, bias_V, unit_ND, call.target_N, call.rows_N)
-    return logp_N
 
 
-class LinearLogp(torch.autograd.Function):
-    """Log-probs of all targets, from which any gradient may come back."""
+class LinearTokens(torch.autograd.Function):
+    """Log-probs of all targets, or KLs to the reference, from which any gradient may come back."""
 
     @staticmethod
     @_plain_precision
     def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
         ctx.call = call
-        return call.full(_log_probs(ctx, call, h_TD, w_VD, bias_V))
+        _forward(ctx, call, h_TD, w_VD, bias_V)
+        return call.token_values()
 
     @staticmethod
     @_once
@@ -109,24 +102,6 @@ class LinearLogp(torch.autograd.Function):
         grads = token_backward(call, ctx.saved_tensors[:4], coef_N, reuse=_is_last_backward())
         _free_unless_retained(ctx)
         return *grads, None
-
-
-class LinearKL(torch.autograd.Function):
-    """KL(reference || policy) of each row."""
-
-    @staticmethod
-    @_plain_precision
-    def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
-        forward_blocks(call, h_TD, w_VD, bias_V)
-        ctx.call = call
-        ctx.save_for_backward(h_TD, w_VD, bias_V)
-        return call.token_stats()["kl_ref"]
-
-    @staticmethod
-    @_once
-    @_plain_precision
-    def backward(ctx, dkl_N):
-        return *kl_backward(ctx.call, ctx.saved_tensors, dkl_N), None
 
 
 class LinearPreference(torch.autograd.Function):
@@ -140,8 +115,8 @@ class LinearPreference(torch.autograd.Function):
             loss, logp_S, ref_S, ctx.grads = grouped_pass(call, pairs, h_TD, w_VD, bias_V)
             ctx.save_for_backward(h_TD, w_VD, bias_V)
         else:
-            logp_N = _log_probs(ctx, call, h_TD, w_VD, bias_V)
-            loss, logp_S, ref_S, _, ctx.coef_N = score(call, pairs, logp_N, ref_logps(call))
+            _forward(ctx, call, h_TD, w_VD, bias_V)
+            loss, logp_S, ref_S, _, ctx.coef_N = score(call, pairs, call.blocks)
         ctx.mark_non_differentiable(logp_S, ref_S)
         ctx.set_materialize_grads(False)  # the sums' would be cleared for nothing
         return _returned(loss, h_TD, pairs), logp_S, ref_S
@@ -166,10 +141,10 @@ def score_only(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `LinearPreference` returns, where no gradient is wanted."""
     with torch.no_grad(), plainly(h_TD.device):
-        logp_N = forward_blocks(call, h_TD, w_VD, bias_V)
+        forward_blocks(call, h_TD, w_VD, bias_V)
         # Slopes only for their check of the objective; inference mode has none.
         slopes = not torch.is_inference_mode_enabled()
-        share: Share = score(call, pairs, logp_N, ref_logps(call), slopes=slopes)
+        share = score(call, pairs, call.blocks, slopes=slopes)
         return _returned(share.loss, h_TD, pairs), share.logp_S, share.ref_logp_S
 
 

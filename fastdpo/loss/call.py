@@ -3,8 +3,7 @@
 Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P pairs, S = 2P sequences.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -65,21 +64,19 @@ class Call:
     fused: bool  # by the Triton kernels
     streamer: Any  # `streaming.Streamer` or `fused.FusedStreamer`
     stats: frozenset[str] = frozenset()
-    ref: tuple[Head, Tensor] | None = None
-    bounds_S1: Tensor | None = None  # the edges on the device, for the kernels
-    blocks: list[tuple[int, int, Block]] = field(default_factory=list)
+    ref: tuple[Tensor, Tensor, Tensor | None] | None = None  # hidden rows, weight and bias
+    of_kl: bool = False  # tokens have a KL to the reference, not a log-prob
+    blocks: list[Block] = field(default_factory=list)
 
-    def open(self, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> tuple[Any, TokenRows]:
-        """The policy's head as a streamer, and its rows."""
+    def open(self, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Any:
+        """A streamer of the policy's head over its rows."""
         head = Head(w_VD, bias_V, self.scale, self.softcap)
-        return self.streamer(head, self.plan), TokenRows(h_TD, self.rows_N, self.target_N)
+        rows = TokenRows(h_TD, self.rows_N, self.target_N)
+        return self.streamer(head, rows, self.needs, self.plan)
 
-    def open_reference(self) -> tuple[Any, TokenRows] | None:
+    def open_reference(self) -> Any:
         """The same of the reference, if it comes as a head."""
-        if self.ref is None:
-            return None
-        head, h_TD = self.ref
-        return self.streamer(head, self.plan), TokenRows(h_TD, self.rows_N, self.target_N)
+        return None if self.ref is None else self.open(*self.ref)
 
     def full(self, x_N: Tensor) -> Tensor:
         """Put values of the scored targets back among the ignored ones."""
@@ -87,13 +84,15 @@ class Call:
             return x_N
         return x_N.new_zeros(self.num_targets).index_copy_(0, self.keep_N, x_N)
 
-    def collect(self, value: Callable[[Block], Tensor | None]) -> Tensor:
-        """A value of all blocks, one after the other."""
-        return join([x for _, _, block in self.blocks if (x := value(block)) is not None])
+    def token_values(self) -> Tensor:
+        """What an op of tokens returns."""
+        if self.of_kl:
+            return self.token_stats()["kl_ref"]
+        return self.full(collect(self.blocks, "logp_N"))
 
     def token_stats(self) -> dict[str, Tensor]:
         return {
-            name: self.full(self.collect(lambda block, name=name: block.stats[name]))
+            name: self.full(join([block.stats[name] for block in self.blocks]))
             for name in sorted(self.stats)
         }
 
@@ -103,18 +102,18 @@ class Pairs:
     """The per-pair side of a call: everything the objective reads beside the log-probs.
 
     ``lengths_S``, and margin, smoothing and weight with their neutral values, are None where only
-    a kernel would read them.
+    a kernel would read them; ``bounds_S1`` are the edges on the device, for kernels.
     """
 
     objective: Objective
     edges: list[int]
+    bounds_S1: Any
     lengths_S: Any
     ref_logp_S: Tensor | None
     margin_P: Any
     smoothing_P: Any
     weight_P: Any
     num_pairs: float
-    device: torch.device
     results: list[Any] = field(default_factory=list)  # what a kernel found of some pairs each
 
     @property
@@ -126,34 +125,38 @@ class Pairs:
         """Whether a kernel computed losses and metrics, not only sums."""
         return bool(self.results) and self.objective.code is not None
 
-    def sums(self, logp_N: Tensor, sizes: list[int]) -> Tensor:
+    def part(self, first: int, last: int) -> "Pairs":
+        """Some of the pairs; what a kernel finds of them is left with that of the others."""
+
+        def of(x: Any, each: int = 1) -> Any:
+            return None if x is None else x[each * first : each * last]
+
+        return replace(
+            self, edges=self.edges[2 * first : 2 * last + 1], lengths_S=of(self.lengths_S, 2),
+            bounds_S1=None if self.bounds_S1 is None else self.bounds_S1[2 * first : 2 * last + 1],
+            ref_logp_S=of(self.ref_logp_S, 2), margin_P=of(self.margin_P),
+            smoothing_P=of(self.smoothing_P), weight_P=of(self.weight_P),
+        )  # fmt: skip
+
+    def sums(self, logp_N: Tensor) -> Tensor:
         """Sum over each sequence, in the reference's precision and at least in fp32."""
         ref = logp_N if self.ref_logp_S is None else self.ref_logp_S
         dtype = torch.promote_types(ref.dtype, torch.float32)
-        return torch.stack([part.sum(dtype=dtype) for part in logp_N.split(sizes)])
+        return torch.stack([part.sum(dtype=dtype) for part in logp_N.split(self.sizes)])
 
-    def loss(self, logp_S: Tensor, ref_logp_S: Tensor, pairs: slice) -> Tensor:
-        """Summed loss of a slice over ``num_pairs``, fp64: few numbers, and sums are large."""
-        ratio_S = logp_S.double() - ref_logp_S.double()
-        lengths_S = self.lengths_S[2 * pairs.start : 2 * pairs.stop].double()
-        loss_P = self.objective(
-            ratio_S[0::2],
-            ratio_S[1::2],
-            lengths_S[0::2],
-            lengths_S[1::2],
-            self.margin_P[pairs],
-            self.smoothing_P[pairs],
-        )
-        check_pair_losses(loss_P, pairs.stop - pairs.start)
-        return (loss_P * self.weight_P[pairs]).sum() / self.num_pairs
+    def loss(self, logp_S: Tensor, ref_logp_S: Tensor) -> Tensor:
+        """Summed loss over ``num_pairs``, fp64: few numbers, and sums are large."""
+        ratio_S, lengths_S = logp_S.double() - ref_logp_S.double(), self.lengths_S.double()
+        sides = ratio_S[0::2], ratio_S[1::2], lengths_S[0::2], lengths_S[1::2]
+        loss_P = self.objective(*sides, self.margin_P, self.smoothing_P)
+        check_pair_losses(loss_P, len(self.edges) // 2)
+        return (loss_P * self.weight_P).sum() / self.num_pairs
 
-    def loss_and_slope(
-        self, logp_S: Tensor, ref_logp_S: Tensor, pairs: slice
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of a slice, and its derivative by each sequence's sum."""
+    def loss_and_slope(self, logp_S: Tensor, ref_logp_S: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and its derivative by each sequence's sum."""
         with torch.enable_grad():
             leaf_S = logp_S.detach().double().requires_grad_()
-            loss = self.loss(leaf_S, ref_logp_S, pairs)
+            loss = self.loss(leaf_S, ref_logp_S)
             if not loss.requires_grad:
                 raise ValueError(
                     "objective must return a function of the log-ratios; it has no gradient"
@@ -165,3 +168,9 @@ class Pairs:
 def join(parts: list[Tensor]) -> Tensor:
     """One after the other; of a single one no copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def collect(blocks: list[Block], name: str) -> Any:
+    """A field of some blocks, one after the other; None if they have none."""
+    parts = [getattr(block, name) for block in blocks]
+    return None if parts[0] is None else join(parts)

@@ -71,9 +71,8 @@ def choose_impl(impl: Any, h_TD: Any) -> str:
     device, dtype = torch.device("cpu"), torch.float32
     if isinstance(h_TD, Tensor):
         device, dtype = h_TD.device, h_TD.dtype
-    if impl == "torch" or (
-        impl == "auto" and (capability_of(device) is None or dtype == torch.float64)
-    ):
+    automatic = capability_of(device) is not None and dtype != torch.float64
+    if impl == "torch" or (impl == "auto" and not automatic):
         return "torch"
     from ..kernels import support
 
@@ -122,10 +121,7 @@ def check_head(
 
 def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bool = False) -> None:
     """Targets (N,) int64 in [0, V) or -100; rows (N,) int64 in [0, T)."""
-    require_tensor("target_N", target, 1, "(N,)")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target_N must be int64, got {target.dtype}")
-    require_device("target_N", target, h_TD.device)
+    check_tokens("target_N", target, h_TD.device)
     T, N = h_TD.shape[0], target.shape[0]
     if N == 0:
         raise ValueError("target_N is empty: there is nothing to score")
@@ -136,26 +132,31 @@ def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bo
                 "row predicts which target"
             )
     else:
-        require_tensor("rows_N", rows, 1, "(N,)")
-        if rows.dtype != torch.int64:
-            raise TypeError(f"rows_N must be int64, got {rows.dtype}")
-        require_device("rows_N", rows, h_TD.device)
+        check_tokens("rows_N", rows, h_TD.device)
         if rows.shape[0] != N:
             raise ValueError(f"rows_N has {rows.shape[0]} entries but target_N has {N}")
         if not (in_kernel and rows.device.type != "cpu"):
-            _check_range("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
+            _check_values("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
     if in_kernel and target.device.type != "cpu":
         return
     valid = ((target >= 0) & (target < V)) | (target == IGNORE)
-    _check_range("target_N", target, valid, f"0 <= target < V={V} or -100")
+    _check_values("target_N", target, valid, f"0 <= target < V={V} or -100")
 
 
-def _check_range(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
+def check_tokens(name: str, x: Any, device: torch.device) -> None:
+    """One int64 number a scored token."""
+    require_tensor(name, x, 1, "(N,)")
+    if x.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {x.dtype}")
+    require_device(name, x, device)
+
+
+def _check_values(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
     if x.device.type != "cpu":
         torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be {wanted}")
     elif not valid.all():
         i = int(valid.logical_not().nonzero()[0])
-        raise ValueError(f"{name}[{i}] = {x[i].item()} is out of range; wanted {wanted}")
+        raise ValueError(f"{name}[{i}] = {x[i].item()} must be {wanted}")
 
 
 def check_objective(objective: Any) -> None:
@@ -164,11 +165,9 @@ def check_objective(objective: Any) -> None:
     if not callable(objective):
         raise TypeError(f"objective must be {wanted}, got {type(objective).__name__}")
     try:
-        signature = inspect.signature(objective)
-    except ValueError:  # some builtins have none
+        inspect.signature(objective).bind(*range(6))
+    except ValueError:  # some builtins have no signature
         return
-    try:
-        signature.bind(*range(6))
     except TypeError as error:
         raise TypeError(f"objective must be {wanted}, got {objective!r}: {error}") from None
 
@@ -250,11 +249,7 @@ def check_vector(
         return x
     valid = x.isfinite() & (x >= low) & (x <= high)
     wanted = "finite" + (f" and in [{low:g}, {high:g}]" if low > -1e300 else "")
-    if x.device.type != "cpu":
-        torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be {wanted}")
-    elif not valid.all():
-        i = int(valid.logical_not().nonzero()[0])
-        raise ValueError(f"{name}[{i}] = {x[i].item()} must be {wanted}")
+    _check_values(name, x, valid, wanted)
     return x
 
 
@@ -302,14 +297,3 @@ def check_reference_head(h: Tensor, w: Tensor, ref_h: Any, ref_w: Any, ref_bias:
             f"ref_h_TD is {ref_h.dtype} on {ref_h.device}, h_TD is {h.dtype} on {h.device}; they "
             "must agree"
         )
-
-
-def check_pair_value(
-    name: str, x: Any, P: int, device: torch.device, low: float, high: float, neutral: float | None
-) -> Tensor | None:
-    """A number a pair as fp64; if it is left out, ``neutral`` where one is wanted."""
-    if x is not None:
-        return check_vector(name, x, P, "P", device, low=low, high=high).double()
-    if neutral is None:
-        return None
-    return torch.full((P,), neutral, dtype=torch.float64, device=device)

@@ -134,15 +134,13 @@ def _(*fields):
 
 
 def _save_logp(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-    ctx.fields = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.save_for_backward(*tensors)
 
 
 def _backward_logp(ctx: Any, dlogp_N: Tensor) -> tuple:
-    fields = list(ctx.fields)
-    for i, x in zip(ctx.places, ctx.saved_tensors):
-        fields[i] = x
+    fields = [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.others)]
     wanted = list(ctx.needs_input_grad[:3])
     grads = _logp_backward(*fields, dlogp_N, wanted)
     return *(g if want else None for g, want in zip(grads, wanted)), *[None] * (_HEAD - 3)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import LinearKL, LinearLogp, LinearPreference, plainly, score_only
+from .autograd import LinearPreference, LinearTokens, plainly, score_only
 from .call import Call, HeadInputs, PairInputs, Pairs, join
+from .checks import IGNORE
 from .objectives import Objective, as_objective
 from .passes import forward_blocks
 from .plan import MIB, default_workspace_mib, make_plan
 from .result import PreferenceLoss, metrics_of
-from .streaming import IGNORE, Head, Needs, Streamer
+from .streaming import Needs, Streamer
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -26,23 +27,22 @@ def logp(given: HeadInputs) -> Tensor:
     """`ops.linear_logp`."""
     given, fused = _check_head(given)
     _check_targets(given, fused)
-    if not fused and _all_ignored(given.target_N):
+    # Where it costs no synchronization to know.
+    on_host = not fused and given.target_N.device.type == "cpu"
+    if on_host and bool((given.target_N == IGNORE).all()):
         acc = torch.promote_types(given.h_TD.dtype, torch.float32)
         anchors = [x[:0].sum() for x in given[:3] if x is not None]  # keep the graph connected
         zeros = torch.zeros(given.target_N.shape[0], dtype=acc, device=given.h_TD.device)
         return zeros + sum(anchors[1:], anchors[0]).to(acc)
     call = make_call(given, fused=fused)
-    if call.plan.route == "forward":
-        with torch.no_grad(), plainly(given.h_TD.device):
-            return call.full(forward_blocks(call, *given[:3]))
-    return LinearLogp.apply(*given[:3], call)  # type: ignore[return-value]
+    return _of_tokens(call, given)
 
 
 def kl(given: HeadInputs) -> Tensor:
     """`ops.linear_kl`; there are no targets yet."""
     given, fused = _check_head(given)
     if given.rows_N is not None:
-        checks.require_tensor("rows_N", given.rows_N, 1, "(N,)")
+        checks.check_tokens("rows_N", given.rows_N, given.h_TD.device)
     N = len(given.h_TD if given.rows_N is None else given.rows_N)
     if N == 0:
         raise ValueError("there is no row to compare: h_TD, or rows_N, is empty")
@@ -53,15 +53,19 @@ def kl(given: HeadInputs) -> Tensor:
     if given.ref_h_TD is None:
         raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
     call = make_call(given, fused=fused)
-    call.ref, call.stats = _reference_head(given), frozenset({"kl_ref"})
+    call.ref, call.stats, call.of_kl = _reference_head(given), frozenset({"kl_ref"}), True
     # Nothing is kept: the difference of two softmaxes needs both log-sum-exps first.
     route, plan = "recompute" if any(call.needs) else "forward", call.plan
     call.plan = replace(plan, route=route, grad_tile_bytes=plan.tile_bytes)
-    if route == "forward":
+    return _of_tokens(call, given)
+
+
+def _of_tokens(call: Call, given: HeadInputs) -> Tensor:
+    if call.plan.route == "forward":
         with torch.no_grad(), plainly(given.h_TD.device):
             forward_blocks(call, *given[:3])
-            return call.token_stats()["kl_ref"]
-    return LinearKL.apply(*given[:3], call)  # type: ignore[return-value]
+            return call.token_values()
+    return LinearTokens.apply(*given[:3], call)  # type: ignore[return-value]
 
 
 # -------------------------------------------------------------------------------------------- pairs
@@ -83,11 +87,11 @@ def preference(given: HeadInputs, of_pairs: PairInputs, objective: Any) -> Prefe
         count = checks.require_number("num_pairs", of_pairs.num_pairs, low=0, open_low=True)
     call = make_call(given, edges, fused=fused, unit_buffers=1 if objective.by_margin else 2)
     call.stats, call.ref = stats, ref
-    lengths_S = _lengths(call, given.h_TD.device, not known or objective.length_normalized)
+    bounds_S1, lengths_S = _lengths(call, not known or objective.length_normalized)
+    ref_S = None if of_pairs.ref_logp_S is None else of_pairs.ref_logp_S.contiguous()
     pairs = Pairs(
-        objective, call.edges, lengths_S, of_pairs.ref_logp_S, margin_P, smoothing_P, weight_P,
-        count, given.h_TD.device,
-    )  # fmt: skip
+        objective, call.edges, bounds_S1, lengths_S, ref_S, margin_P, smoothing_P, weight_P, count
+    )
     run: Callable = score_only if call.plan.route == "forward" else _differentiably
     loss, logp_S, ref_S = run(call, pairs, *given[:3])
     if fused:
@@ -101,21 +105,25 @@ def _differentiably(call: Call, pairs: Pairs, *tensors: Tensor | None) -> Any:
     return LinearPreference.apply(*tensors, call, pairs)
 
 
-def _lengths(call: Call, device: torch.device, wanted: bool) -> Tensor | None:
-    """Scored tokens of each sequence; by kernels only if wanted before they count them."""
-    sizes = [b - a for a, b in pairwise(call.edges)]
+def _lengths(call: Call, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Bounds on the device, for kernels, and scored tokens of each sequence.
+
+    Kernels count those, so there they are made only if ``wanted`` before.
+    """
+    device = call.target_N.device
     if call.fused:
         from .fused import count_scored, device_bounds
 
         with plainly(device):
-            call.bounds_S1 = device_bounds(call.edges, device)
-            return count_scored(call.target_N, call.bounds_S1) if wanted else None
+            bounds_S1 = device_bounds(call.edges, device)
+            return bounds_S1, count_scored(call.target_N, bounds_S1) if wanted else None
+    sizes = [b - a for a, b in pairwise(call.edges)]
     if device.type == "cpu":
-        return torch.tensor(sizes)
+        return None, torch.tensor(sizes)
     scored = (call.target_N != IGNORE).long().split(sizes)
     lengths_S = torch.stack([part.sum() for part in scored])
     checks.check_device_lengths(lengths_S)
-    return lengths_S
+    return None, lengths_S
 
 
 # --------------------------------------------------------------------------------- checks and plan
@@ -140,9 +148,7 @@ def _check_targets(given: HeadInputs, fused: bool) -> None:
     checks.check_targets(given.h_TD, V, given.target_N, given.rows_N, in_kernel=fused)
 
 
-def _check_reference(
-    given: HeadInputs, ref_logp_S: Any, S: int, fused: bool
-) -> tuple[Head, Tensor] | None:
+def _check_reference(given: HeadInputs, ref_logp_S: Any, S: int, fused: bool) -> Any:
     """Exactly one form of reference."""
     if (ref_logp_S is None) == (given.ref_h_TD is None):
         raise ValueError("pass the reference either as ref_logp_S or as ref_h_TD with ref_w_VD")
@@ -154,13 +160,10 @@ def _check_reference(
     return None
 
 
-def _reference_head(given: HeadInputs) -> tuple[Head, Tensor]:
-    """The reference's head with the policy's scale and softcap, and its hidden rows."""
-    h_TD, w_VD, bias_V = given[-3:]
-    checks.check_reference_head(given.h_TD, given.w_VD, h_TD, w_VD, bias_V)
-    h_TD, w_VD, bias_V = (None if x is None else x.detach() for x in (h_TD, w_VD, bias_V))
-    assert h_TD is not None and w_VD is not None
-    return Head(w_VD, bias_V, given.scale, given.softcap), h_TD
+def _reference_head(given: HeadInputs) -> Any:
+    """The reference's hidden rows, weight and bias; it has the policy's scale and softcap."""
+    checks.check_reference_head(given.h_TD, given.w_VD, *given[-3:])
+    return tuple(None if x is None else x.detach() for x in given[-3:])
 
 
 def _check_pair_values(
@@ -178,15 +181,15 @@ def _check_pair_values(
         ("smoothing_P", given.smoothing_P, 0.0, 1.0, 0.0),
         ("weight_P", given.weight_P, 0.0, inf, 1.0),
     )
-    return [
-        checks.check_pair_value(name, x, P, device, low, high, value if neutral else None)
-        for name, x, low, high, value in ranges
-    ]
-
-
-def _all_ignored(target_N: Tensor) -> bool:
-    """Whether no target is scored, where it costs no synchronization to know."""
-    return target_N.device.type == "cpu" and bool((target_N == IGNORE).all())
+    values: list[Tensor | None] = []
+    for name, x, low, high, value in ranges:
+        if x is not None:
+            checks.check_vector(name, x, P, "P", device, low=low, high=high)
+            x = x.double().contiguous()
+        elif neutral:
+            x = torch.full((P,), value, dtype=torch.float64, device=device)
+        values.append(x)
+    return values
 
 
 def make_call(
@@ -224,7 +227,7 @@ def make_call(
         w_VD.shape[0],
         itemsize=torch.promote_types(h_TD.dtype, torch.float32).itemsize,
         workspace_bytes=int(given.workspace_mib * MIB),
-        need_head=needs.head,
+        need_head=needs.w or needs.bias,
         need_h=needs.h,
         T=h_TD.shape[0],
         unit_buffers=unit_buffers,

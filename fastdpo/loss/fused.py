@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import fold, pair, project, scatter
-from .call import Call, Pairs
+from ..kernels import fold, project, scatter
+from .call import collect
+from .checks import IGNORE
 from .gemm import fp32_product
 from .plan import Plan
-from .streaming import IGNORE, Block, Grads, Head, Needs, TokenRows
+from .streaming import Block, Grads, Head, Needs, TokenRows, Tokens
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -44,10 +45,10 @@ def tiles(total: int, most: int) -> list[slice]:
 
 
 @dataclass
-class _Tokens:
+class _Factors:
     """What the head's gradient takes of each token: factors of its kept row and of its target."""
 
-    h_ND: Tensor
+    tokens: Tokens
     by_target: scatter.TokenGroups | None
     row_N: Tensor
     own_N: Tensor | None  # None where no target has an entry of its own
@@ -60,11 +61,10 @@ class FusedStreamer:
 
     acc_dtype = torch.float32
 
-    def __init__(self, head: Head, plan: Plan) -> None:
+    def __init__(self, head: Head, rows: TokenRows, needs: Needs, plan: Plan) -> None:
         if head.bias_V is not None:
             head = head._replace(bias_V=head.bias_V.contiguous())
-        self.head = head
-        self.plan = plan
+        self.head, self.rows, self.needs, self.plan = head, rows, needs, plan
         self.shape = fold.HeadShape(head.scale, head.softcap)
         self.V, self.D = head.w_VD.shape
         self.limit = fold.LIMITS[head.w_VD.dtype]
@@ -72,39 +72,32 @@ class FusedStreamer:
     # ------------------------------------------------------------------------------------- forward
     def forward(
         self,
-        h_ND: Tensor,
-        target_N: Tensor,
+        span: tuple[int, int],
         *,
         keep: bool,
         stats: frozenset[str] = frozenset(),
-        ref: "tuple[FusedStreamer, Tensor] | None" = None,
+        ref: "FusedStreamer | None" = None,
     ) -> Block:
         """Log-probs of a block; with ``keep`` also the stash its backward reads.
 
-        ``ref`` is the reference head and its hidden rows.  They come after the policy's, beside
-        them only for a statistic that needs the logits of both.
+        ``ref`` is the reference.  It comes after the policy, beside it only for a statistic that
+        needs the logits of both.
         """
-        h_ND = _rows_in_memory(h_ND)
-        stash_NV = None
-        if keep:
-            stash_NV = matrix(len(h_ND), self.V, h_ND.dtype, h_ND.device)
-        ref_partials = cross_KN = None
-        if "kl_ref" in stats:
-            assert ref is not None
-            partials, ref_partials, cross_KN = self._fold(h_ND, target_N, stats, stash_NV, ref)
-        else:
-            partials = self._partials(h_ND, target_N, stats, stash_NV)
+        tokens = self.tokens(span)
+        h_ND, target_N = tokens
+        stash_NV = matrix(len(h_ND), self.V, h_ND.dtype, h_ND.device) if keep else None
+        other = (ref, ref.tokens(span)) if ref and "kl_ref" in stats else None
+        partials, ref_partials, cross_KN = self._partials(tokens, stats, stash_NV, other=other)
         merged = fold.merge(partials, target_N, self.V, self.shape, stash_NV)
         del partials  # before the reference's are made
         block = Block(
-            merged.logp_N, merged.lse_N, merged.shift_N, stash_NV, merged.own_N, merged.stats
-        )
+            span, tokens if keep else None, merged.logp_N, merged.lse_N, merged.shift_N, stash_NV,
+            merged.own_N, merged.stats,
+        )  # fmt: skip
         if ref is None:
             return block
-        streamer, ref_h_ND = ref
         if ref_partials is None:
-            ref_h_ND = _rows_in_memory(ref_h_ND)
-            ref_partials = streamer._partials(ref_h_ND, target_N, frozenset(), None, bool(stats))
+            ref_partials, _, _ = ref._partials(ref.tokens(span), frozenset(), None, bool(stats))
         ref_merged = fold.merge(ref_partials, target_N, self.V)
         block.ref_logp_N, block.ref_lse_N = ref_merged.logp_N, ref_merged.lse_N
         if cross_KN is not None:
@@ -120,15 +113,19 @@ class FusedStreamer:
 
     def _partials(
         self,
-        h_ND: Tensor,
-        target_N: Tensor,
+        tokens: Tokens,
         stats: frozenset[str],
         stash_NV: Tensor | None,
         with_stats: bool = False,
-    ) -> fold.Partials:
-        """The partials of one head; ``with_stats`` if they are compared to some with statistics."""
-        if not self.projects(h_ND):
-            return self._fold(h_ND, target_N, stats, stash_NV, None)[0]
+        other: "tuple[FusedStreamer, Tokens] | None" = None,
+    ) -> tuple[fold.Partials, fold.Partials | None, Tensor | None]:
+        """The partials of one head; ``with_stats`` if they are compared to some with statistics.
+
+        With ``other`` those of the reference too, and the cross term of their KL.
+        """
+        h_ND, target_N = tokens
+        if other is not None or not self.projects(h_ND):
+            return self._fold(tokens, stats, stash_NV, other)
         head = self.head
         tile = self.kernel_tile(narrow=with_stats or bool(stats))
         partials = fold.Partials.empty(target_N, self.V, tile.v, stats)
@@ -137,7 +134,7 @@ class FusedStreamer:
             h_ND, head.w_VD, head.bias_V, self.shape, target_N, shift_N, tile=tile,
             partials=partials, stash_NC=stash_NV, limit=self.limit,
         )  # fmt: skip
-        return partials
+        return partials, None, None
 
     def kernel_tile(self, *, narrow: bool = False) -> project.Tile:
         head = self.head
@@ -146,17 +143,17 @@ class FusedStreamer:
 
     def _fold(
         self,
-        h_ND: Tensor,
-        target_N: Tensor,
+        tokens: Tokens,
         stats: frozenset[str],
         stash_NV: Tensor | None,
-        ref: "tuple[FusedStreamer, Tensor] | None",
+        other: "tuple[FusedStreamer, Tokens] | None",
     ) -> tuple[fold.Partials, fold.Partials | None, Tensor | None]:
         """Partials of policy and, where it is given, reference with the cross term of their KL."""
-        width, row_tiles = self._tiles(len(h_ND), 1 if ref is None else 2)
+        h_ND, target_N = tokens
+        width, row_tiles = self._tiles(len(h_ND), 1 if other is None else 2)
         partials = fold.Partials.empty(target_N, self.V, width, stats)
         ref_partials = cross_KN = None
-        if ref is not None:
+        if other is not None:
             ref_partials = fold.Partials.empty(target_N, self.V, width, frozenset())
             cross_KN = torch.empty_like(ref_partials.shift_KN)
         for rows in row_tiles:
@@ -167,13 +164,13 @@ class FusedStreamer:
                     product, bias, self.shape, target_N[rows], v0, partials, rows,
                     None if stash_NV is None else stash_NV[rows, columns], self.limit,
                 )  # fmt: skip
-                if ref is None or ref_partials is None or cross_KN is None:
+                if other is None or ref_partials is None or cross_KN is None:
                     del product  # before the next is made, so that it takes the same memory
                     continue
-                streamer, ref_h_ND = ref
-                ref_product, ref_bias = streamer._products(ref_h_ND[rows], columns)
+                ref, (ref_h_ND, _) = other
+                ref_product, ref_bias = ref._products(ref_h_ND[rows], columns)
                 fold.fold(
-                    ref_product, ref_bias, streamer.shape, target_N[rows], v0, ref_partials, rows,
+                    ref_product, ref_bias, ref.shape, target_N[rows], v0, ref_partials, rows,
                     None, self.limit,
                 )  # fmt: skip
                 fold.cross(
@@ -209,128 +206,117 @@ class FusedStreamer:
     def backward(
         self,
         block: Block,
-        h_ND: Tensor,
-        target_N: Tensor,
         coef_N: Tensor,
-        needs: Needs,
         into: Grads,
         *,
-        final: bool,
-        rows: TokenRows | None = None,
+        add: bool,
+        whole: bool = False,
         out_ND: Tensor | None = None,
         upstream: Tensor | None = None,
     ) -> Tensor | None:
-        """Add the head's gradients of ``upstream * sum coef * logp`` to ``into``.
+        """Add the head's gradients of ``upstream * sum coef * logp`` to ``into``, or write them.
 
-        With ``final`` they are written, not added.  The result is the gradient of ``h_ND``, in fp32
-        or in ``out_ND``, or that of all hidden ``rows``, where the block has all of their tokens.
+        The result is the gradient of the block's hidden rows, in fp32 or in ``out_ND``, or with
+        ``whole`` that of all hidden rows, where the block has all of their tokens.
         """
-        tokens = self._tokens(
-            _rows_in_memory(h_ND), target_N, coef_N, upstream, into, block.max_KN, block.lse_N,
-            block.own_N,
-        )  # fmt: skip
-        self._head_grads(block.stash, slice(0, self.V), tokens, into, add=not final)
-        if not needs.h:
+        tokens = block.tokens or self.tokens(block.span)
+        shift_lse = block.max_KN, block.lse_N
+        factors = self._factors(tokens, coef_N, upstream, into, shift_lse, block.own_N)
+        self._head_grads(block.stash, slice(0, self.V), factors, into, add=add)
+        if not self.needs.h:
             return None
         product_ND = fp32_product(block.stash, self.head.w_VD)
-        if rows is None:
-            out_ND = product_ND if out_ND is None else out_ND
-            self._row_grads(out_ND, product_ND, tokens, target_N)
-            return out_ND
-        return self._placed(rows, product_ND, tokens, target_N)
+        if whole:
+            return self._placed(product_ND, factors)
+        out_ND = product_ND if out_ND is None else out_ND
+        self._row_grads(out_ND, product_ND, factors)
+        return out_ND
 
-    def _tokens(
+    def _factors(
         self,
-        h_ND: Tensor,
-        target_N: Tensor,
+        tokens: Tokens,
         coef_N: Tensor,
         upstream: Tensor | None,
         into: Grads,
-        shift_N: Tensor | None,
-        lse_N: Tensor | None,
+        shift_lse: tuple[Tensor | None, Tensor | None],
         own_N: Tensor | None,
         sign: float = 1.0,
-    ) -> "_Tokens":
-        scale = sign * self.head.scale
+    ) -> _Factors:
+        h_ND, target_N = tokens
         in_range = h_ND.dtype != torch.float16
         row_N, own_N, scaled_ND = scatter.factors(
-            target_N, coef_N.float().contiguous(), upstream, shift_N, lse_N, own_N, scale,
-            h_ND if into.w is not None and in_range else None,
+            target_N, coef_N.float().contiguous(), upstream, *shift_lse, own_N,
+            sign * self.head.scale, h_ND if into.w is not None and in_range else None,
         )  # fmt: skip
-        gain = segments = None
+        gain = by_target = None
         if into.w is not None and not in_range:
             gain = scatter.gain_of(row_N)
             scaled_ND = scatter.scaled_rows(h_ND, row_N, gain)
         if own_N is not None and (into.w is not None or into.bias is not None):
-            segments = scatter.TokenGroups.of(target_N, self.V)
-        return _Tokens(h_ND, segments, row_N, own_N, scaled_ND, gain)
+            by_target = scatter.TokenGroups.of(target_N, self.V)
+        return _Factors(tokens, by_target, row_N, own_N, scaled_ND, gain)
 
     def _head_grads(
-        self, stash_NC: Tensor, columns: slice, tokens: "_Tokens", into: Grads, *, add: bool
+        self, stash_NC: Tensor, columns: slice, factors: _Factors, into: Grads, *, add: bool
     ) -> None:
         """Gradients of some columns of the head: kept numbers and the targets' own."""
         if into.bias is not None:
             bias_C = into.bias[columns]
-            scatter.add_column_sums(bias_C, stash_NC, tokens.row_N)
-            if tokens.own_N is not None:
+            scatter.add_column_sums(bias_C, stash_NC, factors.row_N)
+            if factors.own_N is not None:
                 scatter.row_sums(
-                    bias_C[:, None], segments=tokens.by_target, offset=columns.start,
-                    accumulate=True, b_ND=torch.ones_like(tokens.own_N)[:, None],
-                    b_scale_N=tokens.own_N,
+                    bias_C[:, None], segments=factors.by_target, offset=columns.start,
+                    accumulate=True, b_ND=torch.ones_like(factors.own_N)[:, None],
+                    b_scale_N=factors.own_N,
                 )  # fmt: skip
         if into.w is None:
             return
-        assert tokens.scaled_ND is not None
-        h_ND = None if tokens.own_N is None else tokens.h_ND
+        assert factors.scaled_ND is not None
+        h_ND = None if factors.own_N is None else factors.tokens.h_ND
         w_CD = into.w[columns]
-        if w_CD.dtype == torch.float32 and tokens.gain is None:  # the product is the sum itself
-            fp32_product(stash_NC.T, tokens.scaled_ND, w_CD, add=add)
+        if w_CD.dtype == torch.float32 and factors.gain is None:  # the product is the sum itself
+            fp32_product(stash_NC.T, factors.scaled_ND, w_CD, add=add)
             if h_ND is not None:
                 scatter.row_sums(
-                    w_CD, segments=tokens.by_target, offset=columns.start, accumulate=True,
-                    b_ND=h_ND, b_scale_N=tokens.own_N,
+                    w_CD, segments=factors.by_target, offset=columns.start, accumulate=True,
+                    b_ND=h_ND, b_scale_N=factors.own_N,
                 )  # fmt: skip
             return
         for part in tiles(len(w_CD), max(16, self.plan.grad_tile_bytes // (4 * self.D))):
             scatter.row_sums(
-                w_CD[part], segments=tokens.by_target, offset=columns.start + part.start,
-                accumulate=add, base_ID=fp32_product(stash_NC[:, part].T, tokens.scaled_ND),
-                base_factor=tokens.gain, b_ND=h_ND, b_scale_N=tokens.own_N,
+                w_CD[part], segments=factors.by_target, offset=columns.start + part.start,
+                accumulate=add, base_ID=fp32_product(stash_NC[:, part].T, factors.scaled_ND),
+                base_factor=factors.gain, b_ND=h_ND, b_scale_N=factors.own_N,
             )  # fmt: skip
 
     def _row_grads(
         self,
         out_ID: Tensor,
         product_ND: Tensor,
-        tokens: "_Tokens",
-        target_N: Tensor,
+        factors: _Factors,
         segments: scatter.TokenGroups | None = None,
     ) -> None:
         """``row * product + own * w[target]`` of each token, or summed; no ``own``, first term."""
-        w_VD, index_N, own_N = self.head.w_VD, target_N, tokens.own_N
+        w_VD, index_N, own_N = self.head.w_VD, factors.tokens.target_N, factors.own_N
         if own_N is not None and w_VD.stride(1) != 1:
-            w_VD, index_N = w_VD[target_N.clamp(min=0)], None
+            w_VD, index_N = w_VD[index_N.clamp(min=0)], None
         scatter.row_sums(
-            out_ID, segments=segments, a_ND=product_ND, a_scale_N=tokens.row_N,
+            out_ID, segments=segments, a_ND=product_ND, a_scale_N=factors.row_N,
             b_ND=None if own_N is None else w_VD, b_scale_N=own_N, b_index_N=index_N,
         )  # fmt: skip
 
-    def _placed(
-        self, rows: TokenRows, product_ND: Tensor, tokens: "_Tokens", target_N: Tensor
-    ) -> Tensor:
+    def _placed(self, product_ND: Tensor, factors: _Factors) -> Tensor:
         """The gradient of all hidden rows, each summed in fp32 and rounded once."""
-        out_TD = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
-        self._row_grads(out_TD, product_ND, tokens, target_N, _by_row(rows))
+        out_TD = torch.empty_like(self.rows.h_TD, memory_format=torch.contiguous_format)
+        self._row_grads(out_TD, product_ND, factors, self._by_row())
         return out_TD
 
     def recompute_backward(
         self,
-        blocks: list[tuple[int, int, Block]],
-        rows: TokenRows,
+        blocks: list[Block],
         coef_N: Tensor,
-        needs: Needs,
         into: Grads,
-        ref: "tuple[FusedStreamer, TokenRows] | None" = None,
+        ref: "FusedStreamer | None" = None,
         upstream: Tensor | None = None,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp.
@@ -338,109 +324,100 @@ class FusedStreamer:
         Whole columns at a time, whose gradient is then complete at once.  With ``ref`` they are
         those of ``sum coef * KL(ref || policy)``.
         """
-        h_ND, target_N = self.rows_of(rows, 0, coef_N.shape[0])
-        h_ND = _rows_in_memory(h_ND)
-        lse_N = torch.cat([block.lse_N for _, _, block in blocks])
+        span = 0, coef_N.shape[0]
+        tokens = self.tokens(span)
+        h_ND, lse_N = tokens.h_ND, collect(blocks, "lse_N")
         own_N, sign, other = None, -1.0, None
         if ref is None:
-            own_N, sign = torch.cat([block.own_N for _, _, block in blocks]), 1.0
+            own_N, sign = collect(blocks, "own_N"), 1.0
         else:
-            ref_lses = [x.ref_lse_N for _, _, x in blocks if x.ref_lse_N is not None]
-            other = ref[0], self.rows_of(ref[1], 0, len(h_ND))[0], torch.cat(ref_lses)
-        tokens = self._tokens(h_ND, target_N, coef_N, upstream, into, None, None, own_N, sign)
-        dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if needs.h else None
+            other = ref, ref.tokens(span).h_ND, collect(blocks, "ref_lse_N")
+        factors = self._factors(tokens, coef_N, upstream, into, (None, None), own_N, sign)
+        dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if self.needs.h else None
         width = self.plan.vocab_chunk
         stash_NC = matrix(len(h_ND), width, h_ND.dtype, h_ND.device)
         for v0 in range(0, self.V, width):
             columns = slice(v0, min(v0 + width, self.V))
             kept_NC = stash_NC[:, : columns.stop - v0]
-            self._keep(h_ND, target_N, lse_N, columns, kept_NC, other)
-            self._head_grads(kept_NC, columns, tokens, into, add=False)
+            self._keep(tokens, lse_N, columns, kept_NC, other)
+            self._head_grads(kept_NC, columns, factors, into, add=False)
             if dh_ND is not None:
                 fp32_product(kept_NC, self.head.w_VD[columns], dh_ND, add=v0 > 0)
         if dh_ND is not None:
-            into.h = self._placed(rows, dh_ND, tokens, target_N)
+            into.h = self._placed(dh_ND, factors)
 
     def _keep(
         self,
-        h_ND: Tensor,
-        target_N: Tensor,
+        tokens: Tokens,
         lse_N: Tensor,
         columns: slice,
         kept_NC: Tensor,
-        ref: "tuple[FusedStreamer, Tensor, Tensor] | None",
+        other: "tuple[FusedStreamer, Tensor, Tensor] | None",
     ) -> None:
         """Probabilities of some columns of finished rows, or less those of the reference.
 
-        ``ref`` is its head, hidden rows and log-sum-exps.
+        ``other`` is its head, hidden rows and log-sum-exps.
         """
-        if ref is None and self.projects(h_ND):
+        h_ND, target_N = tokens
+        if other is None and self.projects(h_ND):
             project.project(
                 h_ND, self.head.w_VD, self.head.bias_V, self.shape, target_N, lse_N,
                 tile=self.kernel_tile(), columns=(columns.start, columns.stop), stash_NC=kept_NC,
             )  # fmt: skip
             return
-        width, row_tiles = self._tiles(len(h_ND), 1 if ref is None else 2)
+        width, row_tiles = self._tiles(len(h_ND), 1 if other is None else 2)
         for rows in row_tiles:
             for v0 in range(columns.start, columns.stop, width):
                 part = slice(v0, min(v0 + width, columns.stop))
                 product, bias = self._products(h_ND[rows], part)
-                target_R, other = target_N[rows], None
-                if ref is not None:
-                    streamer, ref_h_ND, ref_lse_N = ref
+                target_R, ref_tile = target_N[rows], None
+                if other is not None:
+                    ref, ref_h_ND, ref_lse_N = other
                     target_R = None
-                    other = (*streamer._products(ref_h_ND[rows], part), ref_lse_N[rows])
+                    ref_tile = (*ref._products(ref_h_ND[rows], part), ref_lse_N[rows])
                 kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
-                fold.keep(product, bias, self.shape, target_R, lse_N[rows], v0, kept_RC, other)
-                del product, other
+                fold.keep(product, bias, self.shape, target_R, lse_N[rows], v0, kept_RC, ref_tile)
+                del product, ref_tile
 
-    def rows_of(self, rows: TokenRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Hidden rows and targets of a block."""
-        if rows.rows_N is None:
-            return rows.block(start, stop)
-        h_TD = _rows_in_memory(rows.h_TD)
-        return scatter.gather(h_TD, rows.rows_N[start:stop]), rows.target_N[start:stop]
+    def tokens(self, span: tuple[int, int]) -> Tokens:
+        """A block's, the hidden ones with neighbouring elements side by side, as kernels read."""
+        h_TD, rows_N, target_N = self.rows
+        if rows_N is None:
+            h_ND, target_N = self.rows.block(*span)
+            return Tokens(_rows_in_memory(h_ND), target_N)
+        block = slice(*span)
+        return Tokens(scatter.gather(_rows_in_memory(h_TD), rows_N[block]), target_N[block])
 
-    def add_rows(
-        self, rows: TokenRows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor
-    ) -> None:
+    def add_rows(self, total_TD: Tensor, span: tuple[int, int], dh_ND: Tensor) -> None:
         """Add a block's gradient to the hidden rows it came from."""
-        if rows.rows_N is None:
-            rows.scatter(total_TD, start, stop, dh_ND)
+        if self.rows.rows_N is None:
+            self.rows.scatter(total_TD, *span, dh_ND)
             return
-        segments = scatter.TokenGroups.of(rows.rows_N[start:stop], len(total_TD))
+        segments = scatter.TokenGroups.of(self.rows.rows_N[slice(*span)], len(total_TD))
         scatter.row_sums(total_TD, segments=segments, a_ND=dh_ND, accumulate=True)
 
-    def place(
-        self, rows: TokenRows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool
-    ) -> Tensor:
+    def place(self, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool) -> Tensor:
         """``x * scale`` of each token summed into its hidden row in fp32, and rounded once.
 
         With ``reuse`` the memory of ``x_ND`` becomes that of the result, if it has its dtype: then
         ``x`` was rounded before.
         """
+        h_TD, rows_N, _ = self.rows
         out_TD = x_ND
-        if not reuse or x_ND.dtype != rows.h_TD.dtype or rows.rows_N is not None:
-            out_TD = torch.empty_like(rows.h_TD, memory_format=torch.contiguous_format)
-        scatter.row_sums(out_TD, segments=_by_row(rows), a_ND=x_ND, a_scale_N=scale_N)
+        if not reuse or x_ND.dtype != h_TD.dtype or rows_N is not None:
+            out_TD = torch.empty_like(h_TD, memory_format=torch.contiguous_format)
+        scatter.row_sums(out_TD, segments=self._by_row(), a_ND=x_ND, a_scale_N=scale_N)
         return out_TD
 
-
-def _by_row(rows: TokenRows) -> scatter.TokenGroups | None:
-    """Which tokens each hidden row predicts; None if token i has row i."""
-    if rows.rows_N is None:
-        return None
-    return scatter.TokenGroups.of(rows.rows_N, len(rows.h_TD))
+    def _by_row(self) -> scatter.TokenGroups | None:
+        """Which tokens each hidden row predicts; None if token i has row i."""
+        h_TD, rows_N, _ = self.rows
+        return None if rows_N is None else scatter.TokenGroups.of(rows_N, len(h_TD))
 
 
 def _rows_in_memory(h_ND: Tensor) -> Tensor:
     """TokenRows with neighbouring elements side by side, as the kernels read them."""
     return h_ND if h_ND.stride(1) == 1 else h_ND.contiguous()
-
-
-def scale_into(out_ID: Tensor, x_ID: Tensor, factor: Tensor | None) -> None:
-    """``out = x * factor``, rounded once."""
-    scatter.row_sums(out_ID, base_ID=x_ID, base_factor=factor)
 
 
 def device_bounds(edges: list[int], device: torch.device) -> Tensor:
@@ -463,38 +440,3 @@ def count_scored(target_N: Tensor, bounds_S1: Tensor) -> Tensor:
     """Scored tokens of each sequence."""
     before = torch.nn.functional.pad((target_N != IGNORE).cumsum(0), (1, 0))
     return before[bounds_S1].diff()
-
-
-def launch_pairs(
-    call: Call,
-    pairs: Pairs,
-    logp_N: Tensor,
-    ref_logp_N: Tensor | None,
-    part: tuple[int, int],
-    *,
-    slopes: bool,
-) -> pair.PairResult:
-    """Sums, loss and slopes of some pairs in one launch; only sums without a kernel's objective."""
-    first, last = part
-
-    def of_part(x_P: Tensor | None, each: int = 1) -> Tensor | None:
-        return None if x_P is None else x_P[each * first : each * last].contiguous()
-
-    assert call.bounds_S1 is not None
-    start, stop = pairs.edges[2 * first], pairs.edges[2 * last]
-    bounds_S1 = call.bounds_S1[2 * first : 2 * last + 1]
-    found = pair.pair_losses(
-        logp_N,
-        call.target_N[start:stop],
-        bounds_S1 - start if start else bounds_S1,
-        pairs.objective,
-        ref_logp_S=of_part(pairs.ref_logp_S, 2),
-        ref_logp_N=ref_logp_N,
-        margin_P=of_part(pairs.margin_P),
-        smoothing_P=of_part(pairs.smoothing_P),
-        weight_P=of_part(pairs.weight_P),
-        num_pairs=pairs.num_pairs,
-        want_coef=slopes,
-    )
-    pairs.results.append(found)
-    return found

@@ -18,10 +18,6 @@ from ..kernels.device import is_gpu
 _INNER_BLOCK = 320
 
 
-def _has_onednn_linear() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 @cache
 def _keep_freed_tiles() -> None:
     """Let glibc serve tiles of up to 31 MiB from its heap, so that their pages stay mapped.
@@ -62,7 +58,8 @@ class Products:
         self.acc_dtype = torch.promote_types(dtype, torch.float32)
         self.on_cpu = not is_gpu(device)
         self.widen = dtype != self.acc_dtype and not self.on_cpu
-        self.onednn = self.on_cpu and self.acc_dtype == torch.float32 and _has_onednn_linear()
+        in_fp32 = self.acc_dtype == torch.float32
+        self.onednn = self.on_cpu and in_fp32 and torch.backends.mkldnn.is_available()
         if self.on_cpu:
             _keep_freed_tiles()
 
@@ -74,23 +71,18 @@ class Products:
         """``x`` (rows, D) as operands over blocks of D."""
         if not self.onednn:
             return [self.operand(x)]
-        return [part.to(self.acc_dtype).contiguous() for part in x.tensor_split(self._count(x), 1)]
-
-    def _count(self, x: Tensor) -> int:
-        return -(-x.shape[1] // _INNER_BLOCK)
+        count = -(-x.shape[1] // _INNER_BLOCK)
+        return [part.to(self.acc_dtype).contiguous() for part in x.tensor_split(count, 1)]
 
     def project(self, h_blocks: list[Tensor], w_CD: Tensor) -> Tensor:
         """``h @ w.T`` as a fresh tensor; ``h_blocks`` are `inner_blocks` of h."""
         if not self.onednn:
             return self._mm(h_blocks[0], self.operand(w_CD).T)
         linear = torch.ops.mkldnn._linear_pointwise
-        z_NC = None
-        for h_block, w_block in zip(h_blocks, self.inner_blocks(w_CD)):
-            if z_NC is None:
-                z_NC = linear(h_block, w_block, None, "none", [], "")
-            else:
-                z_NC = linear.binary(h_block, z_NC, w_block, None, "add")
-        assert z_NC is not None
+        blocks = zip(h_blocks, self.inner_blocks(w_CD))
+        z_NC = linear(*next(blocks), None, "none", [], "")
+        for h_block, w_block in blocks:
+            z_NC = linear.binary(h_block, z_NC, w_block, None, "add")
         return z_NC
 
     def addmm(self, acc: Tensor, a: Tensor, b: Tensor) -> None:

@@ -21,14 +21,6 @@ from .call import HeadInputs, PairInputs
 from .objectives import Objective, lr_dpo
 from .result import PreferenceLoss
 
-__all__ = [
-    "PreferenceLoss",
-    "linear_dpo_loss",
-    "linear_kl",
-    "linear_logp",
-    "linear_preference_loss",
-]
-
 
 def linear_logp(
     h_TD: Tensor,
@@ -223,9 +215,8 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     device = tensors[0].device.type
     # Dynamo of torch 2.11 cannot trace the question whether there is autocast at all.
-    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
-        return tensors
-    if not torch.is_autocast_enabled(device):
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

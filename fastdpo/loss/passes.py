@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Call, Pairs, join
+from .call import Call, Pairs, collect, join
 from .plan import Group
-from .streaming import IGNORE, Block, Grads, TokenRows
+from .streaming import Block, Grads, coefficients
 
 # Gradients are made of whole rows, whatever the layout of what they belong to.
 _ROWS = torch.contiguous_format
@@ -32,37 +32,31 @@ class Share(NamedTuple):
     coef_N: Tensor | None
 
 
-def score(
-    call: Call,
-    pairs: Pairs,
-    logp_N: Tensor,
-    ref_logp_N: Tensor | None,
-    part: tuple[int, int] | None = None,
-    *,
-    slopes: bool = True,
-) -> Share:
-    """Loss and slopes of the pairs whose tokens are given: all, or those from ``part``."""
-    first, last = part or (0, len(pairs.edges) // 2)
-    sizes = pairs.sizes[2 * first : 2 * last]
+def score(call: Call, pairs: Pairs, blocks: list[Block], *, slopes: bool = True) -> Share:
+    """Loss and slopes of the pairs whose tokens ``blocks`` have, by a kernel in one launch."""
+    logp_N, ref_logp_N = collect(blocks, "logp_N"), collect(blocks, "ref_logp_N")
+    ref_S = pairs.ref_logp_S
     if call.fused:
-        from .fused import launch_pairs  # only where Triton is
+        from ..kernels import pair  # only where Triton is
 
-        found = launch_pairs(call, pairs, logp_N, ref_logp_N, (first, last), slopes=slopes)
-        if pairs.by_kernel:
-            loss, slope_S = found.totals[0], found.slope_S
-            return Share(loss, found.logp_S, found.ref_logp_S, slope_S, found.coef_N)
+        start, stop = pairs.edges[0], pairs.edges[-1]
+        bounds_S1 = pairs.bounds_S1 - start if start else pairs.bounds_S1
+        found = pair.pair_losses(
+            logp_N, call.target_N[start:stop], bounds_S1, pairs.objective, ref_logp_S=ref_S,
+            ref_logp_N=ref_logp_N, margin_P=pairs.margin_P, smoothing_P=pairs.smoothing_P,
+            weight_P=pairs.weight_P, num_pairs=pairs.num_pairs, want_coef=slopes,
+        )  # fmt: skip
+        pairs.results.append(found)
         logp_S, ref_S = found.logp_S, found.ref_logp_S
+        if pairs.by_kernel:
+            return Share(found.totals[0], logp_S, ref_S, found.slope_S, found.coef_N)
     else:
-        logp_S = pairs.sums(logp_N, sizes)
-        if pairs.ref_logp_S is not None:
-            ref_S = pairs.ref_logp_S[2 * first : 2 * last]
-        else:
-            assert ref_logp_N is not None
-            ref_S = pairs.sums(ref_logp_N, sizes)
+        logp_S = pairs.sums(logp_N)
+        ref_S = pairs.sums(ref_logp_N) if ref_S is None else ref_S
     if not slopes:
-        return Share(pairs.loss(logp_S, ref_S, slice(first, last)), logp_S, ref_S, None, None)
-    loss, slope_S = pairs.loss_and_slope(logp_S, ref_S, slice(first, last))
-    return Share(loss, logp_S, ref_S, slope_S, _per_token(slope_S, sizes))
+        return Share(pairs.loss(logp_S, ref_S), logp_S, ref_S, None, None)
+    loss, slope_S = pairs.loss_and_slope(logp_S, ref_S)
+    return Share(loss, logp_S, ref_S, slope_S, _per_token(slope_S, pairs.sizes))
 
 
 def _per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
@@ -70,52 +64,35 @@ def _per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([x.expand(size) for x, size in zip(x_S, sizes)])
 
 
-def ref_logps(call: Call) -> Tensor | None:
-    """Log-probs of the reference, where it was streamed beside the policy."""
-    return None if call.ref is None else call.collect(lambda block: block.ref_logp_N)
-
-
 # ---------------------------------------------------------------------------------------- forward
-def _run_block(
-    call: Call, streamer: Any, rows: TokenRows, span: tuple[int, int], *, keep: bool
-) -> tuple[Tensor, Tensor, Block]:
-    """Hidden rows, targets and forward of one block, which is left in ``call``."""
-    h_ND, target_N = streamer.rows_of(rows, *span)
+def _run_block(call: Call, streamer: Any, span: tuple[int, int], *, keep: bool) -> Block:
+    """Forward of one block, which is left in ``call``."""
     ref = call.open_reference()
-    if ref is not None:
-        other, ref_rows = ref
-        ref = other, other.rows_of(ref_rows, *span)[0]
-    block = streamer.forward(h_ND, target_N, keep=keep, stats=call.stats, ref=ref)
-    call.blocks.append((*span, block))
-    return h_ND, target_N, block
+    block = streamer.forward(span, keep=keep, stats=call.stats, ref=ref)
+    call.blocks.append(block)
+    return block
 
 
-def forward_blocks(call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Log-probs of all scored tokens; leaves the blocks that a backward reads in ``call``."""
-    streamer, rows = call.open(h_TD, w_VD, bias_V)
+def forward_blocks(call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> None:
+    """Leave the log-probs of all scored tokens, and what a backward reads, in the call's blocks."""
+    streamer = call.open(h_TD, w_VD, bias_V)
     call.blocks = []
     for span in call.plan.spans:
-        _run_block(call, streamer, rows, span, keep=call.plan.route == "stash")
-    return call.collect(lambda block: block.logp_N)
+        _run_block(call, streamer, span, keep=call.plan.route == "stash").tokens = None
 
 
-def frozen_forward(
-    call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Log-probs, and d logp / d h of each scored token, (N, D): the head itself has no gradient."""
-    streamer, rows = call.open(h_TD, w_VD, bias_V)
+def frozen_forward(call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """The same where the head has no gradient: d logp / d h of each scored token, (N, D)."""
+    streamer = call.open(h_TD, w_VD, bias_V)
     dtype = h_TD.dtype if call.plan.in_place else streamer.acc_dtype
     unit_ND = torch.empty(call.target_N.shape[0], h_TD.shape[1], dtype=dtype, device=h_TD.device)
     ones_N = torch.ones(len(unit_ND), dtype=streamer.acc_dtype, device=h_TD.device)
     call.blocks = []
-    for start, stop in call.plan.spans:
-        h_ND, target_N, block = _run_block(call, streamer, rows, (start, stop), keep=True)
-        streamer.backward(
-            block, h_ND, target_N, ones_N[start:stop], call.needs, Grads(), final=False,
-            out_ND=unit_ND[start:stop],
-        )  # fmt: skip
-        block.stash = None
-    return call.collect(lambda block: block.logp_N), unit_ND
+    for span in call.plan.spans:
+        block, rows = _run_block(call, streamer, span, keep=True), slice(*span)
+        streamer.backward(block, ones_N[rows], Grads(), add=True, out_ND=unit_ND[rows])
+        block.free()
+    return unit_ND
 
 
 # --------------------------------------------------------------------------------------- backward
@@ -129,58 +106,35 @@ def token_backward(
 ) -> Gradients:
     """Gradients of ``upstream * sum coef * logp`` by the frozen, stash or recompute route.
 
-    With ``reuse`` nobody will ask for them again, so what was kept may be overwritten.
+    With ``reuse`` nobody will ask for them again, so what was kept may be overwritten.  Those of
+    ``sum coef * KL(ref || policy)`` are always recomputed.
     """
     h_TD, w_VD, bias_V, unit_ND = saved
     assert h_TD is not None and w_VD is not None
-    streamer, rows = call.open(h_TD, w_VD, bias_V)
-    into = _whole_grads(call, w_VD, bias_V)
+    streamer = call.open(h_TD, w_VD, bias_V)
+    into = _new_grads(call, streamer, whole=True)
     if unit_ND is not None:
-        coef_N = coef_N if upstream is None else coef_N * upstream
-        coef_N = torch.where(call.target_N == IGNORE, 0.0, coef_N).to(streamer.acc_dtype)
-        into.h = streamer.place(rows, unit_ND, coef_N, reuse=reuse)
+        coef_N = coefficients(call.target_N, coef_N, upstream, streamer.acc_dtype)
+        into.h = streamer.place(unit_ND, coef_N, reuse=reuse)
     elif call.plan.route == "stash":
-        (start, stop, block), *_ = call.blocks
-        h_ND, target_N = streamer.rows_of(rows, start, stop)
         into.h = streamer.backward(
-            block, h_ND, target_N, coef_N, call.needs, into, final=True, rows=rows,
-            upstream=upstream,
-        )  # fmt: skip
+            call.blocks[0], coef_N, into, add=False, whole=True, upstream=upstream
+        )
     else:
-        streamer.recompute_backward(call.blocks, rows, coef_N, call.needs, into, upstream=upstream)
+        ref = call.open_reference() if call.of_kl else None
+        streamer.recompute_backward(call.blocks, coef_N, into, ref, upstream)
     return rounded(call, into, h_TD.dtype)
 
 
-def kl_backward(call: Call, saved: tuple[Tensor, ...], coef_N: Tensor) -> Gradients:
-    """Gradients of ``sum coef * KL(ref || policy)``."""
-    h_TD, w_VD, bias_V = saved
-    streamer, rows = call.open(h_TD, w_VD, bias_V)
-    into = _whole_grads(call, w_VD, bias_V)
-    ref = call.open_reference()
-    streamer.recompute_backward(call.blocks, rows, coef_N, call.needs, into, ref)
-    return rounded(call, into, h_TD.dtype)
+def _new_grads(call: Call, streamer: Any, *, whole: bool = False) -> Grads:
+    """Accumulators of the head's gradients; that of the weight is cleared only if it is added to.
 
-
-def _whole_grads(call: Call, w_VD: Tensor, bias_V: Tensor | None) -> Grads:
-    """Where the whole call writes: the weight's chunk by chunk, so it is not cleared."""
-    into = Grads()
+    A ``whole`` call writes it chunk by chunk, in its own dtype; kernels write before they add.
+    """
+    w_VD, bias_V, acc, into = streamer.head.w_VD, streamer.head.bias_V, streamer.acc_dtype, Grads()
     if call.needs.w:
-        into.w = torch.empty_like(w_VD, memory_format=_ROWS)
-    if bias_V is not None and call.needs.bias:
-        into.bias = torch.zeros_like(bias_V, dtype=torch.promote_types(w_VD.dtype, torch.float32))
-    return into
-
-
-def _new_grads(
-    call: Call, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, *, w: bool = True
-) -> Grads:
-    """Accumulators; the kernels write the weight's before they add to it, so it is not cleared."""
-    acc = torch.promote_types(h_TD.dtype, torch.float32)
-    new, into = torch.empty_like if call.fused else torch.zeros_like, Grads()
-    if call.needs.h:
-        into.h = torch.zeros_like(h_TD, dtype=acc, memory_format=_ROWS)
-    if w and call.needs.w:
-        into.w = new(w_VD, dtype=acc, memory_format=_ROWS)
+        new = torch.empty_like if whole or call.fused else torch.zeros_like
+        into.w = new(w_VD, dtype=w_VD.dtype if whole else acc, memory_format=_ROWS)
     if bias_V is not None and call.needs.bias:
         into.bias = torch.zeros_like(bias_V, dtype=acc)
     return into
@@ -196,9 +150,9 @@ def rounded(
             return x
         out = torch.empty_like(x, dtype=dtype, memory_format=_ROWS)
         if call.fused and x.ndim == 2:
-            from .fused import scale_into
+            from ..kernels import scatter  # only where Triton is
 
-            scale_into(out, x, factor)
+            scatter.row_sums(out, base_ID=x, base_factor=factor)
             return out
         for part, rows in zip(out.split(4096), x.split(4096)):
             part.copy_(rows if factor is None else rows * factor.to(x.dtype))
@@ -212,70 +166,61 @@ def grouped_pass(
     call: Call, pairs: Pairs, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Grads]:
     """Loss, log-prob sums of policy and reference, and the finished fp32 gradients."""
-    streamer, rows = call.open(h_TD, w_VD, bias_V)
-    first_is_unit = call.plan.groups[0].unit
-    total = _new_grads(call, h_TD, w_VD, bias_V, w=not first_is_unit)
-    if first_is_unit:  # its buffers become the total, so none are needed beside them
-        total.bias = None
+    streamer = call.open(h_TD, w_VD, bias_V)
+    # The buffers of a unit become the total, so none are needed beside them.
+    total = Grads() if call.plan.groups[0].unit else _new_grads(call, streamer)
+    if call.needs.h:
+        total.h = torch.zeros_like(h_TD, dtype=streamer.acc_dtype, memory_format=_ROWS)
     call.blocks = []
     parts: list[Share] = []
     for group in call.plan.groups:
         run = _unit_group if group.unit else _stash_group
-        parts.append(run(call, pairs, group, streamer, rows, total))
+        parts.append(run(call, pairs.part(*group.pairs), group, streamer, total))
     loss = torch.stack([part.loss for part in parts]).sum()
     logp_S = join([part.logp_S for part in parts])
     return loss, logp_S, join([part.ref_logp_S for part in parts]), total
 
 
-def _stash_group(
-    call: Call, pairs: Pairs, group: Group, streamer: Any, rows: TokenRows, total: Grads
-) -> Share:
+def _stash_group(call: Call, pairs: Pairs, group: Group, streamer: Any, total: Grads) -> Share:
     """Pairs whose stash fits the workspace."""
-    h_ND, target_N, block = _run_block(call, streamer, rows, group.rows, keep=True)
-    share = score(call, pairs, block.logp_N, block.ref_logp_N, group.pairs)
-    final = call.fused and group is call.plan.groups[0]
-    dh_ND = streamer.backward(block, h_ND, target_N, share.coef_N, call.needs, total, final=final)
-    block.stash = None
-    if total.h is not None and dh_ND is not None:
-        streamer.add_rows(rows, total.h, *group.rows, dh_ND)
+    block = _run_block(call, streamer, group.rows, keep=True)
+    share = score(call, pairs, [block])
+    first = group is call.plan.groups[0]
+    dh_ND = streamer.backward(block, share.coef_N, total, add=not first)
+    block.free()
+    if total.h is not None:
+        streamer.add_rows(total.h, group.rows, dh_ND)
     return share
 
 
-def _unit_group(
-    call: Call, pairs: Pairs, group: Group, streamer: Any, rows: TokenRows, total: Grads
-) -> Share:
+def _unit_group(call: Call, pairs: Pairs, group: Group, streamer: Any, total: Grads) -> Share:
     """A pair longer than the workspace.
 
     Its unit gradients, those of ``sum sign * logp``, are accumulated block by block and multiplied
     by the pair's scalar once the loss is known.  An objective whose two sides have scalars of
     their own needs the weight's unit gradient of each side.
     """
-    sides = slice(2 * group.pairs[0], 2 * group.pairs[1])
-    sizes, by_margin = pairs.sizes[sides], pairs.objective.by_margin
-    lengths_S = None if pairs.lengths_S is None else pairs.lengths_S[sides]
-    sign_S = pairs.objective.token_signs(lengths_S, 2, pairs.device)
+    sizes, by_margin = pairs.sizes, pairs.objective.by_margin
+    h_TD = streamer.rows.h_TD
+    sign_S = pairs.objective.token_signs(pairs.lengths_S, 2, h_TD.device)
     sign_N = _per_token(sign_S, sizes)
     offset, middle = group.rows[0], group.rows[0] + sizes[0]
-    w_VD, bias_V = streamer.head.w_VD, streamer.head.bias_V
-    units = [_new_grads(call, rows.h_TD[:0], w_VD, bias_V) for _ in range(1 if by_margin else 2)]
+    units = [_new_grads(call, streamer) for _ in range(1 if by_margin else 2)]
     unit_h = None
     if total.h is not None:
-        shape = sum(sizes), rows.h_TD.shape[1]
-        unit_h = torch.empty(shape, dtype=streamer.acc_dtype, device=rows.h_TD.device)
+        unit_h = h_TD.new_empty(sum(sizes), h_TD.shape[1], dtype=streamer.acc_dtype)
     blocks = []
     for start, stop in group.spans:
-        h_ND, target_N, block = _run_block(call, streamer, rows, (start, stop), keep=True)
+        block = _run_block(call, streamer, (start, stop), keep=True)
         unit = units[0] if by_margin else units[start >= middle]
-        coef_N = sign_N[start - offset : stop - offset]
-        writes = call.fused and (start == offset or (start == middle and not by_margin))
-        dh_ND = streamer.backward(block, h_ND, target_N, coef_N, call.needs, unit, final=writes)
+        rows = slice(start - offset, stop - offset)
+        first = start == offset or (start == middle and not by_margin)
+        dh_ND = streamer.backward(block, sign_N[rows], unit, add=not first)
         if unit_h is not None:
-            unit_h[start - offset : stop - offset] = dh_ND
-        block.stash = None
+            unit_h[rows] = dh_ND
+        block.free()
         blocks.append(block)
-    logp_N = torch.cat([block.logp_N for block in blocks])
-    found = [block.ref_logp_N for block in blocks if block.ref_logp_N is not None]
-    share = score(call, pairs, logp_N, torch.cat(found) if found else None, group.pairs)
+    share = score(call, pairs, blocks)
     assert share.slope_S is not None
     scalar_S = (share.slope_S / sign_S).to(streamer.acc_dtype)
     for unit, scalar in zip(units, scalar_S):
@@ -283,7 +228,7 @@ def _unit_group(
         total.bias = _add_scaled(total.bias, unit.bias, scalar)
     if total.h is not None and unit_h is not None:
         scalar_N = _per_token(scalar_S, sizes)
-        streamer.add_rows(rows, total.h, *group.rows, unit_h.mul_(scalar_N[:, None]))
+        streamer.add_rows(total.h, group.rows, unit_h.mul_(scalar_N[:, None]))
     return share
 
 

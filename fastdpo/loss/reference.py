@@ -73,14 +73,14 @@ def linear_kl(
     ref_h_TD: Tensor,
     ref_w_VD: Tensor,
     *,
-    rows_N: Tensor | None = None,
     bias_V: Tensor | None = None,
     ref_bias_V: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    **head: Any,
 ) -> Tensor:
-    """KL(reference || policy) of the next token at each selected row, (N,)."""
-    head = {"rows_N": rows_N, "scale": scale, "softcap": softcap}
+    """KL(reference || policy) of the next token at each selected row, (N,).
+
+    ``head`` has the other keyword arguments of `linear_logits`, the same for both.
+    """
     z_NV = linear_logits(h_TD, w_VD, bias_V=bias_V, **head)
     ref_z_NV = linear_logits(ref_h_TD, ref_w_VD, bias_V=ref_bias_V, **head)
     logp_NV, ref_logp_NV = z_NV.log_softmax(-1), ref_z_NV.log_softmax(-1)

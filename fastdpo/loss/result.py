@@ -7,20 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from ..kernels.support import METRICS
 from .call import Pairs
 from .plan import Plan
-
-METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "lengths/chosen",
-    "lengths/rejected",
-    "length_margin",
-)
 
 
 class PreferenceLoss(dict[str, Tensor]):

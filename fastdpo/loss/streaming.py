@@ -13,16 +13,16 @@ Legend: N rows of the block, D hidden, V vocabulary, C a vocabulary chunk, K chu
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import IGNORE
 from .gemm import Products
 from .plan import Plan
-
-IGNORE = -100
 
 
 class Head(NamedTuple):
@@ -33,10 +33,6 @@ class Head(NamedTuple):
     scale: float
     softcap: float | None
 
-    def chunks(self, size: int) -> Iterator[tuple[int, int]]:
-        V = self.w_VD.shape[0]
-        return ((v0, min(v0 + size, V)) for v0 in range(0, V, size))
-
 
 class Needs(NamedTuple):
     """Which gradients are wanted."""
@@ -44,10 +40,6 @@ class Needs(NamedTuple):
     h: bool
     w: bool
     bias: bool
-
-    @property
-    def head(self) -> bool:
-        return self.w or self.bias
 
 
 @dataclass
@@ -59,6 +51,13 @@ class Grads:
     bias: Tensor | None = None
 
 
+class Tokens(NamedTuple):
+    """The hidden rows of a block, and their targets."""
+
+    h_ND: Tensor
+    target_N: Tensor
+
+
 class TokenRows(NamedTuple):
     """Scored tokens: which hidden row predicts which target."""
 
@@ -66,17 +65,17 @@ class TokenRows(NamedTuple):
     rows_N: Tensor | None
     target_N: Tensor
 
-    def block(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def block(self, start: int, stop: int) -> Tokens:
         """Hidden rows and targets of a block."""
         rows = slice(start, stop) if self.rows_N is None else self.rows_N[start:stop]
-        return self.h_TD[rows], self.target_N[start:stop]
+        return Tokens(self.h_TD[rows], self.target_N[start:stop])
 
-    def scatter(self, dh_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
+    def scatter(self, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
         """Add a block's gradient to the hidden rows it came from, in a fixed order."""
         if self.rows_N is None:
-            dh_TD[start:stop].add_(dh_ND)
+            total_TD[start:stop].add_(dh_ND)
         else:
-            _add_rows(dh_TD, self.rows_N[start:stop], dh_ND)
+            _add_rows(total_TD, self.rows_N[start:stop], dh_ND)
 
 
 def _columns(target_N: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
@@ -86,23 +85,29 @@ def _columns(target_N: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
 
 
 class _Fold:
-    """Log-sum-exp of each row and the target's logit, from one chunk at a time.
+    """Log-sum-exp of each row, the target's logit and statistics, from one chunk at a time.
 
     The exponentials are summed without the target's, so that the log-prob of a likely target,
     ``-log(1 + rest / own)``, is not the difference of two numbers near its logit.
     """
 
-    def __init__(self, target_N: Tensor, num_chunks: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, target_N: Tensor, num_chunks: int, dtype: torch.dtype, stats: frozenset[str]
+    ) -> None:
         N = target_N.shape[0]
         self.target_N = target_N
         self.max_KN = torch.empty(num_chunks, N, dtype=dtype, device=target_N.device)
         self.sum_KN = torch.empty_like(self.max_KN)
         self.rest_KN = torch.empty_like(self.max_KN)
         self.target_z_N = torch.zeros(N, dtype=dtype, device=target_N.device)
+        self.stats = stats
+        self.part = {name: torch.zeros_like(self.max_KN) for name in stats - {"top1"}}
 
     def add(self, k: int, v0: int, z_NC: Tensor, out_NC: Tensor | None = None) -> Tensor:
         """Fold chunk ``k``; ``exp(z - max)`` overwrites the logits, or ``out_NC`` if given."""
         column_N1, hit_N1 = _columns(self.target_N, v0, v0 + z_NC.shape[1])
+        if "mean_logit" in self.stats:
+            self.part["mean_logit"][k] = z_NC.sum(1)
         self.target_z_N += torch.where(hit_N1, z_NC.gather(1, column_N1), 0.0)[:, 0]
         torch.amax(z_NC, 1, out=self.max_KN[k])
         # A chunk of a padded vocabulary may be -inf throughout.
@@ -113,9 +118,14 @@ class _Fold:
         torch.sum(e_NC, 1, out=self.rest_KN[k])
         e_NC.scatter_(1, column_N1, own_N1)
         torch.add(self.rest_KN[k], torch.where(hit_N1, own_N1, 0.0)[:, 0], out=self.sum_KN[k])
+        if "entropy" in self.stats:  # sum e * (z - max); e is 0 where z - max underflows
+            self.part["entropy"][k] = torch.special.entr(e_NC).sum(1)
+        if "log_sum_sq_probs" in self.stats:
+            self.part["log_sum_sq_probs"][k] = e_NC.square().sum(1)
         return e_NC
 
-    def lse(self) -> Tensor:
+    @cached_property
+    def lse_N(self) -> Tensor:
         return torch.logsumexp(self.max_KN + self.sum_KN.log(), 0)
 
     def logp(self) -> Tensor:
@@ -123,56 +133,24 @@ class _Fold:
         logp_N = -F.softplus(rest_lse_N - self.target_z_N, threshold=50.0)
         return torch.where(self.target_N == IGNORE, 0.0, logp_N)
 
-
-class _Stats:
-    """Per-token statistics of the policy's logits, summed a chunk at a time."""
-
-    def __init__(self, names: frozenset[str], like_KN: Tensor) -> None:
-        self.names = names
-        self.part = {name: torch.zeros_like(like_KN) for name in names - {"top1"}}
-
-    def before(self, k: int, z_NC: Tensor, ref_z_NC: Tensor | None) -> Tensor | None:
-        """Take what must be read before the logits are overwritten."""
-        if "mean_logit" in self.names:
-            self.part["mean_logit"][k] = z_NC.sum(1)
-        if "kl_ref" in self.names:
-            assert ref_z_NC is not None
-            return ref_z_NC - z_NC
-        return None
-
-    def after(
-        self, k: int, e_NC: Tensor, ref_e_NC: Tensor | None, difference_NC: Tensor | None
-    ) -> None:
-        if "entropy" in self.names:  # sum e * (z - max); e is 0 where z - max underflows
-            self.part["entropy"][k] = torch.special.entr(e_NC).sum(1)
-        if "log_sum_sq_probs" in self.names:
-            self.part["log_sum_sq_probs"][k] = e_NC.square().sum(1)
-        if "kl_ref" in self.names:
-            assert ref_e_NC is not None and difference_NC is not None
-            # Both logits of a padded token may be -inf, whose difference is NaN.
-            terms_NC = torch.where(ref_e_NC > 0, ref_e_NC * difference_NC, 0.0)
-            self.part["kl_ref"][k] = terms_NC.sum(1)
-
-    def finish(
-        self, fold: _Fold, lse_N: Tensor, V: int, ref: _Fold | None, ref_lse_N: Tensor | None
-    ) -> dict[str, Tensor]:
-        shift_KN = fold.max_KN - lse_N
+    def finish_stats(self, ref: "_Fold", V: int) -> dict[str, Tensor]:
+        """Statistics of each token; ``ref`` has the reference's fold where one needs it."""
+        shift_KN = self.max_KN - self.lse_N
         weight_KN, out = shift_KN.exp(), {}
-        if "mean_logit" in self.names:
+        if "mean_logit" in self.stats:
             out["mean_logit"] = self.part["mean_logit"].sum(0) / V
-        if "top1" in self.names:
-            out["top1"] = (fold.target_z_N >= fold.max_KN.amax(0)).to(lse_N.dtype)
-        if "entropy" in self.names:  # -sum p log p, with log p = (z - max) + shift
-            own_KN = self.part["entropy"] - shift_KN * fold.sum_KN
+        if "top1" in self.stats:
+            out["top1"] = (self.target_z_N >= self.max_KN.amax(0)).to(shift_KN.dtype)
+        if "entropy" in self.stats:  # -sum p log p, with log p = (z - max) + shift
+            own_KN = self.part["entropy"] - shift_KN * self.sum_KN
             out["entropy"] = (weight_KN * own_KN).sum(0)
-        if "log_sum_sq_probs" in self.names:
+        if "log_sum_sq_probs" in self.stats:
             squares_N = (weight_KN.square() * self.part["log_sum_sq_probs"]).sum(0)
             out["log_sum_sq_probs"] = squares_N.log()
-        if "kl_ref" in self.names:
-            assert ref is not None and ref_lse_N is not None
-            cross_N = ((ref.max_KN - ref_lse_N).exp() * self.part["kl_ref"]).sum(0)
-            out["kl_ref"] = cross_N - ref_lse_N + lse_N
-        scored_N = fold.target_N != IGNORE
+        if "kl_ref" in self.stats:
+            cross_N = ((ref.max_KN - ref.lse_N).exp() * self.part["kl_ref"]).sum(0)
+            out["kl_ref"] = cross_N - ref.lse_N + self.lse_N
+        scored_N = self.target_N != IGNORE
         return {name: torch.where(scored_N, x_N, 0.0) for name, x_N in out.items()}
 
 
@@ -215,11 +193,13 @@ class Stash:
 
 @dataclass
 class Block:
-    """The forward of one block of rows; ``stash`` holds what its backward reads.
+    """The forward of the block of rows ``span``; ``stash`` holds what its backward reads.
 
     ``own_N`` is the derivative of each log-prob by its target's uncapped logit.
     """
 
+    span: tuple[int, int]
+    tokens: Tokens | None  # as the backward reads them; None to fetch them again
     logp_N: Tensor
     lse_N: Tensor
     max_KN: Tensor
@@ -229,37 +209,40 @@ class Block:
     ref_logp_N: Tensor | None = None
     ref_lse_N: Tensor | None = None
 
+    def free(self) -> None:
+        """Let go of what only the backward reads and a whole call cannot keep."""
+        self.tokens = self.stash = None
+
 
 class Streamer:
     """Runs a head over blocks of rows with the products and the chunk size of one call."""
 
-    def __init__(self, head: Head, plan: Plan) -> None:
-        self.head = head
-        self.chunks = list(head.chunks(plan.vocab_chunk))
+    def __init__(self, head: Head, rows: TokenRows, needs: Needs, plan: Plan) -> None:
+        self.head, self.rows, self.needs = head, rows, needs
+        V, size = head.w_VD.shape[0], plan.vocab_chunk
+        self.chunks = [(v0, min(v0 + size, V)) for v0 in range(0, V, size)]
         self.products = Products(head.w_VD.dtype, head.w_VD.device)
         self.acc_dtype = self.products.acc_dtype
 
-    @staticmethod
-    def rows_of(rows: TokenRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Hidden rows and targets of a block."""
-        return rows.block(start, stop)
+    def tokens(self, span: tuple[int, int]) -> Tokens:
+        """A block's, with zeros for the hidden rows of ignored targets, where a non-finite value
+        would reach the gradients as 0 * inf.  On a CPU the caller has left ignored targets out.
+        """
+        h_ND, target_N = self.rows.block(*span)
+        if target_N.device.type != "cpu":
+            h_ND = torch.where((target_N == IGNORE)[:, None], 0, h_ND)
+        return Tokens(h_ND, target_N)
 
-    @staticmethod
-    def add_rows(rows: TokenRows, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
+    def add_rows(self, total_TD: Tensor, span: tuple[int, int], dh_ND: Tensor) -> None:
         """Add a block's gradient to the hidden rows it came from."""
-        rows.scatter(total_TD, start, stop, dh_ND)
+        self.rows.scatter(total_TD, *span, dh_ND)
 
-    def place(
-        self, rows: TokenRows, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool = False
-    ) -> Tensor:
+    def place(self, x_ND: Tensor, scale_N: Tensor | None, *, reuse: bool = False) -> Tensor:
         """``x * scale`` of each token summed into its hidden row; (T, D) in the accumulator."""
-        dh_TD = torch.zeros_like(rows.h_TD, dtype=self.acc_dtype)
+        dh_TD = torch.zeros_like(self.rows.h_TD, dtype=self.acc_dtype)
         x_ND = x_ND if scale_N is None else x_ND * scale_N[:, None]
-        rows.scatter(dh_TD, 0, x_ND.shape[0], x_ND)
+        self.rows.scatter(dh_TD, 0, x_ND.shape[0], x_ND)
         return dh_TD
-
-    def _weights(self, v0: int, v1: int) -> Tensor:
-        return self.products.operand(self.head.w_VD[v0:v1])
 
     def _logits(self, h_blocks: list[Tensor], v0: int, v1: int) -> Tensor:
         z_NC = self.products.project(h_blocks, self.head.w_VD[v0:v1])
@@ -278,51 +261,49 @@ class Streamer:
 
     def forward(
         self,
-        h_ND: Tensor,
-        target_N: Tensor,
+        span: tuple[int, int],
         *,
         keep: bool,
         stats: frozenset[str] = frozenset(),
-        ref: "tuple[Streamer, Tensor] | None" = None,
+        ref: "Streamer | None" = None,
     ) -> Block:
         """Log-probs of a block; with ``keep`` also the stash its backward reads.
 
-        ``ref`` is the reference head and its hidden rows, streamed beside the policy's.
+        ``ref`` is the reference, streamed beside the policy.
         """
-        h_blocks = self.products.inner_blocks(_clean(h_ND, target_N))
-        K = len(self.chunks)
-        fold = _Fold(target_N, K, self.acc_dtype)
-        take = _Stats(stats, fold.max_KN)
-        ref_fold = _Fold(target_N, K, self.acc_dtype) if ref else None
-        ref_blocks = ref[0].products.inner_blocks(ref[1]) if ref else []
+        tokens = self.tokens(span)
+        target_N, K = tokens.target_N, len(self.chunks)
+        h_blocks = self.products.inner_blocks(tokens.h_ND)
+        ref_blocks = ref.products.inner_blocks(ref.tokens(span).h_ND) if ref else []
+        fold = _Fold(target_N, K, self.acc_dtype, stats)
+        ref_fold = _Fold(target_N, K if ref else 0, self.acc_dtype, frozenset())
         stash = Stash(target_N, self.chunks, self.acc_dtype) if keep else None
         for k, (v0, v1) in enumerate(self.chunks):
             z_NC = self._logits(h_blocks, v0, v1)
-            ref_z_NC = ref[0]._logits(ref_blocks, v0, v1) if ref else None
-            difference_NC = take.before(k, z_NC, ref_z_NC)
+            ref_z_NC = ref._logits(ref_blocks, v0, v1) if ref else None
+            difference_NC = None
+            if ref_z_NC is not None and "kl_ref" in stats:
+                difference_NC = ref_z_NC - z_NC
             slope_NC = self._slope(z_NC) if keep and self.head.softcap is not None else None
             e_NC = fold.add(k, v0, z_NC, None if stash is None else stash.chunks[k])
-            ref_e_NC = None
-            if ref_fold is not None and ref_z_NC is not None:
-                ref_e_NC = ref_fold.add(k, v0, ref_z_NC)
-            take.after(k, e_NC, ref_e_NC, difference_NC)
+            if ref_z_NC is not None:
+                e_ref_NC = ref_fold.add(k, v0, ref_z_NC)
+                if difference_NC is not None:
+                    # Both logits of a padded token may be -inf, whose difference is NaN.
+                    terms_NC = torch.where(e_ref_NC > 0, e_ref_NC * difference_NC, 0.0)
+                    fold.part["kl_ref"][k] = terms_NC.sum(1)
             if slope_NC is not None:
                 e_NC.mul_(slope_NC)
-        lse_N, logp_N = fold.lse(), fold.logp()
+        logp_N = fold.logp()
         own_N = -torch.expm1(logp_N)
         if self.head.softcap is not None:
             own_N *= self._slope(fold.target_z_N)
-        block = Block(logp_N, lse_N, fold.max_KN, stash, own_N)
-        ref_lse_N = ref_fold.lse() if ref_fold else None
-        if ref_fold is not None:
-            block.ref_logp_N, block.ref_lse_N = ref_fold.logp(), ref_lse_N
-        block.stats = take.finish(fold, lse_N, self.head.w_VD.shape[0], ref_fold, ref_lse_N)
+        kept = tokens if keep else None
+        block = Block(span, kept, logp_N, fold.lse_N, fold.max_KN, stash, own_N)
+        block.stats = fold.finish_stats(ref_fold, self.head.w_VD.shape[0])
+        if ref:
+            block.ref_logp_N, block.ref_lse_N = ref_fold.logp(), ref_fold.lse_N
         return block
-
-    def _coefficients(self, target_N: Tensor, coef_N: Tensor, upstream: Tensor | None) -> Tensor:
-        """What multiplies each token's log-prob, zero where it is ignored."""
-        coef_N = coef_N if upstream is None else coef_N * upstream
-        return torch.where(target_N == IGNORE, 0.0, coef_N).to(self.acc_dtype)
 
     def _dlogits(
         self, block: Block, e_NC: Tensor, target_N: Tensor, coef_N: Tensor, k: int
@@ -339,77 +320,84 @@ class Streamer:
         return g_NC.scatter_(1, column_N1, g_NC.gather(1, column_N1).masked_fill_(hit_N1, 0.0))
 
     def _add_targets(
-        self,
-        block: Block,
-        h_ND: Tensor,
-        target_N: Tensor,
-        coef_N: Tensor,
-        dh_ND: Tensor | None,
-        into: Grads,
+        self, block: Block, tokens: Tokens, coef_N: Tensor, dh_ND: Tensor | None, into: Grads
     ) -> None:
         """The targets' own entries, in fp32: they are the largest of their rows, and tokens of one
         pair share a coefficient, so rounding them to bf16 first would be one coherent error.
         """
         own_N = block.own_N * coef_N * self.head.scale
-        index_N = target_N.clamp(min=0)
+        index_N = tokens.target_N.clamp(min=0)
         if dh_ND is not None:
             dh_ND.addcmul_(self.head.w_VD[index_N].to(dh_ND.dtype), own_N[:, None])
         if into.bias is not None:
             _add_rows(into.bias, index_N, own_N)
         if into.w is not None:
-            _add_rows(into.w, index_N, h_ND.to(own_N.dtype) * own_N[:, None])
+            _add_rows(into.w, index_N, tokens.h_ND.to(own_N.dtype) * own_N[:, None])
+
+    def _add_chunk(
+        self,
+        g_NC: Tensor,
+        h_ND: Tensor,
+        k: int,
+        into: Grads,
+        dw_CD: Tensor | None,
+        dh_ND: Tensor | None,
+    ) -> None:
+        """Add the products of chunk ``k``'s gradient ``g_NC``: bias, weight and hidden rows."""
+        v0, v1 = self.chunks[k]
+        g_op_NC = self.products.operand(g_NC)
+        if into.bias is not None:
+            into.bias[v0:v1] += g_NC.sum(0)
+        if dw_CD is not None:
+            self.products.addmm(dw_CD, g_op_NC.T, self.products.operand(h_ND))
+        if dh_ND is not None:
+            self.products.addmm(dh_ND, g_op_NC, self.products.operand(self.head.w_VD[v0:v1]))
+
+    def _new_rows(self, h_ND: Tensor) -> Tensor | None:
+        """The accumulator of a block's hidden rows, if their gradient is wanted."""
+        return h_ND.new_zeros(h_ND.shape, dtype=self.acc_dtype) if self.needs.h else None
 
     def backward(
         self,
         block: Block,
-        h_ND: Tensor,
-        target_N: Tensor,
         coef_N: Tensor,
-        needs: Needs,
         into: Grads,
         *,
-        final: bool,
-        rows: TokenRows | None = None,
+        add: bool,
+        whole: bool = False,
         out_ND: Tensor | None = None,
         upstream: Tensor | None = None,
     ) -> Tensor | None:
         """Add the head's gradients of ``upstream * sum coef * logp`` to ``into``; return the rows'.
 
-        That is ``h_ND``'s, in ``out_ND`` if given, or that of all hidden rows.  With ``final`` this
-        block is the whole call: each chunk of the weight's gradient is then one product, rounded
-        into ``into.w``, and needs no accumulator; the rows of targets are rounded again when their
-        own entries are added.
+        That is the block's, in ``out_ND`` if given.  With ``whole`` this block is the whole call
+        and the result that of all hidden rows: each chunk of the weight's gradient is then one
+        product, rounded into ``into.w``, and needs no accumulator; the rows of targets are rounded
+        again when their own entries are added.  ``add`` is for kernels, which write as well.
         """
         assert block.stash is not None
-        h_ND = _clean(h_ND, target_N)
-        coef_N = self._coefficients(target_N, coef_N, upstream)
-        operand = self.products.operand
-        h_acc_ND = operand(h_ND)
-        shape = h_ND.shape
-        dh_ND = torch.zeros(shape, dtype=self.acc_dtype, device=h_ND.device) if needs.h else None
+        tokens = block.tokens or self.tokens(block.span)
+        h_ND, target_N = tokens
+        coef_N = coefficients(target_N, coef_N, upstream, self.acc_dtype)
+        h_op_ND, dh_ND = self.products.operand(h_ND), self._new_rows(h_ND)
         for k, (v0, v1) in enumerate(self.chunks):
             g_NC = self._dlogits(block, block.stash.chunks[k], target_N, coef_N, k)
-            if into.bias is not None:
-                into.bias[v0:v1] += g_NC.sum(0)
-            if into.w is not None and final:
-                self.products.rounded_mm(g_NC.T, h_ND, into.w[v0:v1])
-            elif into.w is not None:
-                self.products.addmm(into.w[v0:v1], operand(g_NC).T, h_acc_ND)
-            if dh_ND is not None:
-                self.products.addmm(dh_ND, operand(g_NC), self._weights(v0, v1))
-        self._add_targets(block, h_ND, target_N, coef_N, dh_ND, into)
+            dw_CD = None if into.w is None else into.w[v0:v1]
+            if whole and dw_CD is not None:
+                self.products.rounded_mm(g_NC.T, h_ND, dw_CD)
+                dw_CD = None
+            self._add_chunk(g_NC, h_op_ND, k, into, dw_CD, dh_ND)
+        self._add_targets(block, tokens, coef_N, dh_ND, into)
         if out_ND is not None and dh_ND is not None:
             return out_ND.copy_(dh_ND)
-        return dh_ND if rows is None or dh_ND is None else self.place(rows, dh_ND, None)
+        return self.place(dh_ND, None) if whole and dh_ND is not None else dh_ND
 
     def recompute_backward(
         self,
-        blocks: list[tuple[int, int, Block]],
-        rows: TokenRows,
+        blocks: list[Block],
         coef_N: Tensor,
-        needs: Needs,
         into: Grads,
-        ref: "tuple[Streamer, TokenRows] | None" = None,
+        ref: "Streamer | None" = None,
         upstream: Tensor | None = None,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp, vocabulary chunks outermost.
@@ -418,73 +406,57 @@ class Streamer:
         accumulator is one chunk high.  With ``ref`` the gradients are those of
         ``sum coef * KL(ref || policy)``.
         """
-        operand, acc = self.products.operand, self.acc_dtype
-        coef_N = self._coefficients(rows.target_N, coef_N, upstream)
-        if needs.h:
-            into.h = torch.zeros_like(rows.h_TD, dtype=acc)
+        coef_N = coefficients(self.rows.target_N, coef_N, upstream, self.acc_dtype)
+        if self.needs.h:
+            into.h = torch.zeros_like(self.rows.h_TD, dtype=self.acc_dtype)
         for k, (v0, v1) in enumerate(self.chunks):
             dw_CD = None
             if into.w is not None:
-                dw_CD = torch.zeros(v1 - v0, into.w.shape[1], dtype=acc, device=into.w.device)
-            for start, stop, block in blocks:
-                h_ND, target_N = rows.block(start, stop)
-                h_ND, coef = _clean(h_ND, target_N), coef_N[start:stop]
+                dw_CD = into.w.new_zeros(v1 - v0, into.w.shape[1], dtype=self.acc_dtype)
+            for block in blocks:
+                h_ND, target_N = self.tokens(block.span)
+                coef = coef_N[slice(*block.span)]
                 if ref is None:
                     e_NC = self._probs(h_ND, k, block.max_KN[k])
                     g_NC = self._dlogits(block, e_NC, target_N, coef, k)
                 else:
-                    assert block.ref_lse_N is not None
-                    ref_h_ND, _ = ref[1].block(start, stop)
-                    other = ref[0], ref_h_ND, block.ref_lse_N
-                    g_NC = self._probs(h_ND, k, block.lse_N, other)
+                    g_NC = self._probs(h_ND, k, block.lse_N, (ref, block))
                     g_NC *= (coef * self.head.scale)[:, None]
-                if into.bias is not None:
-                    into.bias[v0:v1] += g_NC.sum(0)
-                if into.h is not None:
-                    dh_ND = torch.zeros(h_ND.shape, dtype=acc, device=h_ND.device)
-                    self.products.addmm(dh_ND, operand(g_NC), self._weights(v0, v1))
-                    rows.scatter(into.h, start, stop, dh_ND)
-                if dw_CD is not None:
-                    self.products.addmm(dw_CD, operand(g_NC).T, operand(h_ND))
+                dh_ND = self._new_rows(h_ND)
+                self._add_chunk(g_NC, h_ND, k, into, dw_CD, dh_ND)
+                if into.h is not None and dh_ND is not None:
+                    self.add_rows(into.h, block.span, dh_ND)
             if into.w is not None and dw_CD is not None:
                 into.w[v0:v1] = dw_CD
-        if ref is not None:
-            return
-        for start, stop, block in blocks:
-            h_ND, target_N = rows.block(start, stop)
-            h_ND, dh_ND = _clean(h_ND, target_N), None
-            if into.h is not None:
-                dh_ND = torch.zeros(h_ND.shape, dtype=acc, device=h_ND.device)
-            self._add_targets(block, h_ND, target_N, coef_N[start:stop], dh_ND, into)
+        for block in blocks if ref is None else ():
+            tokens = self.tokens(block.span)
+            dh_ND = self._new_rows(tokens.h_ND)
+            self._add_targets(block, tokens, coef_N[slice(*block.span)], dh_ND, into)
             if into.h is not None and dh_ND is not None:
-                rows.scatter(into.h, start, stop, dh_ND)
+                self.add_rows(into.h, block.span, dh_ND)
 
     def _probs(
-        self,
-        h_ND: Tensor,
-        k: int,
-        shift_N: Tensor,
-        ref: "tuple[Streamer, Tensor, Tensor] | None" = None,
+        self, h_ND: Tensor, k: int, shift_N: Tensor, other: "tuple[Streamer, Block] | None" = None
     ) -> Tensor:
         """Exponentials of a chunk, less the reference's, times the cap's slope."""
         v0, v1 = self.chunks[k]
         z_NC = self._logits(self.products.inner_blocks(h_ND), v0, v1)
         slope_NC = None if self.head.softcap is None else self._slope(z_NC)
         z_NC.sub_(shift_N[:, None]).exp_()
-        if ref is not None:
-            streamer, ref_h_ND, ref_lse_N = ref
-            ref_blocks = streamer.products.inner_blocks(ref_h_ND)
-            z_NC -= streamer._logits(ref_blocks, v0, v1).sub_(ref_lse_N[:, None]).exp_()
+        if other is not None:
+            ref, block = other
+            assert block.ref_lse_N is not None
+            ref_blocks = ref.products.inner_blocks(ref.tokens(block.span).h_ND)
+            z_NC -= ref._logits(ref_blocks, v0, v1).sub_(block.ref_lse_N[:, None]).exp_()
         return z_NC if slope_NC is None else z_NC.mul_(slope_NC)
 
 
-def _clean(h_ND: Tensor, target_N: Tensor) -> Tensor:
-    """Hidden rows with zeros for ignored targets, where a non-finite value would reach the
-    gradients as 0 * inf.  On a CPU the caller has left ignored targets out.
-    """
-    if target_N.device.type == "cpu":
-        return h_ND
-    return torch.where((target_N == IGNORE)[:, None], 0, h_ND)
+def coefficients(
+    target_N: Tensor, coef_N: Tensor, upstream: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What multiplies each token's log-prob, zero where it is ignored."""
+    coef_N = coef_N if upstream is None else coef_N * upstream
+    return torch.where(target_N == IGNORE, 0.0, coef_N).to(dtype)
 
 
 def _add_rows(total: Tensor, index_N: Tensor, rows_N: Tensor) -> None:

@@ -608,7 +608,7 @@ def test_shifts_are_the_largest_of_columns_all_over_the_head(name, dtype, V):
     assert_within(shift_N, z_NV[:, columns].amax(1), tolerance, "shift")
     if bias_V is not None:  # columns of no probability alone
         bias_V[columns] = -INF if shape.head.scale > 0 else INF
-        shift_N = project.row_shifts(h_ND, w_VD, bias_V, replace(shape.head, softcap=None))
+        shift_N = project.row_shifts(h_ND, w_VD, bias_V, shape.head._replace(softcap=None))
         assert (shift_N == torch.tensor(-3e38)).all()
 
 

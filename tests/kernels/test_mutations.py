@@ -81,7 +81,7 @@ KERNELS = {
         "pointwise.py",
         "test_fold_against",
         [
-            mask("if HAS_SOFTCAP:  # a product", "if not HAS_SOFTCAP:  # a product"),
+            mask("if softcap is not None:  # a product", "if softcap is None:  # a product"),
             scale("z = a * scale", "z = a"),
             scale("z = softcap * tanh(", "z = tanh("),
             sign("z = a * scale", "z = -a * scale"),
@@ -111,12 +111,21 @@ KERNELS = {
         "test_fold_against or test_keep_",
         [
             mask("return tl.where(scored, e, 0.0)", "return e"),
-            mask("if HAS_SOFTCAP:\n        e *=", "if not HAS_SOFTCAP:\n        e *="),
+            mask("if softcap is not None:\n        e *=", "if softcap is None:\n        e *="),
             scale("e *= slope(z, softcap)", "e *= 2.0 * slope(z, softcap)"),
             sign("e *= slope(z, softcap)", "e *= -slope(z, softcap)"),
         ],
     ),
     # ----------------------------------------------------------------------------------- fold.py
+    "places": Kernel(
+        "fold.py",
+        "test_fold_against or test_keep_ or test_cross_",
+        [
+            mask("row[:, None] & (c < C)[None, :]", "row[:, None] & (c >= 0)[None, :]"),
+            scale("tl.program_id(0) * ROWS", "tl.program_id(0)"),
+            sign("row = n < R", "row = n >= R"),
+        ],
+    ),
     "load_logits": Kernel(
         "fold.py",
         "test_fold_against",
@@ -206,7 +215,7 @@ KERNELS = {
             mask("tl.where(own > 0.0, own * (t - shift), 0.0)", "own * (t - shift)"),
             mask("tl.where(scored, miss, 0.0)", "miss"),
             mask("moved = row & (lowest < shift)", "moved = row & (lowest > shift)"),
-            mask("if HAS_SOFTCAP:\n        miss", "if not HAS_SOFTCAP:\n        miss"),
+            mask("if softcap is not None:\n        miss", "if softcap is None:\n        miss"),
             mask(
                 "inside = moved[:, None] & (v < V)[None, :]",
                 "inside = moved[:, None] & (v < V + 1)[None, :]",
@@ -318,10 +327,7 @@ KERNELS = {
                 "tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=True)",
                 "tl.range(tl.program_id(0), units, 2 * tl.num_programs(0), flatten=True)",
             ),
-            sign(
-                "tl.program_id(0), h_desc, w_desc",
-                "tl.num_programs(0) - tl.program_id(0), h_desc, w_desc",
-            ),
+            sign("unit = tl.program_id(0)", "unit = tl.num_programs(0) - tl.program_id(0)"),
         ],
     ),
     # -------------------------------------------------------------------------------- scatter.py
