@@ -119,11 +119,9 @@ def has_flash_attn() -> bool:
 
 @cache
 def varlen_options() -> frozenset[str]:
-    """Arguments of this torch's ``varlen_attn``: none before torch 2.10, whose has no window."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
+    """Arguments of this torch's ``varlen_attn``: that of torch 2.10 has no window."""
+    from torch.nn.attention.varlen import varlen_attn
+
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
@@ -322,15 +320,14 @@ def refuse_lost_windows() -> Iterator[None]:
 @contextmanager
 def own_attention(model: nn.Module) -> Iterator[None]:
     """Within it, a model runs unpacked, with its own attention or transformers'."""
-    packed = model.config._attn_implementation  # type: ignore[union-attr]
-    if packed != NAME:
-        yield
-        return
-    use_own_attention(model)
+    packed = model.config._attn_implementation == NAME  # type: ignore[union-attr]
+    if packed:
+        use_own_attention(model)
     try:
         yield
     finally:
-        model.set_attn_implementation(packed)  # type: ignore[operator]
+        if packed:
+            model.set_attn_implementation(NAME)  # type: ignore[operator]
 
 
 def use_own_attention(model: nn.Module) -> None:
