@@ -80,7 +80,6 @@ def add_lora(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha,
-        lora_dropout=0.0,
         target_modules=modules,
         target_parameters=[*parameters, *(f"{name}.weight" for name in taken)] or None,
     )
@@ -110,7 +109,8 @@ def _targets(
 ) -> tuple[list[str], list[str], list[str]]:
     """Names of layers that the user gave, if some, and full names of layers and parameters."""
     names = [target_modules] if isinstance(target_modules, str) else target_modules
-    modules, parameters = _linear_layers(model), list(of_mixture)
+    own_head, parameters = model.get_output_embeddings(), list(of_mixture)
+    modules = [n for n, m in model.named_modules() if m is not own_head and _is_linear(m)]
     if names == [ALL_LINEAR]:
         names = None
     if names is not None:
@@ -182,12 +182,6 @@ def trainable_share(model: nn.Module) -> str:
 def _fits(name: str, targets: list[str]) -> bool:
     """peft's rule: a whole name, or its end."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _linear_layers(model: Any) -> list[str]:
-    """Names of all linear layers but the head."""
-    own = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if m is not own and _is_linear(m)]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -119,8 +119,7 @@ def attach(model: Any) -> None:
         )
     head._fastdpo_settings = head_settings(base.config)
     # Inkling's logits end before the rows that only fill its head up.
-    text = base.config.get_text_config()
-    head._fastdpo_vocab = getattr(text, "unpadded_vocab_size", None)
+    head._fastdpo_vocab = getattr(base.config.get_text_config(), "unpadded_vocab_size", None)
     module: Any
     for module, forward in ((head, _forward_of_head), (base, _forward_of_model)):
         module._fastdpo_plain_forward = module.forward

@@ -39,6 +39,7 @@ _BESIDE = (
 # What weights are kept in, in the order in which transformers looks for them.
 _WEIGHTS = (("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"))
 _log = logging.getLogger(__name__)
+_warn_once = cache(_log.warning)
 
 
 def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
@@ -79,6 +80,8 @@ def _loading(name: str, part: str = "") -> Iterator[None]:
     check_folder(name)
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:  # a model's code and a configuration's checks can raise anything
         raise ModelError(
             f"{part}model={name!r} cannot be loaded: {type(error).__name__}: {short(error)}"
@@ -95,7 +98,7 @@ def stop_ids(name: str, tokenizer: Any) -> list[int]:
     """
     from transformers import GenerationConfig
 
-    try:
+    with _loading(name, "generation_config.json of "):
         try:
             settings = GenerationConfig.from_pretrained(name)
         except OSError:  # a model needn't have one
@@ -104,10 +107,6 @@ def stop_ids(name: str, tokenizer: Any) -> list[int]:
         found = end_ids(tokenizer.eos_token_id if own is None else own)
         if not all(type(x) is int for x in found):
             raise TypeError(f"eos_token_id={own!r} must be a token id or a list of them")
-    except (ValueError, TypeError) as error:
-        raise ModelError(
-            f"generation_config.json of model={name!r} cannot be used: {short(error)}"
-        ) from error
     return found
 
 
@@ -247,11 +246,6 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: 
         )
     keep_softcap(model)
     return model
-
-
-@cache
-def _warn_once(message: str) -> None:
-    _log.warning(message)
 
 
 def short(error: object, most: int = 300) -> str:

@@ -269,7 +269,8 @@ class _Alone:
         vocab = min(table.weight.shape[0] for table in tables)
         self.padded = Layout("padded", classes)
         sizes = [(7, 5, 9), (11, 8, 4)]
-        experts = _has_experts(model)
+        modules = model.named_modules()
+        experts = any("expert" in f"{name} {type(x).__name__}".lower() for name, x in modules)
         if experts:  # many tokens, so that most of them answer
             sizes = [(21, 15, 27), (33, 24, 12)] * 2
         ids = [i * 7919 % vocab for i in range(sum(map(sum, sizes)))]
@@ -379,13 +380,6 @@ def _cut_into(ids: list[int], sizes: list[tuple[int, int, int]]) -> list[Tokeniz
     rest = iter(ids)
     taken = [[list(islice(rest, n)) for n in size] for size in sizes]
     return [TokenizedPair(prompt, chosen, rejected) for prompt, chosen, rejected in taken]
-
-
-def _has_experts(model: nn.Module) -> bool:
-    return any(
-        "expert" in f"{name} {type(module).__name__}".lower()
-        for name, module in model.named_modules()
-    )
 
 
 def _disable_dropout(model: nn.Module) -> None:
