@@ -38,7 +38,7 @@ _windows: tuple[set[int | None], set[int | None]] | None = None
 
 
 class Call(NamedTuple):
-    """What a layer asks for beside its tensors: a factor on scores, a window, a soft cap on them."""
+    """What a layer asks for beside its tensors: scores' factor and soft cap, and a window."""
 
     segments: Segments
     scale: float | None
@@ -189,10 +189,8 @@ def sdpa(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
     if groups > 1 and (is_gpu(q_THd.device) or call.softcap is not None):
         # On CUDA, grouped heads outside flash attention would materialize all scores.
         k_KHd, v_KHd = (x.repeat_interleave(groups, 1) for x in (k_KHd, v_KHd))
-    sizes_q, sizes_k = (
-        [b - a for a, b in pairwise(bounds)]
-        for bounds in (call.segments.bounds_q, call.segments.bounds_k)
-    )
+    bounds = call.segments.bounds_q, call.segments.bounds_k
+    sizes_q, sizes_k = ([b - a for a, b in pairwise(x)] for x in bounds)
     # Split and concatenated, not sliced: the gradient of a slice is a zeroed copy of the whole.
     q, k, v = (
         x.transpose(0, 1).unsqueeze(0).split(sizes, 2)
