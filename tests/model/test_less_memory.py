@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import BLOOM, GEMMA, LLAMA, MISTRAL, OPT, PHI, QWEN, _family
+from tiny import BLOOM, GEMMA, LLAMA, MISTRAL, MIXTRAL, OLMO2, OPT, PHI, QWEN, _family
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,10 +28,8 @@ from fastdpo.model.prepare import checkpoint_activations, packed_loss, prepare_m
 from fastdpo.model.tiling import tile_mlp
 
 GEMMA3 = _family("gemma3_text", "Gemma3TextConfig", sliding_window=8, query_pre_attn_scalar=8)
-OLMO2 = _family("olmo2", "Olmo2Config")
 QWEN2 = _family("qwen2", "Qwen2Config")
 PHI3 = _family("phi3", "Phi3Config", partial_rotary_factor=0.5)
-MIXTRAL = _family("mixtral", "MixtralConfig", num_local_experts=4)
 SHARED_EXPERT = _family(
     "qwen2_moe", "Qwen2MoeConfig", num_experts=4, moe_intermediate_size=16,
     shared_expert_intermediate_size=48, decoder_sparse_step=2,
