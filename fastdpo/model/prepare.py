@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -30,6 +31,7 @@ from fastdpo.loss.objectives import lr_dpo
 from fastdpo.loss.ops import PreferenceLoss, linear_preference_loss
 from fastdpo.model import attention, head, liger, noise, offload, rope, tiling
 from fastdpo.model.balance import balancing_loss, token_mask
+from fastdpo.model.load import short
 
 _log = logging.getLogger(__name__)
 _FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError)
@@ -56,22 +58,19 @@ def packed_loss(
     shared prompt counts once.  The metrics then have both, ``preference_loss`` and ``aux_loss``
     (TRL's name, and as there not multiplied).
     """
-
-    def loss(h_TD: Tensor, **parameters: Any) -> PreferenceLoss:
-        return linear_preference_loss(
-            h_TD,
-            target_N=batch.target_N,
-            bounds_S1=batch.bounds_S1,
-            ref_logp_S=ref_logp_S,
-            objective=lr_dpo(beta, alpha),
-            rows_N=batch.rows_N,
-            weight_P=batch.weight_P,
-            smoothing_P=batch.smoothing_P,
-            num_pairs=num_pairs,
-            workspace_mib=workspace_mib,
-            impl=impl,
-            **parameters,
-        )
+    loss = partial(
+        linear_preference_loss,
+        target_N=batch.target_N,
+        bounds_S1=batch.bounds_S1,
+        ref_logp_S=ref_logp_S,
+        objective=lr_dpo(beta, alpha),
+        rows_N=batch.rows_N,
+        weight_P=batch.weight_P,
+        smoothing_P=batch.smoothing_P,
+        num_pairs=num_pairs,
+        workspace_mib=workspace_mib,
+        impl=impl,
+    )
 
     def with_routers(base: Any, gate_logits: Any, result: PreferenceLoss) -> PreferenceLoss:
         aux = balancing_loss(base, gate_logits, token_mask(batch)).to(result.loss.device)
@@ -122,10 +121,9 @@ def prepare_model(
     vars(head.base_of(model)).pop("_fastdpo_layout", None)  # of an earlier time, to be found again
     with _probing(model, bf16) if prove else nullcontext():
         if prove:
-            with _readable(model):
-                alone = _Alone(model, classes)
-                with attention.own_attention(model):
-                    head.check(model, impl)
+            with attention.own_attention(model):
+                alone = _run_alone(model, classes)
+                head.check(model, impl)
         if use_liger_kernel:
             liger.use_liger(model)
             if alone is not None:
@@ -155,45 +153,27 @@ def _probing(model: nn.Module, bf16: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _readable(model: nn.Module) -> Iterator[None]:
-    """Say in one line that a model can't be run on plain sequences of tokens, or its head can't."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except _FAILURES as error:
-        raise ModelError(
-            f"{type(head.base_of(model)).__name__} cannot be trained on pairs: for sequences of "
-            f"tokens it gives {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
-
-
 def _silence(model: nn.Module, alone: "_Alone", layout: Layout) -> None:
     """Put a model in training mode, where it is to compute what it does in evaluation."""
     wanted = alone.in_batch(model, layout)
     model.train()
-    reason = "noise or dropout that cannot be switched off"
     try:
         noise.quiet(model, lambda: alone.in_batch(model, layout))
+        if not all(torch.equal(alone.in_batch(model, layout), wanted) for _ in range(_PASSES)):
+            raise ValueError("noise or dropout that cannot be switched off")
     except ValueError as error:
-        same, reason = False, str(error)
-    else:
-        same = all(torch.equal(alone.in_batch(model, layout), wanted) for _ in range(_PASSES))
-    if not same:
         raise ModelError(
             f"{type(model).__name__} gives two forward passes different hidden states: it has "
-            f"{reason}; policy and reference would differ"
-        )
+            f"{error}; policy and reference would differ"
+        ) from error
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute each layer's activations in the backward."""
-    kwargs = {"use_reentrant": False}
+    """Recompute each layer's activations in the backward, not reentrant as is the default."""
     if hasattr(model, "activation_checkpointing_enable"):  # renamed before transformers 6
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        model.activation_checkpointing_enable()
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model.gradient_checkpointing_enable()
 
 
 def fuse_head(model: Any, impl: str = "auto") -> None:
@@ -228,34 +208,20 @@ def _first_exact(model: Any, alone: "_Alone | None", layouts: Sequence[Layout]) 
             elif own == attention.NAME:  # prepared before
                 attention.use_own_attention(model)
             _refuse_state(model, layout)
-            if alone is None:
-                return layout
-            windows = nullcontext() if layout == "padded" else attention.refuse_lost_windows()
-            with windows, rope.received() as positions:
-                error = alone.error(model, layout)
-            alone.check_positions(positions, layout)
-            alone.check_in_fp32(model, layout)
+            if alone is not None:
+                alone.check(model, layout)
         # A model that was not made for packed rows can fail in any way.
         except _FAILURES as problem:
-            reasons.append(f"{layout}: {' '.join(str(problem).split())[:200]}")
-        else:
-            # Rounding of a mixture of experts may depend on what else is in a batch, in any layout.
-            leak = 0.0 if layout == "padded" else alone.leak(model, layout)
-            isolated = leak <= max(4 * alone.padded_leak, alone.rounding)
-            if error < alone.tolerance and isolated:
-                if reasons:
-                    _log.warning(
-                        "%s: pairs are %s, which costs more than a shared prompt. %s",
-                        type(head.base_of(model)).__name__, layout, "; ".join(reasons),
-                    )  # fmt: skip
-                return layout
-            reasons.append(
-                f"{layout}: pairs are not isolated, hidden states differ by {error:.2g} of their "
-                f"size from those of each sequence alone and by {leak:.2g} with what is beside it; "
-                "its layers do not all attend through transformers' AttentionInterface"
-            )
-        if model.config._attn_implementation != own:
-            model.set_attn_implementation(own)
+            reasons.append(f"{layout}: {short(problem)}")
+            if model.config._attn_implementation != own:
+                model.set_attn_implementation(own)
+            continue
+        if reasons and alone is not None:
+            _log.warning(
+                "%s: pairs are %s, which costs more than a shared prompt. %s",
+                type(head.base_of(model)).__name__, layout, "; ".join(reasons),
+            )  # fmt: skip
+        return layout
     raise ModelError(
         f"{type(head.base_of(model)).__name__} computes pairs exactly in no layout asked for. "
         + "; ".join(reasons)
@@ -282,8 +248,19 @@ def _refuse_state(model: Any, layout: str) -> None:
     raise ValueError(f"the model's layers have {what}, which runs across packed sequences")
 
 
+def _run_alone(model: Any, classes: LengthClasses) -> "_Alone":
+    """`_Alone`, or one line that says why a model can't be run on plain sequences of tokens."""
+    try:
+        return _Alone(model, classes)
+    except _FAILURES as error:
+        raise ModelError(
+            f"{type(head.base_of(model)).__name__} cannot be trained on pairs: for sequences of "
+            f"tokens it gives {type(error).__name__}: {short(error, 200)}"
+        ) from error
+
+
 class _Alone:
-    """Short pairs, and what the model as loaded gives for each sequence by itself."""
+    """Short pairs, and what the model with its own attention gives for each sequence by itself."""
 
     def __init__(self, model: Any, classes: LengthClasses = ANY_LENGTH) -> None:
         device = next(model.parameters()).device
@@ -292,19 +269,19 @@ class _Alone:
         vocab = min(table.weight.shape[0] for table in tables)
         self.padded = Layout("padded", classes)
         sizes = [(7, 5, 9), (11, 8, 4)]
-        experts = _has_experts(model)
+        modules = model.named_modules()
+        experts = any("expert" in f"{name} {type(x).__name__}".lower() for name, x in modules)
         if experts:  # many tokens, so that most of them answer
             sizes = [(21, 15, 27), (33, 24, 12)] * 2
         ids = [i * 7919 % vocab for i in range(sum(map(sum, sizes)))]
         self.pairs = _cut_into(ids, sizes)
         hidden = []
-        with attention.own_attention(model):
-            for pair in self.pairs:
-                for response in (pair.chosen_ids, pair.rejected_ids):
-                    inputs = torch.tensor([pair.prompt_ids + response], device=device)
-                    rows = slice(len(pair.prompt_ids) - 1, -1)
-                    call = head.HeadCall(lambda h_TD, **_: h_TD)
-                    hidden.append(model(input_ids=inputs, head_call=call)[rows])
+        for pair in self.pairs:
+            for response in (pair.chosen_ids, pair.rejected_ids):
+                inputs = torch.tensor([pair.prompt_ids + response], device=device)
+                rows = slice(len(pair.prompt_ids) - 1, -1)
+                call = head.HeadCall(lambda h_TD, **_: h_TD)
+                hidden.append(model(input_ids=inputs, head_call=call)[rows])
         self.hidden_ND = torch.cat(hidden).float()
         *others, last = _cut_into([(token + 1) % vocab for token in ids], sizes)
         # The last response and its prompt stay, everything beside them is another.
@@ -319,8 +296,7 @@ class _Alone:
         # Experts round by how many tokens they get, which is no leak; those are of order one.
         self.rounding = self.tolerance if experts else 0.0
         # Rounding differences stay near eps times the depth; leaked attention is of order one.
-        with attention.own_attention(model):
-            self.padded_leak = self.leak(model, self.padded)
+        self.padded_leak = self.leak(model, self.padded)
         self.in_fp32: _Alone | None = None
         if experts and half and all(p.dtype == torch.float32 for p in model.parameters()):
             with torch.autocast(device.type, enabled=False):
@@ -343,29 +319,28 @@ class _Alone:
         """
         count = len(self.pairs[-1].rejected_ids)
         before, after = (self.in_batch(model, layout, x)[-count:] for x in (None, self.changed))
-        difference = after.float() - before.float()
-        error_N = difference.norm(dim=-1) / before.float().norm(dim=-1)
-        return float(error_N.quantile(self.share))
+        return float(_relative(after, before.float()).quantile(self.share))
 
-    def check_positions(self, found: list[Tensor], layout: Layout) -> None:
-        """Refuse a model whose frequencies are chosen by other positions than the batch's."""
+    def check(self, model: nn.Module, layout: Layout) -> None:
+        """Refuse a layout in which a sequence is not what it is alone."""
+        with attention.refuse_lost_windows(), rope.received() as received:
+            error = self.error(model, layout)
         wanted_BT = pack_pairs(self.pairs, layout=layout).position_ids_BT
-        for positions in found:
+        for positions in received:
             rows = positions.reshape(-1, *positions.shape[-2:]).cpu()
             if wanted_BT is not None and not all(torch.equal(row, wanted_BT) for row in rows):
                 raise ValueError("it counts positions itself, by which its frequencies are chosen")
-
-    def check_in_fp32(self, model: nn.Module, layout: Layout) -> None:
-        """Refuse what bf16's rounding of a mixture of experts may hide from `error`."""
-        if self.in_fp32 is None:
-            return
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            leak = 0.0 if layout == "padded" else self.in_fp32.leak(model, layout)
-            error = max(self.in_fp32.error(model, layout), leak)
-        if not error < self.in_fp32.tolerance:
+        if self.in_fp32 is not None:
+            # bf16's rounding of a mixture of experts may hide a difference.
+            with torch.autocast(next(model.parameters()).device.type, enabled=False):
+                self.in_fp32.check(model, layout)
+        # Rounding of a mixture of experts may depend on what else is in a batch, in any layout.
+        leak = 0.0 if layout == "padded" else self.leak(model, layout)
+        if not (error < self.tolerance and leak <= max(4 * self.padded_leak, self.rounding)):
             raise ValueError(
-                f"pairs are not isolated, in fp32 hidden states differ by {error:.2g} of their "
-                "size from those of each sequence alone"
+                f"pairs are not isolated, hidden states differ by {error:.2g} of their "
+                f"size from those of each sequence alone and by {leak:.2g} with what is beside it; "
+                "its layers do not all attend through transformers' AttentionInterface"
             )
 
     def in_batch(
@@ -379,12 +354,15 @@ class _Alone:
     def error(self, model: nn.Module, layout: Layout) -> float:
         """Largest difference of a hidden state, relative to its size; of a mixture of experts that
         of the `share` of each sequence's tokens that differ least."""
-        difference = self.in_batch(model, layout).float() - self.hidden_ND
-        error_N = difference.norm(dim=-1) / self.hidden_ND.norm(dim=-1)
+        error_N = _relative(self.in_batch(model, layout), self.hidden_ND)
         if self.share < 1:
             sides = [len(x) for pair in self.pairs for x in (pair.chosen_ids, pair.rejected_ids)]
             error_N = torch.stack([x.quantile(self.share) for x in error_N.split(sides)])
         return float(error_N.max())
+
+
+def _relative(found_ND: Tensor, wanted_ND: Tensor) -> Tensor:
+    return (found_ND.float() - wanted_ND).norm(dim=-1) / wanted_ND.norm(dim=-1)
 
 
 def _evaluate(model: nn.Module) -> None:
@@ -402,13 +380,6 @@ def _cut_into(ids: list[int], sizes: list[tuple[int, int, int]]) -> list[Tokeniz
     rest = iter(ids)
     taken = [[list(islice(rest, n)) for n in size] for size in sizes]
     return [TokenizedPair(prompt, chosen, rejected) for prompt, chosen, rejected in taken]
-
-
-def _has_experts(model: nn.Module) -> bool:
-    return any(
-        "expert" in f"{name} {type(module).__name__}".lower()
-        for name, module in model.named_modules()
-    )
 
 
 def _disable_dropout(model: nn.Module) -> None:
