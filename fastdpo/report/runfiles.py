@@ -171,7 +171,7 @@ def _pairing(path: Path) -> tuple[Numbers, dict[str, int]]:
 
 def _steps(path: Path) -> list[Numbers]:
     """Rows of optimizer steps; a last line that a kill cut off is left out."""
-    text = read_text(path) if path.stat().st_size else ""
+    text = read_text(path, path) if path.stat().st_size else ""
     lines = [line for line in text.split("\n") if line]
     rows = []
     for i, line in enumerate(lines, 1):
