@@ -9,7 +9,7 @@
 Each variant trains in a process of its own, on the same model, the same pairs in the same order and
 the same dtype of weights, with AdamW of the same settings; alpha is 0, where the losses are one
 function. The variants take turns of four steps. Steps differ in length, so a speed is that of all
-timed steps together, and `x trl` all of TRL's seconds over all of a variant's.
+timed steps together or of the median one, and `x trl` TRL's seconds over a variant's.
 
 Before any time is taken, every variant trains two steps in fp32 on the shortest pairs: its loss,
 log-probs and gradient norm have to be TRL's, and those of the first step the ones of plain fp32

@@ -31,23 +31,24 @@ def heading(rows: list[dict]) -> str:
         f"**{row['model']}, {row['data']}: {row['batch_size']} pairs a step, sequences of "
         f"{row['mean_sequence']:,.0f} tokens on average and {row['max_length']:,} at most, "
         f"{row['dtype']} weights {computed}, {saved} gradient checkpointing** on {row['device']}, "
-        f"{threads}all of {row['rounds']} interleaved steps together ({build(row)})"
+        f"{threads}{row['rounds']} interleaved steps ({build(row)})"
     )
 
 
 def spread(value: dict[str, float] | None) -> str:
     if value is None:
         return ""
-    form = ",.0f" if value["total"] >= 100 else ".3g"
-    total, low, high = (format(value[name], form) for name in ("total", "p20", "p80"))
-    return f"{total} ({low} to {high})"
+    form = ",.0f" if value["median"] >= 100 else ".3g"
+    median, low, high = (format(value[name], form) for name in ("median", "p20", "p80"))
+    return f"{median} ({low} to {high})"
 
 
 def table(rows: list[dict]) -> str:
     """One line a variant, the fastest first."""
     titles = [
-        "variant", "pairs/s (steps' p20 to p80)", "x trl", "median step's x trl", "tokens/s",
-        "median s a step", "tokens computed", "padding", "peak MiB", "before, MiB",
+        "variant", "pairs/s, median step (p20 to p80)", "x trl, median step", "x trl, all steps",
+        "tokens/s, all steps", "s, median step", "tokens computed", "padding", "peak MiB",
+        "MiB before",
         "loss, first and last step",
     ]  # fmt: skip
     body = []
@@ -57,8 +58,8 @@ def table(rows: list[dict]) -> str:
             [
                 f"**{row['variant']}**" if row["kind"] == "fastdpo" else row["variant"],
                 row["note"] or spread(row["pairs_per_s"]),
-                number(row["x_trl"], ".2f"),
                 number((row["x_trl_steps"] or {}).get("median"), ".2f"),
+                number(row["x_trl"], ".2f"),
                 "" if step_s is None else f"{row['tokens_per_s']['total']:,.0f}",
                 "" if step_s is None else f"{step_s['median']:.3g}",
                 "" if step_s is None else number(row["tokens_computed"], ",.0f"),

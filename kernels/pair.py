@@ -15,10 +15,8 @@ from torch import Tensor
 from .pointwise import ASSERTING
 from .support import METRICS
 
-# Objectives by number, the KIND below: functions of the margin z, then of the two sides.
-MARGIN_KINDS = ("sigmoid", "hinge", "ipo")
-SEPARATE_KINDS = ("apo_zero", "nca_pair")
-KINDS = MARGIN_KINDS + SEPARATE_KINDS
+# Objectives by number, the KIND below, each a function of the margin z or of the two sides.
+KINDS = ("sigmoid", "hinge", "ipo", "apo_zero", "nca_pair")
 TOTALS = ("loss", *METRICS)  # what the kernel sums over pairs, in this order
 
 
@@ -46,6 +44,7 @@ def _margin_loss(z, beta, KIND: tl.constexpr):
         value = tl.where(z < 1.0, 1.0 - z, 0.0 * z)  # of NaN both stay NaN
         slope = tl.where(z < 1.0, -1.0, 0.0 * z)
     else:
+        tl.static_assert(KIND == 2)
         value = ((z - 0.5) / beta) * ((z - 0.5) / beta)
         slope = 2.0 * (z - 0.5) / (beta * beta)
     return value, slope
@@ -61,6 +60,7 @@ def _separate_loss(w, l, KIND: tl.constexpr):  # noqa: E741
         slope_w = -a * (1.0 - a)
         slope_l = b * (1.0 - b)
     else:
+        tl.static_assert(KIND == 4)
         # softplus(-w) + softplus(w) / 2 + softplus(l) / 2, with softplus(-w) = softplus(w) - w
         value = 1.5 * _softplus(w) - w + 0.5 * _softplus(l)
         slope_w = 1.5 * _sigmoid(w) - 1.0
@@ -127,6 +127,7 @@ def pair_kernel(
     num_pairs_high,
     num_pairs_low,
     KIND: tl.constexpr,
+    BY_MARGIN: tl.constexpr,
     NORMALIZED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -178,7 +179,7 @@ def pair_kernel(
         if NORMALIZED:
             share_w = beta / count_w
             share_l = beta / count_l
-        if KIND < 3:
+        if BY_MARGIN:
             z = share_w * ratio_w - share_l * ratio_l + alpha * (count_w - count_l)
             if margin_ptr is not None:
                 z += tl.load(margin_ptr + p)
@@ -268,8 +269,8 @@ def pair_losses(
 ) -> PairResult:
     """Score the pairs.
 
-    ``objective`` has numbers ``beta`` and ``alpha``, a flag ``length_normalized``, and its place in
-    `KINDS` as ``code``; with None only the sums of the sequences mean something.
+    ``objective`` has numbers ``beta`` and ``alpha``, flags ``length_normalized`` and ``by_margin``,
+    and its place in `KINDS` as ``code``; with None only the sums of the sequences mean something.
     ``bounds_S1`` lies on the device and counts from the first token of ``logp_N``; ``margin_P``,
     ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference.  A sequence
     without a scored token, and a reference that is no number, trip a device assert.
@@ -287,7 +288,7 @@ def pair_losses(
         logp_N, ref_logp_N, ref_logp_S, target_N, bounds_S1, lengths_S, margin_P, smoothing_P,
         weight_P, logp_S, ref_S, slope_S, coef_N, totals, loss, means, S // 2,
         *_two(objective.beta), *_two(objective.alpha), *_two(num_pairs),
-        KIND=objective.code or 0, NORMALIZED=objective.length_normalized, BLOCK=1024,
-        num_warps=4, **ASSERTING,
+        KIND=objective.code or 0, BY_MARGIN=objective.code is None or objective.by_margin,
+        NORMALIZED=objective.length_normalized, BLOCK=1024, num_warps=4, **ASSERTING,
     )  # fmt: skip
     return PairResult(loss, means, lengths_S, totals, logp_S, ref_S, slope_S, coef_N)

@@ -5,8 +5,8 @@ causally and aligned at their ends.  With a shared prompt the segments are (prom
 (rejected), and the second one's keys are those of the prompt and its own: one gather of keys and
 values, then plain variable-length attention.  That is flash-attn where it is installed, PyTorch's
 ``varlen_attn`` on CUDA, and scaled-dot-product attention a segment elsewhere, in blocks of queries
-where it needs a mask; no (T, T) mask exists on any of them.  The first two have not run on a device
-yet: they are tested against their signatures, by a recorder that computes what they should.
+where it needs a mask; no (T, T) mask exists on any of them.  flash-attn has not run on a GPU yet:
+it is tested against its signature, by a recorder that computes what it should.
 
 Packed models must always be called with ``use_cache=False`` and no attention mask: with
 transformers' defaults packed segments silently see each other.

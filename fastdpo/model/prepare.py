@@ -169,11 +169,12 @@ def _silence(model: nn.Module, alone: "_Alone", layout: Layout) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute each layer's activations in the backward, not reentrant as is the default."""
+    """Recompute each layer's activations in the backward."""
+    kwargs = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # renamed before transformers 6
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def fuse_head(model: Any, impl: str = "auto") -> None:

@@ -106,7 +106,10 @@ class Stages:
                 f"{self.out} holds a run of before options had sections ({places}); give another "
                 "output_dir to start anew"
             )
-        before, used = dict(_flat(state["config"])), {x.rpartition("/")[2] for x in state["done"]}
+        used = {x.rpartition("/")[2] for x in state["done"]}
+        # An option that is newer than the run had its default's meaning.
+        default = IterateConfig(model="", prompts="").to_dict()
+        before = dict(_flat(default)) | dict(_flat(state["config"]))
         for name, value in _flat(self.config):
             # Nothing depends on how pairs are made before the first, or on how they are trained on.
             early = (name.startswith("pair.") and "pair" not in used) or (

@@ -32,6 +32,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)
 # Of the projection: the usual one, and that for more registers.  The other devices fold tiles.
+MARGIN_KINDS = [formula.name for formula in KERNEL_FORMULAS if formula.form == "margin"]
 TILES = {
     "sm_90": (project.HOPPER, project.HOPPER_NARROW),
     "sm_100": (project.BLACKWELL, project.BLACKWELL),
@@ -320,7 +321,7 @@ def main_launches(target: str) -> None:
     launch_scales(BF16)
     launch_factors(BF16)
     for kind in ("sigmoid", "nca_pair"):
-        launch_pair(kind, options=kind in pair.MARGIN_KINDS)
+        launch_pair(kind, options=kind in MARGIN_KINDS)
 
 
 def further_launches(target: str) -> None:
@@ -347,10 +348,10 @@ def further_launches(target: str) -> None:
             launch(dtype, width)
     for dtype in DTYPES:
         launch_merge(frozenset(), dtype)
-    for kind, normalized in product(pair.MARGIN_KINDS, (False, True)):
+    for kind, normalized in product(MARGIN_KINDS, (False, True)):
         launch_pair(kind, normalized=normalized)
         launch_pair(kind, normalized=normalized, ref_dtype=None, coef=False)
-    for kind in pair.SEPARATE_KINDS:
+    for kind in set(pair.KINDS) - set(MARGIN_KINDS):
         launch_pair(kind, options=False, ref_dtype=torch.float64)
 
 

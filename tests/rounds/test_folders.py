@@ -11,7 +11,7 @@ from test_rounds import ENVIRONMENT, TESTS, arguments, same, weights
 from tiny import LLAMA, save_tiny
 
 from fastdpo.cli import main
-from fastdpo.storage import checksum_path
+from fastdpo.storage import checksum_path, write_json_atomic
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,11 @@ def test_options_are_free_until_something_depends_on_them(inputs, tmp_path, caps
     argv = stopped(inputs, out, capsys)
     assert main([*argv, "--sample.temperature=0.5"]) == 2
     assert "holds a run with sample.temperature=1.0" in capsys.readouterr().err
+    state = json.loads((out / "state.json").read_text())
+    del state["config"]["sample"]["top_p"]  # as if the option were newer than the run
+    write_json_atomic(out / "state.json", state, checksum=True)
+    assert main([*argv, "--sample.top_p=0.5"]) == 2
+    assert "holds a run with sample.top_p=1.0" in capsys.readouterr().err
     assert main([*argv, "--pair.min_gap=0.001", "--train.learning_rate=1e-2"]) == 0
     assert json.loads((out / "state.json").read_text())["config"]["pair"]["min_gap"] == 0.001
     for option in ("--pair.min_gap=0.002", "--train.learning_rate=1e-3"):
