@@ -532,7 +532,7 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
         ({"pair__rule": "worst"}, "pair.rule=worst must be one of"),
         ({"pair__rule": "tree_siblings"}, "fastdpo pair"),
         ({"train__alpha": "auto", "reference": "average"}, "reference=average"),
-        ({"train__target_length": 20}, "needs alpha=auto"),
+        ({"train__target_length": 20}, "needs train.alpha=auto"),
         ({"pair__weights": "[1,2]"}, "pair.weights=[1.0, 2.0]"),
         ({"score__timeout": 0}, "score.timeout=0.0 must be"),
         ({"round_betas": "[0.1,-1]"}, "round_betas"),

@@ -344,7 +344,7 @@ def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_pa
         ({"score__scorer": "no_such_module:f"}, "no_such_module"),
         ({"evaluate__heldout": 10}, "heldout=10"),
         ({"sample__num_samples": 1}, "num_samples=1"),
-        ({"sample__temperature": 0}, "> 0 with num_samples="),
+        ({"sample__temperature": 0}, "> 0 with sample.num_samples="),
         ({"train__beta": -1}, "beta=-1"),
         ({"train__max_tokens": 2}, "max_tokens=2"),
         ({"sample__max_new_tokens": 64}, "max_new_tokens=64"),
