@@ -267,14 +267,15 @@ class Endpoint:
                 journal.add(request, value)
             return value
 
-        with ThreadPoolExecutor(self.remote.concurrency) as pool:
+        pool = ThreadPoolExecutor(self.remote.concurrency)
+        try:
             futures = [pool.submit(one, body) for body in bodies]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            finally:
-                stop.set()
-        return [future.result() for future in futures]
+            for future in as_completed(futures):
+                future.result()
+            return [future.result() for future in futures]
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
     def ask(
         self,
@@ -340,16 +341,28 @@ class Endpoint:
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
         try:
-            with httpx.Client(
-                timeout=self.remote.timeout,
-                verify=_certificates(),
-                proxy=_proxy(url),
-                trust_env=False,
-            ) as client:
-                method, trace = "GET" if data is None else "POST", {"trace": stop.trace}
-                response = client.request(
-                    method, url, content=data, headers=headers, extensions=trace
-                )
+            with (
+                httpx.Client(
+                    timeout=self.remote.timeout,
+                    verify=_certificates(),
+                    proxy=_proxy(url),
+                    trust_env=False,
+                ) as client,
+                client.stream(
+                    "GET" if data is None else "POST",
+                    url,
+                    content=data,
+                    headers=headers,
+                    extensions={"trace": stop.trace},
+                ) as response,
+            ):
+                # A redirect is an error: a POST would lose its body, the key could go elsewhere.
+                if response.is_success:
+                    return response.read()
+                said = ""
+                with suppress(httpx.HTTPError, OSError):  # the status counts, whatever follows it
+                    said = response.read().decode("utf-8", "replace")
+                refused = f"status {response.status_code} ({self._reason(said)})"
         except (httpx.HTTPError, OSError) as error:
             reason = _root(error)
             problem = f"{type(reason).__name__}: {hidden(str(reason), key)}"
@@ -358,10 +371,6 @@ class Endpoint:
             raise PassingError(problem) from None
         except (httpx.InvalidURL, ValueError, ImportError) as error:  # of the URL, or a proxy's
             raise RemoteError(f"{url} can't be asked: {error}. Mend the URL or proxy.") from None
-        # A redirect is an error: a POST would lose its body, the key could go elsewhere.
-        if response.is_success:
-            return response.content
-        refused = f"status {response.status_code} ({self._reason(response.text)})"
         if response.status_code in _TRY_AGAIN or response.status_code >= 500:
             raise PassingError(refused, _retry_after(response))
         raise RemoteError(

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from unittest.mock import patch
 
 KEY = "rendered_at"  # of the time, in the files of a run
 
@@ -36,6 +35,7 @@ def rendering_at(time: str | None) -> Iterator[Clock]:
     # transformers passes only plain data to templates, so none can be given a clock of its own.
     from transformers.utils import chat_template_utils as rendering
 
+    before: Any = rendering.datetime  # type: ignore[attr-defined]
     clock = Clock(time or now())
     moment = datetime.fromisoformat(clock.time)
 
@@ -45,5 +45,8 @@ def rendering_at(time: str | None) -> Iterator[Clock]:
             clock.read = True
             return moment
 
-    with patch.object(rendering, "datetime", Held):
+    rendering.datetime = Held  # type: ignore[attr-defined]
+    try:
         yield clock
+    finally:
+        rendering.datetime = before  # type: ignore[attr-defined]

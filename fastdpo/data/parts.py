@@ -99,7 +99,9 @@ def check_scored(candidates_dir: Path, scores_dir: Path) -> None:
 
 
 def _score_of(row: dict[str, Any], where: str) -> float:
-    score = row.get("score")
+    if "score" not in row:
+        raise DataError(f"{where} has no score. Score it again.")
+    score = row["score"]
     if not is_number(score):
         raise DataError(f"{where}: the score is {score!r}, not a finite number. Score it again.")
     return score

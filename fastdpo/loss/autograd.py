@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from .call import Call, Pairs
 from .passes import (
@@ -62,8 +61,10 @@ def _once(backward: Callable) -> Callable:
 
 
 def _is_last_backward() -> bool:
-    """Whether autograd lets go of the graph after this backward."""
-    return not _get_current_graph_task_keep_graph()
+    """Whether autograd lets go of the graph after this backward; False where torch cannot say."""
+    autograd = getattr(torch._C, "_autograd", None)
+    graph_is_kept = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    return graph_is_kept is not None and not graph_is_kept()
 
 
 def _free_unless_retained(ctx: Any) -> None:

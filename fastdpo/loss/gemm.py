@@ -18,6 +18,10 @@ from ..kernels.device import is_gpu
 _INNER_BLOCK = 320
 
 
+def _has_onednn_linear() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @cache
 def _keep_freed_tiles() -> None:
     """Let glibc serve tiles of up to 31 MiB from its heap, so that their pages stay mapped.
@@ -58,8 +62,7 @@ class Products:
         self.acc_dtype = torch.promote_types(dtype, torch.float32)
         self.on_cpu = not is_gpu(device)
         self.widen = dtype != self.acc_dtype and not self.on_cpu
-        in_fp32 = self.acc_dtype == torch.float32
-        self.onednn = self.on_cpu and in_fp32 and torch.backends.mkldnn.is_available()
+        self.onednn = self.on_cpu and self.acc_dtype == torch.float32 and _has_onednn_linear()
         if self.on_cpu:
             _keep_freed_tiles()
 

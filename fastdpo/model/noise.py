@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.module_tracker import ModuleTracker
 
 _log = logging.getLogger(__name__)
 
@@ -70,14 +69,24 @@ def _drawing(model: nn.Module, run: Callable[[], Any]) -> dict[str, nn.Module]:
     before = _state()
     with random_state_kept():
         run()
-        if torch.equal(before, _state()):
+        if _equal(before, _state()):
             return {}
-        found: list[str] = []
-        with ModuleTracker() as inside, _Draws(lambda: found.append(max(inside.parents, key=len))):
-            run()
-    # The tracker's names begin with the class of the model.
-    paths = [name.partition(".")[2] for name in found]
-    return {path or "the model": model.get_submodule(path) for path in paths}
+        found: dict[str, nn.Module] = {}
+        inside: list[tuple[str, nn.Module]] = [("the model", model)]
+        hooks = []
+        for name, module in model.named_modules():
+            entry = name, module
+            hooks += [
+                module.register_forward_pre_hook(lambda *_, entry=entry: inside.append(entry)),
+                module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True),
+            ]
+        try:
+            with _Draws(lambda: found.update([inside[-1]])):
+                run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return found
 
 
 class _Draws(TorchDispatchMode):
@@ -93,11 +102,17 @@ class _Draws(TorchDispatchMode):
         before = _state()
         out = func(*args, **(kwargs or {}))
         several = not isinstance(out, Tensor) or out.numel() > 1
-        if several and not torch.equal(before, _state()):
+        if several and not _equal(before, _state()):
             self.report()
         return out
 
 
-def _state() -> Tensor:
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.cat([torch.get_rng_state(), *gpus])
+def _state() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))

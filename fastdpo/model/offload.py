@@ -47,9 +47,9 @@ def _forward_offloaded(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Moved(NamedTuple):
-    """A saved tensor in host memory, before it was expanded, and what it looked like."""
+    """A saved tensor in host memory: its elements (E,), and what they looked like."""
 
-    host: Tensor
+    host_E: Tensor
     device: torch.device
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -83,20 +83,28 @@ class _Offload:
     def pack(self, tensor: Tensor) -> Tensor | _Moved:
         if not self.moves(tensor):
             return tensor
-        once = _without_repeats(tensor.detach())
-        # In the order of its memory but without gaps, so that one plain copy moves what has none.
-        host = torch.empty_like(once, device="cpu", pin_memory=is_gpu(tensor.device))
-        host.copy_(once, non_blocking=True)
-        return _Moved(host, tensor.device, tuple(tensor.shape), tensor.stride())
+        values_E = _memory(tensor.detach())
+        host_E = torch.empty(values_E.shape, dtype=tensor.dtype, pin_memory=is_gpu(tensor.device))
+        host_E.copy_(values_E, non_blocking=True)
+        return _Moved(host_E, tensor.device, tuple(tensor.shape), tensor.stride())
 
     def unpack(self, packed: Tensor | _Moved) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
+        values_E = packed.host_E.to(packed.device, non_blocking=True, copy=True)
+        if len(values_E) == _span(packed.shape, packed.stride):
+            return values_E.as_strided(packed.shape, packed.stride)
         out = torch.empty_strided(
-            packed.shape, packed.stride, dtype=packed.host.dtype, device=packed.device
+            packed.shape, packed.stride, dtype=values_E.dtype, device=packed.device
         )
-        _without_repeats(out).copy_(packed.host, non_blocking=True)
+        once = _without_repeats(out)
+        once.copy_(values_E.view(once.shape))
         return out
+
+
+def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements of memory from the first to the last one of a tensor."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride))
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:
@@ -105,6 +113,15 @@ def _without_repeats(tensor: Tensor) -> Tensor:
         return tensor
     shape = [size if step else min(size, 1) for size, step in zip(tensor.shape, tensor.stride())]
     return tensor.as_strided(shape, tensor.stride())
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """Its memory as it lies there, (E,), so that one plain copy moves it.
+
+    Where that has gaps, as a part of a wider tensor has, the elements are drawn together first.
+    """
+    once, span = _without_repeats(tensor), _span(tuple(tensor.shape), tensor.stride())
+    return tensor.as_strided((span,), (1,)) if span <= once.numel() else once.reshape(-1)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

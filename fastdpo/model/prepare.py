@@ -302,6 +302,7 @@ class _Alone:
         if experts and half and all(p.dtype == torch.float32 for p in model.parameters()):
             with torch.autocast(device.type, enabled=False):
                 self.in_fp32 = _Alone(model, classes)
+            self.in_fp32.padded_leak = 0.0  # in fp32 nothing excuses a leak
 
     def check_liger(self, model: nn.Module) -> None:
         """Refuse kernels that compute another function, before a layout is blamed for it."""

@@ -8,8 +8,9 @@ positions from 0, have the frequencies of its own length.  Nothing is kept betwe
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from types import MethodType
 from typing import Any
@@ -26,7 +27,6 @@ _FIRST = 3  # positions whose values a probe compares
 _received: list[Tensor] | None = None
 
 
-@torch.no_grad()
 def attach(model: nn.Module) -> LengthClasses:
     """Patch the rotary modules of one model whose frequencies depend on the call.
 
@@ -39,14 +39,16 @@ def attach(model: nn.Module) -> LengthClasses:
     found = ANY_LENGTH
     for module in _rotary_modules(model):
         if not hasattr(module, "_fastdpo_classes"):
-            _forget(module)
-            classes = _classes(module)
-            if not classes:
+            with torch.no_grad():
+                _forget(module)
+                classes, kept = _classes(module)
+            if not (classes or kept):
                 continue
             module._fastdpo_classes = classes
             # Bound, so that a deep copy of the model calls itself and not the original.
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
-            _check(module)
+            with torch.no_grad():
+                _check(module)
         found = found | module._fastdpo_classes  # type: ignore[operator]
     return found
 
@@ -78,20 +80,29 @@ def _forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: A
     if _received is not None:
         _received.append(position_ids)
 
-    class_BT, groups = _grouped(position_ids, self._fastdpo_classes)
+    def own(positions: Tensor) -> Any:
+        return type(self).forward(_fresh(self), x, positions, *args, **kwargs)
+
+    class_R, groups = _grouped(position_ids, self._fastdpo_classes)
+    if groups == 1:
+        return own(position_ids)
+    flat = position_ids.flatten(-2)
     whole: list[Tensor] = []
-    spec: Any = None
+    spec = None
     for group in range(groups):
-        mine_BT = class_BT == group
-        # The longest position is that of the group: all others are 0.
-        out = _fresh(self).forward(x, position_ids * mine_BT, *args, **kwargs)
-        parts, spec = tree_flatten(out)  # (..., B, T, dim)
-        whole = [torch.where(mine_BT[..., None], *two) for two in zip(parts, whole or parts)]
-    return tree_unflatten(whole, spec)
+        rows = (class_R == group).nonzero()[:, 0]
+        parts, spec = tree_flatten(own(flat[..., rows].unsqueeze(-2)))
+        parts = [part.squeeze(-3) for part in parts]  # (..., rows, dim)
+        if not whole:
+            whole = [x.new_empty(*x.shape[:-2], len(class_R), x.shape[-1]) for x in parts]
+        for into, part in zip(whole, parts):
+            into.index_copy_(into.ndim - 2, rows, part)
+    assert spec is not None
+    return tree_unflatten([x.unflatten(-2, position_ids.shape[-2:]) for x in whole], spec)
 
 
 def _grouped(position_ids: Tensor, classes: LengthClasses) -> tuple[Tensor, int]:
-    """The length class of each token (B, T), numbered from 0, and how many there are."""
+    """The length class of each of B * T tokens, numbered from 0, and how many there are."""
     # Text has the same positions in all dimensions that a multimodal model counts.
     position_BT = position_ids.reshape(-1, *position_ids.shape[-2:])[0]
     starts_BT = position_BT == 0
@@ -105,15 +116,13 @@ def _grouped(position_ids: Tensor, classes: LengthClasses) -> tuple[Tensor, int]
     # Lengths of 0 stand behind the last sequence.
     of_U = [numbers.setdefault(classes.of(x), len(numbers)) if x else 0 for x in length_U.tolist()]
     class_U = torch.tensor(of_U, device=position_BT.device)
-    return class_U[index_Q][sequence_R].view_as(position_BT), len(numbers)
+    return class_U[index_Q][sequence_R], len(numbers)
 
 
 def _fresh(module: Any) -> Any:
-    """A copy with its class's own forward, which may change it."""
+    """A copy that its own forward may change."""
     config = getattr(module, "config", None)
-    fresh = copy.deepcopy(module, {id(config): config})
-    vars(fresh).pop("forward", None)
-    return fresh
+    return copy.deepcopy(module, {id(config): config})
 
 
 def _forget(module: Any) -> None:
@@ -132,24 +141,28 @@ def _forget(module: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------- the probe
-def _classes(module: Any) -> LengthClasses:
-    """Which lengths have the same frequencies, found by trial.
+def _classes(module: Any) -> tuple[LengthClasses, bool]:
+    """Which lengths have the same frequencies, found by trial, and whether a call changes the next.
 
     A switch is looked for at every length that the configuration names.  Where the frequencies
     change anywhere else, each length from there on is a class of its own.
     """
-    kinds, found = _layer_types(module), ANY_LENGTH
-    for layer_type in kinds:
+    kinds = _layer_types(module).values()
+    dynamic = any(x == "longrope" or "dynamic" in str(x) for x in kinds)
+    found, kept = ANY_LENGTH, False
+    for layer_type in _layer_types(module):
         try:
-            found = found | _switches(module, layer_type)
+            found = found | _switches(_table(module, layer_type), _lengths(module))
+            kept = kept or _is_kept(module, layer_type)
         # A module that takes other positions than those of text can fail in any way.
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-            if any(x == "longrope" or "dynamic" in str(x) for x in kinds.values()):
-                raise ModelError(
-                    f"the frequencies of {type(module).__name__} depend on the longest sequence of "
-                    f"a call, and it cannot be called for one sequence: {error}"
-                ) from error
-    return found
+            if not dynamic:
+                continue
+            raise ModelError(
+                f"the frequencies of {type(module).__name__} depend on the longest sequence of a "
+                f"call, and it cannot be called for one sequence: {error}"
+            ) from error
+    return found, kept
 
 
 def _layer_types(module: Any) -> dict[str | None, str]:
@@ -173,11 +186,11 @@ def _lengths(module: Any) -> list[int]:
     return sorted({_FIRST + 1, *edges, *between, *(x + 1 for x in edges)})
 
 
-def _switches(module: Any, layer_type: str | None) -> LengthClasses:
-    steps, lengths = [], _lengths(module)
-    before = _alone(module, lengths[0], layer_type)
+def _switches(table: Callable[[int], list[Tensor]], lengths: list[int]) -> LengthClasses:
+    steps = []
+    before = table(lengths[0])
     for a, b in pairwise(lengths):
-        now = _alone(module, b, layer_type)
+        now = table(b)
         if not _same(before, now):
             if b > a + 1:
                 return LengthClasses(tuple(steps), grows_from=a)
@@ -186,20 +199,38 @@ def _switches(module: Any, layer_type: str | None) -> LengthClasses:
     return LengthClasses(tuple(steps))
 
 
-def _alone(module: Any, length: int, layer_type: str | None) -> list[Tensor]:
-    """What the first positions of a sequence get in a call of its own."""
-    return _tables(_fresh(module), [length], layer_type)[0]
+def _table(module: Any, layer_type: str | None) -> Callable[[int], list[Tensor]]:
+    """What the first positions get in a call whose longest sequence has ``length`` tokens."""
+    return lambda length: _call(_fresh(module), [0, 1, 2, length - 1], layer_type)
 
 
-def _tables(module: Any, lengths: list[int], layer_type: str | None) -> list[list[Tensor]]:
-    """What the first positions of sequences get that are one call."""
+def _is_kept(module: Any, layer_type: str | None) -> bool:
+    used = _fresh(module)
+    first = _call(used, [0, 1, 2], layer_type)
+    for length in _lengths(module)[::3]:
+        try:
+            _call(used, [0, 1, 2, length - 1], layer_type)
+            again = _call(used, [0, 1, 2], layer_type)
+        except NameError:  # transformers 5.0 to 5.8, where LongRoPE differs from layer to layer
+            return True
+        if not _same(first, again):
+            return True
+    return False
+
+
+def _call(module: Any, positions: list[int], layer_type: str | None) -> list[Tensor]:
+    return _tables(partial(type(module).forward, module), module, [positions], layer_type)[0]
+
+
+def _tables(
+    forward: Callable[..., Any], module: Any, rows: list[list[int]], layer_type: str | None
+) -> list[list[Tensor]]:
+    """What the first positions of each row get, where all rows are one call."""
     device = next((x.device for x in module.buffers()), torch.device("cpu"))
     options = {} if layer_type is None else {"layer_type": layer_type}
-    rows = [[*range(_FIRST), length - 1] for length in lengths]
     position_1T = torch.tensor(rows, device=device).view(1, -1)
     T = position_1T.shape[1]
-    out = module.forward(torch.empty(1, T, 1, device=device), position_1T, **options)
-    tables = tree_flatten(out)[0]
+    tables = tree_flatten(forward(torch.empty(1, T, 1, device=device), position_1T, **options))[0]
     if any(table.shape[-2] != T for table in tables):
         raise ValueError(f"it gives {tuple(tables[0].shape)} for {T} positions")
     tables = [table.unflatten(-2, (len(rows), -1)) for table in tables]
@@ -213,10 +244,11 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
 def _check(module: Any) -> None:
     """Sequences of many lengths in one call against each of them alone."""
     lengths = [x for x in _lengths(module) if x <= 2 * module._fastdpo_classes.last + 8]
+    rows = [[0, 1, 2, x - 1] for x in lengths]
     for layer_type in _layer_types(module):
-        for length, found in zip(lengths, _tables(module, lengths, layer_type)):
-            if not _same(found, _alone(module, length, layer_type)):
+        for row, found in zip(rows, _tables(module, module, rows, layer_type)):
+            if not _same(found, _call(_fresh(module), row, layer_type)):
                 raise ModelError(
-                    f"the frequencies of {type(module).__name__} for a sequence of {length} "
+                    f"the frequencies of {type(module).__name__} for a sequence of {row[-1] + 1} "
                     "tokens depend on those beside it"
                 )

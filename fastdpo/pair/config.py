@@ -176,7 +176,10 @@ class PairConfig:
         given = [name for name in ("flip_share", "soft_label") if getattr(self, name)]
         names = " and ".join(f"{name}={getattr(self, name):g}" for name in given)
         if given and scorers < 2:
-            raise ConfigError(f"{names} can change no label; give at least two scorers")
+            raise ConfigError(
+                f"{names} can change no label with {scorers} scorer; give a list of at least two "
+                "as scorer, or their folders as scores"
+            )
         reorders = self.combine != "weighted" or self.length_penalty != 0
         if given and not reorders and not offline:
             raise ConfigError(

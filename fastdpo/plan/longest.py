@@ -6,7 +6,14 @@ from typing import Any
 
 from fastdpo.errors import ConfigError
 from fastdpo.plan.memory import Simulation
-from fastdpo.plan.step import StepMemory, configuration_of, gib, of_step, usable_bytes
+from fastdpo.plan.step import (
+    StepMemory,
+    configuration_of,
+    fixed_bytes,
+    gib,
+    of_step,
+    usable_bytes,
+)
 from fastdpo.train.config import TrainConfig
 
 # Changes that save memory, each by itself or with what it needs; the last are all together.
@@ -107,6 +114,7 @@ def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
     text = configuration.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or _NO_LIMIT
     options: list[Option] = []
+    guess = limit if limit <= 16384 else 4096
     for changes in ({}, *_SAVINGS):
         wanted = {name: x for name, x in changes.items() if getattr(config, name) != x}
         if changes and (not wanted or any(wanted == option.changes for option in options)):
@@ -114,8 +122,10 @@ def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
         changed = replace(config, **wanted)
         if changed.use_peft and not config.use_peft and not find_spec("peft"):
             continue  # its layers are peft's
+        if changed.use_peft and not config.use_peft and "precompute_ref_log_probs" in wanted:
+            continue
         simulation = Simulation(configuration_of(configuration), changed, gpu_gib)
-        options.append(Option(wanted, *_longest(simulation, usable, limit)))
+        options.append(Option(wanted, *_longest(simulation, usable, limit, guess)))
     if not any(option.longest for option in options):
         least = min(options, key=lambda option: option.estimate.peak)
         how = f" with {least.name}" if least.changes else ""
@@ -126,7 +136,7 @@ def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
     return Fit(gpu_gib, usable, limit, tuple(options))
 
 
-def _longest(simulation: Simulation, usable: int, limit: int) -> tuple[int, StepMemory]:
+def _longest(simulation: Simulation, usable: int, limit: int, guess: int) -> tuple[int, StepMemory]:
     """Longest side that fits, to one percent, and its estimate; (0, that of the shortest) if none.
 
     The peak is close to a line in the number of tokens, so few guesses do.
@@ -136,23 +146,26 @@ def _longest(simulation: Simulation, usable: int, limit: int) -> tuple[int, Step
         prompt = max(1, length // 4)
         return of_step(simulation, prompt, length - prompt, pairs=1)
 
-    low, high = min(_LENGTH_STEP, limit), limit
-    found = at(low)
-    if found.peak > usable:
-        return 0, found
-    length = limit if limit <= 16384 else 4096
-    while length > low:
+    shortest = min(_LENGTH_STEP, limit)
+    before, before_peak = 0, simulation.weights + sum(fixed_bytes(simulation))
+    low, found, high, length = 0, None, limit + 1, max(shortest, min(guess, limit))
+    while before_peak <= usable or before:
         tried = at(length)
-        slope = (tried.peak - found.peak) / (length - low)
         if tried.peak <= usable:
             low, found = length, tried
         else:
-            high = length - 1
+            high = length
+        slope = (tried.peak - before_peak) / (length - before)
+        before, before_peak = length, tried.peak
         # A little short of where the line ends, so that the guess tends to fit.
-        room = 0.997 * (usable - found.peak) / slope if slope > 0 else limit
-        length = low + int(min(room, high - low))
+        room = 0.997 * (usable - tried.peak) / slope if slope > 0 else limit
+        if 0 <= room < max(length // 100, _LENGTH_STEP):
+            break
+        length = int(min(length + room, high - 1, limit))
         if length < limit:
             length = length // _LENGTH_STEP * _LENGTH_STEP
-        if length < low + low // 100:
+        if length <= low:  # the line says less than what was found to fit, or nothing
+            length = (low + high) // 2 // _LENGTH_STEP * _LENGTH_STEP
+        if length <= low + low // 100 or length < shortest or length >= high:
             break
-    return low, found
+    return (0, at(shortest)) if found is None else (low, found)

@@ -129,6 +129,13 @@ def configuration_of(model: Any) -> Any:
     return found
 
 
+def fixed_bytes(simulation: Simulation) -> tuple[int, int]:
+    """Bytes of the optimizer and of a second model, which are there whatever runs."""
+    config = simulation.config
+    twice = not config.precompute_ref_log_probs and not config.use_peft
+    return 2 * simulation.gradients, simulation.weights if twice else 0
+
+
 def of_step(
     simulation: Simulation, prompt: int, response: int, pairs: int | None = None
 ) -> StepMemory:
@@ -143,8 +150,7 @@ def of_step(
         pairs = min(max(1, config.max_tokens // tokens), config.batch_size)
     several = pairs < config.batch_size
     found = simulation.run([pair] * pairs, accumulated=several)
-    twice = not config.precompute_ref_log_probs and not config.use_peft
-    reference, optimizer = simulation.weights if twice else 0, 2 * simulation.gradients
+    optimizer, reference = fixed_bytes(simulation)
     fixed = simulation.weights + optimizer + reference
     running = fixed + (simulation.gradients if several else 0) + max(found.head, found.body)
     return StepMemory(

@@ -8,7 +8,6 @@ and then over prompts, and so is its interval: Student's, with a prompt as the i
 """
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -162,10 +161,14 @@ def correlation(held: Sequence[Scored]) -> Estimate | None:
 
     Its interval is Student's, of the jackknife that leaves out a prompt at a time.
     """
-    whole, prompts = _pearson(held), by_prompt(held)
-    without = (_pearson([row for row in held if row.prompt_index != i]) for i in prompts)
+    # About the means, so that the sums below don't cancel.
+    center = _mean(held, by_score), _mean(held, by_length)
+    parts = [_sums(group, *center) for group in by_prompt(held).values()]
+    total = [math.fsum(column) for column in zip(*parts)]
+    whole = _pearson(total)
+    without = (_pearson([t - x for t, x in zip(total, part)]) for part in parts)
     known = [r for r in without if r is not None]
-    if whole is None or len(known) < max(len(prompts), 2):
+    if whole is None or len(known) < max(len(parts), 2):
         return None if whole is None else Estimate(whole)
     middle = fmean(known)
     spread = math.fsum((r - middle) ** 2 for r in known)
@@ -173,14 +176,21 @@ def correlation(held: Sequence[Scored]) -> Estimate | None:
     return Estimate(whole, quantile(len(known) - 1) * error)
 
 
-def _pearson(rows: Sequence[Scored]) -> float | None:
-    scores, lengths = [row.score for row in rows], [len(row.response_ids) for row in rows]
-    if len(set(scores)) < 2:  # what rounding leaves of equal values is no spread
+def _sums(group: Sequence[Scored], score: float, length: float) -> list[float]:
+    """Number, sums, sums of squares and of products of a prompt's scores and lengths."""
+    pairs = [(by_score(r) - score, by_length(r) - length) for r in group]
+    sums = ((1.0, x, y, x * x, y * y, x * y) for x, y in pairs)
+    return [math.fsum(column) for column in zip(*sums)]
+
+
+def _pearson(sums: Sequence[float]) -> float | None:
+    n, x, y, xx, yy, xy = sums
+    if n < 2:
         return None
-    try:
-        return statistics.correlation(scores, lengths)
-    except statistics.StatisticsError:
+    var_x, var_y = xx - x * x / n, yy - y * y / n
+    if var_x <= 1e-12 * xx or var_y <= 1e-12 * yy:
         return None
+    return max(-1.0, min(1.0, (xy - x * y / n) / math.sqrt(var_x * var_y)))
 
 
 def _mean(group: Sequence[Scored], what: Measure) -> float:

@@ -130,7 +130,7 @@ def test_candidates_and_scores_must_match(tmp_path):
         ([*rows, rows[0]], "prompt 0, sample 0 is there twice"),
         ([{"score": 1.0}], "prompt_index None"),
         ([{**rows[0], "score": None}, *rows[1:]], "score is None"),
-        ([{"prompt_index": 0, "sample_index": 0}, *rows[1:]], "the score is None"),
+        ([{"prompt_index": 0, "sample_index": 0}, *rows[1:]], "has no score"),
     ):
         storage.write_jsonl_atomic(part, bad)
         with pytest.raises(DataError, match=message):

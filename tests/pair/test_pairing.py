@@ -665,7 +665,10 @@ def test_an_option_without_its_input_is_refused(tmp_path):
     out = tmp_path / "pairs.jsonl"
     wanted: list[tuple[dict[str, Any], str]] = [
         ({"consistency": "mean"}, "consistency needs previous_scores of 1 scorers, got 0"),
-        ({"flip_share": 0.2}, "flip_share=0.2 can change no label; give at least two scorers"),
+        (
+            {"flip_share": 0.2},
+            "flip_share=0.2 can change no label with 1 scorer; give a list of at least two",
+        ),
         ({"ches_keep": 0.5}, "ches_keep or max_difficulty needs measure"),
         ({"replay_share": 0.5}, "replay_share needs offline pairs in replay"),
         ({"fresh_threshold": 0.0}, "fresh_threshold needs replay_share > 0"),

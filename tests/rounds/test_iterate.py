@@ -525,7 +525,7 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
         ({"score__scorer": "implicit"}, "previous_model"),
         ({"score__scorer": "implicit", "score__previous_model": "x"}, "evaluate.scorer"),
         ({"pair__consistency": "mean"}, "needs score.scorer=implicit"),
-        ({"pair__flip_share": 0.2}, "at least two scorers"),
+        ({"pair__flip_share": 0.2}, "pair.flip_share=0.2 can change no label with 1 scorer"),
         ({"pair__replay_share": 0.5}, "need each other"),
         ({"pair__replay": "pairs.jsonl"}, "need each other"),
         ({"pair__fresh_threshold": 0.0}, "needs pair.replay"),
