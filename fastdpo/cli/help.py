@@ -33,8 +33,7 @@ def help_of(command: str, config: type) -> str:
     needed = [f"--{x.name} ..." for x in options.values() if x.required]
     parser = argparse.ArgumentParser(
         usage=" ".join(["fastdpo", command, *needed, "[--config FILE] [--option VALUE ...]"]),
-        description=_summary(config),
-        epilog=_FILES,
+        description=f"{_summary(config)} {_FILES}",
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34, width=100),
         add_help=False,
     )

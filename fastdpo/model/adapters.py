@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdpo.errors import ModelError
 from fastdpo.model import head
-from fastdpo.model.load import load_causal_lm, short
+from fastdpo.model.load import load_causal_lm, one_line
 from fastdpo.storage import atomic_directory
 
 ALL_LINEAR = "all-linear"
@@ -358,7 +358,7 @@ def merged(base_name: str, adapter_folder: Path, dtype: torch.dtype) -> Any:
         model = peft.PeftModel.from_pretrained(base, str(adapter_folder), torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"adapters {str(adapter_folder)!r} cannot be loaded: {short(error)}"
+            f"adapters {str(adapter_folder)!r} cannot be loaded: {one_line(error)}"
         ) from error
     # peft takes some names for those of older checkpoints, and leaves their adapters at zero.
     saved = load_file(adapter_folder / "adapter_model.safetensors")

@@ -37,7 +37,7 @@ _FLASH_MAX_HEAD_DIM = 256
 _windows: tuple[set[int | None], set[int | None]] | None = None
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """What a layer asks for beside its tensors: scores' factor and soft cap, and a window."""
 
     segments: Segments
@@ -90,7 +90,7 @@ def packed_attention(
     if segments.key_rows_K is not None:
         k_KHd, v_KHd = _GatherKeys.apply(k_KHd, segments), _GatherKeys.apply(v_KHd, segments)
     attend = route(q_THd, v_KHd, softcap)
-    call = Call(segments, scaling, sliding_window, softcap)
+    call = LayerCall(segments, scaling, sliding_window, softcap)
     return attend(q_THd, k_KHd, v_KHd, call)[None], None
 
 
@@ -148,7 +148,7 @@ class _GatherKeys(torch.autograd.Function):
         return grad_THd.index_add_(0, segments.again_rows_R, again), None
 
 
-def flash(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
+def flash(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: LayerCall) -> Tensor:
     """flash-attn 2; ``causal`` is aligned at the ends, its window counts keys to the left."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
@@ -163,7 +163,7 @@ def flash(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
     )
 
 
-def varlen(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
+def varlen(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: LayerCall) -> Tensor:
     """PyTorch's flash attention; its window (W, 0) is causal, aligned at the ends."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -183,7 +183,7 @@ def varlen(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
     )  # type: ignore[return-value]
 
 
-def sdpa(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
+def sdpa(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: LayerCall) -> Tensor:
     """Scaled-dot-product attention a segment; in blocks of queries where it needs a mask."""
     groups = q_THd.shape[1] // k_KHd.shape[1]
     if groups > 1 and (is_gpu(q_THd.device) or call.softcap is not None):
@@ -201,7 +201,7 @@ def sdpa(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: Call) -> Tensor:
     return torch.cat(out, 2).squeeze(0).transpose(0, 1).contiguous()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
     """One segment, (1, heads, queries, head_dim) on (1, heads, keys, head_dim)."""
     queries, keys = q.shape[2], k.shape[2]
     segments, scale, window, softcap = call

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastdpo.data.batch import Layout, PackedPairs, Segments
 from fastdpo.errors import ModelError
 from fastdpo.loss.ops import linear_logp
-from fastdpo.model.load import short
+from fastdpo.model.load import one_line
 
 
 @dataclass
@@ -224,7 +224,8 @@ def check(model: Any, impl: str = "auto") -> None:
     # A model that was not made for this can fail in any way.
     except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         raise ModelError(
-            f"the fused head does not reproduce the logits of {type(base).__name__}: {short(error)}"
+            f"the fused head does not reproduce the logits of {type(base).__name__}: "
+            f"{one_line(error)}"
         ) from error
 
 

