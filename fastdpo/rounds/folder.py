@@ -1,18 +1,24 @@
 """A run: what it was given, its folder, and the samples and scores that its parts ask for.
 
 OUT/state.json                 the config and the stages done
-OUT/offline/                   offline pairs to replay, and their scores
-OUT/round-00/eval/             the start, on held-out prompts
-OUT/round-01/candidates/       responses, in parts
+OUT/report.html, rounds.png    what the run shows; config.yaml has its options, once it is done
+OUT/sampler.log                of a server that was started for sampling
+OUT/offline/                   offline pairs to replay, their scores and summary.json
+OUT/round-00/eval/             the start, on held-out prompts: candidates, scores, kl.json
+OUT/round-01/candidates/       responses in parts, with plan.json and throughput.json
 OUT/round-01/scores/           a score for each; scores-1, scores-2, ... of several scorers
+OUT/round-01/scores-before/    the same by the round before, for `consistency`
 OUT/round-01/offline/          a response to each offline prompt, for fresh_threshold
 OUT/round-01/pairs.jsonl       what training takes, and pairs.summary.json
-OUT/round-01/{ref_logps,checkpoint,metrics,policy}/
+OUT/round-01/run.json          what decided the training; fitted.json, train.json, control.json
+OUT/round-01/{ref_logps,checkpoint,metrics,policy}/   and adapter/ of LoRA
 OUT/round-01/stage-1/          the same for each stage of a curriculum
 OUT/round-01/reference/        a moving average of the policies, where that is the reference
 OUT/round-01/extrapolated/     the next start, where the policy is not
 OUT/round-01/eval/             the next start, on held-out prompts
 OUT/round-01/summary.json      the row of the report
+
+Beside a file of rows lies its SHA-256, hidden (.NAME.sha256); OUT/.lock keeps a second process out.
 """
 
 from pathlib import Path
