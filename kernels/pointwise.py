@@ -1,9 +1,10 @@
 """What every kernel does to a tile of raw products: logits, their fold, and the kept exponentials.
 
-A row's exponentials are taken relative to its *shift*, the largest logit of its first columns,
-and not to each tile's own maximum: one scale a row is then enough for the matrix products of the
-backward.  Only a tile that exceeds the shift by more than `limit` gets a shift of its own, so
-nothing overflows whatever the logits; `kernels.fold.merge` brings such rows to one scale.
+A row's exponentials are taken relative to its *shift*, the largest logit of its first tile (`fold`)
+or of some columns all over the head (`project`), and not to each tile's own maximum: one scale a
+row is then enough for the matrix products of the backward.  Only a tile that exceeds the shift by
+more than `limit` gets a shift of its own, so nothing overflows whatever the logits;
+`kernels.fold.merge` brings such rows to one scale.
 
 N rows of the tile, C columns (vocabulary entries), K tiles of a row.
 """

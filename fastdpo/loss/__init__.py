@@ -1,4 +1,4 @@
-"""The loss: hidden states and token ids in, a differentiable loss out, and never a logit kept.
+"""The loss: hidden states and token ids in, a differentiable loss out, without all the logits.
 
 It stands alone: this folder and ``kernels`` can be copied into another package.  Open `ops` first
 for what there is to call, then `plan` for the ways through a head, and `objectives` for formulas.

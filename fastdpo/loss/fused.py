@@ -416,7 +416,7 @@ class FusedStreamer:
 
 
 def _rows_in_memory(h_ND: Tensor) -> Tensor:
-    """TokenRows with neighbouring elements side by side, as the kernels read them."""
+    """A matrix whose rows have their elements side by side, as the kernels read them."""
     return h_ND if h_ND.stride(1) == 1 else h_ND.contiguous()
 
 

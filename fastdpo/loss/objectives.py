@@ -12,10 +12,11 @@ unknown scalar times a sign known beforehand, which is what lets a loss train th
 any length with three matrix products.
 
 To add an objective: write its formula ``f`` below, a `Formula` with its name and form, and a
-function that returns the `Objective`.  It then works everywhere; on a GPU PyTorch computes it from
-the sums that the pair kernel returns.  To have the kernel compute it too, append the formula to
-`KERNEL_FORMULAS`, its name to the ``KINDS`` of ``kernels/pair.py``, and a branch for its number
-there, to ``_margin_loss`` or ``_separate_loss`` by its form.
+function that returns the `Objective`.  It then works everywhere but under
+``torch.compile(fullgraph=True)``; on a GPU PyTorch computes it from the sums that the pair kernel
+returns.  To have the kernel compute it too, append the formula to `KERNEL_FORMULAS`, its name to
+the ``KINDS`` of ``kernels/pair.py``, and a branch for its number there, to ``_margin_loss`` or
+``_separate_loss`` by its form.
 
 P pairs, S = 2P sequences (2i chosen, 2i+1 rejected).  Tensors are (P,) unless named otherwise;
 lengths are token counts, the end token included.

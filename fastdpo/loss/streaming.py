@@ -345,9 +345,11 @@ class Streamer:
     ) -> None:
         """Add the products of chunk ``k``'s gradient ``g_NC``: bias, weight and hidden rows."""
         v0, v1 = self.chunks[k]
-        g_op_NC = self.products.operand(g_NC)
         if into.bias is not None:
             into.bias[v0:v1] += g_NC.sum(0)
+        if dw_CD is None and dh_ND is None:
+            return
+        g_op_NC = self.products.operand(g_NC)
         if dw_CD is not None:
             self.products.addmm(dw_CD, g_op_NC.T, self.products.operand(h_ND))
         if dh_ND is not None:

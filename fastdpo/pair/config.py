@@ -20,7 +20,7 @@ class PairConfig:
         rule: best_worst, best_random, all_ranked, curriculum, nearest_margin or tree_siblings, the
             functions of `fastdpo.pair.rules`.
         weights: of each of several scorers, negative to avoid something; all 1 by default.
-        combine: "weighted", or "log_sigmoid" for a logical and of several scorers.
+        combine: "weighted", or "log_sigmoid", high where all of several scorers are.
         transform: of scores within a prompt: none, par, log_sigmoid or mean_std. It keeps their
             order, so it needs what looks at gaps: min_gap, length_penalty, nearest_margin, or
             all_ranked with max_pairs.
@@ -33,7 +33,8 @@ class PairConfig:
         max_pairs: pairs of a prompt at most, of all_ranked and curriculum, where it is the number
             of stages; by default all.
         equal_prompts: weigh a pair by 1 / (pairs of its prompt).
-        drop_truncated, drop_duplicates: leave out responses that were cut, or are there twice.
+        drop_truncated: leave out responses that were cut off at max_new_tokens.
+        drop_duplicates: leave out a response that repeats another of its prompt.
         consistency: none, or label smoothing by the ranking's agreement with the round before, of
             each prompt ("prompt") or on average ("mean") (CREAM); see `fastdpo.pair.votes`.
         flip_share: turn round this share of pairs, the weakest by the scorers' weighted mean, of

@@ -55,8 +55,10 @@ class TrainConfig:
         mlp_tile_tokens: tokens that go through an MLP at a time; bounds its activations.
         use_liger_kernel: Liger's RMSNorm, RoPE and SwiGLU, on this model only.
         use_peft: train LoRA adapters; the reference is the model with them off.
-        lora_r, lora_alpha, lora_target_modules: as in PEFT; by default all linear layers but the
-            head.
+        lora_r: rank of the adapters, as in PEFT.
+        lora_alpha: their scale is lora_alpha / lora_r, as in PEFT.
+        lora_target_modules: layers that get adapters, as in PEFT; by default all linear ones but
+            the head.
         lora_target_parameters: experts and routers that are parameters, as in PEFT; by default all
             of them, or none where lora_target_modules names layers.
         load_in_4bit: QLoRA, frozen weights in NF4; needs use_peft.

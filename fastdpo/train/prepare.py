@@ -196,7 +196,8 @@ def claim_folder(setup: Setup, start: Any) -> None:
         write_json_atomic(path, run)
     # Every process waits, whether or not it could already see the file.
     setup.accelerator.wait_for_everyone()
-    before = read_json(path)
+    # An option that is newer than the run had its default's meaning.
+    before = {x.name: x.default for x in fields(TrainConfig)} | read_json(path)
     for name, value in run.items():
         if before.get(name) != value:
             what = f"{name}={before.get(name)}, not {value}" if name != "pairs" else "other pairs"

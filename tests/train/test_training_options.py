@@ -1,10 +1,13 @@
 """Options of a round: where its reference comes from, adapters, budgets, memory."""
 
 import copy
+import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from test_trainer import CONFIG, random_pairs, read_metrics, run, weights
 from tiny import LLAMA, MAMBA, QWEN, build_tokenizer, save_tiny
 
@@ -14,6 +17,8 @@ from fastdpo.model import liger, offload
 from fastdpo.model.load import load_causal_lm, load_tokenizer, weights_digest
 from fastdpo.train import reference, trainer
 from fastdpo.train.config import TrainConfig
+from fastdpo.train.prepare import claim_folder
+from fastdpo.train.steps import Setup
 from fastdpo.train.trainer import train
 
 LOG_2 = torch.tensor(2.0).log()
@@ -166,6 +171,19 @@ def test_a_model_in_memory_is_trained_against_what_it_was(model_path, tmp_path):
     assert torch.equal(losses(tmp_path / "once"), losses(tmp_path / "each"))
     with pytest.raises(ConfigError, match="holds a run with"):
         run(model_path, tmp_path / "once")
+
+
+def test_an_option_newer_than_a_run_had_its_default(tmp_path):
+    setup = Setup(Accelerator(cpu=True), TrainConfig(), tmp_path, None, False, random_pairs(2))
+    claim_folder(setup, "model")
+    path = tmp_path / "run.json"
+    known = json.loads(path.read_text())
+    del known["weight_decay"]
+    path.write_text(json.dumps(known))
+    claim_folder(setup, "model")
+    other = replace(setup, config=TrainConfig(weight_decay=0.5))
+    with pytest.raises(ConfigError, match=r"weight_decay=0\.0, not 0\.5"):
+        claim_folder(other, "model")
 
 
 def test_models_in_memory_that_cannot_be_trained(model_path, tmp_path):
