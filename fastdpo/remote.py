@@ -28,6 +28,7 @@ import httpx
 import tenacity
 
 from fastdpo.errors import ConfigError, require
+from fastdpo.progress import parts
 
 _log = logging.getLogger(__name__)
 
@@ -270,7 +271,7 @@ class Endpoint:
         pool = ThreadPoolExecutor(self.remote.concurrency)
         try:
             futures = [pool.submit(one, body) for body in bodies]
-            for future in as_completed(futures):
+            for future in parts(as_completed(futures), len(futures)):
                 future.result()
             return [future.result() for future in futures]
         finally:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastdpo"
 # What each room may import beside itself.
-BASE = {"errors", "lazy", "storage", "remote"}
+BASE = {"errors", "lazy", "progress", "storage", "remote"}
 MODEL = {"kernels", "loss", "data", "model"} | BASE
 TRAIN = {"train"} | MODEL
 STAGES = {"sample", "score", "pair"}

@@ -26,6 +26,7 @@ from fastdpo.data.budget import check_overlong, counted
 from fastdpo.data.records import PreferenceRow, Prompt, placed
 from fastdpo.data.rendering import Renderer, common_prefix_length, is_empty, options_of, starts_with
 from fastdpo.errors import DataError
+from fastdpo.progress import bar, parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,8 +87,6 @@ def tokenize_dataset(
     response and when no pair is left, and ValueError when `max_length` < 2 or `overlong` is none of
     the three.
     """
-    from tqdm import tqdm
-
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 (prompt and response), got {max_length}")
     check_overlong(overlong)
@@ -95,17 +94,18 @@ def tokenize_dataset(
         raise DataError("there are no rows to tokenize. Give at least one preference pair.")
     result, kept, notes = TokenizedPairs([], {}, []), [], _Notes()
     renderer = Renderer(tokenizer, stop_ids)
-    for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
-        split = _split_pair(row, renderer)
-        pair = split if isinstance(split, str) else _within(split, max_length, overlong)
-        if isinstance(split, str) or isinstance(pair, str):
-            result.dropped_at.setdefault(str(pair), []).append(row.where)
-            continue
-        result.pairs.append(pair)
-        kept.append(row)
-        notes.add(row, split, renderer)
-        if max_length is not None and split.num_tokens > max_length:
-            result.truncated_at.append(row.where)
+    with bar("tokenizing", len(rows), "pair", shown=progress) as shown, shown.part(len(rows)):
+        for row in parts(rows):
+            split = _split_pair(row, renderer)
+            pair = split if isinstance(split, str) else _within(split, max_length, overlong)
+            if isinstance(split, str) or isinstance(pair, str):
+                result.dropped_at.setdefault(str(pair), []).append(row.where)
+                continue
+            result.pairs.append(pair)
+            kept.append(row)
+            notes.add(row, split, renderer)
+            if max_length is not None and split.num_tokens > max_length:
+                result.truncated_at.append(row.where)
     if not kept:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in result.dropped.items())
         choice = ", set overlong=truncate" if overlong == "drop" else ""

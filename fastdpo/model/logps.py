@@ -1,7 +1,6 @@
 """Log-probabilities of responses under a model, packed as in training."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from fastdpo.loss.reference import sequence_sums
 from fastdpo.model.head import packed_forward
 from fastdpo.model.load import load_causal_lm
 from fastdpo.model.prepare import check_range, layout_of, prepare_model
+from fastdpo.progress import parts
 
 
 def load_packed(
@@ -30,10 +30,13 @@ def load_packed(
 
 
 @torch.no_grad()
-def pair_logps(model: Any, pairs: Sequence[TokenizedPair], *, batch_size: int = 8) -> Tensor:
+def pair_logps(
+    model: Any, pairs: Sequence[TokenizedPair], *, batch_size: int = 8, temperature: float = 1.0
+) -> Tensor:
     """Log-probability of both responses of each pair given its prompt, summed over their tokens.
 
     `model` is of `load_packed`. A batch takes as many tokens as `batch_size` of the longest pairs.
+    The probabilities are those at a temperature, softmax(logits / temperature).
 
     Returns (pairs, 2) fp64 on the CPU: chosen, rejected.
 
@@ -47,18 +50,27 @@ def pair_logps(model: Any, pairs: Sequence[TokenizedPair], *, batch_size: int = 
     device = next(model.parameters()).device
     budget = batch_size * max(lengths)
     logp_P2 = torch.empty(len(pairs), 2, dtype=torch.float64)
-    for index in plan_batches(lengths, max_tokens=budget, padded=layout == "padded"):
+
+    def of_targets(
+        h_TD: Tensor, w_VD: Tensor, *, scale: float, softcap: float | None, **head: Any
+    ) -> Tensor:
+        # (c / t) tanh((s / t) z / (c / t)) is c tanh(s z / c) / t.
+        head |= {"scale": scale / temperature, "softcap": softcap and softcap / temperature}
+        return linear_logp(h_TD, w_VD, batch.target_N, rows_N=batch.rows_N, **head)
+
+    for index in parts(plan_batches(lengths, max_tokens=budget, padded=layout == "padded")):
         batch = pack_pairs([pairs[i] for i in index], index, layout=layout).to(device)
-        of_targets = partial(linear_logp, target_N=batch.target_N, rows_N=batch.rows_N)
         logp_N = packed_forward(model, batch, of_targets)
         logp_P2[index] = sequence_sums(logp_N.double(), batch.bounds_S1).view(-1, 2).cpu()
     return logp_P2
 
 
-def response_logps(model: Any, rows: Sequence[Candidate], *, batch_size: int = 8) -> Tensor:
+def response_logps(
+    model: Any, rows: Sequence[Candidate], *, batch_size: int = 8, temperature: float = 1.0
+) -> Tensor:
     """Log-probability of each candidate given its prompt, in nats; 0 of one without tokens.
 
-    `model` is of `load_packed`.
+    `model` is of `load_packed`, and `temperature` as in `pair_logps`.
 
     Returns (rows,) fp64 on the CPU.
 
@@ -67,7 +79,7 @@ def response_logps(model: Any, rows: Sequence[Candidate], *, batch_size: int = 8
     pairs, places = _in_pairs(rows)
     logp_R = torch.zeros(len(rows), dtype=torch.float64)
     if pairs:
-        logp_P2 = pair_logps(model, pairs, batch_size=batch_size)
+        logp_P2 = pair_logps(model, pairs, batch_size=batch_size, temperature=temperature)
         for place, values_2 in zip(places, logp_P2):
             logp_R[list(place)] = values_2[: len(place)]
     return logp_R

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastdpo.data.batch import TokenizedPair, pack_pairs, plan_batches
 from fastdpo.data.records import PairRow, Scored
 from fastdpo.errors import DataError
+from fastdpo.progress import advance, bar
 
 
 def draw_key(seed: int, *place: int) -> str:
@@ -193,8 +194,6 @@ def measure(
         ModelError: the model computes pairs in no layout.
         DataError: there are no pairs, or one has a hidden state or log-prob that is not finite.
     """
-    from tqdm import tqdm
-
     from fastdpo.model.prepare import layout_of, prepare_model
 
     if not pairs:
@@ -204,13 +203,15 @@ def measure(
     lengths = [pair.num_tokens(layout) for pair in pairs]
     plan = plan_batches(lengths, max_tokens=max(max_tokens, *lengths), padded=layout == "padded")
     found_P2 = torch.empty(len(pairs), 2, dtype=torch.float64)
-    for index in tqdm(plan, desc="measuring pairs", unit="batch", disable=not progress):
-        batch = pack_pairs([pairs[i] for i in index], index, layout=layout).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            hidden_SD, logp_S = _by_sequence(model, batch, impl)
-        chosen_PD, rejected_PD = hidden_SD[0::2], hidden_SD[1::2]
-        ches_P = (chosen_PD * (rejected_PD - chosen_PD)).sum(1)
-        found_P2[index] = torch.stack([ches_P, logp_S[1::2] - logp_S[0::2]], 1).cpu()
+    with bar("measuring pairs", len(pairs), "pair", shown=progress):
+        for index in plan:
+            batch = pack_pairs([pairs[i] for i in index], index, layout=layout).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                hidden_SD, logp_S = _by_sequence(model, batch, impl)
+            chosen_PD, rejected_PD = hidden_SD[0::2], hidden_SD[1::2]
+            ches_P = (chosen_PD * (rejected_PD - chosen_PD)).sum(1)
+            found_P2[index] = torch.stack([ches_P, logp_S[1::2] - logp_S[0::2]], 1).cpu()
+            advance(len(index))
     for i, finite in enumerate(found_P2.isfinite().all(1).tolist()):
         if not finite:
             raise DataError(

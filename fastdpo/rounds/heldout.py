@@ -10,6 +10,7 @@ from fastdpo.data.parts import read_candidates
 from fastdpo.data.records import Candidate
 from fastdpo.errors import DataError
 from fastdpo.model.logps import load_packed, response_logps
+from fastdpo.progress import bar
 from fastdpo.report import summary as report
 from fastdpo.report.evaluation import (
     by_length,
@@ -124,21 +125,28 @@ def _measure_kl(run: Run, policy: str, candidates: Path, path: Path) -> None:
     """The policy's KL divergence from the start, from the responses that the policy gave.
 
     The mean of log pi(y|x) - log pi_start(y|x), first over the responses of a prompt and then over
-    prompts, in nats a response, with its standard error: an unbiased estimate of KL(pi || pi_start)
-    for responses at temperature 1 and top_p 1, and only a measure of distance for others. The
-    models, folders or hub names, are loaded one after the other.
+    prompts, in nats a response, with its standard error. Both are taken at the temperature that the
+    responses were drawn at, so it is an unbiased estimate of KL(pi || pi_start) where top_p is 1,
+    and only a measure of distance elsewhere. The models, folders or hub names, are loaded one after
+    the other.
     """
     rows = list(read_candidates(candidates).values())
     dtype, batch_size = getattr(torch, run.config.sample.dtype), run.config.score.batch_size
-    logp_2R = [
-        response_logps(load_packed(name, dtype=dtype), rows, batch_size=batch_size)
-        for name in (policy, run.config.model)
-    ]
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "temperature": run.config.sample.temperature,
+    }
+    logp_2R = []
+    with bar("distance from the start", 2, "model", shown=run.progress) as shown:
+        for name in (policy, run.config.model):
+            with shown.part():
+                logp_2R.append(response_logps(load_packed(name, dtype=dtype), rows, **options))
     ratios: dict[int, list[float]] = {}
     for row, ratio in zip(rows, (logp_2R[0] - logp_2R[1]).tolist()):
         ratios.setdefault(row.prompt_index, []).append(ratio)
     means = [sum(group) / len(group) for group in ratios.values()]
     found = {"kl": sum(means) / len(means), "kl_se": standard_error(means)}
+    found["kl_temperature"] = options["temperature"]
     write_json_atomic(path, found, checksum=True)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
+from fastdpo.progress import advance
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.generate import LoadedSampler
 from fastdpo.sample.sampler import Output, told
@@ -129,6 +130,7 @@ def _run(
                 raise RuntimeError(result.error)
             if result is not None and result.is_finished():
                 found[result.request_id] = result.generated_tokens
+                advance()
             if result is None and not manager.is_running():
                 raise RuntimeError("the generation loop ended early")
     except BaseException:

@@ -9,6 +9,7 @@ import torch
 from fastdpo.model import rope
 from fastdpo.model.load import context_of, dtype_name, end_ids
 from fastdpo.model.noise import random_state_kept
+from fastdpo.progress import advance
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.sampler import Ending, Output, Sampler, free, told
 
@@ -85,9 +86,18 @@ class GenerateSampler(LoadedSampler):
         ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in rows])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows])
 
+        ends, ended = torch.tensor(self.ending.end_ids), 0
+
         def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            done = [self.ending.reached(row) for row in input_ids[:, width:].tolist()]
-            return torch.tensor(done, device=input_ids.device)
+            """Which rows have a stop string; tells on the way how many have ended."""
+            nonlocal ended
+            new, reached = input_ids[:, width:].cpu(), torch.zeros(len(rows), dtype=torch.bool)
+            if self.ending.stop:
+                reached = torch.tensor([self.ending.reached(row) for row in new.tolist()])
+            known = int((torch.isin(new, ends).any(1) | reached).sum())
+            advance(known - ended)
+            ended = known
+            return reached.to(input_ids.device)
 
         with told("generate"), self.drawing() as settings:
             settings.pad_token_id = self._pad_id
@@ -96,6 +106,7 @@ class GenerateSampler(LoadedSampler):
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 generation_config=settings,
-                stopping_criteria=[stopped] if self.ending.stop else None,
+                stopping_criteria=[stopped],
             )
+            advance(len(rows) - ended)  # those cut off
             return self.outputs(output[:, width:].tolist(), num_samples)

@@ -91,6 +91,8 @@ class Sampler(ABC):
     def generate(self, prompts: list[list[int]], num_samples: int, seed: int) -> list[list[Output]]:
         """`num_samples` responses to every prompt, `[prompt][sample]`; the seed decides them.
 
+        Calls `fastdpo.progress.advance` for each response that is done.
+
         Raises ModelError or RemoteError, saying what may help, when they can't be had.
         """
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.model.load import policy_digest
+from fastdpo.progress import advance
 from fastdpo.remote import Endpoint, PassingError, Remote, RemoteError, Stop, hidden
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.sampler import Ending, Output, Sampler, finished, prompt_seed, shorter
@@ -141,7 +142,9 @@ class ServerSampler(Sampler):
             "skip_special_tokens": False,
             "return_token_ids": True,
         }
-        return self._call("/v1/completions", body, lambda reply: self._outputs(reply, body))
+        outputs = self._call("/v1/completions", body, lambda reply: self._outputs(reply, body))
+        advance(num_samples)
+        return outputs
 
     def _outputs(self, reply: Any, body: dict[str, Any]) -> list[Output]:
         """The samples in a reply; ValueError and the like when it isn't one that was asked for."""

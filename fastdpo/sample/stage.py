@@ -35,6 +35,7 @@ from fastdpo.model.load import (
     policy_digest,
     stop_ids,
 )
+from fastdpo.progress import Bar, bar
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.continuous import ContinuousSampler, flash_attention
 from fastdpo.sample.generate import GenerateSampler, LoadedSampler
@@ -187,7 +188,11 @@ def sample(
             return [len(output.ids) for outputs in drawn for output in outputs]
 
         lengths = _each(draw, undone, sampler.at_once)
-        rates = _measured(lengths, len(starts), len(undone), progress)
+        left = sum(len(prompts[starts[i] :][: config.batch_prompts]) for i in undone)
+        count = config.num_samples
+        done = count * (len(prompts) - left)
+        with bar("sampling", count * len(prompts), "response", done=done, shown=progress) as shown:
+            rates = _measured(lengths, len(starts), len(undone), shown)
         found = {"backend": sampler.backend, **rates}
         if undone:
             write_json_atomic(Path(out_dir) / "throughput.json", found)
@@ -205,27 +210,20 @@ def _sampler_of(
     return nullcontext(source)
 
 
-def _measured(
-    parts: Iterator[list[int]], total: int, undone: int, progress: bool
-) -> dict[str, float]:
+def _measured(parts: Iterator[list[int]], total: int, undone: int, shown: Bar) -> dict[str, float]:
     """What was sampled and how fast, from the lengths of the responses; shown as they come."""
-    from tqdm import tqdm
-
     found: dict[str, float] = {"parts": total, "sampled_parts": undone, "samples": 0, "tokens": 0}
     start = time.perf_counter()
-    with tqdm(desc="sampling", unit="part", total=total, disable=not progress) as bar:
-        bar.update(total - undone)
-        for lengths in parts:
-            found["samples"] += len(lengths)
-            found["tokens"] += sum(lengths)
-            found["seconds"] = time.perf_counter() - start
-            for name in ("samples", "tokens"):
-                found[f"{name}_per_second"] = found[name] / found["seconds"]
-            bar.set_postfix_str(
-                f"{found['tokens_per_second']:,.0f} tokens/s, "
-                f"{found['samples_per_second']:,.1f} samples/s"
-            )
-            bar.update()
+    for lengths in parts:
+        found["samples"] += len(lengths)
+        found["tokens"] += sum(lengths)
+        found["seconds"] = time.perf_counter() - start
+        for name in ("samples", "tokens"):
+            found[f"{name}_per_second"] = found[name] / found["seconds"]
+        shown.note(
+            f"{found['tokens_per_second']:,.0f} tokens/s, "
+            f"{found['samples_per_second']:,.1f} samples/s"
+        )
     return found
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastdpo.errors import ModelError
 from fastdpo.model.load import policy_digest
+from fastdpo.progress import advance
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.sampler import Ending, Output, Sampler, finished, free, prompt_seed, told
 
@@ -66,6 +67,7 @@ class VllmSampler(Sampler):
                 [SamplingParams(seed=prompt_seed(seed, i), **common) for i in range(len(prompts))],
                 use_tqdm=False,
             )
+            advance(len(prompts) * num_samples)  # its engine tells of none before
             by_sample = (sorted(request.outputs, key=lambda x: x.index) for request in found)
             return [
                 [finished(self.ending, list(x.token_ids), x.finish_reason) for x in outputs]

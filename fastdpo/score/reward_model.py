@@ -16,6 +16,7 @@ from fastdpo.data.rendering import text_of
 from fastdpo.errors import ModelError
 from fastdpo.model import rope
 from fastdpo.model.load import check_folder, context_of
+from fastdpo.progress import parts
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class RewardModel:
             ids = [x[-int(self.context) :] if len(x) > self.context else x for x in ids]
         scores = [0.0] * len(ids)
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for start in range(0, len(ids), self.batch_size):
+        for start in parts(range(0, len(ids), self.batch_size)):
             batch = by_length[start : start + self.batch_size]
             logits_B1 = self._logits([ids[i] for i in batch])
             for i, value in zip(batch, logits_B1.flatten().tolist()):

@@ -16,6 +16,7 @@ from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.parts import part_digest, score_row, scored_digests
 from fastdpo.data.records import Candidate, Text
 from fastdpo.errors import DataError, is_number
+from fastdpo.progress import bar
 from fastdpo.remote import Endpoint
 from fastdpo.storage import begin_stage, list_parts, read_jsonl, read_plan, write_jsonl_atomic
 
@@ -60,8 +61,6 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
     anything but one finite number per response: then nothing of that part is written, earlier parts
     stay.
     """
-    from tqdm import tqdm
-
     parts = list_parts(rows_dir)
     plan = {"scorer": scorer.name, "candidates": read_plan(rows_dir), "parts": len(parts)}
     if scorer.settings:
@@ -72,10 +71,12 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
         if scorer.endpoint is None and (KEY in known or not known):  # a server's are its own
             plan[KEY] = clock.time
         begin_stage(out_dir, plan)
-        for path in tqdm(parts, desc="scoring", unit="part", disable=not progress):
-            out_path = Path(out_dir) / path.name
-            if not (out_path.exists() and scored_digests(out_path) == {part_digest(path)}):
-                _score_part(scorer, path, out_path)
+        with bar("scoring", len(parts), "part", shown=progress) as shown:
+            for path in parts:
+                out_path = Path(out_dir) / path.name
+                with shown.part():
+                    if not (out_path.exists() and scored_digests(out_path) == {part_digest(path)}):
+                        _score_part(scorer, path, out_path)
 
 
 def _columns_of(parts: list[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastdpo import __version__
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import has_flash_attn
+from fastdpo.progress import advance, bar
 from fastdpo.storage import atomic_file
 from fastdpo.train.steps import Setup, plan_epoch, reference_logp
 
@@ -82,9 +82,11 @@ def compute_reference(setup: Setup, model: nn.Module) -> Tensor:
 
     found: list[tuple[int, list[float]]] = []
     batches = list(chain.from_iterable(plan_epoch(setup, 0)))
-    for index in tqdm(batches, desc="reference", disable=not setup.progress):
-        logp_S = reference_logp(setup, model, setup.batch(index))
-        found += zip(index, logp_S.view(-1, 2).tolist())
+    with bar("reference", len(batches), "batch", shown=setup.progress):
+        for index in batches:
+            logp_S = reference_logp(setup, model, setup.batch(index))
+            found += zip(index, logp_S.view(-1, 2).tolist())
+            advance()
     logp_P2 = torch.full((len(setup.pairs), 2), float("nan"), dtype=torch.float64)
     for pair, sums in gather_object(found):
         logp_P2[pair] = torch.tensor(sums, dtype=torch.float64)
