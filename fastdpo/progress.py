@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 _lock = RLock()
 _names: list[str] = []  # of what the bars to come are for
 _open: list["Bar"] = []
-_whole: list["_Whole"] = []
+_whole: list["Whole"] = []
 
 
 class Bar:
@@ -103,7 +103,7 @@ def within(name: str) -> Iterator[None]:
         _names.pop()
 
 
-class _Whole:
+class Whole:
     """One bar over others that are known before, as long as each is likely to take."""
 
     def __init__(self, seconds: Mapping[str, float], shown: bool) -> None:
@@ -129,7 +129,7 @@ class _Whole:
 
 
 @contextmanager
-def overall(seconds: Mapping[str, float], *, shown: bool = True) -> Iterator[None]:
+def overall(seconds: Mapping[str, float], *, shown: bool = True) -> Iterator[Whole]:
     """One bar with the time left for the block; others in it are its parts and are not drawn.
 
     Args:
@@ -137,10 +137,10 @@ def overall(seconds: Mapping[str, float], *, shown: bool = True) -> Iterator[Non
             order. What has no bar counts to the part before it.
         shown: whether it is drawn.
     """
-    whole = _Whole(seconds, shown)
+    whole = Whole(seconds, shown)
     _whole.append(whole)
     try:
-        yield
+        yield whole
         whole.to(whole.total)
     finally:
         _whole.pop()

@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "kernels": set(),
     "errors": set(),
     "lazy": set(),
+    "progress": set(),
     "storage": {"errors"},
-    "remote": {"errors"},
+    "remote": {"errors", "progress"},
     "loss": {"kernels"},
-    "data": {"errors", "lazy", "storage", "loss"},
+    "data": {"errors", "lazy", "progress", "storage", "loss"},
     "model": MODEL,
     "train": TRAIN | {"__init__"},  # the version
     "plan": {"plan"} | TRAIN,

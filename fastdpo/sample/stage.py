@@ -220,10 +220,7 @@ def _measured(parts: Iterator[list[int]], total: int, undone: int, shown: Bar) -
         found["seconds"] = time.perf_counter() - start
         for name in ("samples", "tokens"):
             found[f"{name}_per_second"] = found[name] / found["seconds"]
-        shown.note(
-            f"{found['tokens_per_second']:,.0f} tokens/s, "
-            f"{found['samples_per_second']:,.1f} samples/s"
-        )
+        shown.note(f"{found['tokens_per_second']:,.0f} tokens/s")
     return found
 
 

@@ -29,7 +29,7 @@ from tiny import GEMMA3, LLAMA, build_tokenizer, save_tiny
 from bench import report as bench_report
 from bench.sampling import main as bench_main
 from bench.sampling import parting, surprise
-from fastdpo import storage
+from fastdpo import progress, storage
 from fastdpo.data.rows import Rows, prompt_rows
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model.load import load_causal_lm, policy_digest
@@ -537,9 +537,21 @@ def test_throughput_is_written_for_what_was_sampled(model, tokenizer, tmp_path):
     assert (resumed["sampled_parts"], resumed["samples"]) == (1, 6)
 
 
-def test_throughput_is_shown(model, tokenizer, tmp_path, capsys):
-    run(model, tokenizer, tmp_path, config_of(), progress=True)
-    assert re.search(r"2/2 .*tokens/s, .*samples/s", capsys.readouterr().err)
+def test_how_far_it_is_is_shown_within_a_part_too(
+    model, tokenizer, tmp_path, capsys, monkeypatch
+):
+    told = []
+
+    def advance(count):
+        told.append(count)
+        progress.advance(count)
+
+    monkeypatch.setattr("fastdpo.sample.generate.advance", advance)
+    with progress.within("round 1 of 2"):
+        run(model, tokenizer, tmp_path, config_of(), progress=True)
+    shown = capsys.readouterr().err
+    assert re.search(r"round 1 of 2: sampling: 100%.*12/12 .*response/s, .*tokens/s", shown)
+    assert sum(told) == 12 and sum(count > 0 for count in told) > 2  # more often than once a part
 
 
 # vLLM's server
