@@ -263,7 +263,7 @@ def _texts(values: list[Any]) -> bool:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Options by their names with the section: those of its sections by their own."""
+    """Options by their names with the section, of a run's options by section."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         section = value if isinstance(value, dict) else {}

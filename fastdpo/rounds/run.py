@@ -60,7 +60,7 @@ def _rounds(run: Run) -> list[dict[str, Any]]:
     for index in range(1, config.rounds + 1):
         _round(run, index)
         evaluate(run, index)
-    report.html(run.out)
+    run.stages.show()
     return report.summarize(run.out)
 
 
