@@ -25,7 +25,7 @@ from fastdpo.train.reference import pairs_digest, reference_logps
 from fastdpo.train.steps import Setup, measure, plan_epoch
 
 BEST = "best.json"  # which step the policy is of, where the best one is kept
-_FOLDER = "eval_dataset"  # what the evaluated pairs have in the run's folder
+_FOLDER = "eval_dataset"  # what is kept of these pairs in the run's folder
 _log = logging.getLogger(__name__)
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
 
@@ -61,7 +61,7 @@ class Evaluator:
     def fit(self, model: nn.Module, aux_loss_coef: float = 0.0) -> None:
         """Bring the pairs within the budget of a model's layout."""
         if self.setup.pairs:
-            self.setup = replace(fit_pairs(self.setup, model), aux_loss_coef=aux_loss_coef)
+            self.setup = replace(fit_pairs(self.setup, model, _FOLDER), aux_loss_coef=aux_loss_coef)
 
     def refer(self, model: nn.Module, weights: str) -> None:
         """Compute their log-probs under the reference."""

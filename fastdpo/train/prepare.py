@@ -143,11 +143,14 @@ def load_reference(setup: Setup) -> tuple[nn.Module, str, Setup]:
     return model, weights, fit_pairs(setup, model)
 
 
-def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
+def fit_pairs(setup: Setup, model: nn.Module, name: str = "") -> Setup:
     """Bring every pair within the budget of a model's layout, by the rule of the config.
 
     It is called twice where the reference is another model: what fits that one is fitted to the
     policy.
+
+    Args:
+        name: of the pairs, where they are not those of training.
     """
     config, before, layout = setup.config, setup.layout, layout_of(model)
     fitted = fit_to_budget(setup.pairs, config.max_tokens, layout=layout, overlong=config.overlong)
@@ -160,7 +163,7 @@ def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
         write_json_atomic(setup.out / FITTED, too_long)
         if changed:
             print(
-                f"over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
+                f"{name and f'{name}: '}over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
                 f"{counted(fitted.truncated_at)} truncated"
             )
     pairs = fitted.pairs

@@ -250,7 +250,7 @@ def _tell_plan(setup: Setup, model: nn.Module, steps: list[list[list[int]]]) -> 
 
 def _warn_of_few_steps(setup: Setup, steps: int) -> None:
     config, pairs = setup.config, len(setup.pairs)
-    smaller = min(config.batch_size, pairs) // _FEW_STEPS
+    smaller = pairs // math.ceil(_FEW_STEPS / config.num_train_epochs)
     way = f"a smaller batch_size, as {smaller}, or " if smaller else ""
     _log.warning(
         "%d pairs with batch_size=%d and num_train_epochs=%d make %d optimizer %s, too few to "
