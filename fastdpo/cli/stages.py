@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import torch
 
 from fastdpo.cli.commands import quiet_loading, save_options
+from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.clock import KEY, now, rendering_at
 from fastdpo.data.records import PairRow
-from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
+from fastdpo.data.rows import Rows, preference_rows, prompt_rows, read_rows
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, is_default, require, require_used
 from fastdpo.model.load import check_start, load_causal_lm, load_tokenizer, stop_ids
@@ -35,8 +36,9 @@ from fastdpo.score.config import ScoreConfig
 from fastdpo.score.load import uses
 from fastdpo.score.stage import score
 from fastdpo.storage import locked, read_json, write_json_atomic
-from fastdpo.train.config import TrainConfig, check_control
+from fastdpo.train.config import EvalConfig, TrainConfig, check_control
 from fastdpo.train.control import LengthController
+from fastdpo.train.evaluate import BEST
 from fastdpo.train.trainer import train
 
 Stage = TypeVar("Stage", SampleConfig, PairConfig)
@@ -163,7 +165,7 @@ class PairCommand(PairConfig):
 
 
 @dataclass(kw_only=True)
-class TrainCommand(TrainConfig):
+class TrainCommand(TrainConfig, EvalConfig):
     """Train on a preference dataset.
 
     Attributes:
@@ -171,6 +173,8 @@ class TrainCommand(TrainConfig):
         dataset: file (.jsonl, .json, .parquet, .csv), folder or hub name, in TRL's preference
             formats; or what ``fastdpo pair`` wrote, whose tokens are taken as they are.
         split: of a hub dataset or a folder with several; by default train.
+        eval_dataset: pairs to evaluate on in training, as ``dataset``; they are not trained on.
+        eval_split: of ``eval_dataset``; by default test, where it has several.
         chat_template: file with a Jinja chat template instead of the model's own; it is saved with
             the policy.
         reference: folder or hub name of another reference than the start.
@@ -183,6 +187,8 @@ class TrainCommand(TrainConfig):
     model: str
     dataset: str
     split: str | None = None
+    eval_dataset: str | None = None
+    eval_split: str | None = None
     chat_template: str | None = None
     reference: str | None = None
     output_dir: str = "runs/train"
@@ -190,7 +196,11 @@ class TrainCommand(TrainConfig):
     control: str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TrainConfig.__post_init__(self)
+        EvalConfig.__post_init__(self)
+        for name in ("eval_split", "eval_steps", "load_best_model_at_end"):
+            evaluates = self.eval_dataset is not None
+            require_used(self, name, evaluates, "eval_dataset be given, the pairs to evaluate on")
         check_control(self, self.reference)
         for name in ("candidates", "control"):
             require_used(self, name, self.alpha == "auto", "alpha be auto")
@@ -264,21 +274,13 @@ def run_train(config: TrainCommand) -> None:
         if name is not None:
             check_start(name)
     tokenizer = load_tokenizer(config.model, config.chat_template)
-    out, clock = Path(config.output_dir), None
-    rows = read_rows(config.dataset, config.split)
-    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys():
-        pairs = _tokenized(config)
-    else:
-        with rendering_at(_rendered_at(out / RENDERED)) as clock:
-            found = tokenize_dataset(
-                preference_rows(rows),
-                tokenizer,
-                max_length=config.max_length,
-                overlong=config.overlong,
-                stop_ids=stop_ids(config.model, tokenizer),
-            )
-        print(found)
-        pairs = found.pairs
+    out = Path(config.output_dir)
+    with rendering_at(_rendered_at(out / RENDERED)) as clock:
+        pairs = _read_pairs(config, "dataset", read_rows(config.dataset, config.split), tokenizer)
+        held: list[TokenizedPair] = []
+        if config.eval_dataset is not None:
+            rows = read_rows(config.eval_dataset, config.eval_split, default="test")
+            held = _read_pairs(config, "eval_dataset", rows, tokenizer)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir={out} is a file; name a folder")
     control = (
@@ -287,30 +289,57 @@ def run_train(config: TrainCommand) -> None:
     lengths = response_lengths(Path(config.candidates)) if config.candidates else None
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(out) if first else nullcontext():
-        if first and clock is not None and clock.read:
+        if first and clock.read:
             write_json_atomic(out / RENDERED, {KEY: clock.time})
         metrics = train(
             config.model, tokenizer, pairs, config, out, reference=config.reference,
-            control=control, lengths=lengths,
+            control=control, lengths=lengths, eval_pairs=held, evaluation=config,
         )  # fmt: skip
     if first:
         save_options(asdict(config), out)
-        print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        print(f"policy: {out / 'policy'}")
+        for evaluated in (False, True) if held else (False,):
+            names = [name for name in metrics if name.startswith("eval_") == evaluated]
+            print("  ".join(f"{name} {metrics[name]:.4g}" for name in names))
+        print(f"policy: {out / 'policy'}{_best(out) if config.load_best_model_at_end else ''}")
 
 
-def _tokenized(config: TrainCommand) -> list[Any]:
+def _best(out: Path) -> str:
+    """Which step the policy is of."""
+    best = read_json(out / BEST)
+    return (
+        f", after step {best['best_global_step']} of {best['global_step']}, the best "
+        f"{best['metric_for_best_model']}: {best['best_metric']:.4g}"
+    )
+
+
+def _read_pairs(config: TrainCommand, name: str, rows: Rows, tokenizer: Any) -> list[TokenizedPair]:
+    """The pairs of ``dataset`` or ``eval_dataset``, which are tokenized or to be."""
+    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys():
+        return _tokenized(config, name)
+    found = tokenize_dataset(
+        preference_rows(rows),
+        tokenizer,
+        max_length=config.max_length,
+        overlong=config.overlong,
+        stop_ids=stop_ids(config.model, tokenizer),
+    )
+    print(found if name == "dataset" else f"{name}: {found}")
+    return found.pairs
+
+
+def _tokenized(config: TrainCommand, name: str) -> list[TokenizedPair]:
     """What ``fastdpo pair`` wrote."""
-    pairs = load_pairs(Path(config.dataset))
+    path = getattr(config, name)
+    pairs = load_pairs(Path(path))
     if len(stages := split_stages(pairs)) > 1:
         raise ConfigError(
-            f"dataset={config.dataset} is a curriculum of {len(stages)} stages, each of which "
+            f"{name}={path} is a curriculum of {len(stages)} stages, each of which "
             "starts where the one before ended; use fastdpo iterate"
         )
     longest = max(pair.num_tokens("padded") for pair in pairs) // 2
     if config.max_length < longest and not is_default(config, "max_length"):
         raise ConfigError(
-            f"max_length={config.max_length}, but dataset={config.dataset} has a side of "
+            f"max_length={config.max_length}, but {name}={path} has a side of "
             f"{longest} tokens: what fastdpo pair wrote is taken as it is. Leave max_length "
             "out, or give it to fastdpo sample"
         )

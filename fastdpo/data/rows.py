@@ -55,12 +55,14 @@ class Rows:
         return f"{self.source}:{self.lines[i]}"
 
 
-def read_rows(path_or_name: str | Path, split: str | None = None) -> Rows:
+def read_rows(
+    path_or_name: str | Path, split: str | None = None, *, default: str = "train"
+) -> Rows:
     """Read all rows of a dataset.
 
     `path_or_name` is a `.jsonl`, `.json` (list of objects), `.csv` or `.parquet` file, a directory
     written by `datasets.save_to_disk`, or the name of a dataset on the Hugging Face hub. `split`
-    selects from a directory with several and from the hub, by default "train".
+    selects from a directory with several and from the hub, by default `default`.
 
     Arrow gives every struct the keys that any row has, with null for those that a row lacks. From
     Parquet, directories and the hub, keys of structs that are null are left out, so that rows are
@@ -73,7 +75,7 @@ def read_rows(path_or_name: str | Path, split: str | None = None) -> Rows:
     name = str(path_or_name)
     path = Path(name).expanduser()
     if path.is_dir():
-        rows = Rows(name, _read_saved(path, split))
+        rows = Rows(name, _read_saved(path, split, default))
     elif path.exists():
         if split is not None:
             raise DataError(_no_split(name, split, "a file"))
@@ -81,7 +83,7 @@ def read_rows(path_or_name: str | Path, split: str | None = None) -> Rows:
     elif _looks_like_a_path(name):
         raise DataError(f"{name}: no such file or directory. Check the path.")
     else:
-        rows = Rows(name, _read_hub(name, split or "train"))
+        rows = Rows(name, _read_hub(name, split or default))
     if not rows.rows:
         raise DataError(f"{name}: there are no rows in it. Write one object per row.")
     return rows
@@ -163,7 +165,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         return _arrow_rows(Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True))
 
 
-def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
+def _read_saved(path: Path, split: str | None, default: str) -> list[dict[str, Any]]:
     from datasets import DatasetDict, load_from_disk
 
     with _told(
@@ -172,7 +174,7 @@ def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
     ):
         dataset = load_from_disk(str(path))
     if isinstance(dataset, DatasetDict):
-        split = split or "train"
+        split = split or default
         if split not in dataset:
             raise DataError(f"{path}: no split {split!r}. Choose one of {sorted(dataset)}.")
         dataset = dataset[split]

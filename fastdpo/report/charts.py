@@ -6,7 +6,7 @@ Coordinates are rounded to a tenth, so the same numbers give the same bytes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, linear_regression
 from typing import Any, NamedTuple
@@ -99,12 +99,22 @@ def axis(values: Sequence[float], start: float, end: float) -> Axis:
     return Axis(low - air, high + air, start, end)
 
 
+class Series(NamedTuple):
+    """A named line through marks; the name is empty where it is the only one. `aside` is how many
+    pixels it is drawn to the right, so that the intervals of several stand beside one another.
+    """
+
+    name: str
+    marks: Sequence[Mark]
+    aside: float = 0
+
+
 class Stretch(NamedTuple):
     """A round in a chart by step: where it begins, its line, and the range of its bins if any.
     `named` says that there is room for its name.
     """
 
-    index: int
+    index: int | None
     begins: str
     named: bool
     line: str
@@ -113,8 +123,9 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """Two axes and what is drawn: marks, stretches or clouds. `level` is a value to compare with,
+    """Two axes and what is drawn: series, stretches or clouds. `level` is a value to compare with,
     and `rounds` are those named below; `spoken` is what a screen reader says in place of all.
+    `over` is drawn over the stretches, and `names` are those of the lines, where there are several.
     """
 
     x: Axis
@@ -123,36 +134,68 @@ class Chart:
     drawn: Sequence[Any]
     level: float | None = None
     rounds: Sequence[int] = ()
+    over: Sequence[Series] = ()
+    names: Sequence[str] = ()
 
     def path(self, points: Iterable[Sequence[float]], aside: float = 0) -> str:
         """A line through the points (x, y, ...), so many pixels to the right."""
-        x = replace(self.x, start=self.x.start + aside, end=self.x.end + aside)
+        x = self.aside(aside)
         return "M" + "L".join(f"{x(px)} {self.y(py)}" for px, py, *_ in points)
+
+    def aside(self, pixels: float) -> Axis:
+        """The horizontal axis, so many pixels to the right."""
+        return replace(self.x, start=self.x.start + pixels, end=self.x.end + pixels)
 
 
 def by_round(
-    name: str, marks: Sequence[Mark], rounds: Sequence[int], *, line: float | None
+    name: str, series: Mapping[str, Sequence[Mark]], rounds: Sequence[int], *, line: float | None
 ) -> Chart:
-    """A value by round with its intervals; `line` is a level drawn across."""
-    ends = [m.value + sign * (m.half or 0) for m in marks for sign in (-1, 1)]
-    y = axis(ends if line is None else [*ends, line], 186, 8)
+    """A value by round with its intervals, of one run or of several by their names; `line` is a
+    level drawn across.
+    """
+    known = {key: marks for key, marks in series.items() if marks}
+    every = [mark for marks in known.values() for mark in marks]
+    ends = [m.value + sign * (m.half or 0) for m in every for sign in (-1, 1)]
+    names = list(known) if len(known) > 1 else []
+    y = axis(ends if line is None else [*ends, line], 186, 22 if names else 8)
     x = Axis(min(rounds) - 0.35, max(rounds) + 0.35, 44, 352)
-    spoken = f"{name} by round. {'; '.join(mark.spoken for mark in marks)}."
-    return Chart(x, y, spoken, marks, line, rounds[:: math.ceil(len(rounds) / 10)])
+    told = (
+        f"{f'{key}: ' if names else ''}{'; '.join(mark.spoken for mark in marks)}."
+        for key, marks in known.items()
+    )
+    spoken = f"{name} by round. {' '.join(told)}"
+    drawn = [
+        Series(key, marks, 6 * (i - (len(known) - 1) / 2))
+        for i, (key, marks) in enumerate(known.items())
+    ]
+    named = rounds[:: math.ceil(len(rounds) / 10)]
+    return Chart(x, y, spoken, drawn, line, named, names=names)
 
 
-def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> Chart:
+def by_step(
+    name: str,
+    lines: Sequence[tuple[int | None, list[Bin]]],
+    over: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Chart:
     """A metric of training over the optimizer steps of all rounds.
 
-    `lines` has the number of each round and its bins.
+    `lines` has the number of each round and its bins, None for a training that is no round; `over`
+    has further lines by their names, of steps and values.
     """
     bins = [one for _, of_round in lines for one in of_round]
-    last = max(one.x for one in bins)
+    above = [Series(key, [Mark(*p) for p in points]) for key, points in (over or {}).items()]
+    marks = [mark for one in above for mark in one.marks]
+    last = max([one.x for one in bins] + [mark.x for mark in marks])
     x = Axis(0, max(last, 1) * 1.02, 44, 352)
-    y = axis([x for one in bins for x in (one.low, one.high)], 166, 22)
+    ends = [x for one in bins for x in (one.low, one.high)] + [mark.value for mark in marks]
+    y = axis(ends, 166, 22)
     first, final = short(bins[0].mean), short(bins[-1].mean)
     spoken = f"{name} by optimizer step: {first} at first, {final} at last."
-    chart, stretches = Chart(x, y, spoken, []), []
+    for one in above:
+        first, final = short(one.marks[0].value), short(one.marks[-1].value)
+        spoken += f" {one.name.capitalize()}: {first} at first, {final} at last."
+    names = ["training", *(one.name for one in above)] if above else []
+    chart, stretches = Chart(x, y, spoken, [], over=above, names=names), []
     ends = [*(of_round[0].x for _, of_round in lines[1:]), last]
     for (index, of_round), end in zip(lines, ends):
         line, band = chart.path(of_round), ""
@@ -161,7 +204,7 @@ def by_step(name: str, lines: Sequence[tuple[int, list[Bin]]]) -> Chart:
             band = chart.path([*((one.x, one.high) for one in of_round), *back]) + "Z"
         begin = of_round[0].x
         line += "h0" if len(of_round) == 1 else ""
-        named = end - begin >= 0.16 * last
+        named = index is not None and not names and end - begin >= 0.16 * last
         stretches.append(Stretch(index, x(begin), named, line, band))
     return replace(chart, drawn=stretches)
 

@@ -11,11 +11,11 @@ import base64
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path, PurePath
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -30,7 +30,25 @@ from fastdpo.report.evaluation import (
     number,
     over_prompts,
 )
-from fastdpo.report.runfiles import Round, Run, measured
+from fastdpo.report.runfiles import Round, Run
+from fastdpo.report.tables import (
+    HELD,
+    STEPS,
+    Quantity,
+    Row,
+    Table,
+    by_round,
+    by_round_charts,
+    by_round_table,
+    by_step_charts,
+    entries,
+    evaluated,
+    evaluation_table,
+    other_sampling,
+    rows_of,
+    spread,
+    step_values,
+)
 from fastdpo.report.text import (
     KEPT_CHARS,
     KEPT_MESSAGES,
@@ -52,7 +70,8 @@ SAMPLE_PROMPTS, SAMPLE_ROUNDS = 8, 6
 MAX_POINTS = 1500  # of a policy in the scatter plot
 
 FOLDER = Path(__file__).with_name("templates")
-STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
+CHART_STYLE = (FOLDER / "charts.css").read_text(encoding="utf-8")
+STYLE = CHART_STYLE + (FOLDER / "style.css").read_text(encoding="utf-8")
 TEMPLATES = Environment(
     loader=FileSystemLoader(FOLDER),
     autoescape=True,
@@ -68,56 +87,26 @@ SHOWING = (
 )  # fmt: skip
 TEMPLATES.filters |= {use.__name__: use for use in SHOWING}
 
-Row = dict[str, Estimate]
-Cell = str | Told
-Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]  # its head, and rows with their names first
-Figure = tuple[str, str, charts.Chart]  # its title, and where its values were measured
-
-
-class Quantity(NamedTuple):
-    """A column of the table by round, and a chart. `percent` tells its unit, `line` a level that
-    means something.
-    """
-
-    key: str
-    name: str
-    percent: bool = False
-    line: float | None = None
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, %" if self.percent else self.name
-
-
-HELD = (
-    Quantity("score", "Score"),
-    Quantity("length", "Length, tokens"),
-    Quantity("win_rate", "Win rate", percent=True, line=50.0),
-    Quantity("kl", "KL from the start, nats"),
-)
-TRAINED = (
-    Quantity("rewards/margins", "Margin"),
-    Quantity("rewards/accuracies", "Accuracy", percent=True, line=50.0),
-)
-COLUMNS = (
-    *HELD,
-    Quantity("truncated", "Cut off", percent=True),
-    *TRAINED,
-    Quantity("loss", "Loss"),
-    Quantity("alpha", "α"),
-    Quantity("alpha/bound", "|α| at most"),
-    Quantity("length/target", "Target, tokens"),
-    Quantity("pairs", "Pairs"),
-)
-STEPS = (
-    Quantity("loss", "Loss"),
-    *TRAINED,
-    Quantity("length gap", "Chosen − rejected, tokens"),
-    Quantity("grad_norm", "Gradient norm"),
-    Quantity("alpha", "α"),
-    Quantity("length_tilt", "Tilt to length, nats/token"),
-)
+# The sections, each a template of this name, of a run with rounds and of a training by itself.
+ROUNDS = {
+    "rounds": "Rounds",
+    "plots": "By round",
+    "lengths": "Length and score",
+    "responses": "Responses side by side",
+    "training": "Training, step by step",
+    "pairs": "Pairs and drops",
+    "speed": "Throughput",
+    "config": "Configuration",
+}
+TRAINING = {
+    "config": "Recipe",
+    "pairs": "Data",
+    "evaluations": "Held-out pairs",
+    "training": "Training, step by step",
+    "speed": "Throughput",
+}
 PAIRING = {
+    "mean_length_prompt": "Length of prompt, tokens",
     "mean_score_chosen": "Score of chosen",
     "mean_score_rejected": "Score of rejected",
     "mean_length_chosen": "Length of chosen, tokens",
@@ -128,6 +117,8 @@ PAIRING = {
     "length_gap": "Best − worst after it, tokens",
     "mean_ches": "CHES",
     "mean_difficulty": "Difficulty, nats",
+    "longest": "Longest side, tokens",
+    "truncated_to_max_length": "Truncated to max_length",
 }
 LOST = {
     "pairs_dropped": "Dropped in training: too long",
@@ -140,42 +131,112 @@ SPEED = {
 }
 
 
-def render(run: Run) -> str:
-    """The page as text, the same for the same run."""
-    rows = {one.index: measured(run, one) for one in run.rounds}
+def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
+    """The page as text, the same for the same run. With the `defaults` of all options, by their
+    names with the section, those that differ come first.
+    """
+    rows = rows_of(run)
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    training, steps_a_point = by_step_charts(run)
+    changed = differing(run.config, defaults or {})
     return TEMPLATES.get_template("report.html.jinja").render(
         style=Markup(STYLE),
         style_hash=digest,
         run=run,
-        title=_title(run),
+        kind="preference optimization" if run.alone else "iterative preference optimization",
+        titles=_titles(run),
+        title=title(run),
         facts=_facts(run),
-        planned=number(run.config.get("rounds")),
-        finished=len([x for x in run.done if re.fullmatch(r"round-(?!00).*/report", x, re.DOTALL)]),
-        tiles=_tiles(rows),
-        rounds=_rounds(run, rows),
-        other_sampling=_other_sampling(run),
+        status=_status(run),
+        tiles=_training_tiles(run) if run.alone else _tiles(rows),
+        rounds=by_round_table(run, rows),
+        other_sampling=other_sampling(run),
         controlled=any("length/target" in row for row in rows.values()),
-        plots=_plots(run, rows),
+        plots=by_round_charts({"": (run, rows)}),
         lengths=_lengths(run),
         **_responses(run),
-        **_training(run),
+        training=training,
+        steps_a_point=steps_a_point,
+        evaluations=evaluation_table(run),
         **_pairs(run),
         offline=run.offline and _drops("Kept", [run.offline[0]], [run.offline[1]]),
         sampling=_sampling(run),
         rates=_rates(run),
+        changed=changed,
+        options={name: x for name, x in run.config.items() if name not in changed},
     )
 
 
-def _title(run: Run) -> str:
+def picture(figures: Sequence[tuple[str, str, charts.Chart]], *, steps: bool) -> str:
+    """Charts by step, or by round, side by side in one SVG file of its own."""
+    return TEMPLATES.get_template("picture.svg.jinja").render(
+        figures=figures, by_steps=steps, style=Markup(CHART_STYLE)
+    )
+
+
+def differing(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that differ from their defaults."""
+    return {name: x for name, x in config.items() if name in defaults and defaults[name] != x}
+
+
+def _titles(run: Run) -> dict[str, str]:
+    if not run.alone:
+        return ROUNDS
+    shown = any(one.evaluations for one in run.rounds)
+    return {name: x for name, x in TRAINING.items() if shown or name != "evaluations"}
+
+
+def _status(run: Run) -> str:
+    """What is done, and when, or where the run is or stopped."""
+    if run.alone:
+        return _training_status(run)
+    reports = [x for x in run.done if re.fullmatch(r"round-(?!00).*/report", x, re.DOTALL)]
+    planned, finished = number(run.config.get("rounds")), len(reports)
+    if planned is None:
+        return f"{len(run.rounds)} folders of rounds; what was planned is not known."
+    of = f"{count(min(finished, planned))} of {count(planned)} rounds"
+    if finished >= planned:
+        return f"Finished: {of}{_when(', ', run.ended.get(run.done[-1]) if run.done else None)}."
+    if run.begun is not None:
+        stage, time = run.begun
+        folder, _, name = stage.rpartition("/")
+        match = re.match(r"round-(\d+)", folder)
+        place = f" of {f'round {int(match[1])}' if int(match[1]) else 'the start'}" if match else ""
+        at = f"{name[:60]}{place}{_when(', begun ', time)}"
+        return f"Unfinished: {of}. It is at {at}, or stopped there; the same command goes on."
+    last = f", last stage done {run.done[-1][:60]}" if run.done else ""
+    return f"Unfinished: {of}{last}."
+
+
+def _training_status(run: Run) -> str:
+    [one] = run.rounds
+    steps = f"{count(len(one.steps))} optimizer step{'s' if len(one.steps) != 1 else ''}"
+    if not run.has_policy:
+        return f"Unfinished: it is at step {len(one.steps):,}, or stopped there."
+    kept = f"; the policy is of step {run.kept:,}, the best" if run.kept is not None else ""
+    return f"Finished: {steps}{_when(', ', run.ended.get('train'))}{kept}."
+
+
+def _when(before: str, time: str | None) -> str:
+    """A time in UTC to the minute, with words before it; nothing where it is none."""
+    try:
+        return f"{before}{datetime.fromisoformat((time or '')[:19]):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return ""
+
+
+def title(run: Run) -> str:
+    """The name of its folder, as it was given."""
     name = run.config.get("output_dir")
-    return (PurePath(name).name if isinstance(name, str) else "")[:120] or "A run"
+    otherwise = "A training" if run.alone else "A run"
+    return (PurePath(name).name if isinstance(name, str) else "")[:120] or otherwise
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Names with their values, of what a reader asks for first."""
     facts = []
-    for key, option in (("model", "model"), ("scorer", "score.scorer"), ("prompts", "prompts")):
+    given = ("scorer", "score.scorer"), ("prompts", "prompts"), ("dataset", "dataset")
+    for key, option in (("model", "model"), *given):
         if isinstance(value := run.option(option), str):
             text = masked(value)
             facts.append((f"{key} ", (text if key == "scorer" else PurePath(text).name)[:120]))
@@ -187,7 +248,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _tiles(rows: dict[int, Row]) -> list[tuple[str, Told, Told, str]]:
     """What changed from the start to the last evaluated round: name, value, note, its unit."""
-    score, length, rate, _ = (_by_round(quantity, rows) for quantity in HELD)
+    score, length, rate, _ = (by_round(quantity, rows) for quantity in HELD)
     tiles = []
     for name, unit, values in (("score", "", score), ("length", " tokens", length)):
         if 0 in values and len(values) > 1:
@@ -206,66 +267,34 @@ def _tiles(rows: dict[int, Row]) -> list[tuple[str, Told, Told, str]]:
     return tiles
 
 
-def _rounds(run: Run, rows: dict[int, Row]) -> Table | None:
-    columns = [_named(run, q) for q in COLUMNS if any(q.key in row for row in rows.values())]
-    cells = [_column(quantity, rows) for quantity in columns]
-    body = [[one.name, *row] for one, *row in zip(run.rounds, *cells)]
-    return ([quantity.name for quantity in columns], body) if columns else None
-
-
-def _named(run: Run, quantity: Quantity) -> Quantity:
-    """The quantity by the name that it has in this run."""
-    if quantity.key == "kl" and _other_sampling(run):
-        return quantity._replace(name="Log-ratio to the start, nats")
-    return quantity
-
-
-def _other_sampling(run: Run) -> str:
-    """How responses were sampled, where not from the policy's own distribution."""
-    known = {name: number(run.option(f"sample.{name}")) for name in ("temperature", "top_p")}
-    return " and ".join(f"{name} {x:g}" for name, x in known.items() if x not in (None, 1.0))
-
-
-def _column(quantity: Quantity, rows: dict[int, Row]) -> list[Cell]:
-    """A quantity's cell for each round, with its change to the start."""
-    values, change = _by_round(quantity, rows), f"{quantity.key} change"
-    moves = {index: row[change] for index, row in rows.items() if change in row}
-    digits = 0 if quantity.key == "pairs" else digits_of(list(values.values()))
-    digits = min(digits, 1) if quantity.percent else digits
-    unit = "%" if quantity.percent else ""
-    cells: list[Cell] = []
-    for index in rows:
-        cell = told(values[index], digits, unit=unit) if index in values else Told("–")
-        if index in moves:
-            moved = told(moves[index], digits_of(list(moves.values())), signed=True)
-            cell = cell._replace(moved=moved)
-        cells.append(cell)
-    return cells
-
-
-def _by_round(quantity: Quantity, rows: dict[int, Row]) -> dict[int, Estimate]:
-    """The rounds that have a quantity, in its unit."""
-    scale = 100 if quantity.percent else 1
-    found = {i: row[quantity.key] for i, row in rows.items() if quantity.key in row}
-    return {i: Estimate(scale * x, half and scale * half) for i, (x, half) in found.items()}
-
-
-def _plots(run: Run, rows: dict[int, Row]) -> list[Figure]:
-    """A chart by round of each quantity that is known."""
-    targets = [row["length/target"].value for row in rows.values() if "length/target" in row]
-    figures = []
-    for quantity in (*HELD, *TRAINED):
-        known = _by_round(quantity, rows)
-        if not known:
+def _training_tiles(run: Run) -> list[tuple[str, Told, Told, str]]:
+    """From the first to the kept evaluation, or else from the first to the last tenth of steps."""
+    [one] = run.rounds
+    tiles = []
+    for quantity in STEPS[:3]:
+        held = evaluated(quantity, one)
+        if len(held) > 1:
+            first, last = min(held), max(held) if run.kept not in held else run.kept
+            ends, where = [held[first], held[last]], "Held-out"  # type: ignore[index]
+            note = f"step {first:,} → {last:,}"
+        elif values := step_values(quantity, one):
+            tenth = max(len(values) // 10, 1)
+            ends = [Estimate(fmean(part)) for part in (values[:tenth], values[-tenth:])]
+            where, note = "Training", f"mean of the first → last {tenth:,} of {len(values):,} steps"
+        else:
             continue
-        named, line = _named(run, quantity), quantity.line
-        where = "held-out" if quantity in HELD else "training"
-        if quantity.key == "length" and targets:
-            line, where = targets[-1], f"{where}; dashed: the target, {short(targets[-1])}"
-        marks = [charts.Mark(i, *estimate) for i, estimate in known.items()]
-        chart = charts.by_round(named.name, marks, list(rows), line=line)
-        figures.append((named.label, where, chart))
-    return figures
+        tiles.append((f"{where} {quantity.name.lower()}", _ends(quantity, ends), Told(note), ""))
+    if pairs := one.pairing.get("pairs"):
+        pairs -= one.numbers.get("pairs_dropped", 0.0)
+        epochs = number(run.option("num_train_epochs")) or 1
+        note = f"{count(epochs)} epoch{'s' if epochs != 1 else ''}"
+        tiles.append(("Pairs to train on", Told(count(pairs)), Told(note), ""))
+    return tiles
+
+
+def _ends(quantity: Quantity, ends: Sequence[Estimate]) -> Told:
+    digits, unit = (0, "%") if quantity.percent else (min(digits_of(ends), 4), "")
+    return Told(" → ".join(fixed(x.value, digits) + unit for x in ends))
 
 
 def _lengths(run: Run) -> tuple[list[tuple[Round, int]], charts.Chart] | None:
@@ -273,7 +302,7 @@ def _lengths(run: Run) -> tuple[list[tuple[Round, int]], charts.Chart] | None:
     known = [one for one in run.rounds if one.held]
     if not known:
         return None
-    shown = [(one, math.ceil(len(one.held) / MAX_POINTS)) for one in _spread(known, 2)]
+    shown = [(one, math.ceil(len(one.held) / MAX_POINTS)) for one in spread(known, 2)]
     clouds = []
     for one, every in shown:
         means = (over_prompts(one.held, by_length), over_prompts(one.held, by_score))
@@ -287,44 +316,14 @@ def _responses(run: Run) -> dict[str, Any]:
     the responses of each policy by its name.
     """
     evaluated = [one for one in run.rounds if one.held]
-    known = {one.name: by_prompt(one.held) for one in _spread(evaluated, SAMPLE_ROUNDS)}
+    known = {one.name: by_prompt(one.held) for one in spread(evaluated, SAMPLE_ROUNDS)}
     shared = sorted(set.intersection(*map(set, known.values()))) if known else []
     questions = [
         (index, {name: groups[index] for name, groups in known.items()})
-        for index in _spread(shared, SAMPLE_PROMPTS)
+        for index in spread(shared, SAMPLE_PROMPTS)
     ]
     policies = f"{len(known)} of {len(evaluated)}" if len(known) < len(evaluated) else "all"
     return {"questions": questions, "asked": len(shared), "answering": policies}
-
-
-def _spread(values: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the values, evenly spaced, the first and the last among them."""
-    if len(values) <= count:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
-
-
-def _training(run: Run) -> dict[str, Any]:
-    """A chart by step for each quantity that training logged, and how many steps a point is."""
-    size = math.ceil(sum(len(one.steps) for one in run.rounds) / charts.MAX_BINS) or 1
-    figures = []
-    for quantity in STEPS:
-        lines = []
-        starts = accumulate((len(one.steps) for one in run.rounds), initial=1)
-        for one, start in zip(run.rounds, starts):
-            found = ((i, _step_value(quantity, step)) for i, step in enumerate(one.steps, start))
-            if values := [(i, value) for i, value in found if value is not None]:
-                lines.append((one.index, charts.binned(values, size)))
-        if lines:
-            figures.append((quantity.label, "", charts.by_step(quantity.name, lines)))
-    return {"training": figures, "steps_a_point": size}
-
-
-def _step_value(quantity: Quantity, step: dict[str, float]) -> float | None:
-    if quantity.key == "length gap" and {"lengths/chosen", "lengths/rejected"} <= step.keys():
-        return step["lengths/chosen"] - step["lengths/rejected"]
-    value = step.get(quantity.key)
-    return value and (100 if quantity.percent else 1) * value
 
 
 def _pairs(run: Run) -> dict[str, Any]:
@@ -336,15 +335,16 @@ def _pairs(run: Run) -> dict[str, Any]:
         drops.append(["Dropped", *("0" for _ in trained)])
     for key, name in LOST.items():
         if any(found.get(key) for found in numbers):
-            drops.append([name, *_entries(numbers, key, 0)])
+            drops.append([name, *entries(numbers, key, 0)])
     facts = []
     found = dict.fromkeys(key for pairing in kept for key in pairing if key != "pairs")
     for key in sorted(found, key=lambda key: key not in PAIRING):
         known = [Estimate(pairing[key]) for pairing in kept if key in pairing]
         small = max(abs(x.value) for x in known) < 0.01  # a penalty for a token
         digits = digits_of(known) if small else min(digits_of(known), 3)
+        digits = 0 if all(x.value == round(x.value) for x in known) else digits
         name = PAIRING.get(key, key.replace("_", " "))[:60]
-        facts.append([name, *_entries(kept, key, digits)])
+        facts.append([name, *entries(kept, key, digits)])
     return {"trained": [one.name for one in trained], "drops": drops, "kept": facts}
 
 
@@ -352,14 +352,10 @@ def _drops(
     first: str, kept: list[dict[str, float]], dropped: list[dict[str, int]]
 ) -> list[list[str]]:
     """Rows of the pairs that were kept, and of those dropped, by reason."""
-    rows = [[first, *_entries(kept, "pairs", 0)]]
+    rows = [[first, *entries(kept, "pairs", 0)]]
     for why in sorted({why for found in dropped for why in found}):
         rows.append([f"Dropped: {why[:200]}", *(count(found.get(why, 0)) for found in dropped)])
     return rows
-
-
-def _entries(rounds: Iterable[dict[str, float]], key: str, digits: int) -> list[str]:
-    return [fixed(numbers[key], digits) if key in numbers else "–" for numbers in rounds]
 
 
 def _sampling(run: Run) -> Table | None:

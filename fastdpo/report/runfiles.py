@@ -1,11 +1,13 @@
-"""What the files of an iterative run say, as far as they can be read."""
+"""What the files of a run say, as far as they can be read: of rounds, or of a training alone."""
 
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from fastdpo.data.records import Scored
 from fastdpo.errors import DataError
@@ -25,6 +27,7 @@ from fastdpo.storage import read_json, read_text
 
 PARTS = ("config", "numbers", "pairing", "steps", "held", "speed")
 _ROUND = re.compile(r"round-(\d{2,6})")
+_NO_STATE: dict[str, Any] = {"config": {}, "done": [], "begun": None, "ended": {}}
 T = TypeVar("T")
 Numbers = dict[str, float]
 
@@ -38,12 +41,14 @@ class Round:
     pairing: Numbers  # pairs.summary.json
     dropped: dict[str, int]  # by reason
     steps: list[Numbers]  # metrics.jsonl
+    evaluations: list[tuple[int, Numbers]]  # the same, after so many of these steps
     held: list[Scored]  # eval
     speed: dict[str, dict[str, Any]]  # throughput.json of "rollouts" and "evaluation"
+    alone: bool = False
 
     @property
     def name(self) -> str:
-        return f"Round {self.index}" if self.index else "Start"
+        return "Training" if self.alone else f"Round {self.index}" if self.index else "Start"
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,14 @@ class Run:
     """What the files of a run say.
 
     `config` has the options by their names with the section, as on the command line.
+    `ended` says when stages did, and `begun` which one is not done and when it began, where the run
+    noted it; times are UTC, in the format of ISO 8601.
     `offline` is offline/summary.json, of the pairs to replay: what `pairing` and `dropped` are of a
     round; None where there are none.
     `gone` has, for each of `PARTS`, a line for each file that is missing or damaged; paths in it
     are relative to the run.
+    `alone`: a training by itself, its only round; `kept` is the step that its policy is from where
+    the best one was kept, and `has_policy` says that it is done.
     """
 
     config: dict[str, Any]
@@ -62,6 +71,11 @@ class Run:
     rounds: list[Round]
     offline: tuple[Numbers, dict[str, int]] | None
     gone: dict[str, list[str]]
+    ended: dict[str, str] = field(default_factory=dict)
+    begun: tuple[str, str] | None = None
+    alone: bool = False
+    kept: int | None = None
+    has_policy: bool = False
 
     def option(self, name: str) -> Any:
         """An option of the run, None where it has none; older runs had no sections."""
@@ -76,15 +90,88 @@ def round_folders(out: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for path, match in named.items() if match))
 
 
+def is_training(out: Path) -> bool:
+    """Whether a folder is that of `fastdpo train`, and not of a run with rounds."""
+    return (
+        (out / "run.json").is_file()
+        and not (out / "state.json").is_file()
+        and not round_folders(out)
+    )
+
+
 def read_run(out: Path) -> Run:
     """All of a run that the report shows; raises nothing for what is missing or damaged."""
     files = _Files(out)
-    state = files.read("config", out / "state.json", _state) or {"config": {}, "done": []}
-    rounds = [_round(files, index, path) for index, path in round_folders(out).items()]
+    if is_training(out):
+        return _training(files)
+    state = files.read("config", out / "state.json", _state) or _NO_STATE
+    rounds = [
+        _round(files, index, path, _unfinished(state, path.name))
+        for index, path in round_folders(out).items()
+    ]
     offline = None
     if (out / "offline").is_dir():
         offline = files.read("pairing", out / "offline" / "summary.json", _pairing)
-    return Run(state["config"], state["done"], rounds, offline, files.gone)
+    return Run(rounds=rounds, offline=offline, gone=files.gone, **state)
+
+
+def _unfinished(state: dict[str, Any], name: str) -> bool:
+    """Whether a round is one that the run is at, so that files of it are still to come."""
+    return state["begun"] is not None and state["begun"][0].startswith(f"{name}/")
+
+
+def _training(files: "_Files") -> Run:
+    """A training by itself, as a run whose only round is the folder."""
+    out = files.out
+    config = files.read("config", out / "run.json", _object) or {}
+    if (out / "config.yaml").exists():
+        config |= files.read("config", out / "config.yaml", _options) or {}
+    config.pop("pairs", None)  # a digest
+    whole = files.read("steps", out / "metrics" / "metrics.jsonl", _steps) or []
+    steps, evaluations = _apart(whole)
+    numbers = _means(steps)
+    for name in ("fitted.json", "train.json"):
+        if (out / name).exists():
+            numbers |= files.read("numbers", out / name, _numbers) or {}
+    pairing: tuple[Numbers, dict[str, int]] = ({}, {})
+    for name in ("pairs.summary.json", "data.json"):
+        if (out / name).exists():
+            found = files.read("pairing", out / name, _pairing) or ({}, {})
+            pairing = (pairing[0] | found[0], pairing[1] | found[1])
+    one = Round(1, numbers, *pairing, steps, evaluations, [], {}, alone=True)
+    ended, kept = None, None
+    if (out / "train.json").exists():
+        ended = (files.read("numbers", out / "train.json", _object) or {}).get("ended")
+    if (out / "best.json").exists():
+        best = files.read("numbers", out / "best.json", _numbers) or {}
+        kept = best.get("best_global_step")
+    return Run(
+        config, [], [one], None, files.gone,
+        ended={"train": ended} if isinstance(ended, str) else {},
+        alone=True,
+        kept=None if kept is None else int(kept),
+        has_policy=(out / "policy").is_dir(),
+    )  # fmt: skip
+
+
+def _means(steps: list[Numbers]) -> Numbers:
+    """What all steps logged, averaged over their pairs."""
+    total = sum(step.get("pairs", 0.0) for step in steps)
+    if total <= 0:
+        return {}
+    names = set.intersection(*(set(step) for step in steps)) - {"step", "pairs"}
+    return {n: sum(step[n] * step["pairs"] for step in steps) / total for n in sorted(names)}
+
+
+def _apart(rows: list[Numbers]) -> tuple[list[Numbers], list[tuple[int, Numbers]]]:
+    """Steps of training, and evaluations after so many of them."""
+    steps = [row for row in rows if not any(name.startswith("eval_") for name in row)]
+    evaluations = [
+        (int(row.get("step", 0)), row)
+        for row in rows
+        if any(name.startswith("eval_") for name in row)
+    ]
+    return steps, evaluations
 
 
 class _Files:
@@ -93,12 +180,15 @@ class _Files:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.gone: dict[str, list[str]] = {part: [] for part in PARTS}
+        self.coming = False  # what is not there is still to come
 
     def read(self, part: str, path: Path, reader: Callable[[Path], T]) -> T | None:
         name = path.relative_to(self.out).as_posix()
         try:
             if path.exists():
                 return reader(path)
+            if self.coming:
+                return None
             why = f"{name} is not there"
         # What was damaged can be of any type where another was meant; a DataError is a ValueError.
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -110,24 +200,30 @@ class _Files:
         return None
 
 
-def _round(files: _Files, index: int, folder: Path) -> Round:
+def _round(files: _Files, index: int, folder: Path, coming: bool) -> Round:
+    files.coming = coming
     numbers = files.read("numbers", folder / "summary.json", _numbers) or {}
     pairing: tuple[Numbers, dict[str, int]] = ({}, {})
     steps: list[Numbers] = []
+    evaluations: list[tuple[int, Numbers]] = []
     speed = {}
     if index:  # the start is not trained
         pairing = files.read("pairing", folder / "pairs.summary.json", _pairing) or pairing
         # A curriculum has metrics for each of its stages.
         stages = sorted(folder.glob("stage-*"), key=lambda path: (len(path.name), path.name))
         for path in stages or [folder]:
-            steps += files.read("steps", path / "metrics" / "metrics.jsonl", _steps) or []
+            whole = files.read("steps", path / "metrics" / "metrics.jsonl", _steps) or []
+            found, after = _apart(whole)
+            evaluations += [(len(steps) + step, row) for step, row in after]
+            steps += found
         if not numbers and (folder / "train.json").exists():
             numbers = files.read("numbers", folder / "train.json", _numbers) or {}
         speed["rollouts"] = files.read("speed", folder / "candidates/throughput.json", _object)
     speed["evaluation"] = files.read("speed", folder / "eval/candidates/throughput.json", _object)
-    held = files.read("held", folder / "eval", heldout) or []
+    held = [] if coming else files.read("held", folder / "eval", heldout) or []
+    files.coming = False
     speed = {what: facts for what, facts in speed.items() if facts}
-    return Round(index, numbers, *pairing, steps, held, speed)
+    return Round(index, numbers, *pairing, steps, evaluations, held, speed)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -151,11 +247,38 @@ def _state(path: Path) -> dict[str, Any]:
     state = _object(path)
     if not isinstance(state.get("config"), dict) or not isinstance(state.get("done"), list):
         raise DataError(f"{path}: not the state of a run. Restore it.")
-    config: dict[str, Any] = {}
-    for name, value in state["config"].items():
+    begun, ended = state.get("begun"), state.get("ended")
+    return {
+        "config": flat(state["config"]),
+        "done": [x for x in state["done"] if isinstance(x, str)],
+        "begun": tuple(begun)
+        if isinstance(begun, list) and len(begun) == 2 and _texts(begun)
+        else None,
+        "ended": ended if isinstance(ended, dict) and _texts([*ended.values()]) else {},
+    }
+
+
+def _texts(values: list[Any]) -> bool:
+    return all(isinstance(x, str) for x in values)
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Options by their names with the section, of a run's options by section."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
         section = value if isinstance(value, dict) else {}
-        config |= {f"{name}.{key}": x for key, x in section.items()} or {name: value}
-    return {"config": config, "done": [x for x in state["done"] if isinstance(x, str)]}
+        found |= {f"{name}.{key}": x for key, x in section.items()} or {name: value}
+    return found
+
+
+def _options(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(read_text(path, path))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: no options. Restore it.")
+    return {str(name): value for name, value in values.items()}
 
 
 def _pairing(path: Path) -> tuple[Numbers, dict[str, int]]:

@@ -1,12 +1,13 @@
 """What a run shows: a row for each round, a table, a plot and a page."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastdpo.errors import DataError
 from fastdpo.lazy import installed
 from fastdpo.report.page import render
-from fastdpo.report.runfiles import read_run, round_folders
+from fastdpo.report.runfiles import is_training, read_run, round_folders
 from fastdpo.storage import atomic_file, read_json
 
 _COLUMNS = {
@@ -71,21 +72,25 @@ def plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def html(out: Path) -> Path:
+def html(out: Path, defaults: Mapping[str, Any] | None = None) -> Path:
     """Write the report of a run as one page that loads nothing, OUT/report.html; returns its path.
 
     Everything on it comes from files of the run, whatever stage that is in: the same files give the
     same bytes. A section whose files are missing or damaged is left out, and the page says so.
 
+    Args:
+        out: folder of `fastdpo iterate`, or of `fastdpo train`.
+        defaults: of all options, by their names with the section; those that differ come first.
+
     Raises DataError when `out` holds no run at all, and OSError when it can't be written to.
     """
     out = Path(out)
-    if not (out / "state.json").is_file() and not round_folders(out):
+    if not ((out / "state.json").is_file() or round_folders(out) or is_training(out)):
         raise DataError(
-            f"{out}: there is no run here, neither state.json nor a round. Name the output_dir of "
-            "fastdpo iterate."
+            f"{out}: there is no run here, neither state.json, a round nor run.json. Name the "
+            "output_dir of fastdpo iterate or of fastdpo train."
         )
     path = out / "report.html"
     with atomic_file(path) as scratch:
-        scratch.write_text(render(read_run(out)), encoding="utf-8")
+        scratch.write_text(render(read_run(out), defaults), encoding="utf-8")
     return path

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastdpo.errors import ConfigError, require, require_used
 from fastdpo.pair.config import PairConfig
+from fastdpo.report.runfiles import flat
 from fastdpo.sample.config import SampleConfig
 from fastdpo.score.config import ScoreConfig, check_address
 from fastdpo.train.config import TrainConfig, check_control
@@ -224,3 +225,8 @@ def _in(section: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{section}.{error}") from error
+
+
+def defaults() -> dict[str, Any]:
+    """What all options are by default, by their names with the section."""
+    return flat(IterateConfig(model="", prompts="").to_dict())

@@ -1,11 +1,13 @@
 """Which stage depends on what: a small build system, for runs that are killed and go on.
 
 Every stage reads the files of those before it and writes its own under a temporary name first.
-``state.json`` has the options of the run and the stages that are done, in their order.
+``state.json`` has the options of the run and the stages that are done, in their order, when each
+ended, and which one is under way. The run's page is written before each stage and after the last.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from fastdpo.data.clock import KEY, Clock
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.report import summary as report
-from fastdpo.rounds.config import IterateConfig
+from fastdpo.report.runfiles import flat
+from fastdpo.rounds.config import IterateConfig, defaults
 from fastdpo.rounds.old_names import moved, old_names
 from fastdpo.storage import check_directory, list_parts, read_json, write_json_atomic
 from fastdpo.train import config as training
@@ -45,6 +48,8 @@ class Stages:
         self.out, self.config, self.clock = out, config, clock
         self.path = out / "state.json"
         self.done: list[str] = []
+        self.ended: dict[str, str] = {}
+        self.begun: tuple[str, str] | None = None
         # What a stage left, to make it again where it is gone; and what was compared already.
         self.makers: dict[Path, tuple[Callable[[], None], Sequence[Path]]] = {}
         self.checked: set[Path] = set()
@@ -71,13 +76,19 @@ class Stages:
             self.makers[path] = work, paths
         if name in self.done:
             return
+        self.begun = name, _now()
+        self._save()
+        self.show()
         self._provide(paths)
         work()
         release()
         self.done.append(name)
+        self.ended[name], self.begun = _now(), None
         self._save()
-        if name.endswith("/report"):  # which says what is done
-            report.html(self.out)
+
+    def show(self) -> None:
+        """Write the run's page; at its end that says what was done."""
+        report.html(self.out, defaults())
 
     def _provide(self, needs: Sequence[Path]) -> None:
         for path in needs:
@@ -93,6 +104,7 @@ class Stages:
 
     def _save(self) -> None:
         state = {"config": self.config, "done": self.done, KEY: self.clock.time}
+        state |= {"ended": self.ended, "begun": self.begun}
         write_json_atomic(self.path, state, checksum=True)
 
     def _done_before(self) -> list[str]:
@@ -108,9 +120,8 @@ class Stages:
             )
         used = {x.rpartition("/")[2] for x in state["done"]}
         # An option that is newer than the run had its default's meaning.
-        default = IterateConfig(model="", prompts="").to_dict()
-        before = dict(_flat(default)) | dict(_flat(state["config"]))
-        for name, value in _flat(self.config):
+        before = defaults() | flat(state["config"])
+        for name, value in flat(self.config).items():
             # Nothing depends on how pairs are made before the first, or on how they are trained on.
             early = (name.startswith("pair.") and "pair" not in used) or (
                 name.startswith("train.") and name not in _EARLY and "train" not in used
@@ -120,15 +131,13 @@ class Stages:
                     f"{self.out} holds a run with {name}={before.get(name)}, not {value}; give the "
                     "same options to go on, or another output_dir to start anew"
                 )
+        self.ended = state.get("ended", {})
         return state["done"]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def _now() -> str:
+    """In UTC, to the second."""
+    return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def release() -> None:

@@ -60,7 +60,7 @@ def _rounds(run: Run) -> list[dict[str, Any]]:
     for index in range(1, config.rounds + 1):
         _round(run, index)
         evaluate(run, index)
-    report.html(run.out)
+    run.stages.show()
     return report.summarize(run.out)
 
 
@@ -197,7 +197,7 @@ def _train(run: Run, index: int) -> None:
         found.append(
             train(
                 start, run.tokenizer, pairs, config, place, reference=run.reference(index),
-                control=control, lengths=lengths, progress=run.progress,
+                control=control, lengths=lengths, keep_checkpoint=False, progress=run.progress,
             )
         )  # fmt: skip
         start = str(place / "policy")

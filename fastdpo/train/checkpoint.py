@@ -33,11 +33,8 @@ def save_checkpoint(
     Args:
         extra: JSON that `load_checkpoint` gives back.
     """
-    target = folder / _STEP.format(step)
-    with atomic_directory(target) as scratch:
-        # A frozen base is what the run starts from, so only what is trained is kept.
-        weights = {name: x.contiguous() for name, x in trainable_state(model).items()}
-        save_file(weights, scratch / "model.safetensors")
+    with atomic_directory(folder / _STEP.format(step)) as scratch:
+        _save_weights(model, scratch)
         tensors = {
             f"{index}.{name}": value.contiguous()
             for index, slots in optimizer.state_dict()["state"].items()
@@ -49,9 +46,65 @@ def save_checkpoint(
         plan = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
         state = {"step": step, "scheduler": plan, "extra": extra}
         (scratch / "state.json").write_text(json.dumps(state))
-    for old in folder.glob("step-*"):
-        if old != target:
-            shutil.rmtree(old)
+    keep_newest(folder)
+
+
+def _save_weights(model: Any, folder: Path) -> None:
+    # A frozen base is what the run starts from, so only what is trained is kept.
+    weights = {name: x.contiguous() for name, x in trainable_state(model).items()}
+    save_file(weights, folder / "model.safetensors")
+
+
+def keep_newest(folder: Path) -> None:
+    """Remove all steps of a folder but the last."""
+    for old in sorted(folder.glob("step-*"))[:-1]:
+        shutil.rmtree(old)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a folder of checkpoints; a kill in the middle leaves none that looks whole."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    if folder.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+        folder.rename(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_best(folder: Path, step: int, model: Any, value: float) -> None:
+    """Save the weights after ``step`` steps, and the metric by which they are the best so far.
+
+    Earlier ones stay until `keep_newest`: a run that goes on from before this step needs them.
+    """
+    with atomic_directory(folder / _STEP.format(step)) as scratch:
+        _save_weights(model, scratch)
+        (scratch / "state.json").write_text(json.dumps({"step": step, "value": value}))
+
+
+def forget_best(folder: Path, done: int) -> None:
+    """Remove what was the best after more than ``done`` steps, which are done again."""
+    for path in folder.glob("step-*"):
+        if path.name > _STEP.format(done):
+            shutil.rmtree(path)
+
+
+def best_so_far(folder: Path) -> tuple[int, float] | None:
+    """The step of `save_best` and its metric, None where nothing was saved."""
+    found = sorted(folder.glob("step-*"))
+    if not found:
+        return None
+    state = json.loads((found[-1] / "state.json").read_text())
+    return state["step"], state["value"]
+
+
+def load_best(folder: Path, model: Any) -> None:
+    """Put the weights of `save_best` into the model.
+
+    Raises:
+        DataError: they are damaged.
+    """
+    path = max(folder.glob("step-*"))
+    check_directory(path)
+    load_trainable_state(model, load_file(path / "model.safetensors"))
 
 
 def load_checkpoint(
@@ -80,6 +133,10 @@ def load_checkpoint(
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     state = json.loads((found[-1] / "state.json").read_text())
     scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
+    # Not those of the checkpoint: where epochs were added, the schedule is another from here on.
+    factors = [of_step(scheduler.last_epoch) for of_step in scheduler.lr_lambdas]
+    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors)]
+    scheduler._last_lr = rates
+    for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
     return state["step"], state["extra"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from fastdpo.data.batch import LAYOUTS
 from fastdpo.data.budget import OVERLONG
 from fastdpo.errors import ConfigError, require, require_used
+from fastdpo.kernels.support import METRICS
 
 # What does not change the weights that come out.
 FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
@@ -128,6 +129,46 @@ class TrainConfig:
             require_used(self, name, self.use_peft, "use_peft be true")
         cached = self.precompute_ref_log_probs or self.reference_cache is None
         require_used(self, "reference_cache", cached, "precompute_ref_log_probs be true")
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """When the policy is evaluated in training, and what is made of it; names of transformers.
+
+    Attributes:
+        eval_steps: optimizer steps between evaluations; by default one at the end of each epoch.
+            The start and the end are evaluated too.
+        load_best_model_at_end: save the policy of the best evaluation after a step, not the last.
+        metric_for_best_model: what it is best by, with or without "eval_"; default eval_loss.
+        greater_is_better: whether a larger value is better; by default where the metric's name
+            does not end in "loss".
+    """
+
+    eval_steps: int | None = None
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+
+    def __post_init__(self) -> None:
+        steps, names = self.eval_steps, [f"eval_{name}" for name in ("loss", *METRICS)]
+        require(self, "eval_steps", steps is None or steps >= 1, ">= 1")
+        known = self.best_metric in names
+        require(self, "metric_for_best_model", known, f"one of {', '.join(names)}")
+        for name in ("metric_for_best_model", "greater_is_better"):
+            keeps = self.load_best_model_at_end
+            require_used(self, name, keeps, "load_best_model_at_end be true")
+
+    @property
+    def best_metric(self) -> str:
+        """The name of ``metric_for_best_model`` in the metrics of an evaluation."""
+        return "eval_" + (self.metric_for_best_model or "loss").removeprefix("eval_")
+
+    def is_better(self, value: float, best: float) -> bool:
+        """Whether a value of that metric is better than the best so far; as good is not."""
+        greater = self.greater_is_better
+        if greater is None:
+            greater = not self.best_metric.endswith("loss")
+        return value > best if greater else value < best
 
 
 def check_control(config: TrainConfig, reference: str | Path | None) -> None:

@@ -13,21 +13,23 @@ class MetricsLog:
 
     Args:
         folder: gets both.
-        done: steps of the checkpoint that training resumes from. Rows of later steps are dropped
-            first: they will be logged again.
+        done: steps of the checkpoint that training resumes from, 0 without one. Rows of later steps
+            are dropped first: they will be logged again, and from the start those of the start too.
     """
 
     def __init__(self, folder: Path, done: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= done]
+        kept = [row for row in read_metrics(self.path) if row["step"] <= done > 0]
         write_jsonl_atomic(self.path, kept, checksum=False)
         self.file = self.path.open("a")
         self.board = None
         if installed("tensorboard", "tensorboard", "metrics go to metrics.jsonl alone"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            self.board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=done + 1 if done else 0
+            )
 
     def add(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
@@ -57,7 +59,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def mean_metrics(path: Path) -> dict[str, float]:
     """Metrics of all steps, averaged over pairs."""
-    rows = read_metrics(path)
+    rows = [row for row in read_metrics(path) if "pairs" in row]
     total = sum(row["pairs"] for row in rows)
     names = [name for name in rows[0] if name not in {"step", "pairs"}] if rows else []
     return {name: sum(row[name] * row["pairs"] for row in rows) / total for name in names}

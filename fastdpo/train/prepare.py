@@ -4,7 +4,7 @@ Whatever cannot be trained, in a model, its options or the pairs, is refused her
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ from fastdpo.model.load import (
 )
 from fastdpo.model.prepare import check_range, layout_of, prepare_model
 from fastdpo.storage import read_json, write_json_atomic
-from fastdpo.train.config import FREE, TrainConfig
+from fastdpo.train.config import FREE, EvalConfig, TrainConfig
 from fastdpo.train.reference import pairs_digest
 from fastdpo.train.steps import Setup
 
+_RUN = "run.json"
+_FINISHED = "policy_epochs"  # in it: the epochs of the policy, where it is saved
+_PAIRS = {"pairs": "other pairs", "eval_pairs": "other pairs in eval_dataset"}
 FITTED = "fitted.json"  # how many pairs were too long
 # Of a subclass too: what it adds says nothing of the weights.
 _MEANING = {field.name for field in fields(TrainConfig)} - FREE
@@ -140,11 +143,14 @@ def load_reference(setup: Setup) -> tuple[nn.Module, str, Setup]:
     return model, weights, fit_pairs(setup, model)
 
 
-def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
+def fit_pairs(setup: Setup, model: nn.Module, name: str = "") -> Setup:
     """Bring every pair within the budget of a model's layout, by the rule of the config.
 
     It is called twice where the reference is another model: what fits that one is fitted to the
     policy.
+
+    Args:
+        name: of the pairs, where they are not those of training.
     """
     config, before, layout = setup.config, setup.layout, layout_of(model)
     fitted = fit_to_budget(setup.pairs, config.max_tokens, layout=layout, overlong=config.overlong)
@@ -157,7 +163,7 @@ def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
         write_json_atomic(setup.out / FITTED, too_long)
         if changed:
             print(
-                f"over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
+                f"{name and f'{name}: '}over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
                 f"{counted(fitted.truncated_at)} truncated"
             )
     pairs = fitted.pairs
@@ -185,23 +191,80 @@ def _check_reference_layout(setup: Setup, reference: Layout, policy: Layout, cha
     )
 
 
-def claim_folder(setup: Setup, start: Any) -> None:
-    """Write what this run is, or refuse a folder that holds another one."""
+def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> None:
+    """Write what this run is, or refuse a folder that holds another one.
+
+    More epochs than the run had are no other run: it goes on.
+
+    Args:
+        facts: what else the run is; what is not given is None.
+    """
     run = {name: value for name, value in asdict(setup.config).items() if name in _MEANING}
     run["model"] = str(start) if isinstance(start, str | Path) else weights_digest(start)
     run["pairs"] = pairs_digest(setup.pairs)
     run["reference"] = None if setup.reference is None else str(setup.reference)
-    path = setup.out / "run.json"
+    run |= facts
+    path = setup.out / _RUN
     if setup.accelerator.is_main_process and not path.exists():
         write_json_atomic(path, run)
     # Every process waits, whether or not it could already see the file.
     setup.accelerator.wait_for_everyone()
     # An option that is newer than the run had its default's meaning.
-    before = {x.name: x.default for x in fields(TrainConfig)} | read_json(path)
+    known = {x.name: x.default for config in (TrainConfig, EvalConfig) for x in fields(config)}
+    before = known | read_json(path)
+    asked, had = run["num_train_epochs"], before["num_train_epochs"]
     for name, value in run.items():
+        if name == "num_train_epochs" and asked > had:
+            continue
+        if name == "num_train_epochs" and asked < had:
+            raise ConfigError(
+                f"num_train_epochs={asked} is fewer than the {had} of the run in {setup.out}; give "
+                f"{had} or more to go on, or another output_dir to start anew"
+            )
         if before.get(name) != value:
-            what = f"{name}={before.get(name)}, not {value}" if name != "pairs" else "other pairs"
+            what = _PAIRS.get(name, f"{name}={before.get(name)}, not {value}")
             raise ConfigError(
                 f"{setup.out} holds a run with {what}; give the same options and data to go on, "
                 "or another output_dir to start anew"
             )
+    if asked > had:
+        _add_epochs(setup, {**before, **run}, had)
+
+
+def _add_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:
+    """Note that a run is to have more epochs than it had, ``run`` being what it is now.
+
+    Raises:
+        ConfigError: it is finished, and what it would go on from is gone.
+    """
+    accelerator, more = setup.accelerator, run["num_train_epochs"]
+    if (setup.out / "policy").is_dir():
+        if not list((setup.out / "checkpoint").glob("step-*")):
+            raise ConfigError(
+                f"num_train_epochs={more}, but {setup.out} holds a finished run of {before}, and "
+                "the checkpoint that more epochs go on from is gone; train its policy in another "
+                "output_dir"
+            )
+        run.setdefault(_FINISHED, before)
+    accelerator.wait_for_everyone()  # all have read what was there
+    if accelerator.is_main_process:
+        write_json_atomic(setup.out / _RUN, run)
+    if setup.progress:
+        print(
+            f"{setup.out} goes on to num_train_epochs={more}, after {before} before; from its last "
+            f"checkpoint on, the learning rate is that of the schedule of all {more}"
+        )
+    accelerator.wait_for_everyone()
+
+
+def is_finished(setup: Setup) -> bool:
+    """Whether the policy is there, of all the epochs that are asked for."""
+    epochs = setup.config.num_train_epochs
+    finished = read_json(setup.out / _RUN).get(_FINISHED, epochs)
+    return (setup.out / "policy").is_dir() and finished == epochs
+
+
+def note_finished(setup: Setup) -> None:
+    """Note that the policy is of all the epochs, where it was of fewer before."""
+    path = setup.out / _RUN
+    write_json_atomic(path, read_json(path) | {_FINISHED: setup.config.num_train_epochs})

@@ -143,6 +143,61 @@ def take_step(
         ModelError: the loss or a gradient is not finite.
     """
     accelerator, started = setup.accelerator, time.perf_counter()
+    row, totals = _over_pairs(setup, model, batches, alpha, ref_logp_P2, reference, learn=True)
+    step_pairs, all_tokens, all_batches = totals
+    norm = accelerator.clip_grad_norm_(model.parameters(), setup.config.max_grad_norm)
+    row["grad_norm"] = float(norm)
+    _check_finite(row, setup.config)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {
+        **row,
+        "pairs": step_pairs,
+        "num_tokens": all_tokens,
+        "fill_rate": all_tokens / (all_batches * setup.config.max_tokens),
+        "pairs_per_second": step_pairs / (time.perf_counter() - started),
+    }
+
+
+def measure(
+    setup: Setup,
+    model: nn.Module,
+    batches: list[list[int]],
+    alpha: float,
+    ref_logp_P2: Tensor | None,
+    reference: nn.Module | None,
+) -> dict[str, float]:
+    """The metrics of `take_step`, without the step, and the seconds it took; names with "eval_".
+
+    Raises:
+        ModelError: one is not finite.
+    """
+    started, plain = time.perf_counter(), setup.accelerator.unwrap_model(model)
+    row, totals = _over_pairs(setup, plain, batches, alpha, ref_logp_P2, reference, learn=False)
+    del row[COVARIANCE]
+    _check_finite(row, setup.config)
+    row |= {"pairs": totals[0], "runtime": time.perf_counter() - started}
+    return {f"eval_{name}": value for name, value in row.items()}
+
+
+def _over_pairs(
+    setup: Setup,
+    model: nn.Module,
+    batches: list[list[int]],
+    alpha: float,
+    ref_logp_P2: Tensor | None,
+    reference: nn.Module | None,
+    *,
+    learn: bool,
+) -> tuple[dict[str, float], tuple[int, int, int]]:
+    """Metrics averaged over the pairs of all processes, each in its micro-batches once.
+
+    With ``learn`` the gradients of the mean loss are left in the parameters.
+
+    Returns:
+        The metrics, and how many pairs, tokens and micro-batches they are of.
+    """
+    accelerator = setup.accelerator
     world, own_pairs = accelerator.num_processes, sum(map(len, batches))
     tokens, routed = (sum(map(count, batches)) for count in (setup.tokens, setup.routed))
     counts = torch.tensor([own_pairs, tokens, len(batches), routed], device=accelerator.device)
@@ -159,10 +214,13 @@ def take_step(
             ref_logp_S = ref_logp_P2[index].reshape(-1).to(batch.target_N.device)
         else:
             ref_logp_S = reference_logp(setup, reference or model, batch)
-        last = position == len(batches) - 1
+        sums_up = learn and position < len(batches) - 1
         # The balancing loss of a step is the mean over its tokens.
         weight = setup.routed(index) * world / all_routed
-        with accelerator.no_sync(model) if not last else nullcontext():
+        with (
+            accelerator.no_sync(model) if sums_up else nullcontext(),
+            torch.set_grad_enabled(learn),
+        ):
             result = batch_loss(
                 setup,
                 model,
@@ -173,35 +231,27 @@ def take_step(
                 router_aux_loss_coef=setup.aux_loss_coef * weight,
             )
             loss = 0.0 * result.loss if idle else result.loss
-            accelerator.backward(loss)
+            if learn:
+                accelerator.backward(loss)
         metrics = {"loss": loss.detach(), **result.metrics}
         metrics[COVARIANCE] = _covariance(result, ref_logp_S)
         # A loss is scaled by the processes already, the others are means over the batch's pairs.
         shares: dict[str, float] = {"loss": 1, "preference_loss": 1, "aux_loss": weight}
         for name, value in metrics.items():
             share = shares[name] / world if name in shares else len(index) / step_pairs
+            # An evaluation may sum thousands of micro-batches, too many for fp32.
+            value = value if learn else value.double()
             sums[name] = sums.get(name, 0.0) + value * (0.0 if idle else share)
-    norm = accelerator.clip_grad_norm_(model.parameters(), setup.config.max_grad_norm)
     values = accelerator.reduce(torch.stack([x.double() for x in sums.values()]), "sum")
-    row = dict(zip(sums, values.tolist())) | {"grad_norm": float(norm)}
-    _check_finite(row, setup.config)
-    optimizer.step()
-    optimizer.zero_grad()
-    return {
-        **row,
-        "pairs": step_pairs,
-        "num_tokens": all_tokens,
-        "fill_rate": all_tokens / (all_batches * setup.config.max_tokens),
-        "pairs_per_second": step_pairs / (time.perf_counter() - started),
-    }
+    return dict(zip(sums, values.tolist())), (step_pairs, all_tokens, all_batches)
 
 
 def _check_finite(row: dict[str, float], config: TrainConfig) -> None:
     if not all(map(math.isfinite, row.values())):
         raise ModelError(
             f"training left the finite range (loss {row['loss']}, gradient norm "
-            f"{row['grad_norm']}); lower learning_rate ({config.learning_rate}) or set "
-            "bf16=false. The last checkpoint is kept"
+            f"{row.get('grad_norm', 'not computed')}); lower learning_rate "
+            f"({config.learning_rate}) or set bf16=false. The last checkpoint is kept"
         )
 
 

@@ -6,11 +6,13 @@ log 2 to the bit (to rounding where an earlier run packed the pairs otherwise). 
 optimizer step takes ``batch_size`` pairs, split into packed micro-batches of at most ``max_tokens``
 tokens; the loss is the mean over the step's pairs on all processes, however they were packed.
 
-A run that was interrupted goes on from its last checkpoint and ends in the same weights.
+A run that was interrupted goes on from its last checkpoint and ends in the same weights.  So does
+one that is finished, where more epochs are asked for.
 """
 
 import copy
 import gc
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,22 +32,27 @@ from fastdpo.model.adapters import merged, merged_in_place, save_adapter, traina
 from fastdpo.model.attention import use_own_attention
 from fastdpo.model.load import save_policy, weights_digest
 from fastdpo.storage import read_json, write_json_atomic
-from fastdpo.train.checkpoint import load_checkpoint, save_checkpoint
-from fastdpo.train.config import TrainConfig, check_control
+from fastdpo.train.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from fastdpo.train.config import EvalConfig, TrainConfig, check_control
 from fastdpo.train.control import LengthController
+from fastdpo.train.evaluate import Evaluator
 from fastdpo.train.metrics import MetricsLog, mean_metrics
 from fastdpo.train.prepare import (
     FITTED,
     claim_folder,
     fit_pairs,
+    is_finished,
     load_reference,
     load_start,
+    note_finished,
     prepare_policy,
 )
 from fastdpo.train.reference import reference_logps
 from fastdpo.train.steps import COVARIANCE, Setup, plan_epoch, take_step
 
 CONTROL = "control.json"  # the state of alpha=auto at the end
+_FEW_STEPS = 5  # fewer are too few to learn from
+_log = logging.getLogger(__name__)
 
 
 def train(
@@ -58,6 +65,9 @@ def train(
     reference: str | Path | None = None,
     control: LengthController | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
+    eval_pairs: Sequence[TokenizedPair] = (),
+    evaluation: EvalConfig | None = None,
+    keep_checkpoint: bool = True,
     progress: bool = True,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, float]:
@@ -76,10 +86,13 @@ def train(
         control, lengths: of ``alpha="auto"``: the state that the round before left in
             ``control.json`` (default: none before), and tokens of each response sampled from the
             start, a list a prompt (default: no samples, the length is held where it is).
+        eval_pairs, evaluation: pairs to evaluate on, and when; by default there is no evaluation.
+        keep_checkpoint: leave the state after the last step, from which more epochs can go on;
+            otherwise none is left once the policy is saved.
         on_step: called after each optimizer step with its metrics.
 
     Returns:
-        The metrics of all steps, averaged over pairs.
+        The metrics of all steps, averaged over pairs, and those of the policy's evaluation.
 
     Raises:
         ModelError: the model cannot be trained on pairs, or the loss left the finite range.
@@ -93,16 +106,26 @@ def train(
     accelerator, out = _check_accelerator(Accelerator()), Path(out)
     progress = progress and accelerator.is_main_process
     setup = Setup(accelerator, config, out, reference, progress, pairs)
+    evaluator = Evaluator(setup, eval_pairs, evaluation or EvalConfig())
     with _repeatable(accelerator.device):
-        claim_folder(setup, model)
-        if not (out / "policy").is_dir():
+        claim_folder(setup, model, evaluator.facts())
+        if not is_finished(setup):
             begun = control or LengthController(config.target_length)
             control = begun if config.alpha == "auto" else None
-            _train(setup, model, tokenizer, control, lengths, on_step)
+            _train(
+                setup, model, tokenizer, control, lengths, evaluator, on_step,
+                keep_checkpoint=keep_checkpoint,
+            )  # fmt: skip
             gc.collect()  # the patched forwards are a cycle
         elif not isinstance(model, str | Path):
-            raise ConfigError(f"{out} holds a finished run; load its policy instead")
-        return {**mean_metrics(out / "metrics" / "metrics.jsonl"), **read_json(out / FITTED)}
+            raise ConfigError(
+                f"{out} holds a finished run; load its policy instead, or give a larger "
+                "num_train_epochs to go on"
+            )
+    if accelerator.is_main_process and not keep_checkpoint:
+        remove_checkpoint(out / "checkpoint")
+    metrics = mean_metrics(out / "metrics" / "metrics.jsonl")
+    return metrics | read_json(out / FITTED) | evaluator.of_policy()
 
 
 def _train(
@@ -111,7 +134,10 @@ def _train(
     tokenizer: Any,
     control: LengthController | None,
     response_lengths: Sequence[Sequence[int]] | None,
+    evaluator: Evaluator,
     on_step: Callable[[dict[str, float]], None] | None,
+    *,
+    keep_checkpoint: bool,
 ) -> None:
     """From the start to the saved policy; ``control`` is None where alpha is a number."""
     config, accelerator, out = setup.config, setup.accelerator, setup.out
@@ -120,7 +146,9 @@ def _train(
     # Another reference comes first, so that its memory is free again.
     if not start_is_reference:
         reference, weights, setup = load_reference(setup)
+        evaluator.fit(reference)
         if config.precompute_ref_log_probs:
+            evaluator.refer(reference, weights)
             ref_logp_P2, reference = reference_logps(setup, reference, weights), None
 
     # The policy, and the plan of its steps.
@@ -130,15 +158,11 @@ def _train(
     model = prepare_policy(model, config)
     coefficient = balance.coefficient(model, config.router_aux_loss_coef)
     setup = replace(fit_pairs(setup, model), aux_loss_coef=coefficient)
-    steps = [step for epoch in range(config.num_train_epochs) for step in plan_epoch(setup, epoch)]
+    evaluator.fit(model, coefficient)
+    epochs = [plan_epoch(setup, epoch) for epoch in range(config.num_train_epochs)]
+    steps = list(chain.from_iterable(epochs))
     _tell_plan(setup, model, steps)
-    optimizer: Any = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    scheduler = _cosine(optimizer, config, len(steps))
+    optimizer, scheduler = _optimizer(model, config, len(steps))
 
     # The start as the reference: its log-probs, its copy, or the model without its adapters.
     if start_is_reference and not config.precompute_ref_log_probs and not config.use_peft:
@@ -147,38 +171,46 @@ def _train(
     plain = accelerator.unwrap_model(model)
     if start_is_reference and config.precompute_ref_log_probs:
         ref_logp_P2 = reference_logps(setup, model, weights)
+        evaluator.refer(model, weights)
 
     # Where an earlier run left off.
     adamw = optimizer.optimizer
     done, state = load_checkpoint(out / "checkpoint", plain, adamw, scheduler)
     if control is not None:
-        control = _begin_control(setup, control, state, response_lengths)
+        control = _begin_control(setup, control, state, response_lengths, done / len(steps))
+    alpha = float(config.alpha) if control is None else control.alpha
     log = MetricsLog(out / "metrics", done) if accelerator.is_main_process else None
+    evaluator.begin([len(epoch) for epoch in epochs], done)
+    evaluator.after(done, plain, alpha, reference, log)
     bar = tqdm(steps[done:], "train", total=len(steps), initial=done, disable=not setup.progress)
     for step, batches in enumerate(bar, start=done + 1):
-        alpha = float(config.alpha) if control is None else control.alpha
         row = take_step(setup, model, optimizer, batches, alpha, ref_logp_P2, reference)
         covariance = row.pop(COVARIANCE)
         if control is not None:
             row |= control.step_facts()
             control = control.after_step(covariance, step / len(steps))
+            alpha = control.alpha
         row["learning_rate"] = scheduler.get_last_lr()[0]
         scheduler.step()
         if log is not None:
             log.add({"step": step, **row})
         bar.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['rewards/margins']:.4f}")
-        due = step % config.save_steps == 0 or step == len(steps)
+        evaluator.after(step, plain, alpha, reference, log)
+        due = keep_checkpoint if step == len(steps) else step % config.save_steps == 0
         if due and accelerator.is_main_process:
             extra = None if control is None else control.to_dict()
             save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
+            evaluator.saved()
         if on_step is not None:
             on_step(row)
 
+    evaluator.finish(plain, len(steps))
     if log is not None:
         log.close()
         if control is not None:
             write_json_atomic(out / CONTROL, control.to_dict(), checksum=True)
         _save(setup, plain, start, tokenizer)
+        note_finished(setup)
     accelerator.wait_for_everyone()
     if not isinstance(start, str | Path) and not config.use_peft:
         use_own_attention(plain.eval())  # the caller's model generates again
@@ -189,15 +221,21 @@ def _begin_control(
     control: LengthController,
     state: dict[str, Any] | None,
     response_lengths: Sequence[Sequence[int]] | None,
+    progress: float,
 ) -> LengthController:
-    """The controller of this round, as a checkpoint has it (``state``) or at its beginning."""
+    """The controller of this round, as a checkpoint has it (``state``) or at its beginning.
+
+    A share of the steps is done (``progress``); where epochs were added, it is less than it was.
+    """
     if state is not None:
-        return LengthController.from_dict(state)
+        return replace(LengthController.from_dict(state), progress=progress)
     differences = [len(x.chosen_ids) - len(x.rejected_ids) for x in setup.pairs]
     return control.begin_round(differences, beta=setup.config.beta, lengths=response_lengths)
 
 
 def _tell_plan(setup: Setup, model: nn.Module, steps: list[list[list[int]]]) -> None:
+    if len(steps) < _FEW_STEPS and setup.accelerator.is_main_process:
+        _warn_of_few_steps(setup, len(steps))
     if not setup.progress:
         return
     print(trainable_share(model))
@@ -208,6 +246,19 @@ def _tell_plan(setup: Setup, model: nn.Module, steps: list[list[list[int]]]) -> 
         f"{len(setup.pairs)} pairs, {setup.layout}: {len(steps)} steps in {len(batches)} "
         f"micro-batches that fill {fill:.0%} of max_tokens={max_tokens}"
     )
+
+
+def _warn_of_few_steps(setup: Setup, steps: int) -> None:
+    config, pairs = setup.config, len(setup.pairs)
+    smaller = pairs // math.ceil(_FEW_STEPS / config.num_train_epochs)
+    way = f"a smaller batch_size, as {smaller}, or " if smaller else ""
+    _log.warning(
+        "%d pairs with batch_size=%d and num_train_epochs=%d make %d optimizer %s, too few to "
+        "learn much: a step moves no weight by more than about learning_rate=%g. Set %smore "
+        "num_train_epochs",
+        pairs, config.batch_size, config.num_train_epochs, steps,
+        "steps" if steps > 1 else "step", config.learning_rate, way,
+    )  # fmt: skip
 
 
 def _save(setup: Setup, model: Any, start: Any, tokenizer: Any) -> None:
@@ -262,6 +313,17 @@ def _check_accelerator(accelerator: Any) -> Any:
         )
     accelerator.gradient_accumulation_steps = 1  # micro-batches are accumulated in take_step
     return accelerator
+
+
+def _optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[Any, Any]:
+    """AdamW, and the schedule of its learning rate."""
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    return optimizer, _cosine(optimizer, config, steps)
 
 
 def _cosine(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:

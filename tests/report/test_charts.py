@@ -48,7 +48,7 @@ def test_axes_hold_all_values_and_tick_at_round_numbers(numbers):
 
 def test_a_chart_by_round_places_values_and_intervals():
     marks = [charts.Mark(0, 1.0, 0.5), charts.Mark(1, 3.0, 0.25), charts.Mark(2, 2.0)]
-    chart = charts.by_round("Score", marks, [0, 1, 2], line=2.0)
+    chart = charts.by_round("Score", {"": marks}, [0, 1, 2], line=2.0)
     root = drawing(draw.by_round(chart))
     dots = root.findall(".//circle")
     x, y = ([float(dot.attrib[name]) for dot in dots] for name in ("cx", "cy"))

@@ -190,7 +190,7 @@ def test_every_section_is_there_and_reachable(page):
     assert all(b <= a + 1 for a, b in pairwise(levels))
     assert len(reader.find("caption")) == len(reader.find("table")) == 5
     drawings = reader.find("svg")
-    assert len(drawings) == 6 + 1 + 5
+    assert len(drawings) == 6 + 1 + 7
     assert all(a["role"] == "img" and len(a["aria-label"]) > 30 for a in drawings)
     regions = [a for _, a in reader.elements if a.get("role") == "region"]
     assert regions and all(a["aria-label"] and a["tabindex"] == "0" for a in regions)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,7 +80,9 @@ def test_a_run_leaves_what_it_promises(finished):
     state = json.loads((finished / "state.json").read_text())
     assert state["done"][-1] == "round-02/report" and len(state["done"]) == 2 * 8 + 3
     assert (finished / "rounds.png").read_bytes()[:4] == b"\x89PNG"
-    assert "Finished: 2 of 2 rounds." in (finished / "report.html").read_text()
+    page = (finished / "report.html").read_text()
+    assert re.search(r"Finished: 2 of 2 rounds, 20\d\d-\d\d-\d\d \d\d:\d\d UTC\.", page)
+    assert [*state["ended"]] == state["done"] and state["begun"] is None
     for index in (1, 2):
         folder = finished / f"round-{index:02d}"
         pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
@@ -108,16 +111,23 @@ def test_the_reference_is_the_start_of_the_round(finished):
         assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
 
 
-def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, capsys):
+def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, capsys, monkeypatch):
     import shutil
+
+    from fastdpo.rounds import run as outer
 
     out = tmp_path / "more"
     shutil.copytree(finished, out)
     before = weights(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(outer, "train", lambda *args, **options: (_ for _ in ()).throw(OSError("no")))
+        assert main(arguments(inputs, out, rounds=3)) == 2
+    page = (out / "report.html").read_text()
+    assert "Unfinished: 2 of 3 rounds. It is at train of round 3, begun 20" in page
     assert main(arguments(inputs, out, rounds=3)) == 0
     assert "to go on" in capsys.readouterr().out
     page = (out / "report.html").read_text()
-    assert "Finished: 3 of 3 rounds." in page
+    assert "Finished: 3 of 3 rounds, 20" in page
     # A kill may come between the last stage and its page.
     (out / "report.html").write_text("Unfinished")
     assert main(arguments(inputs, out, rounds=3)) == 0
@@ -329,9 +339,10 @@ def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_pa
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "killed" / "round-01" / "policy").exists()
     page = tmp_path / "killed" / "report.html"
-    assert "Unfinished: 0 of 2 rounds, last stage done" in page.read_text()
+    assert "Unfinished: 0 of 2 rounds. It is at train of round 1, begun 20" in page.read_text()
+    assert "is not there" not in page.read_text()
     assert main(argv) == 0
-    assert "Finished: 2 of 2 rounds." in page.read_text()
+    assert "Finished: 2 of 2 rounds, " in page.read_text()
     assert same(weights(tmp_path / "killed"), weights(finished))
 
 

@@ -1,0 +1,167 @@
+"""Evaluation in training: the policy on pairs that it is not trained on, and the best one kept.
+
+The pairs are a `Setup` of their own, whose one step takes all of them.  They are computed as those
+of training are, so that at ``alpha = 0`` the first ``eval_loss`` is log 2 too; no random number is
+drawn and no weight is touched, so training goes on with the same bits.
+"""
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastdpo.data.batch import TokenizedPair
+from fastdpo.errors import DataError, require_used
+from fastdpo.storage import read_json, write_json_atomic
+from fastdpo.train.checkpoint import best_so_far, forget_best, keep_newest, load_best, save_best
+from fastdpo.train.config import EvalConfig
+from fastdpo.train.metrics import MetricsLog, read_metrics
+from fastdpo.train.prepare import fit_pairs
+from fastdpo.train.reference import pairs_digest, reference_logps
+from fastdpo.train.steps import Setup, measure, plan_epoch
+
+BEST = "best.json"  # which step the policy is of, where the best one is kept
+_FOLDER = "eval_dataset"  # what is kept of these pairs in the run's folder
+_log = logging.getLogger(__name__)
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
+
+
+class Evaluator:
+    """Evaluates the policy, and keeps the best; without pairs it does nothing.
+
+    `fit` and `refer` are called as the same is done for the pairs of training, then `begin`, then
+    `after` for each step.
+
+    Raises:
+        ConfigError: there are options of evaluation, and no pairs.
+        DataError: the pairs are those of training.
+    """
+
+    def __init__(self, setup: Setup, pairs: Sequence[TokenizedPair], options: EvalConfig) -> None:
+        for field in fields(EvalConfig):
+            require_used(options, field.name, bool(pairs), "eval_pairs be given")
+        _check_apart(setup, pairs)
+        self.options, self.best = options, setup.out / "best"
+        own = replace(setup.config, batch_size=max(len(pairs), 1))
+        self.setup = replace(setup, pairs=pairs, config=own, out=setup.out / _FOLDER)
+        self.ref_logp_P2: Tensor | None = None
+        self.batches: list[list[int]] = []
+        self.due: Collection[int] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """What of an evaluation is part of what a run is."""
+        pairs = self.setup.pairs
+        options = {x.name: getattr(self.options, x.name) for x in fields(EvalConfig)}
+        return {"eval_pairs": pairs_digest(pairs) if pairs else None, **options}
+
+    def fit(self, model: nn.Module, aux_loss_coef: float = 0.0) -> None:
+        """Bring the pairs within the budget of a model's layout."""
+        if self.setup.pairs:
+            self.setup = replace(fit_pairs(self.setup, model, _FOLDER), aux_loss_coef=aux_loss_coef)
+
+    def refer(self, model: nn.Module, weights: str) -> None:
+        """Compute their log-probs under the reference."""
+        if self.setup.pairs:
+            self.ref_logp_P2 = reference_logps(self.setup, model, weights)
+
+    def begin(self, epochs: Sequence[int], done: int) -> None:
+        """Plan the evaluations of epochs of so many steps, of which ``done`` are done.
+
+        What was evaluated after them is not evaluated again.
+        """
+        if not self.setup.pairs:
+            return
+        ends, every = [0, *accumulate(epochs)], self.options.eval_steps
+        due = {*(range(0, ends[-1], every) if every else ends), ends[-1]}
+        self.due = {step for step in due if step > done or done == 0}
+        [self.batches] = plan_epoch(self.setup, 0)
+        if self.setup.accelerator.is_main_process:
+            forget_best(self.best, done)
+        if self.setup.progress:
+            print(f"{len(self.setup.pairs)} pairs to evaluate on, {len(self.due)} times")
+
+    def after(
+        self,
+        step: int,
+        model: nn.Module,
+        alpha: float,
+        reference: nn.Module | None,
+        log: MetricsLog | None,
+    ) -> None:
+        """Evaluate after a step if it is time to, and keep the weights if they are the best.
+
+        Args:
+            log: of the first process, None on the others.
+        """
+        if step not in self.due:
+            return
+        row = measure(self.setup, model, self.batches, alpha, self.ref_logp_P2, reference)
+        if log is None:
+            return
+        log.add({"step": step, **row})
+        if self.setup.progress:
+            shown = (f"eval_{name} {row[f'eval_{name}']:.4f}" for name in _SHOWN)
+            tqdm.write(f"step {step}: {'  '.join(shown)}")
+        # As in transformers the start is none to choose.
+        if step and self.options.load_best_model_at_end:
+            value, best = row[self.options.best_metric], best_so_far(self.best)
+            if best is None or self.options.is_better(value, best[1]):
+                save_best(self.best, step, model, value)
+
+    def saved(self) -> None:
+        """Called after a checkpoint: the run never goes on from before it."""
+        if self.options.load_best_model_at_end:
+            keep_newest(self.best)
+
+    def finish(self, model: nn.Module, steps: int) -> None:
+        """Put the best weights into the model, where they are asked for, and say of which step."""
+        if not self.options.load_best_model_at_end:
+            return
+        accelerator = self.setup.accelerator
+        accelerator.wait_for_everyone()  # for what the first process saved
+        found = best_so_far(self.best)
+        assert found is not None  # the last step is evaluated
+        load_best(self.best, model)
+        if accelerator.is_main_process:
+            facts = {
+                "global_step": steps,
+                "best_global_step": found[0],
+                "best_metric": found[1],
+                "metric_for_best_model": self.options.best_metric,
+            }
+            write_json_atomic(self.best.parent / BEST, facts)
+
+    def of_policy(self) -> dict[str, float]:
+        """The metrics of the saved policy's evaluation, none without one."""
+        out = self.best.parent
+        rows = [x for x in read_metrics(out / "metrics" / "metrics.jsonl") if "eval_loss" in x]
+        if rows and self.options.load_best_model_at_end:
+            best = read_json(out / BEST)["best_global_step"]
+            rows = [row for row in rows if row["step"] == best]
+        return {name: x for name, x in rows[-1].items() if name != "step"} if rows else {}
+
+
+def _check_apart(setup: Setup, pairs: Sequence[TokenizedPair]) -> None:
+    """Refuse to evaluate on what is trained on, and warn where some of it is."""
+
+    def key(pair: TokenizedPair) -> int:
+        return hash((*map(tuple, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)),))
+
+    if not pairs:
+        return
+    trained = {key(pair) for pair in setup.pairs}
+    both = [pair for pair in pairs if key(pair) in trained]
+    if len(both) == len(pairs):
+        raise DataError(
+            f"eval_dataset: all {len(pairs)} pairs are trained on too, so they would say nothing "
+            "of others; keep some pairs out of dataset, and give those"
+        )
+    if both and setup.accelerator.is_main_process:
+        _log.warning(
+            "eval_dataset: %d of %d pairs are trained on too (%s)",
+            len(both), len(pairs), both[0].where,
+        )  # fmt: skip
