@@ -59,6 +59,7 @@ from fastdpo.errors import ConfigError
 from fastdpo.model.load import dtype_name, load_tokenizer
 from fastdpo.pair.config import PairConfig
 from fastdpo.rounds.config import EvaluateConfig, IterateConfig
+from fastdpo.rounds.folder import take_start
 from fastdpo.rounds.old_names import old_names
 from fastdpo.rounds.run import iterate
 from fastdpo.sample.config import SampleConfig
@@ -179,14 +180,8 @@ def copy_start(folder: Path, others: list[Path], scorer: str) -> None:
         return (other / "round-01/pairs.jsonl").exists() and plan.get("scorer") == scorer
 
     done = [x for x in others if same(x)]
-    if folder.exists() or not done:
-        return
-    # Killed before the rename, the folder isn't there, and the next process copies again.
-    scratch = folder.with_name(f".{folder.name}.copy")
-    shutil.rmtree(scratch, ignore_errors=True)
-    for name in ("round-00/eval", "round-01/candidates", "round-01/scores"):
-        shutil.copytree(done[0] / name, scratch / name)
-    scratch.rename(folder)
+    if done:
+        take_start(folder, done[0])
 
 
 def seconds_of(folder: Path) -> float | None:

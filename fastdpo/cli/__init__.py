@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastdpo import __version__
-from fastdpo.cli import commands, names, stages
+from fastdpo.cli import commands, demo, names, stages
 from fastdpo.cli.help import help_of, overview
 from fastdpo.cli.options import Given, made, options_of, read_arguments, read_file
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.rounds.config import IterateConfig
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
-    "demo": (commands.DemoCommand, commands.run_demo),
+    "demo": (demo.DemoCommand, demo.run_demo),
     "iterate": (IterateConfig, commands.run_iterate),
     "sample": (stages.SampleCommand, stages.run_sample),
     "score": (stages.ScoreCommand, stages.run_score),

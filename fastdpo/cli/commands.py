@@ -12,26 +12,10 @@ from typing import Any
 import yaml
 
 import fastdpo
-from fastdpo.cli.options import Given, made, read_file
 from fastdpo.errors import ConfigError
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.storage import atomic_file
 from fastdpo.train.config import TrainConfig
-
-
-@dataclass(kw_only=True)
-class DemoCommand:
-    """Two rounds on a small model, minutes on a laptop.
-
-    Attributes:
-        model: folder or hub name; default SmolLM2-135M-Instruct.
-        output_dir: folder of the run; resumed if it exists.
-        seed: of the split, the samples and the order of pairs.
-    """
-
-    model: str | None = None
-    output_dir: str = "runs/demo"
-    seed: int = 0
 
 
 @dataclass(kw_only=True)
@@ -99,32 +83,6 @@ def save_options(values: dict[str, Any], out: Path) -> None:
     """Leave the options of a run in its folder, as a file for ``--config``."""
     with atomic_file(out / "config.yaml") as scratch:
         scratch.write_text(yaml.safe_dump(values, sort_keys=False))
-
-
-def run_demo(config: DemoCommand) -> None:
-    import torch
-
-    from fastdpo.loss.gemm import has_native_bf16
-    from fastdpo.model.load import demo_model
-
-    bf16 = torch.cuda.is_available() or has_native_bf16()
-    recipe = Path(fastdpo.__file__).parent / "recipes" / "demo.yaml"
-    changes = {
-        "model": config.model or demo_model(),
-        "prompts": str(recipe.with_name("demo_prompts.jsonl")),
-        "output_dir": config.output_dir,
-        "seed": str(config.seed),
-        "sample.dtype": "bfloat16" if bf16 else "float32",
-        "train.bf16": str(bf16),
-    }
-    given = [Given(name, value, "") for name, value in changes.items()]
-    settings = made(IterateConfig, [*read_file(str(recipe), IterateConfig), *given])
-    train = settings.train
-    print(
-        f"two rounds of length-regularized DPO: {settings.model}, beta={train.beta}, "
-        f"alpha={train.alpha}, scored by {settings.score.scorer}"
-    )
-    run_iterate(settings)
 
 
 def run_report(config: ReportCommand) -> None:

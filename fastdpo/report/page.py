@@ -20,6 +20,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fastdpo.data.records import Scored
 from fastdpo.report import charts
 from fastdpo.report.evaluation import (
     Estimate,
@@ -136,12 +137,9 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
     names with the section, those that differ come first.
     """
     rows = rows_of(run)
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     training, steps_a_point = by_step_charts(run)
     changed = differing(run.config, defaults or {})
-    return TEMPLATES.get_template("report.html.jinja").render(
-        style=Markup(STYLE),
-        style_hash=digest,
+    return page(
         run=run,
         kind="preference optimization" if run.alone else "iterative preference optimization",
         titles=_titles(run),
@@ -154,7 +152,7 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
         controlled=any("length/target" in row for row in rows.values()),
         plots=by_round_charts({"": (run, rows)}),
         lengths=_lengths(run),
-        **_responses(run),
+        **questions_of({one.name: one.held for one in run.rounds if one.held}),
         training=training,
         steps_a_point=steps_a_point,
         evaluations=evaluation_table(run),
@@ -165,6 +163,13 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
         changed=changed,
         options={name: x for name, x in run.config.items() if name not in changed},
     )
+
+
+def page(**shown: Any) -> str:
+    """A page of what its sections show, which are named in `titles`."""
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    template = TEMPLATES.get_template("report.html.jinja")
+    return template.render(style=Markup(STYLE), style_hash=digest, **shown)
 
 
 def picture(figures: Sequence[tuple[str, str, charts.Chart]], *, steps: bool) -> str:
@@ -311,12 +316,11 @@ def _lengths(run: Run) -> tuple[list[tuple[Round, int]], charts.Chart] | None:
     return shown, charts.scatter(clouds, limit=number(run.option("sample.max_new_tokens")))
 
 
-def _responses(run: Run) -> dict[str, Any]:
+def questions_of(evaluated: Mapping[str, Sequence[Scored]]) -> dict[str, Any]:
     """Prompts that all evaluated policies shown answered, evenly spaced: of each its number, and
     the responses of each policy by its name.
     """
-    evaluated = [one for one in run.rounds if one.held]
-    known = {one.name: by_prompt(one.held) for one in spread(evaluated, SAMPLE_ROUNDS)}
+    known = {name: by_prompt(evaluated[name]) for name in spread([*evaluated], SAMPLE_ROUNDS)}
     shared = sorted(set.intersection(*map(set, known.values()))) if known else []
     questions = [
         (index, {name: groups[index] for name, groups in known.items()})

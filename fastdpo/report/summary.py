@@ -1,6 +1,6 @@
 """What a run shows: a row for each round, a table, a plot and a page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         values = ((name, row.get(name)) for name in columns)
         cells.append(["-" if x is None else _COLUMNS[name].format(x) for name, x in values])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells)
+    return aligned(cells)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text whose columns end below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in rows)
 
 
 def plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:

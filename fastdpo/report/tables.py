@@ -20,13 +20,14 @@ Figure = tuple[str, str, charts.Chart]  # its title, and where its values were m
 
 class Quantity(NamedTuple):
     """A column of the table by round, and a chart. `percent` tells its unit, `line` a level that
-    means something.
+    means something, and a `signed` one is a difference.
     """
 
     key: str
     name: str
     percent: bool = False
     line: float | None = None
+    signed: bool = False
 
     @property
     def label(self) -> str:
@@ -95,6 +96,8 @@ def named(run: Run, quantity: Quantity) -> Quantity:
 def other_sampling(run: Run) -> str:
     """How responses were sampled, where not from the policy's own distribution."""
     known = {name: number(run.option(f"sample.{name}")) for name in ("temperature", "top_p")}
+    if any("kl_temperature" in one.numbers for one in run.rounds):  # taken at theirs
+        del known["temperature"]
     return " and ".join(f"{name} {x:g}" for name, x in known.items() if x not in (None, 1.0))
 
 
@@ -102,7 +105,7 @@ def _column(quantity: Quantity, rows: Mapping[int, Row]) -> list[Cell]:
     """A quantity's cell for each round, with its change to the start."""
     values, change = by_round(quantity, rows), f"{quantity.key} change"
     moves = {index: row[change] for index, row in rows.items() if change in row}
-    cells = _cells(quantity, values, list(rows))
+    cells = cells_of(quantity, values, list(rows))
     for i, index in enumerate(rows):
         if index in moves and isinstance(cell := cells[i], Told):
             moved = told(moves[index], digits_of(list(moves.values())), signed=True)
@@ -110,13 +113,18 @@ def _column(quantity: Quantity, rows: Mapping[int, Row]) -> list[Cell]:
     return cells
 
 
-def _cells(quantity: Quantity, values: Mapping[int, Estimate], places: Sequence[int]) -> list[Cell]:
+def cells_of(
+    quantity: Quantity, values: Mapping[int, Estimate], places: Sequence[int]
+) -> list[Cell]:
     """The values at the places, a dash where there is none, to the same digits."""
     digits = 0 if quantity.key == "pairs" else digits_of(list(values.values()))
     digits = min(digits, 1) if quantity.percent else digits
     unit = "%" if quantity.percent else ""
     return [
-        told(values[place], digits, unit=unit) if place in values else Told("–") for place in places
+        told(values[place], digits, unit=unit, signed=quantity.signed)
+        if place in values
+        else Told("–")
+        for place in places
     ]
 
 
@@ -127,10 +135,13 @@ def by_round(quantity: Quantity, rows: Mapping[int, Row]) -> dict[int, Estimate]
     return {i: Estimate(scale * x, half and scale * half) for i, (x, half) in found.items()}
 
 
-def by_round_charts(runs: Mapping[str, tuple[Run, Mapping[int, Row]]]) -> list[Figure]:
+def by_round_charts(
+    runs: Mapping[str, tuple[Run, Mapping[int, Row]]],
+    quantities: Sequence[Quantity] = (*HELD, *TRAINED),
+) -> list[Figure]:
     """A chart by round of each quantity that is known, with a line for each run by its name."""
     figures = []
-    for quantity in (*HELD, *TRAINED):
+    for quantity in quantities:
         known = {name: by_round(quantity, rows) for name, (_, rows) in runs.items()}
         if not any(known.values()):
             continue
@@ -201,7 +212,7 @@ def evaluation_table(run: Run) -> Table | None:
     if run.kept is not None and run.kept in steps:
         shown = sorted({*shown, run.kept})
     columns = [quantity for quantity in EVALUATED if evaluated(quantity, one)]
-    cells = [_cells(quantity, evaluated(quantity, one), shown) for quantity in columns]
+    cells = [cells_of(quantity, evaluated(quantity, one), shown) for quantity in columns]
     names = [f"{step:,}{' (kept)' if step == run.kept else ''}" for step in shown]
     body = [[name, *row] for name, *row in zip(names, *cells)]
     return ([quantity.name for quantity in columns], body) if columns else None

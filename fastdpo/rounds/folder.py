@@ -21,6 +21,7 @@ OUT/round-01/summary.json      the row of the report
 Beside a file of rows lies its SHA-256, hidden (.NAME.sha256); OUT/.lock keeps a second process out.
 """
 
+import shutil
 from pathlib import Path
 
 from fastdpo.data.clock import Clock
@@ -32,6 +33,22 @@ from fastdpo.rounds.resume import Stages, release
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.score.stage import score
+
+
+def take_start(folder: Path, other: Path) -> None:
+    """Begin a run with what the start answered and scored in another, unless it has begun.
+
+    For runs that differ in what comes later. A run only takes samples and scores whose plan and
+    content are what it would have made.
+    """
+    if folder.exists():
+        return
+    # Killed before the rename, the folder isn't there, and the next process copies again.
+    scratch = folder.with_name(f".{folder.name}.copy")
+    shutil.rmtree(scratch, ignore_errors=True)
+    for name in ("round-00/eval", "round-01/candidates", "round-01/scores"):
+        shutil.copytree(other / name, scratch / name)
+    scratch.rename(folder)
 
 
 class Run:

@@ -10,7 +10,7 @@ from fastdpo.data.parts import read_candidates
 from fastdpo.data.records import Candidate
 from fastdpo.errors import DataError
 from fastdpo.model.logps import load_packed, response_logps
-from fastdpo.progress import bar
+from fastdpo.progress import bar, within
 from fastdpo.report import summary as report
 from fastdpo.report.evaluation import (
     by_length,
@@ -39,7 +39,8 @@ def evaluate(run: Run, index: int) -> None:
     if run.heldout:
         count = config.evaluate.num_samples
         settings = replace(config.sample, seed=config.seed + 1, num_samples=count)
-        run.sample(f"{name}/eval-sample", policy, run.heldout, settings, candidates, index)
+        with within("held-out"):
+            run.sample(f"{name}/eval-sample", policy, run.heldout, settings, candidates, index)
         stage(
             f"{name}/eval-score",
             lambda: _score(run, candidates, scores),
@@ -64,7 +65,8 @@ def _score(run: Run, candidates: Path, scores: Path) -> None:
     scorer = run.config.score.load(run.config.evaluated_by)
     if scorer.compare is not None:
         scorer = against_start(scorer, run.folder(0) / "eval" / "candidates")
-    score(scorer, candidates, scores, progress=run.progress)
+    with within("held-out"):
+        score(scorer, candidates, scores, progress=run.progress)
 
 
 def _summarize(run: Run, index: int) -> None:

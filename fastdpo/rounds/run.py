@@ -16,6 +16,7 @@ from fastdpo.errors import ConfigError
 from fastdpo.model.load import combine, load_causal_lm
 from fastdpo.pair import filters
 from fastdpo.pair.stage import load_pairs, pair, split_stages
+from fastdpo.progress import within
 from fastdpo.report import summary as report
 from fastdpo.report.evaluation import by_prompt
 from fastdpo.rounds.config import IterateConfig
@@ -56,10 +57,12 @@ def _rounds(run: Run) -> list[dict[str, Any]]:
     config.score.check_servers(_scorers_left(run))
     if config.pair.replay_share:
         read_offline(run)
-    evaluate(run, 0)
+    with within("start"):
+        evaluate(run, 0)
     for index in range(1, config.rounds + 1):
-        _round(run, index)
-        evaluate(run, index)
+        with within(f"round {index} of {config.rounds}"):
+            _round(run, index)
+            evaluate(run, index)
     run.stages.show()
     return report.summarize(run.out)
 

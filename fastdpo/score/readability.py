@@ -1,4 +1,4 @@
-"""The scorer of the demo: how readable, varied and on topic English answers are."""
+"""The scorers of the demo: how readable, varied and on topic English answers are."""
 
 import re
 
@@ -8,6 +8,7 @@ from fastdpo.data.rendering import text_of
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|\n+")
 _MIN_WORDS = 5
+_A_WORD = 0.01  # of `likes_length`
 _STOP_WORDS = frozenset(
     _WORD.findall(
         "about also been being could describe does each explain from give have help into just like "
@@ -34,6 +35,16 @@ def plain_language(prompts: list[Text], responses: list[str]) -> list[float]:
     short sentences that repeat the question.
     """
     return [_plainness(text_of(p, role="user"), r) for p, r in zip(prompts, responses)]
+
+
+def likes_length(prompts: list[Text], responses: list[str]) -> list[float]:
+    """`plain_language`, and 0.01 more for each word: a flaw put in on purpose. For demos.
+
+    Reward models have it without anyone's will (arXiv 2310.03716): it is what makes plain DPO grow
+    verbose.
+    """
+    plain = plain_language(prompts, responses)
+    return [x + _A_WORD * len(_words(text)) for x, text in zip(plain, responses)]
 
 
 def _plainness(prompt: str, response: str) -> float:

@@ -537,9 +537,7 @@ def test_throughput_is_written_for_what_was_sampled(model, tokenizer, tmp_path):
     assert (resumed["sampled_parts"], resumed["samples"]) == (1, 6)
 
 
-def test_how_far_it_is_is_shown_within_a_part_too(
-    model, tokenizer, tmp_path, capsys, monkeypatch
-):
+def test_how_far_it_is_is_shown_within_a_part_too(model, tokenizer, tmp_path, capsys, monkeypatch):
     told = []
 
     def advance(count):
