@@ -163,8 +163,8 @@ def fit_pairs(setup: Setup, model: nn.Module, name: str = "") -> Setup:
         write_json_atomic(setup.out / FITTED, too_long)
         if changed:
             print(
-                f"{name and f'{name}: '}over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
-                f"{counted(fitted.truncated_at)} truncated"
+                f"{name and f'{name}: '}over max_tokens={config.max_tokens}: "
+                f"{counted(fitted.dropped_at)} dropped, {counted(fitted.truncated_at)} truncated"
             )
     pairs = fitted.pairs
     sides = [pair.prompt_ids + x for pair in pairs for x in (pair.chosen_ids, pair.rejected_ids)]
