@@ -7,14 +7,14 @@ import shutil
 
 import pytest
 import torch
-from test_trainer import one_by_one, random_pairs, read_metrics, run, weights
-from tiny import LLAMA, save_tiny
+from test_trainer import CONFIG, one_by_one, random_pairs, read_metrics, run, weights
+from tiny import LLAMA, MIXTRAL, save_tiny
 
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.loss import reference
-from fastdpo.model.load import load_causal_lm
+from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.train import evaluate, trainer
-from fastdpo.train.config import EvalConfig
+from fastdpo.train.config import EvalConfig, TrainConfig
 
 HELD = random_pairs(9, seed=7)
 LORA = dict(use_peft=True, lora_r=4, lora_alpha=8.0, learning_rate=1e-2)
@@ -216,6 +216,35 @@ def test_which_metrics_are_better_when_greater():
     assert margins.best_metric == "eval_rewards/margins" and margins.is_better(2.0, 1.0)
     lower = EvalConfig(metric_for_best_model="rewards/margins", greater_is_better=False, **kept)
     assert lower.is_better(1.0, 2.0)
+
+
+def test_a_mixture_is_evaluated_with_its_balancing_loss(tmp_path, evaluated):
+    path = str(save_tiny(MIXTRAL, tmp_path / "mixtral"))
+    evaluated |= dict(eval_pairs=HELD)
+    run(path, tmp_path / "run", bf16=False, router_aux_loss_coef=0.1)
+    for row in rows_of(tmp_path / "run"):
+        whole = row["eval_preference_loss"] + 0.1 * row["eval_aux_loss"]
+        assert row["eval_aux_loss"] > 1 and row["eval_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_the_alpha_of_an_evaluation_is_that_of_the_next_step(model_path, tmp_path, evaluated):
+    evaluated |= dict(eval_pairs=HELD, evaluation=EvalConfig(eval_steps=1))
+    run(model_path, tmp_path, alpha="auto", learning_rate=3e-3)
+    steps, found = rows_of(tmp_path, False), rows_of(tmp_path)
+    assert len({row["alpha"] for row in steps}) == 3  # the first step says nothing of the tilt
+    for step, row in zip(steps, found):
+        difference = row["eval_lengths/chosen"] - row["eval_lengths/rejected"]
+        assert row["eval_length_margin"] == pytest.approx(step["alpha"] * difference, rel=1e-5)
+
+
+def test_a_model_in_memory_ends_as_the_best(model_path, tmp_path, evaluated):
+    evaluated |= dict(eval_pairs=HELD, evaluation=BEST)
+    model, tokenizer = load_causal_lm(model_path), load_tokenizer(model_path)
+    config = TrainConfig(**{**CONFIG, "num_train_epochs": 2, "learning_rate": 3e-3})
+    trainer.train(model, tokenizer, random_pairs(14), config, tmp_path, progress=False, **evaluated)
+    assert json.loads((tmp_path / "best.json").read_text())["best_global_step"] < 8
+    policy = weights(tmp_path)
+    assert all(torch.equal(policy[name], x) for name, x in model.state_dict().items())
 
 
 # ---------------------------------------------------------------------------------- more epochs
