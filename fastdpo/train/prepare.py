@@ -211,7 +211,8 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
     setup.accelerator.wait_for_everyone()
     # An option that is newer than the run had its default's meaning.
     known = {x.name: x.default for config in (TrainConfig, EvalConfig) for x in fields(config)}
-    before = known | read_json(path)
+    recorded = read_json(path)
+    before = known | recorded
     asked, had = run["num_train_epochs"], before["num_train_epochs"]
     for name, value in run.items():
         if name == "num_train_epochs" and asked > had:
@@ -228,7 +229,7 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
                 "or another output_dir to start anew"
             )
     if asked > had:
-        _add_epochs(setup, {**before, **run}, had)
+        _add_epochs(setup, {**recorded, **run}, had)
 
 
 def _add_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:
