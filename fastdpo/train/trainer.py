@@ -124,6 +124,7 @@ def train(
             )
     if accelerator.is_main_process and not keep_checkpoint:
         remove_checkpoint(out / "checkpoint")
+        remove_checkpoint(evaluator.best)
     metrics = mean_metrics(out / "metrics" / "metrics.jsonl")
     return metrics | read_json(out / FITTED) | evaluator.of_policy()
 
