@@ -33,8 +33,11 @@ class Bar:
     def __init__(self, name: str, total: int, unit: str, done: int, shown: bool) -> None:
         self.name, self.total, self.done = name, total, float(done)
         self._part = self.done, 0.0
-        hidden = not shown or bool(_whole)
-        self._tqdm: Any = tqdm(desc=name, total=total, unit=unit, initial=done, disable=hidden)
+        inner = bool(_open)  # is gone at its end
+        self._tqdm: Any = tqdm(
+            desc=name, total=total, unit=unit, initial=done, leave=not inner,
+            disable=not shown or bool(_whole),
+        )  # fmt: skip
 
     def reach(self, done: float) -> None:
         """So many are done, with those from before; fewer than are known to be are no news."""

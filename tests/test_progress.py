@@ -42,16 +42,15 @@ def test_threads_advance_it_together():
 
 def test_one_bar_over_all(capsys):
     seconds = {"start: sampling": 10.0, "round 1: sampling": 20.0, "round 1: training": 10.0}
-    with overall(seconds) as whole:
-        with within("round 1"):
-            with bar("sampling", 10, "response") as shown:  # the start's are there from before
-                assert whole.done == 10.0
-                shown.reach(5)
-                assert whole.done == 20.0
-            with bar("reference", 4, "batch") as shown:  # is not listed
-                shown.reach(4)
-            with bar("training", 0, "step"):  # nothing is left to do
-                assert whole.done == 40.0
+    with overall(seconds) as whole, within("round 1"):
+        with bar("sampling", 10, "response") as shown:  # the start's are there from before
+            assert whole.done == 10.0
+            shown.reach(5)
+            assert whole.done == 20.0
+        with bar("reference", 4, "batch") as shown:  # is not listed
+            shown.reach(4)
+        with bar("training", 0, "step"):  # nothing is left to do
+            assert whole.done == 40.0
     shown = capsys.readouterr().err
     assert "100%" in shown and "left: round 1: training" in shown
     assert "response/s" not in shown and "batch/s" not in shown

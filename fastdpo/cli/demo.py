@@ -154,7 +154,9 @@ def _closing(found: Comparison, out: Path) -> str:
 def _change(growth: Estimate) -> str:
     """Tokens longer or shorter, with the 95% interval, or that it cannot be told."""
     value, half = growth.value, growth.half or 0.0
-    ends = f"95% interval {fixed(value - half, 1, signed=True)} to {fixed(value + half, 1, signed=True)}"
+    change, low, high = (fixed(x, 1, signed=True) for x in (value, value - half, value + half))
+    interval = f"95% interval {low} to {high}"
     if abs(value) <= half:
-        return f"about as long as before ({fixed(value, 1, signed=True)} tokens, {ends})"
-    return f"{fixed(abs(value), 1)} tokens {'longer' if value > 0 else 'shorter'} ({ends})"
+        return f"about as long as before ({change} tokens, {interval})"
+    longer = "longer" if value > 0 else "shorter"
+    return f"{fixed(abs(value), 1)} tokens {longer} ({interval})"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import DataError, require_used
+from fastdpo.progress import bar
 from fastdpo.storage import read_json, write_json_atomic
 from fastdpo.train.checkpoint import best_so_far, forget_best, keep_newest, load_best, save_best
 from fastdpo.train.config import EvalConfig
@@ -99,13 +100,16 @@ class Evaluator:
         """
         if step not in self.due:
             return
-        row = measure(self.setup, model, self.batches, alpha, self.ref_logp_P2, reference)
+        count = len(self.batches)
+        evaluating = bar("evaluation", count, "batch", shown=self.setup.progress)
+        with evaluating as shown, shown.part(count):
+            row = measure(self.setup, model, self.batches, alpha, self.ref_logp_P2, reference)
         if log is None:
             return
         log.add({"step": step, **row})
         if self.setup.progress:
-            shown = (f"eval_{name} {row[f'eval_{name}']:.4f}" for name in _SHOWN)
-            tqdm.write(f"step {step}: {'  '.join(shown)}")
+            told = (f"eval_{name} {row[f'eval_{name}']:.4f}" for name in _SHOWN)
+            tqdm.write(f"step {step}: {'  '.join(told)}")
         # As in transformers the start is none to choose.
         if step and self.options.load_best_model_at_end:
             value, best = row[self.options.best_metric], best_so_far(self.best)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastdpo.data.batch import (
     PackedPairs,
@@ -29,6 +28,7 @@ from fastdpo.errors import ModelError
 from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.model.adapters import reference_mode
 from fastdpo.model.prepare import packed_loss
+from fastdpo.progress import parts
 from fastdpo.train.config import TrainConfig
 
 COVARIANCE = "covariance"  # of margins and lengths, for alpha=auto
@@ -209,8 +209,7 @@ def _over_pairs(
     idle = not batches
     if idle:
         batches = [[min(range(len(setup.pairs)), key=setup.lengths.__getitem__)]]
-    bar = tqdm(batches, "evaluation", leave=False, disable=learn or not setup.progress)
-    for position, index in enumerate(bar):
+    for position, index in enumerate(parts(batches)):
         batch = setup.batch(index)
         if ref_logp_P2 is not None:
             ref_logp_S = ref_logp_P2[index].reshape(-1).to(batch.target_N.device)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ConfigError
@@ -31,6 +30,7 @@ from fastdpo.model import balance
 from fastdpo.model.adapters import merged, merged_in_place, save_adapter, trainable_share
 from fastdpo.model.attention import use_own_attention
 from fastdpo.model.load import save_policy, weights_digest
+from fastdpo.progress import bar
 from fastdpo.storage import read_json, write_json_atomic
 from fastdpo.train.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from fastdpo.train.config import EvalConfig, TrainConfig, check_control
@@ -183,34 +183,33 @@ def _train(
     log = MetricsLog(out / "metrics", done) if accelerator.is_main_process else None
     evaluator.begin([len(epoch) for epoch in epochs], done)
     evaluator.after(done, plain, alpha, reference, log)
-    bar = tqdm(steps[done:], "train", total=len(steps), initial=done, disable=not setup.progress)
-    for step, batches in enumerate(bar, start=done + 1):
-        row = take_step(setup, model, optimizer, batches, alpha, ref_logp_P2, reference)
-        covariance = row.pop(COVARIANCE)
-        if control is not None:
-            row |= control.step_facts()
-            control = control.after_step(covariance, step / len(steps))
-            alpha = control.alpha
-        row["learning_rate"] = scheduler.get_last_lr()[0]
-        scheduler.step()
-        if log is not None:
-            log.add({"step": step, **row})
-        bar.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['rewards/margins']:.4f}")
-        evaluator.after(step, plain, alpha, reference, log)
-        due = keep_checkpoint if step == len(steps) else step % config.save_steps == 0
-        if due and accelerator.is_main_process:
-            extra = None if control is None else control.to_dict()
-            save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
-            evaluator.saved()
-        if on_step is not None:
-            on_step(row)
+    with bar("training", len(steps), "step", done=done, shown=setup.progress) as shown:
+        for step, batches in enumerate(steps[done:], start=done + 1):
+            with shown.part():
+                row = take_step(setup, model, optimizer, batches, alpha, ref_logp_P2, reference)
+            covariance = row.pop(COVARIANCE)
+            if control is not None:
+                row |= control.step_facts()
+                control = control.after_step(covariance, step / len(steps))
+                alpha = control.alpha
+            row["learning_rate"] = scheduler.get_last_lr()[0]
+            scheduler.step()
+            if log is not None:
+                log.add({"step": step, **row})
+            shown.note(f"loss {row['loss']:.4f}, margin {row['rewards/margins']:.4f}")
+            evaluator.after(step, plain, alpha, reference, log)
+            due = keep_checkpoint if step == len(steps) else step % config.save_steps == 0
+            if due and accelerator.is_main_process:
+                extra = None if control is None else control.to_dict()
+                save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
+                evaluator.saved()
+            if on_step is not None:
+                on_step(row)
 
     evaluator.finish(plain, len(steps))
     if log is not None:
         log.close()
-        if control is not None:
-            write_json_atomic(out / CONTROL, control.to_dict(), checksum=True)
-        _save(setup, plain, start, tokenizer)
+        _save(setup, plain, start, tokenizer, control)
         note_finished(setup)
     accelerator.wait_for_everyone()
     if not isinstance(start, str | Path) and not config.use_peft:
@@ -262,11 +261,15 @@ def _warn_of_few_steps(setup: Setup, steps: int) -> None:
     )  # fmt: skip
 
 
-def _save(setup: Setup, model: Any, start: Any, tokenizer: Any) -> None:
+def _save(
+    setup: Setup, model: Any, start: Any, tokenizer: Any, control: LengthController | None
+) -> None:
     """Leave the policy as a whole model; adapters are merged in fp32 and kept beside it.
 
     Merged in bf16, most of a small change would be rounded away.
     """
+    if control is not None:
+        write_json_atomic(setup.out / CONTROL, control.to_dict(), checksum=True)
     named, adapter = isinstance(start, str | Path), setup.out / "adapter"
     if setup.config.use_peft:
         save_adapter(model, adapter)
