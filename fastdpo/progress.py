@@ -8,6 +8,7 @@ all of it: within `overall`, others are parts of that one and are not drawn. Bar
 not a thread's, as a server's answers come in several.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from threading import RLock
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+
+_TRUST = 20.0  # seconds of a whole by whose likely pace it begins
 
 _lock = RLock()
 _names: list[str] = []  # of what the bars to come are for
@@ -112,9 +115,10 @@ class Whole:
     def __init__(self, seconds: Mapping[str, float], shown: bool) -> None:
         self.seconds = dict(seconds)
         self.total, self.done = sum(seconds.values()), 0.0
-        form = "{percentage:3.0f}%|{bar:20}| {elapsed}, {remaining} left: {desc}"
+        self.known, self.began = 0.0, time.monotonic()  # done before, and since when it goes on
+        form = "{percentage:3.0f}%|{bar:20}| {elapsed}, {desc}"
         self.tqdm: Any = tqdm(
-            total=self.total, bar_format=form, smoothing=0, dynamic_ncols=True, disable=not shown
+            total=self.total, bar_format=form, dynamic_ncols=True, disable=not shown
         )
 
     def reach(self, name: str, share: float) -> None:
@@ -122,8 +126,16 @@ class Whole:
         names = [*self.seconds]
         if name in names:
             before = sum(self.seconds[x] for x in names[: names.index(name)])
-            self.tqdm.set_description_str(name, refresh=False)
+            if share == 0.0:
+                self.known += max(before - self.done, 0.0)
             self.to(before + share * self.seconds[name])
+            self.tqdm.set_description_str(f"{tqdm.format_interval(self.left)} left: {name}")
+
+    @property
+    def left(self) -> float:
+        """Seconds, by how fast this process is; at first by what is likely."""
+        pace = (time.monotonic() - self.began + _TRUST) / (self.done - self.known + _TRUST)
+        return (self.total - self.done) * pace
 
     def to(self, seconds: float) -> None:
         if seconds > self.done:

@@ -200,7 +200,7 @@ def _train(
             evaluator.after(step, plain, alpha, reference, log)
             due = keep_checkpoint if step == len(steps) else step % config.save_steps == 0
             if due and accelerator.is_main_process:
-                extra = None if control is None else control.to_dict()
+                extra = control and control.to_dict()
                 save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
                 evaluator.saved()
             if on_step is not None:

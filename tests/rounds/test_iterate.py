@@ -306,7 +306,8 @@ def test_rounds_of_alpha_auto_by_the_stages_as_commands(auto, tmp_path):
 
 # ------------------------------------------------------------------------------- scores and pairs
 def test_the_divergence_from_the_start_is_the_log_ratio_of_held_out_responses(inputs, tmp_path):
-    out = run(inputs, tmp_path / "run", train__learning_rate=1e-2, evaluate__heldout=3)
+    options = dict(train__learning_rate=1e-2, evaluate__heldout=3, sample__temperature=0.8)
+    out = run(inputs, tmp_path / "run", **options)
     models = [
         load_causal_lm(str(name), dtype=torch.float64)
         for name in (out / "round-01" / "policy", inputs / "model")
@@ -317,7 +318,7 @@ def test_the_divergence_from_the_start_is_the_log_ratio_of_held_out_responses(in
         start, logps = len(row["prompt_ids"]), []
         for model in models:
             with torch.no_grad():
-                logp_TV = model(input_ids=ids).logits[0].log_softmax(-1)
+                logp_TV = (model(input_ids=ids).logits[0] / 0.8).log_softmax(-1)  # as drawn
             logps.append(logp_TV[start - 1 : -1].gather(1, ids[0, start:, None]).sum().item())
         by_prompt.setdefault(row["prompt_index"], []).append(logps[0] - logps[1])
     ratios = torch.tensor([sum(x) / len(x) for x in by_prompt.values()], dtype=torch.float64)

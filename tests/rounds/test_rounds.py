@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import LLAMA, save_tiny
 
 from fastdpo.cli import main
+from fastdpo.storage import read_json
 
 TESTS = Path(__file__).parents[1]
 DRIVER = TESTS / "kill_driver.py"
@@ -191,11 +192,26 @@ def test_prompts_and_gap_options(inputs, tmp_path):
 def test_the_demo_on_a_given_model(inputs, tmp_path, capsys):
     argv = ["demo", f"--model={inputs / 'model'}", f"--output_dir={tmp_path / 'demo'}"]
     assert main(argv) == 0
-    out = capsys.readouterr().out
-    assert "alpha=0.01" in out and "plain_language" in out and "rounds.png" in out
-    assert f"--config {tmp_path / 'demo' / 'config.yaml'} --rounds 3" in out
-    command = out.split("to go on: fastdpo ")[1].split("\n")[0].split()
-    assert main([*command, "--rounds=2"]) == 0  # the printed command is valid, and done
+    shown = capsys.readouterr()
+    out, lines = shown.out, shown.out.strip().split("\n")
+    assert out.startswith("The scorer of this demo likes long answers")
+    assert "100%" in shown.err and "sampling:" not in shown.err  # one bar
+    begins = ["What happened: plain DPO", "Where to look: ", "What next: "]
+    assert [line.startswith(words) for line, words in zip(lines[-3:], begins)] == [True] * 3
+    plain, penalized = (tmp_path / "demo" / name for name in ("plain", "alpha"))
+    for name in ("round-00/eval", "round-01/candidates", "round-01/scores"):
+        parts = [sorted((run / name).rglob("part-*.jsonl")) for run in (plain, penalized)]
+        assert parts[0] and [x.read_bytes() for x in parts[0]] == [x.read_bytes() for x in parts[1]]
+    alphas = [
+        read_json(run / "state.json")["config"]["train"]["alpha"] for run in (plain, penalized)
+    ]
+    assert alphas[0] == 0 and alphas[1] > 0
+    assert (tmp_path / "demo" / "report.html").is_file()
+    # The same command again has the same to say, and the one it names goes on.
+    assert main(argv) == 0
+    assert capsys.readouterr().out == out
+    config = str(penalized / "config.yaml")
+    assert config in lines[-1] and main(["iterate", "--config", config]) == 0
 
 
 def test_a_reward_model_scores_a_round(inputs, tmp_path):

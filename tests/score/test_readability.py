@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fastdpo.score.readability import plain_language
+from fastdpo.score.readability import likes_length, plain_language
 
 
 def plain(response: str, prompt: Any = "") -> float:
@@ -65,3 +65,11 @@ def test_plain_language_prefers_plain_to_convoluted_and_on_topic_to_off_topic():
     for worse in (convoluted, off_topic, looping):
         assert plain(worse, prompt) < plain(good, prompt)
     assert all(0 <= plain(x, prompt) <= 1 for x in (good, convoluted, off_topic, looping))
+
+
+def test_likes_length_adds_the_same_for_each_word():
+    prompts, responses = ["Why?"] * 2, ["The cat sat on the mat.", "No."]
+    extra = [
+        a - b for a, b in zip(likes_length(prompts, responses), plain_language(prompts, responses))
+    ]
+    assert extra == pytest.approx([0.06, 0.01])
