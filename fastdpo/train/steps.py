@@ -44,6 +44,7 @@ class Setup:
         reference: folder or hub name of another reference than the start.
         progress: whether this process shows how far it is.
         pairs: all pairs of the round; once a model is known, those that it gets.
+        keep_checkpoint: whether the state after the last step is left, for more epochs.
         layout: of the micro-batches; None until a model is known, as are the fields below.
         lengths: tokens of each pair in that layout.
         too_long: how many pairs were dropped and truncated.
@@ -56,6 +57,7 @@ class Setup:
     reference: str | Path | None
     progress: bool
     pairs: Sequence[TokenizedPair]
+    keep_checkpoint: bool = True
     layout: Any = None
     lengths: Sequence[int] = ()
     too_long: dict[str, int] = field(default_factory=dict)
