@@ -28,6 +28,7 @@ from fastdpo.data.batch import (
 from fastdpo.errors import ModelError
 from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.model.adapters import reference_mode
+from fastdpo.model.noise import random_state_kept
 from fastdpo.model.prepare import packed_loss
 from fastdpo.train.config import TrainConfig
 
@@ -176,7 +177,8 @@ def measure(
         ModelError: one is not finite.
     """
     started, plain = time.perf_counter(), setup.accelerator.unwrap_model(model)
-    row, totals = _over_pairs(setup, plain, batches, alpha, ref_logp_P2, reference, learn=False)
+    with random_state_kept():  # a model may draw, in training mode, to skip a layer
+        row, totals = _over_pairs(setup, plain, batches, alpha, ref_logp_P2, reference, learn=False)
     del row[COVARIANCE]
     _check_finite(row, setup.config)
     row |= {"pairs": totals[0], "runtime": time.perf_counter() - started}
