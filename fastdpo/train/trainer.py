@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ConfigError
@@ -105,17 +105,14 @@ def train(
     # Its precision belongs to the process, so autocast is entered in `batch_loss` instead.
     accelerator, out = _check_accelerator(Accelerator()), Path(out)
     progress = progress and accelerator.is_main_process
-    setup = Setup(accelerator, config, out, reference, progress, pairs)
+    setup = Setup(accelerator, config, out, reference, progress, pairs, keep_checkpoint)
     evaluator = Evaluator(setup, eval_pairs, evaluation or EvalConfig())
     with _repeatable(accelerator.device):
         claim_folder(setup, model, evaluator.facts())
         if not is_finished(setup):
             begun = control or LengthController(config.target_length)
             control = begun if config.alpha == "auto" else None
-            _train(
-                setup, model, tokenizer, control, lengths, evaluator, on_step,
-                keep_checkpoint=keep_checkpoint,
-            )  # fmt: skip
+            _train(setup, model, tokenizer, control, lengths, evaluator, on_step)
             gc.collect()  # the patched forwards are a cycle
         elif not isinstance(model, str | Path):
             raise ConfigError(
@@ -137,8 +134,6 @@ def _train(
     response_lengths: Sequence[Sequence[int]] | None,
     evaluator: Evaluator,
     on_step: Callable[[dict[str, float]], None] | None,
-    *,
-    keep_checkpoint: bool,
 ) -> None:
     """From the start to the saved policy; ``control`` is None where alpha is a number."""
     config, accelerator, out = setup.config, setup.accelerator, setup.out
@@ -146,11 +141,7 @@ def _train(
 
     # Another reference comes first, so that its memory is free again.
     if not start_is_reference:
-        reference, weights, setup = load_reference(setup)
-        evaluator.fit(reference)
-        if config.precompute_ref_log_probs:
-            evaluator.refer(reference, weights)
-            ref_logp_P2, reference = reference_logps(setup, reference, weights), None
+        reference, ref_logp_P2, setup = _other_reference(setup, evaluator)
 
     # The policy, and the plan of its steps.
     model = load_start(start, config, accelerator.device)
@@ -198,9 +189,9 @@ def _train(
                 log.add({"step": step, **row})
             shown.note(f"loss {row['loss']:.4f}, margin {row['rewards/margins']:.4f}")
             evaluator.after(step, plain, alpha, reference, log)
-            due = keep_checkpoint if step == len(steps) else step % config.save_steps == 0
+            due = setup.keep_checkpoint if step == len(steps) else step % config.save_steps == 0
             if due and accelerator.is_main_process:
-                extra = control and control.to_dict()
+                extra = None if control is None else control.to_dict()
                 save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
                 evaluator.saved()
             if on_step is not None:
@@ -210,10 +201,21 @@ def _train(
     if log is not None:
         log.close()
         _save(setup, plain, start, tokenizer, control)
-        note_finished(setup)
     accelerator.wait_for_everyone()
     if not isinstance(start, str | Path) and not config.use_peft:
         use_own_attention(plain.eval())  # the caller's model generates again
+
+
+def _other_reference(
+    setup: Setup, evaluator: Evaluator
+) -> tuple[nn.Module | None, Tensor | None, Setup]:
+    """Another reference than the start, or its log-probs; and the pairs that it can compute."""
+    reference, weights, setup = load_reference(setup)
+    evaluator.fit(reference)
+    if not setup.config.precompute_ref_log_probs:
+        return reference, None, setup
+    evaluator.refer(reference, weights)
+    return None, reference_logps(setup, reference, weights), setup
 
 
 def _begin_control(
@@ -280,6 +282,7 @@ def _save(
             model = merged_in_place(model.cpu(), torch.float32)
     name = str(start if named else start.name_or_path)
     save_policy(model, tokenizer, setup.out / "policy", start=name)
+    note_finished(setup)
 
 
 @contextmanager
