@@ -139,6 +139,7 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     training, steps_a_point = by_step_charts(run)
     changed = differing(run.config, defaults or {})
+    drops, kept = pairs_tables(run)
     return TEMPLATES.get_template("report.html.jinja").render(
         style=Markup(STYLE),
         style_hash=digest,
@@ -158,7 +159,8 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
         training=training,
         steps_a_point=steps_a_point,
         evaluations=evaluation_table(run),
-        **_pairs(run),
+        drops=drops,
+        kept=kept,
         offline=run.offline and _drops("Kept", [run.offline[0]], [run.offline[1]]),
         sampling=_sampling(run),
         rates=_rates(run),
@@ -326,8 +328,8 @@ def _responses(run: Run) -> dict[str, Any]:
     return {"questions": questions, "asked": len(shared), "answering": policies}
 
 
-def _pairs(run: Run) -> dict[str, Any]:
-    """What was dropped, and what is known of the pairs kept, by round."""
+def pairs_tables(run: Run) -> tuple[Table | None, Table | None]:
+    """What was dropped, and what is known of the pairs kept, with a column for each round."""
     trained = [one for one in run.rounds if one.pairing or one.dropped]
     kept, numbers = [one.pairing for one in trained], [one.numbers for one in trained]
     drops = _drops("Pairs kept", kept, [one.dropped for one in trained])
@@ -345,7 +347,8 @@ def _pairs(run: Run) -> dict[str, Any]:
         digits = 0 if all(x.value == round(x.value) for x in known) else digits
         name = PAIRING.get(key, key.replace("_", " "))[:60]
         facts.append([name, *entries(kept, key, digits)])
-    return {"trained": [one.name for one in trained], "drops": drops, "kept": facts}
+    names = [one.name for one in trained]
+    return ((names, drops) if names else None), ((names, facts) if facts else None)
 
 
 def _drops(

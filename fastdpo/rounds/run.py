@@ -16,9 +16,10 @@ from fastdpo.errors import ConfigError
 from fastdpo.model.load import combine, load_causal_lm
 from fastdpo.pair import filters
 from fastdpo.pair.stage import load_pairs, pair, split_stages
+from fastdpo.report import card
 from fastdpo.report import summary as report
 from fastdpo.report.evaluation import by_prompt
-from fastdpo.rounds.config import IterateConfig
+from fastdpo.rounds.config import IterateConfig, defaults
 from fastdpo.rounds.folder import Run
 from fastdpo.rounds.heldout import evaluate
 from fastdpo.rounds.inputs import check_inputs
@@ -60,8 +61,16 @@ def _rounds(run: Run) -> list[dict[str, Any]]:
     for index in range(1, config.rounds + 1):
         _round(run, index)
         evaluate(run, index)
+        _write_cards(run, index)
     run.stages.show()
     return report.summarize(run.out)
+
+
+def _write_cards(run: Run, index: int) -> None:
+    """The model cards of what a round left, where one has none yet."""
+    left = card.policies(run.folder(index))
+    if not all((folder / card.NAME).is_file() for folder in left):
+        card.write_cards(run.out, defaults(), index=index)
 
 
 def _scorers_left(run: Run) -> list[str]:
