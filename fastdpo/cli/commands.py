@@ -54,7 +54,7 @@ class ReportCommand:
     """Write the report of a run as one HTML page.
 
     Attributes:
-        output_dir: folder of the run.
+        output_dir: folder of fastdpo iterate, or of fastdpo train.
     """
 
     output_dir: str = "runs/iterate"
@@ -128,9 +128,15 @@ def run_demo(config: DemoCommand) -> None:
 
 
 def run_report(config: ReportCommand) -> None:
+    from fastdpo.cli.stages import TrainCommand
+    from fastdpo.cli.training import defaults as of_command
+    from fastdpo.report.runfiles import is_training
     from fastdpo.report.summary import html
+    from fastdpo.rounds.config import defaults
 
-    print(f"report: {html(Path(config.output_dir))}")
+    out = Path(config.output_dir)
+    known = of_command(TrainCommand) if is_training(out) else defaults()
+    print(f"report: {html(out, known)}")
 
 
 def run_plan(config: PlanCommand) -> None:

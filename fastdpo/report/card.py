@@ -41,8 +41,9 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FILES = {".jsonl", ".json", ".parquet", ".csv"}  # of datasets
 
 _TEMPLATES = Environment(
-    loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
+    loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
 
 
 def write_cards(out: Path, defaults: Mapping[str, Any], *, index: int | None = None) -> list[Path]:
@@ -80,7 +81,7 @@ def policies(place: Path) -> Iterator[Path]:
 
 
 def _is_edited(folder: Path) -> bool:
-    """Whether the folder has a card that is not ours: by a user, or by peft and in its checksums."""
+    """Whether the folder has a card of others: a user's, or peft's, which its checksums have."""
     path, sums = folder / NAME, folder / SUMS
     if not path.is_file():
         return False
@@ -94,7 +95,8 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
     if figures:
         with atomic_file(folder / CHART) as scratch:
             scratch.write_text(picture(figures, steps=run.alone), encoding="utf-8")
-    results = (evaluation_table(run) if run.alone else None) or by_round_table(run, rows)
+    evaluations = evaluation_table(run)
+    results = _with_head(by_round_table(run, rows), "" if run.alone else "Policy")
     first, (drops, kept) = ("" if run.alone else "Round"), pairs_tables(run)
     text = _TEMPLATES.get_template("card.md.jinja").render(
         metadata=_metadata(run, folder),
@@ -115,10 +117,10 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
         prompts=_code(run.option("prompts")),
         dataset=_code(run.option("dataset")),
         held=_held(run),
-        held_pairs=bool(run.rounds and run.rounds[-1].evaluations),
+        held_pairs=evaluations is not None,
         drops=_markdown(_with_head(drops, first)),
         pairs=_markdown(_with_head(kept, first)),
-        results=_markdown(_with_head(results, "After step" if run.alone else "Policy")),
+        results=_markdown(_with_head(evaluations, "After step") or results),
         sampled=other_sampling(run),
         chart=CHART if figures else None,
         ours=OURS,
@@ -190,7 +192,8 @@ def _loading(run: Run, folder: Path) -> dict[str, Any]:
         "policy_path": json.dumps(str(policy), ensure_ascii=False),
         "shell_policy": shlex.quote(str(policy)),
         "chat": _has_template(policy if adapter else folder),
-        "dtype": run.option("sample.dtype") or "bfloat16",
+        # That of training says nothing here, and vLLM has no adapters in fp32.
+        "dtype": "bfloat16" if run.alone or adapter else run.option("sample.dtype"),
         "max_tokens": run.option("sample.max_new_tokens") or 256,
         "sampling": known,
         "vllm_rank": next((x for x in VLLM_RANKS if x >= (rank or 0)), None),

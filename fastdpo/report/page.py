@@ -117,6 +117,7 @@ PAIRING = {
     "length_gap": "Best − worst after it, tokens",
     "mean_ches": "CHES",
     "mean_difficulty": "Difficulty, nats",
+    "held_out_pairs": "Pairs held out",
     "longest": "Longest side, tokens",
     "truncated_to_max_length": "Truncated to max_length",
 }
@@ -177,8 +178,10 @@ def picture(figures: Sequence[tuple[str, str, charts.Chart]], *, steps: bool) ->
 
 
 def differing(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that differ from their defaults."""
-    return {name: x for name, x in config.items() if name in defaults and defaults[name] != x}
+    """The options that differ from their defaults; what a run is of comes first."""
+    found = {name: x for name, x in config.items() if name in defaults and defaults[name] != x}
+    first = [name for name in ("model", "prompts", "dataset", "eval_dataset") if name in found]
+    return {name: found[name] for name in dict.fromkeys([*first, *found])}
 
 
 def _titles(run: Run) -> dict[str, str]:

@@ -63,7 +63,7 @@ class Run:
     `gone` has, for each of `PARTS`, a line for each file that is missing or damaged; paths in it
     are relative to the run.
     `alone`: a training by itself, its only round; `kept` is the step that its policy is from where
-    the best one was kept, and `has_policy` says that it is done.
+    the best one was kept, and `has_policy` says that it is done, with all epochs asked for.
     """
 
     config: dict[str, Any]
@@ -126,7 +126,10 @@ def _training(files: "_Files") -> Run:
     config = files.read("config", out / "run.json", _object) or {}
     if (out / "config.yaml").exists():
         config |= files.read("config", out / "config.yaml", _options) or {}
-    config.pop("pairs", None)  # a digest
+    for digest in ("pairs", "eval_pairs"):
+        config.pop(digest, None)
+    epochs = number(config.get("num_train_epochs"))
+    finished = config.pop("policy_epochs", epochs) == epochs
     whole = files.read("steps", out / "metrics" / "metrics.jsonl", _steps) or []
     steps, evaluations = _apart(whole)
     numbers = _means(steps)
@@ -138,6 +141,11 @@ def _training(files: "_Files") -> Run:
         if (out / name).exists():
             found = files.read("pairing", out / name, _pairing) or ({}, {})
             pairing = (pairing[0] | found[0], pairing[1] | found[1])
+    if not pairing[0] and steps:  # of before the data was noted
+        lengths = {f"mean_length_{x}": numbers.get(f"lengths/{x}") for x in ("chosen", "rejected")}
+        taken = sum(step.get("pairs", 0.0) for step in steps) / (epochs or 1)
+        known = {"pairs": taken + numbers.get("pairs_dropped", 0.0)} if finished else {}
+        pairing = _finite(known | lengths), {}
     one = Round(1, numbers, *pairing, steps, evaluations, [], {}, alone=True)
     ended, kept = None, None
     if (out / "train.json").exists():
@@ -150,14 +158,15 @@ def _training(files: "_Files") -> Run:
         ended={"train": ended} if isinstance(ended, str) else {},
         alone=True,
         kept=None if kept is None else int(kept),
-        has_policy=(out / "policy").is_dir(),
+        has_policy=finished and (out / "policy").is_dir(),
     )  # fmt: skip
 
 
 def _means(steps: list[Numbers]) -> Numbers:
     """What all steps logged, averaged over their pairs."""
-    total = sum(step.get("pairs", 0.0) for step in steps)
-    if total <= 0:
+    steps = [step for step in steps if step.get("pairs", 0.0) > 0]
+    total = sum(step["pairs"] for step in steps)
+    if not steps:
         return {}
     names = set.intersection(*(set(step) for step in steps)) - {"step", "pairs"}
     return {n: sum(step[n] * step["pairs"] for step in steps) / total for n in sorted(names)}
