@@ -50,17 +50,6 @@ class PlanCommand(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class ReportCommand:
-    """Write the report of a run as one HTML page.
-
-    Attributes:
-        output_dir: folder of fastdpo iterate, or of fastdpo train.
-    """
-
-    output_dir: str = "runs/iterate"
-
-
-@dataclass(kw_only=True)
 class DoctorCommand:
     """Say what this machine will use and what is missing."""
 
@@ -125,18 +114,6 @@ def run_demo(config: DemoCommand) -> None:
         f"alpha={train.alpha}, scored by {settings.score.scorer}"
     )
     run_iterate(settings)
-
-
-def run_report(config: ReportCommand) -> None:
-    from fastdpo.cli.stages import TrainCommand
-    from fastdpo.cli.training import defaults as of_command
-    from fastdpo.report.runfiles import is_training
-    from fastdpo.report.summary import html
-    from fastdpo.rounds.config import defaults
-
-    out = Path(config.output_dir)
-    known = of_command(TrainCommand) if is_training(out) else defaults()
-    print(f"report: {html(out, known)}")
 
 
 def run_plan(config: PlanCommand) -> None:
