@@ -62,6 +62,25 @@ def test_train_on_a_file_and_again(model, tmp_path, capsys):
     assert main(argv) == 0  # already done
 
 
+def test_the_best_policy_of_an_evaluated_run(model, tmp_path, capsys):
+    rows = [{**ROW, "chosen": " nice" * (i % 4 + 1), "rejected": f" no {i}"} for i in range(6)]
+    dataset = write(tmp_path / "pairs.jsonl", rows)
+    held = write(tmp_path / "held.jsonl", [{**ROW, "chosen": f" be nice {i}"} for i in range(2)])
+    argv = train_arguments(model, dataset, tmp_path / "out")
+    assert main([*argv, f"--eval_dataset={dataset}"]) == 2
+    assert "all 6 pairs are trained on too" in capsys.readouterr().err
+    argv += [f"--eval_dataset={held}", "--load_best_model_at_end=true"]
+    for epochs in (2, 2, 3):  # the second time it is done already
+        assert main([*argv, f"--num_train_epochs={epochs}"]) == 0
+        out = capsys.readouterr().out
+        assert "eval_dataset: 2 pairs" in out and "\neval_loss 0." in out
+        said = re.search(r"policy: .*/policy, after step (\d) of (\d), the best eval_loss: 0", out)
+        assert said and int(said[1]) % 2 == 0 and said[2] == str(2 * epochs)
+    assert "goes on to num_train_epochs=3, after 2 before" in out
+    assert main([*argv, "--num_train_epochs=1"]) == 2
+    assert "num_train_epochs=1 is fewer than the 3" in capsys.readouterr().err
+
+
 def test_yaml_and_overrides(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({"model": "m", "dataset": "d", "beta": 0.5, "alpha": 0.2}))
@@ -352,6 +371,7 @@ def test_bad_configs_are_typed_errors(bad):
     ids=["shared", "padded", "lora"],
 )
 def test_two_processes_train_like_one(model, tmp_path, options):
+    few = 2 if "--layout=padded" in options else 0
     from safetensors.torch import load_file
     from torch.testing import assert_close
 
@@ -359,7 +379,10 @@ def test_two_processes_train_like_one(model, tmp_path, options):
     dataset = write(tmp_path / "pairs.jsonl", rows)
     # The second run reads the references of the first.
     cache = f"--reference-cache={tmp_path / 'references'}"
+    # Of three pairs to evaluate on each process has a part; of one, one has none.
+    held = write(tmp_path / "held.jsonl", [{**ROW, "chosen": " a" * i} for i in range(1, 4)][few:])
     more = ["--batch_size=4", "--learning_rate=1e-3", "--warmup_ratio=0", cache, *options]
+    more += [f"--eval_dataset={held}", "--eval_steps=2"]
     assert main([*train_arguments(model, dataset, tmp_path / "one"), *more]) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
     done = subprocess.run(
@@ -368,7 +391,7 @@ def test_two_processes_train_like_one(model, tmp_path, options):
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list((tmp_path / "references").iterdir())) == 1
+    assert len(list((tmp_path / "references").iterdir())) == 2  # of training and of evaluation
     one = load_file(tmp_path / "one/policy/model.safetensors")
     two = load_file(tmp_path / "two/policy/model.safetensors")
     start = load_file(model / "model.safetensors")
@@ -381,9 +404,13 @@ def test_two_processes_train_like_one(model, tmp_path, options):
         [json.loads(line) for line in (tmp_path / run / "metrics/metrics.jsonl").open()]
         for run in ("one", "two")
     ]
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+    assert [row["eval_pairs"] for row in logs[1] if "eval_loss" in row] == [3 - few] * 3
     for a, b in zip(*logs):
-        for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
-            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name
+        of = "eval_" if "eval_loss" in a else ""
+        for name in ("loss", "rewards/margins", "logps/chosen", "lengths/chosen"):
+            assert b[of + name] == pytest.approx(a[of + name], rel=1e-3, abs=1e-4), name
+        assert of or b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3, abs=1e-4)
 
 
 def test_plan_says_what_fits(tmp_path, capsys):

@@ -11,7 +11,7 @@ OUT/round-01/scores-before/    the same by the round before, for `consistency`
 OUT/round-01/offline/          a response to each offline prompt, for fresh_threshold
 OUT/round-01/pairs.jsonl       what training takes, and pairs.summary.json
 OUT/round-01/run.json          what decided the training; fitted.json, train.json, control.json
-OUT/round-01/{ref_logps,checkpoint,metrics,policy}/   and adapter/ of LoRA
+OUT/round-01/{ref_logps,metrics,policy}/   and adapter/ of LoRA; checkpoint/ until it is trained
 OUT/round-01/stage-1/          the same for each stage of a curriculum
 OUT/round-01/reference/        a moving average of the policies, where that is the reference
 OUT/round-01/extrapolated/     the next start, where the policy is not

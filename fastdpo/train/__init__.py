@@ -2,7 +2,8 @@
 
 Open `trainer.py` first: its loop reads from top to bottom.  `config.py` has the options,
 `prepare.py` what is done to a model and its pairs before the first step, `reference.py` the
-reference's log-probs, `steps.py` which pairs a process takes at a step, and how.
+reference's log-probs, `steps.py` which pairs a process takes at a step, and how, `evaluate.py` the
+evaluations between them.
 """
 
 from fastdpo.lazy import lazy

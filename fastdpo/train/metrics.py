@@ -20,7 +20,7 @@ class MetricsLog:
     def __init__(self, folder: Path, done: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= done > 0]
+        kept = [row for row in read_metrics(self.path) if done and row["step"] <= done]
         write_jsonl_atomic(self.path, kept, checksum=False)
         self.file = self.path.open("a")
         self.board = None

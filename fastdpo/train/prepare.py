@@ -163,8 +163,8 @@ def fit_pairs(setup: Setup, model: nn.Module, name: str = "") -> Setup:
         write_json_atomic(setup.out / FITTED, too_long)
         if changed:
             print(
-                f"{name and f'{name}: '}over max_tokens={config.max_tokens}: {counted(fitted.dropped_at)} dropped, "
-                f"{counted(fitted.truncated_at)} truncated"
+                f"{name and f'{name}: '}over max_tokens={config.max_tokens}: "
+                f"{counted(fitted.dropped_at)} dropped, {counted(fitted.truncated_at)} truncated"
             )
     pairs = fitted.pairs
     sides = [pair.prompt_ids + x for pair in pairs for x in (pair.chosen_ids, pair.rejected_ids)]
@@ -211,7 +211,8 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
     setup.accelerator.wait_for_everyone()
     # An option that is newer than the run had its default's meaning.
     known = {x.name: x.default for config in (TrainConfig, EvalConfig) for x in fields(config)}
-    before = known | read_json(path)
+    recorded = read_json(path)
+    before = known | recorded
     asked, had = run["num_train_epochs"], before["num_train_epochs"]
     for name, value in run.items():
         if name == "num_train_epochs" and asked > had:
@@ -228,7 +229,7 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
                 "or another output_dir to start anew"
             )
     if asked > had:
-        _add_epochs(setup, {**before, **run}, had)
+        _add_epochs(setup, {**recorded, **run}, had)
 
 
 def _add_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:

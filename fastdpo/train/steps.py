@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fastdpo.data.batch import (
     PackedPairs,
@@ -208,7 +209,8 @@ def _over_pairs(
     idle = not batches
     if idle:
         batches = [[min(range(len(setup.pairs)), key=setup.lengths.__getitem__)]]
-    for position, index in enumerate(batches):
+    bar = tqdm(batches, "evaluation", leave=False, disable=learn or not setup.progress)
+    for position, index in enumerate(bar):
         batch = setup.batch(index)
         if ref_logp_P2 is not None:
             ref_logp_S = ref_logp_P2[index].reshape(-1).to(batch.target_N.device)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdpo.data.batch import TokenizedPair
@@ -124,6 +124,7 @@ def train(
             )
     if accelerator.is_main_process and not keep_checkpoint:
         remove_checkpoint(out / "checkpoint")
+        remove_checkpoint(evaluator.best)
     metrics = mean_metrics(out / "metrics" / "metrics.jsonl")
     return metrics | read_json(out / FITTED) | evaluator.of_policy()
 
@@ -145,11 +146,7 @@ def _train(
 
     # Another reference comes first, so that its memory is free again.
     if not start_is_reference:
-        reference, weights, setup = load_reference(setup)
-        evaluator.fit(reference)
-        if config.precompute_ref_log_probs:
-            evaluator.refer(reference, weights)
-            ref_logp_P2, reference = reference_logps(setup, reference, weights), None
+        reference, ref_logp_P2, setup = _other_reference(setup, evaluator)
 
     # The policy, and the plan of its steps.
     model = load_start(start, config, accelerator.device)
@@ -214,6 +211,18 @@ def _train(
     accelerator.wait_for_everyone()
     if not isinstance(start, str | Path) and not config.use_peft:
         use_own_attention(plain.eval())  # the caller's model generates again
+
+
+def _other_reference(
+    setup: Setup, evaluator: Evaluator
+) -> tuple[nn.Module | None, Tensor | None, Setup]:
+    """Another reference than the start, or its log-probs; and the pairs that it can compute."""
+    reference, weights, setup = load_reference(setup)
+    evaluator.fit(reference)
+    if not setup.config.precompute_ref_log_probs:
+        return reference, None, setup
+    evaluator.refer(reference, weights)
+    return None, reference_logps(setup, reference, weights), setup
 
 
 def _begin_control(

@@ -49,6 +49,16 @@ IDLE: list[tuple[tuple[type, ...], dict[str, Any], str, dict[str, Any]]] = [
     ),
     ((TrainCommand,), dict(candidates="c"), "candidates", dict(alpha="auto")),
     ((TrainCommand,), dict(control="c"), "control", dict(alpha="auto")),
+    *(
+        ((TrainCommand,), {name: value}, name, dict(eval_dataset="e"))
+        for name, value in (
+            ("eval_split", "test"), ("eval_steps", 5), ("load_best_model_at_end", True),
+        )
+    ),
+    ((TrainCommand,), dict(metric_for_best_model="eval_loss", eval_dataset="e"),
+     "metric_for_best_model", dict(load_best_model_at_end=True)),
+    ((TrainCommand,), dict(greater_is_better=True, eval_dataset="e"), "greater_is_better",
+     dict(load_best_model_at_end=True)),
     (SAMPLE, dict(server_timeout=9.0), "server_timeout", SERVED),
     (SAMPLE, dict(api_key_env="KEY"), "api_key_env", STARTED),
     (SAMPLE, dict(server_command="serve {model}"), "server_command", STARTED),

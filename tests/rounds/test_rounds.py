@@ -93,9 +93,9 @@ def test_a_run_leaves_what_it_promises(finished):
         assert results.count("| Round ") == index and "| Start |" in results
         pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
         assert pairs and all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
-        assert {"metrics", "policy", "checkpoint", "ref_logps", "candidates", "scores"} <= {
-            path.name for path in folder.iterdir()
-        }
+        names = {path.name for path in folder.iterdir()}
+        assert {"metrics", "policy", "ref_logps", "candidates", "scores"} <= names
+        assert not {"checkpoint", ".checkpoint.partial"} & names
         rows = [json.loads(line) for line in (folder / "metrics" / "metrics.jsonl").open()]
         assert len(rows) == -(-len(pairs) // 3)
         row = json.loads((folder / "summary.json").read_text())

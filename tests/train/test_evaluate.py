@@ -2,19 +2,19 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_trainer import CONFIG, one_by_one, random_pairs, read_metrics, run, weights
-from tiny import LLAMA, save_tiny
+from tiny import LLAMA, MIXTRAL, save_tiny
 
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.loss import reference
-from fastdpo.model.load import load_causal_lm
+from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.train import evaluate, trainer
-from fastdpo.train.config import EvalConfig
+from fastdpo.train.config import EvalConfig, TrainConfig
 
 HELD = random_pairs(9, seed=7)
 LORA = dict(use_peft=True, lora_r=4, lora_alpha=8.0, learning_rate=1e-2)
@@ -136,7 +136,6 @@ def test_killed_anywhere_the_best_policy_is_the_same(
 ):
     if adapters:
         pytest.importorskip("peft")
-    # The chosen become less likely, so that the best is neither the first nor the last.
     name, more = ("eval_loss", LORA) if adapters else ("rewards/margins", {})
     evaluated |= dict(
         eval_pairs=HELD,
@@ -150,7 +149,6 @@ def test_killed_anywhere_the_best_policy_is_the_same(
     name = "eval_" + name.removeprefix("eval_")
     pick = min if name == "eval_loss" else max
     best = pick(rows[1:], key=lambda row: row[name])
-    print([(row["step"], row[name]) for row in rows])
     assert 1 < best["step"] < 8, "the end is no test of it"
     facts = json.loads((tmp_path / "whole" / "best.json").read_text())
     assert (facts["best_global_step"], facts["best_metric"]) == (best["step"], best[name])
@@ -173,3 +171,175 @@ def test_killed_anywhere_the_best_policy_is_the_same(
 
 def read_rows(folder):
     return rows_of(folder) + rows_of(folder, False)
+
+
+def test_pairs_of_training_are_no_evaluation(model_path, tmp_path, evaluated, caplog):
+    pairs = random_pairs(14)
+    evaluated |= dict(eval_pairs=pairs[3:6])
+    with pytest.raises(DataError, match="all 3 pairs are trained on too"):
+        run(model_path, tmp_path / "a")
+    evaluated |= dict(eval_pairs=[*pairs[3:5], *HELD])
+    with caplog.at_level(logging.WARNING):
+        run(model_path, tmp_path / "b")
+    assert "2 of 11 pairs are trained on too" in caplog.text
+    evaluated |= dict(eval_pairs=HELD)
+    with pytest.raises(ConfigError, match="other pairs in eval_dataset"):
+        run(model_path, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(eval_steps=0), "eval_steps=0 must be >= 1"),
+        (dict(metric_for_best_model="eval_loss"), "metric_for_best_model=eval_loss must be left"),
+        (dict(greater_is_better=False), "greater_is_better=False must be left out"),
+        (dict(load_best_model_at_end=True, metric_for_best_model="eval_accuracy"),
+         "metric_for_best_model=eval_accuracy must be one of eval_loss, eval_rewards/chosen"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_options_of_evaluation_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        EvalConfig(**options)
+
+
+def test_without_pairs_to_evaluate_on_options_are_refused(model_path, tmp_path, evaluated):
+    evaluated |= dict(evaluation=EvalConfig(load_best_model_at_end=True))
+    with pytest.raises(ConfigError, match=r"load_best_model_at_end=True.*eval_pairs be given"):
+        run(model_path, tmp_path)
+
+
+def test_which_metrics_are_better_when_greater():
+    loss, kept = EvalConfig(), dict(load_best_model_at_end=True)
+    margins = EvalConfig(metric_for_best_model="rewards/margins", **kept)
+    assert loss.is_better(1.0, 2.0) and not loss.is_better(1.0, 1.0)
+    assert margins.best_metric == "eval_rewards/margins" and margins.is_better(2.0, 1.0)
+    lower = EvalConfig(metric_for_best_model="rewards/margins", greater_is_better=False, **kept)
+    assert lower.is_better(1.0, 2.0)
+
+
+def test_a_mixture_is_evaluated_with_its_balancing_loss(tmp_path, evaluated):
+    path = str(save_tiny(MIXTRAL, tmp_path / "mixtral"))
+    evaluated |= dict(eval_pairs=HELD)
+    run(path, tmp_path / "run", bf16=False, router_aux_loss_coef=0.1)
+    for row in rows_of(tmp_path / "run"):
+        whole = row["eval_preference_loss"] + 0.1 * row["eval_aux_loss"]
+        assert row["eval_aux_loss"] > 1 and row["eval_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_the_alpha_of_an_evaluation_is_that_of_the_next_step(model_path, tmp_path, evaluated):
+    evaluated |= dict(eval_pairs=HELD, evaluation=EvalConfig(eval_steps=1))
+    run(model_path, tmp_path, alpha="auto", learning_rate=3e-3)
+    steps, found = rows_of(tmp_path, False), rows_of(tmp_path)
+    assert len({row["alpha"] for row in steps}) == 3  # the first step says nothing of the tilt
+    for step, row in zip(steps, found):
+        difference = row["eval_lengths/chosen"] - row["eval_lengths/rejected"]
+        assert row["eval_length_margin"] == pytest.approx(step["alpha"] * difference, rel=1e-5)
+
+
+def test_a_model_in_memory_ends_as_the_best(model_path, tmp_path, evaluated):
+    evaluated |= dict(eval_pairs=HELD, evaluation=BEST)
+    model, tokenizer = load_causal_lm(model_path), load_tokenizer(model_path)
+    config = TrainConfig(**{**CONFIG, "num_train_epochs": 2, "learning_rate": 3e-3})
+    trainer.train(model, tokenizer, random_pairs(14), config, tmp_path, progress=False, **evaluated)
+    assert json.loads((tmp_path / "best.json").read_text())["best_global_step"] < 8
+    policy = weights(tmp_path)
+    assert all(torch.equal(policy[name], x) for name, x in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------- more epochs
+@pytest.fixture
+def constant(monkeypatch):
+    def schedule(optimizer, config, steps):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    monkeypatch.setattr(trainer, "_cosine", schedule)
+
+
+def test_epochs_added_to_a_finished_run_are_those_of_the_longer_one(
+    model_path, tmp_path, constant, monkeypatch, capsys
+):
+    """Killed on the way too; until then the policy is what it was."""
+    run(model_path, tmp_path / "whole", num_train_epochs=3)
+    run(model_path, tmp_path / "more")
+    shutil.copytree(tmp_path / "more", tmp_path / "before")
+
+    def add():
+        run(model_path, tmp_path / "more", num_train_epochs=3)
+
+    killed(monkeypatch, trainer, "take_step", 1, add)
+    killed(monkeypatch, trainer, "take_step", 4, add)
+    killed(monkeypatch, trainer, "_save", 1, add)
+    assert same(tmp_path / "more", tmp_path / "before")
+    killed(monkeypatch, trainer, "note_finished", 1, add)
+    add()
+    assert same(tmp_path / "more", tmp_path / "whole")
+    assert rows_of(tmp_path / "more", False) == rows_of(tmp_path / "whole", False)
+    with pytest.raises(ConfigError, match="num_train_epochs=1 is fewer than the 3 of the run"):
+        run(model_path, tmp_path / "more")
+    monkeypatch.setattr(trainer, "_train", None)
+    add()  # it is finished
+    shutil.rmtree(tmp_path / "more" / "checkpoint")
+    with pytest.raises(ConfigError, match=r"num_train_epochs=4, but .* is gone"):
+        run(model_path, tmp_path / "more", num_train_epochs=4)
+    add()
+
+
+def test_added_epochs_follow_the_schedule_of_all(model_path, tmp_path, monkeypatch):
+    """Their first step is not at the zero that the shorter schedule ended at."""
+    for name in ("whole", "more"):
+        for epochs in (1, 3) if name == "more" else (3,):
+            run(model_path, tmp_path / name, num_train_epochs=epochs)
+    whole, more = (
+        [row["learning_rate"] for row in rows_of(tmp_path / name, False)]
+        for name in ("whole", "more")
+    )
+    assert more[4:] == whole[4:] and more[:4] != whole[:4]
+
+
+def test_added_epochs_keep_the_best_so_far(model_path, tmp_path, evaluated):
+    evaluated |= dict(eval_pairs=HELD, evaluation=BEST)
+    options = dict(learning_rate=3e-3)
+    run(model_path, tmp_path, num_train_epochs=2, **options)
+    first = json.loads((tmp_path / "best.json").read_text())
+    before = weights(tmp_path)
+    run(model_path, tmp_path, num_train_epochs=3, **options)
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(13))
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best["best_global_step"] == first["best_global_step"] <= 8 < best["global_step"] == 12
+    after = weights(tmp_path)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ----------------------------------------------------------------------------------- the rest
+def test_a_checkpoint_that_is_not_kept_costs_nothing_else(
+    model_path, tmp_path, evaluated, monkeypatch
+):
+    run(model_path, tmp_path / "kept")
+    evaluated["keep_checkpoint"] = False
+    out = tmp_path / "run"
+    killed(monkeypatch, trainer, "_save", 1, lambda: run(model_path, out))
+    assert [x.name for x in (out / "checkpoint").iterdir()] == ["step-00000002"]
+    killed(monkeypatch, trainer, "remove_checkpoint", 1, lambda: run(model_path, out))
+    assert (out / "checkpoint").exists()
+    for _ in range(2):
+        run(model_path, out)
+        assert same(out, tmp_path / "kept") and not (out / "checkpoint").exists()
+        assert len(list(out.glob(".checkpoint*"))) == 0
+        shutil.rmtree(out / "policy")  # and it is made again
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(batch_size=32), "make 1 optimizer step, too few .* batch_size, as 2, or more num_tr"),
+        (dict(batch_size=7, num_train_epochs=2), "make 4 optimizer steps.* as 4, or more num_tr"),
+        (dict(num_train_epochs=2), None),
+    ],
+    ids=str,
+)
+def test_a_run_of_few_steps_says_so(model_path, tmp_path, caplog, options, told):
+    run(model_path, tmp_path, **options)
+    few = [x.getMessage() for x in caplog.records if "optimizer step" in x.getMessage()]
+    assert len(few) == (told is not None) and (told is None or re.search(told, few[0]))
