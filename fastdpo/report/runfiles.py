@@ -123,42 +123,42 @@ def _unfinished(state: dict[str, Any], name: str) -> bool:
 def _training(files: "_Files") -> Run:
     """A training by itself, as a run whose only round is the folder."""
     out = files.out
+
+    def read(part: str, name: str, reader: Callable[[Path], T], otherwise: T) -> T:
+        """What a file says that needn't be there."""
+        found = files.read(part, out / name, reader) if (out / name).exists() else None
+        return otherwise if found is None else found
+
     config = files.read("config", out / "run.json", _object) or {}
-    if (out / "config.yaml").exists():
-        config |= files.read("config", out / "config.yaml", _options) or {}
+    config |= read("config", "config.yaml", _options, {})
     for digest in ("pairs", "eval_pairs"):
         config.pop(digest, None)
     epochs = number(config.get("num_train_epochs"))
-    finished = config.pop("policy_epochs", epochs) == epochs
+    # It has a policy of fewer epochs while it goes on to more.
+    is_whole = config.pop("policy_epochs", epochs) == epochs and (out / "policy").is_dir()
     whole = files.read("steps", out / "metrics" / "metrics.jsonl", _steps) or []
     steps, evaluations = _apart(whole)
-    numbers = _means(steps)
-    for name in ("fitted.json", "train.json"):
-        if (out / name).exists():
-            numbers |= files.read("numbers", out / name, _numbers) or {}
-    pairing: tuple[Numbers, dict[str, int]] = ({}, {})
+    end = read("steps", "train.json", _object, {}) if is_whole else {}
+    best = read("steps", "best.json", _numbers, {}) if is_whole else {}
+    numbers = _means(steps) | read("steps", "fitted.json", _numbers, {}) | _finite(end)
+    pairing: Numbers = {}
+    dropped: dict[str, int] = {}
     for name in ("pairs.summary.json", "data.json"):
-        if (out / name).exists():
-            found = files.read("pairing", out / name, _pairing) or ({}, {})
-            pairing = (pairing[0] | found[0], pairing[1] | found[1])
-    if not pairing[0] and steps:  # of before the data was noted
-        lengths = {f"mean_length_{x}": numbers.get(f"lengths/{x}") for x in ("chosen", "rejected")}
+        found, reasons = read("pairing", name, _pairing, ({}, {}))
+        pairing, dropped = pairing | found, dropped | reasons
+    if not pairing and steps:  # of before the data was noted
+        known = {f"mean_length_{x}": numbers.get(f"lengths/{x}") for x in ("chosen", "rejected")}
         taken = sum(step.get("pairs", 0.0) for step in steps) / (epochs or 1)
-        known = {"pairs": taken + numbers.get("pairs_dropped", 0.0)} if finished else {}
-        pairing = _finite(known | lengths), {}
-    one = Round(1, numbers, *pairing, steps, evaluations, [], {}, alone=True)
-    ended, kept = None, None
-    if (out / "train.json").exists():
-        ended = (files.read("numbers", out / "train.json", _object) or {}).get("ended")
-    if (out / "best.json").exists():
-        best = files.read("numbers", out / "best.json", _numbers) or {}
-        kept = best.get("best_global_step")
+        known["pairs"] = taken + numbers.get("pairs_dropped", 0.0) if is_whole else None
+        pairing = _finite(known)
+    one = Round(1, numbers, pairing, dropped, steps, evaluations, [], {}, alone=True)
+    ended, kept = end.get("ended"), best.get("best_global_step")
     return Run(
         config, [], [one], None, files.gone,
         ended={"train": ended} if isinstance(ended, str) else {},
         alone=True,
         kept=None if kept is None else int(kept),
-        has_policy=finished and (out / "policy").is_dir(),
+        has_policy=is_whole,
     )  # fmt: skip
 
 

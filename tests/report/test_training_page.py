@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from report_runs import Reader, page_of, section, section_text, write_json, write_run
+from report_runs import (
+    BROKEN,
+    Reader,
+    page_of,
+    section,
+    section_text,
+    write_json,
+    write_run,
+)
 from safetensors.torch import load_file
 from tiny import LLAMA, save_tiny
 
@@ -137,6 +145,29 @@ def test_a_training_of_before_and_one_that_stopped(evaluated, tmp_path, capsys):
     assert "Unfinished: it is at step 5, or stopped there." in page_of(out)
     (out / "metrics/metrics.jsonl").unlink()
     assert "metrics/metrics.jsonl is not there" in section(page_of(out), "training")
+
+
+@pytest.mark.parametrize("name", [
+    "run.json", "config.yaml", "data.json", "train.json", "best.json", "fitted.json",
+    "metrics/metrics.jsonl",
+])  # fmt: skip
+def test_damaged_files_of_a_training_give_a_page(name, evaluated, tmp_path):
+    out = tmp_path / "run"
+    ignored = shutil.ignore_patterns("policy", "checkpoint", "ref_logps", "best", "tensorboard")
+    shutil.copytree(evaluated, out, ignore=ignored)
+    (out / "policy").mkdir()
+    strange = [
+        b'{"num_train_epochs": 0, "policy_epochs": [], "ended": 3, "best_global_step": 1e300}',
+        b'{"pairs": "x", "dropped": {"a <b>": 2}, "num_train_epochs": 1e400, "ended": "<b>"}',
+        b'{"step": 1e29, "eval_loss": 1, "pairs": 0}\n{"step": 2, "loss": 2}\n',
+        b"a: [b\n", b"- 1\n",
+    ]  # fmt: skip
+    for content in [*BROKEN, *strange]:
+        (out / name).write_bytes(content)
+        page = page_of(out)
+        assert "nan" not in Reader(page).all_text().lower().split()
+        if content == BROKEN[4]:  # no UTF-8
+            assert "Left out" in page, name
 
 
 def test_the_page_is_there_while_training_runs(folder, tmp_path, monkeypatch):
