@@ -114,6 +114,7 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
         **_loading(run, folder),
         recipe=_recipe(run, defaults),
         command="train" if run.alone else "iterate",
+        string_prompts=run.option("string_prompts"),
         prompts=_code(run.option("prompts")),
         dataset=_code(run.option("dataset")),
         held=_held(run),
