@@ -1,8 +1,8 @@
 """Evaluation in training: the policy on pairs that it is not trained on, and the best one kept.
 
 The pairs are a `Setup` of their own, whose one step takes all of them.  They are computed as those
-of training are, so that at ``alpha = 0`` the first ``eval_loss`` is log 2 too; no random number is
-drawn and no weight is touched, so training goes on with the same bits.
+of training are, so that at ``alpha = 0`` the first ``eval_loss`` is log 2 too.  Weights and random
+state stay as they are, so training goes on with the same bits.
 """
 
 import logging

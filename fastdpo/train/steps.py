@@ -28,6 +28,7 @@ from fastdpo.data.batch import (
 from fastdpo.errors import ModelError
 from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.model.adapters import reference_mode
+from fastdpo.model.noise import random_state_kept
 from fastdpo.model.prepare import packed_loss
 from fastdpo.train.config import TrainConfig
 
@@ -44,6 +45,7 @@ class Setup:
         reference: folder or hub name of another reference than the start.
         progress: whether this process shows how far it is.
         pairs: all pairs of the round; once a model is known, those that it gets.
+        keep_checkpoint: whether the state after the last step is left, for more epochs.
         layout: of the micro-batches; None until a model is known, as are the fields below.
         lengths: tokens of each pair in that layout.
         too_long: how many pairs were dropped and truncated.
@@ -56,6 +58,7 @@ class Setup:
     reference: str | Path | None
     progress: bool
     pairs: Sequence[TokenizedPair]
+    keep_checkpoint: bool = True
     layout: Any = None
     lengths: Sequence[int] = ()
     too_long: dict[str, int] = field(default_factory=dict)
@@ -174,7 +177,8 @@ def measure(
         ModelError: one is not finite.
     """
     started, plain = time.perf_counter(), setup.accelerator.unwrap_model(model)
-    row, totals = _over_pairs(setup, plain, batches, alpha, ref_logp_P2, reference, learn=False)
+    with random_state_kept():  # a model may draw, in training mode, to skip a layer
+        row, totals = _over_pairs(setup, plain, batches, alpha, ref_logp_P2, reference, learn=False)
     del row[COVARIANCE]
     _check_finite(row, setup.config)
     row |= {"pairs": totals[0], "runtime": time.perf_counter() - started}

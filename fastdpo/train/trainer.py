@@ -105,17 +105,14 @@ def train(
     # Its precision belongs to the process, so autocast is entered in `batch_loss` instead.
     accelerator, out = _check_accelerator(Accelerator()), Path(out)
     progress = progress and accelerator.is_main_process
-    setup = Setup(accelerator, config, out, reference, progress, pairs)
+    setup = Setup(accelerator, config, out, reference, progress, pairs, keep_checkpoint)
     evaluator = Evaluator(setup, eval_pairs, evaluation or EvalConfig())
     with _repeatable(accelerator.device):
         claim_folder(setup, model, evaluator.facts())
         if not is_finished(setup):
             begun = control or LengthController(config.target_length)
             control = begun if config.alpha == "auto" else None
-            _train(
-                setup, model, tokenizer, control, lengths, evaluator, on_step,
-                keep_checkpoint=keep_checkpoint,
-            )  # fmt: skip
+            _train(setup, model, tokenizer, control, lengths, evaluator, on_step)
             gc.collect()  # the patched forwards are a cycle
         elif not isinstance(model, str | Path):
             raise ConfigError(
@@ -137,8 +134,6 @@ def _train(
     response_lengths: Sequence[Sequence[int]] | None,
     evaluator: Evaluator,
     on_step: Callable[[dict[str, float]], None] | None,
-    *,
-    keep_checkpoint: bool,
 ) -> None:
     """From the start to the saved policy; ``control`` is None where alpha is a number."""
     config, accelerator, out = setup.config, setup.accelerator, setup.out
@@ -193,7 +188,7 @@ def _train(
             log.add({"step": step, **row})
         bar.set_postfix(loss=f"{row['loss']:.4f}", margin=f"{row['rewards/margins']:.4f}")
         evaluator.after(step, plain, alpha, reference, log)
-        due = keep_checkpoint if step == len(steps) else step % config.save_steps == 0
+        due = setup.keep_checkpoint if step == len(steps) else step % config.save_steps == 0
         if due and accelerator.is_main_process:
             extra = None if control is None else control.to_dict()
             save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
@@ -204,10 +199,7 @@ def _train(
     evaluator.finish(plain, len(steps))
     if log is not None:
         log.close()
-        if control is not None:
-            write_json_atomic(out / CONTROL, control.to_dict(), checksum=True)
-        _save(setup, plain, start, tokenizer)
-        note_finished(setup)
+        _save(setup, plain, start, tokenizer, control)
     accelerator.wait_for_everyone()
     if not isinstance(start, str | Path) and not config.use_peft:
         use_own_attention(plain.eval())  # the caller's model generates again
@@ -270,11 +262,15 @@ def _warn_of_few_steps(setup: Setup, steps: int) -> None:
     )  # fmt: skip
 
 
-def _save(setup: Setup, model: Any, start: Any, tokenizer: Any) -> None:
+def _save(
+    setup: Setup, model: Any, start: Any, tokenizer: Any, control: LengthController | None
+) -> None:
     """Leave the policy as a whole model; adapters are merged in fp32 and kept beside it.
 
     Merged in bf16, most of a small change would be rounded away.
     """
+    if control is not None:
+        write_json_atomic(setup.out / CONTROL, control.to_dict(), checksum=True)
     named, adapter = isinstance(start, str | Path), setup.out / "adapter"
     if setup.config.use_peft:
         save_adapter(model, adapter)
@@ -285,6 +281,7 @@ def _save(setup: Setup, model: Any, start: Any, tokenizer: Any) -> None:
             model = merged_in_place(model.cpu(), torch.float32)
     name = str(start if named else start.name_or_path)
     save_policy(model, tokenizer, setup.out / "policy", start=name)
+    note_finished(setup)
 
 
 @contextmanager

@@ -679,6 +679,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     for name in ("a.jsonl", "b.json", "c.csv", "d.parquet", "e", "f"):
         assert read_rows(tmp_path / name).rows == rows, name
     assert read_rows(tmp_path / "f", split="test").rows == rows[:1]
+    assert read_rows(tmp_path / "f", default="test").rows == rows[:1]
+    assert read_rows(tmp_path / "e", default="test").rows == rows
     assert read_rows(tmp_path / "a.jsonl").lines == [1, 2, 3, 4, 5]
     with pytest.raises(DataError, match=r"no split 'val'.*\['test', 'train'\]"):
         read_rows(tmp_path / "f", split="val")
@@ -769,6 +771,7 @@ def test_hub_names(monkeypatch):
     assert read_rows("org/some-data.v1", split="test").rows == [OK]
     assert asked == [("org/some-data.v1", "test")]
     assert read_rows("org/some-data.v1").rows == [OK] and asked[1][1] == "train"
+    assert read_rows("org/some-data.v1", default="test").rows == [OK] and asked[2][1] == "test"
     assert read_rows("imdb").where(0) == "imdb, row 0 (counting from 0)"
 
     def unreachable(name, split):

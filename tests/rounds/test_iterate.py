@@ -289,7 +289,7 @@ def test_a_lost_controller_is_no_new_target(inputs, auto, tmp_path, capsys):
 
 
 def test_rounds_of_alpha_auto_by_the_stages_as_commands(auto, tmp_path):
-    """Given what the round before left, training alone is what iterate does."""
+    """Given what the round before left, training alone is what iterate does; evaluated or not."""
     first, second = auto / "round-01", auto / "round-02"
     command = [
         "train", f"--model={first / 'policy'}", f"--dataset={second / 'pairs.jsonl'}",
@@ -298,7 +298,10 @@ def test_rounds_of_alpha_auto_by_the_stages_as_commands(auto, tmp_path):
         "--gradient_checkpointing=false", "--reference_cache=null", "--alpha=auto",
     ]  # fmt: skip
     more = [f"--control={first / 'control.json'}", f"--candidates={second / 'candidates'}"]
-    assert main([*command, *more]) == 0
+    assert main([*command, *more, f"--eval_dataset={first / 'pairs.jsonl'}"]) == 0
+    rows = (tmp_path / "alone" / "metrics" / "metrics.jsonl").read_text().splitlines()
+    pairs = len((first / "pairs.jsonl").read_text().splitlines())
+    assert json.loads(rows[0])["eval_pairs"] == json.loads(rows[-1])["eval_pairs"] == pairs
     trained = load_file(tmp_path / "alone" / "policy" / "model.safetensors")
     assert same(trained, weights(auto, 2))
     assert main([*command[:-1], *more, "--alpha=0.1"]) == 2
