@@ -23,7 +23,7 @@ from typing import Any
 from fastdpo.errors import DataError
 
 _PLAN = "plan.json"
-_SUMS = "SHA256SUMS"  # of a folder, in it
+SUMS = "SHA256SUMS"  # of a folder, in it
 _PART_NAME = re.compile(r"part-(\d{5,})\.jsonl")
 
 
@@ -297,7 +297,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield scratch
     files = sorted(file for file in scratch.rglob("*") if file.is_file())
     sums = [f"{file_digest(file)}  {file.relative_to(scratch).as_posix()}\n" for file in files]
-    (scratch / _SUMS).write_text("".join(sums))
+    (scratch / SUMS).write_text("".join(sums))
     for file in scratch.rglob("*"):
         sync(file)
     sync(scratch)
@@ -328,9 +328,9 @@ def check_directory(path: Path) -> None:
     Raises DataError when a file is missing or differs.
     """
     path = Path(path)
-    if not (path / _SUMS).is_file():
+    if not (path / SUMS).is_file():
         return
-    for line in (path / _SUMS).read_text().splitlines():
+    for line in (path / SUMS).read_text().splitlines():
         wanted, _, name = line.partition("  ")
         file = path / name
         if not file.is_file() or file_digest(file) != wanted:

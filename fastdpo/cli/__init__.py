@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastdpo import __version__
-from fastdpo.cli import commands, demo, names, stages
+from fastdpo.cli import commands, demo, names, report, stages
 from fastdpo.cli.help import help_of, overview
 from fastdpo.cli.options import Given, made, options_of, read_arguments, read_file
 from fastdpo.errors import ConfigError, DataError, ModelError
@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "score": (stages.ScoreCommand, stages.run_score),
     "pair": (stages.PairCommand, stages.run_pair),
     "train": (stages.TrainCommand, stages.run_train),
-    "report": (commands.ReportCommand, commands.run_report),
+    "report": (report.ReportCommand, report.run_report),
     "plan": (commands.PlanCommand, commands.run_plan),
     "doctor": (commands.DoctorCommand, commands.run_doctor),
 }

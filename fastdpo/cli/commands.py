@@ -34,17 +34,6 @@ class PlanCommand(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class ReportCommand:
-    """Write the report of a run as one HTML page.
-
-    Attributes:
-        output_dir: folder of the run.
-    """
-
-    output_dir: str = "runs/iterate"
-
-
-@dataclass(kw_only=True)
 class DoctorCommand:
     """Say what this machine will use and what is missing."""
 
@@ -83,12 +72,6 @@ def save_options(values: dict[str, Any], out: Path) -> None:
     """Leave the options of a run in its folder, as a file for ``--config``."""
     with atomic_file(out / "config.yaml") as scratch:
         scratch.write_text(yaml.safe_dump(values, sort_keys=False))
-
-
-def run_report(config: ReportCommand) -> None:
-    from fastdpo.report.summary import html
-
-    print(f"report: {html(Path(config.output_dir))}")
 
 
 def run_plan(config: PlanCommand) -> None:

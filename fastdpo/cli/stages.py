@@ -11,18 +11,19 @@ options of a command are those of its stage, and what the stage is given.
 
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from fastdpo.cli.commands import quiet_loading, save_options
+from fastdpo.cli.commands import quiet_loading
+from fastdpo.cli.training import TrainingPage
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.clock import KEY, now, rendering_at
 from fastdpo.data.records import PairRow
 from fastdpo.data.rows import Rows, preference_rows, prompt_rows, read_rows
-from fastdpo.data.tokenize import tokenize_dataset
+from fastdpo.data.tokenize import TokenizedPairs, tokenize_dataset
 from fastdpo.errors import ConfigError, is_default, require, require_used
 from fastdpo.model.load import check_start, load_causal_lm, load_tokenizer, stop_ids
 from fastdpo.pair import filters
@@ -276,11 +277,11 @@ def run_train(config: TrainCommand) -> None:
     tokenizer = load_tokenizer(config.model, config.chat_template)
     out = Path(config.output_dir)
     with rendering_at(_rendered_at(out / RENDERED)) as clock:
-        pairs = _read_pairs(config, "dataset", read_rows(config.dataset, config.split), tokenizer)
+        found = _read_pairs(config, "dataset", read_rows(config.dataset, config.split), tokenizer)
         held: list[TokenizedPair] = []
         if config.eval_dataset is not None:
             rows = read_rows(config.eval_dataset, config.eval_split, default="test")
-            held = _read_pairs(config, "eval_dataset", rows, tokenizer)
+            held = _read_pairs(config, "eval_dataset", rows, tokenizer).pairs
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir={out} is a file; name a folder")
     control = (
@@ -288,18 +289,22 @@ def run_train(config: TrainCommand) -> None:
     )
     lengths = response_lengths(Path(config.candidates)) if config.candidates else None
     first = int(os.environ.get("RANK", "0")) == 0
+    shown = TrainingPage(config, found, held)
     with locked(out) if first else nullcontext():
         if first and clock.read:
             write_json_atomic(out / RENDERED, {KEY: clock.time})
         metrics = train(
-            config.model, tokenizer, pairs, config, out, reference=config.reference,
+            config.model, tokenizer, found.pairs, config, out, reference=config.reference,
             control=control, lengths=lengths, eval_pairs=held, evaluation=config,
+            on_step=shown.step if first else None,
         )  # fmt: skip
+        if first:
+            page = shown.finish(metrics)
     if first:
-        save_options(asdict(config), out)
         for evaluated in (False, True) if held else (False,):
             names = [name for name in metrics if name.startswith("eval_") == evaluated]
             print("  ".join(f"{name} {metrics[name]:.4g}" for name in names))
+        print(f"report: {page}")
         print(f"policy: {out / 'policy'}{_best(out) if config.load_best_model_at_end else ''}")
 
 
@@ -312,10 +317,10 @@ def _best(out: Path) -> str:
     )
 
 
-def _read_pairs(config: TrainCommand, name: str, rows: Rows, tokenizer: Any) -> list[TokenizedPair]:
+def _read_pairs(config: TrainCommand, name: str, rows: Rows, tokenizer: Any) -> TokenizedPairs:
     """The pairs of ``dataset`` or ``eval_dataset``, which are tokenized or to be."""
     if {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys():
-        return _tokenized(config, name)
+        return TokenizedPairs(_tokenized(config, name), {}, [])
     found = tokenize_dataset(
         preference_rows(rows),
         tokenizer,
@@ -324,7 +329,7 @@ def _read_pairs(config: TrainCommand, name: str, rows: Rows, tokenizer: Any) -> 
         stop_ids=stop_ids(config.model, tokenizer),
     )
     print(found if name == "dataset" else f"{name}: {found}")
-    return found.pairs
+    return found
 
 
 def _tokenized(config: TrainCommand, name: str) -> list[TokenizedPair]:

@@ -316,6 +316,8 @@ def save_adapter(model: Any, path: Path) -> None:
     with atomic_directory(path) as folder:
         # "auto" may ask the hub whether the embeddings have grown; they are frozen.
         model.save_pretrained(folder, save_embedding_layers=False)
+        # peft's card is a form to fill in; that of the run is written later, beside the checksums.
+        (folder / "README.md").unlink(missing_ok=True)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -118,6 +118,7 @@ PAIRING = {
     "length_gap": "Best − worst after it, tokens",
     "mean_ches": "CHES",
     "mean_difficulty": "Difficulty, nats",
+    "held_out_pairs": "Pairs held out",
     "longest": "Longest side, tokens",
     "truncated_to_max_length": "Truncated to max_length",
 }
@@ -139,6 +140,7 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
     rows = rows_of(run)
     training, steps_a_point = by_step_charts(run)
     changed = differing(run.config, defaults or {})
+    drops, kept = pairs_tables(run)
     return page(
         run=run,
         kind="preference optimization" if run.alone else "iterative preference optimization",
@@ -156,7 +158,8 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
         training=training,
         steps_a_point=steps_a_point,
         evaluations=evaluation_table(run),
-        **_pairs(run),
+        drops=drops,
+        kept=kept,
         offline=run.offline and _drops("Kept", [run.offline[0]], [run.offline[1]]),
         sampling=_sampling(run),
         rates=_rates(run),
@@ -180,8 +183,10 @@ def picture(figures: Sequence[tuple[str, str, charts.Chart]], *, steps: bool) ->
 
 
 def differing(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that differ from their defaults."""
-    return {name: x for name, x in config.items() if name in defaults and defaults[name] != x}
+    """The options that differ from their defaults; what a run is of comes first."""
+    found = {name: x for name, x in config.items() if name in defaults and defaults[name] != x}
+    first = [name for name in ("model", "prompts", "dataset", "eval_dataset") if name in found]
+    return {name: found[name] for name in dict.fromkeys([*first, *found])}
 
 
 def _titles(run: Run) -> dict[str, str]:
@@ -330,8 +335,8 @@ def questions_of(evaluated: Mapping[str, Sequence[Scored]]) -> dict[str, Any]:
     return {"questions": questions, "asked": len(shared), "answering": policies}
 
 
-def _pairs(run: Run) -> dict[str, Any]:
-    """What was dropped, and what is known of the pairs kept, by round."""
+def pairs_tables(run: Run) -> tuple[Table | None, Table | None]:
+    """What was dropped, and what is known of the pairs kept, with a column for each round."""
     trained = [one for one in run.rounds if one.pairing or one.dropped]
     kept, numbers = [one.pairing for one in trained], [one.numbers for one in trained]
     drops = _drops("Pairs kept", kept, [one.dropped for one in trained])
@@ -349,7 +354,8 @@ def _pairs(run: Run) -> dict[str, Any]:
         digits = 0 if all(x.value == round(x.value) for x in known) else digits
         name = PAIRING.get(key, key.replace("_", " "))[:60]
         facts.append([name, *entries(kept, key, digits)])
-    return {"trained": [one.name for one in trained], "drops": drops, "kept": facts}
+    names = [one.name for one in trained]
+    return ((names, drops) if names else None), ((names, facts) if facts else None)
 
 
 def _drops(

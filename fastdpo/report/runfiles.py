@@ -63,7 +63,7 @@ class Run:
     `gone` has, for each of `PARTS`, a line for each file that is missing or damaged; paths in it
     are relative to the run.
     `alone`: a training by itself, its only round; `kept` is the step that its policy is from where
-    the best one was kept, and `has_policy` says that it is done.
+    the best one was kept, and `has_policy` says that it is done, with all epochs asked for.
     """
 
     config: dict[str, Any]
@@ -123,41 +123,50 @@ def _unfinished(state: dict[str, Any], name: str) -> bool:
 def _training(files: "_Files") -> Run:
     """A training by itself, as a run whose only round is the folder."""
     out = files.out
+
+    def read(part: str, name: str, reader: Callable[[Path], T], otherwise: T) -> T:
+        """What a file says that needn't be there."""
+        found = files.read(part, out / name, reader) if (out / name).exists() else None
+        return otherwise if found is None else found
+
     config = files.read("config", out / "run.json", _object) or {}
-    if (out / "config.yaml").exists():
-        config |= files.read("config", out / "config.yaml", _options) or {}
-    config.pop("pairs", None)  # a digest
+    config |= read("config", "config.yaml", _options, {})
+    for digest in ("pairs", "eval_pairs"):
+        config.pop(digest, None)
+    epochs = number(config.get("num_train_epochs"))
+    # It has a policy of fewer epochs while it goes on to more.
+    is_whole = config.pop("policy_epochs", epochs) == epochs and (out / "policy").is_dir()
     whole = files.read("steps", out / "metrics" / "metrics.jsonl", _steps) or []
     steps, evaluations = _apart(whole)
-    numbers = _means(steps)
-    for name in ("fitted.json", "train.json"):
-        if (out / name).exists():
-            numbers |= files.read("numbers", out / name, _numbers) or {}
-    pairing: tuple[Numbers, dict[str, int]] = ({}, {})
+    end = read("steps", "train.json", _object, {}) if is_whole else {}
+    best = read("steps", "best.json", _numbers, {}) if is_whole else {}
+    numbers = _means(steps) | read("steps", "fitted.json", _numbers, {}) | _finite(end)
+    pairing: Numbers = {}
+    dropped: dict[str, int] = {}
     for name in ("pairs.summary.json", "data.json"):
-        if (out / name).exists():
-            found = files.read("pairing", out / name, _pairing) or ({}, {})
-            pairing = (pairing[0] | found[0], pairing[1] | found[1])
-    one = Round(1, numbers, *pairing, steps, evaluations, [], {}, alone=True)
-    ended, kept = None, None
-    if (out / "train.json").exists():
-        ended = (files.read("numbers", out / "train.json", _object) or {}).get("ended")
-    if (out / "best.json").exists():
-        best = files.read("numbers", out / "best.json", _numbers) or {}
-        kept = best.get("best_global_step")
+        found, reasons = read("pairing", name, _pairing, ({}, {}))
+        pairing, dropped = pairing | found, dropped | reasons
+    if not pairing and steps:  # of before the data was noted
+        known = {f"mean_length_{x}": numbers.get(f"lengths/{x}") for x in ("chosen", "rejected")}
+        taken = sum(step.get("pairs", 0.0) for step in steps) / (epochs or 1)
+        known["pairs"] = taken + numbers.get("pairs_dropped", 0.0) if is_whole else None
+        pairing = _finite(known)
+    one = Round(1, numbers, pairing, dropped, steps, evaluations, [], {}, alone=True)
+    ended, kept = end.get("ended"), best.get("best_global_step")
     return Run(
         config, [], [one], None, files.gone,
         ended={"train": ended} if isinstance(ended, str) else {},
         alone=True,
         kept=None if kept is None else int(kept),
-        has_policy=(out / "policy").is_dir(),
+        has_policy=is_whole,
     )  # fmt: skip
 
 
 def _means(steps: list[Numbers]) -> Numbers:
     """What all steps logged, averaged over their pairs."""
-    total = sum(step.get("pairs", 0.0) for step in steps)
-    if total <= 0:
+    steps = [step for step in steps if step.get("pairs", 0.0) > 0]
+    total = sum(step["pairs"] for step in steps)
+    if not steps:
         return {}
     names = set.intersection(*(set(step) for step in steps)) - {"step", "pairs"}
     return {n: sum(step[n] * step["pairs"] for step in steps) / total for n in sorted(names)}

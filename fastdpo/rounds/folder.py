@@ -1,6 +1,6 @@
 """A run: what it was given, its folder, and the samples and scores that its parts ask for.
 
-OUT/state.json                 the config and the stages done
+OUT/state.json                 the config, the stages done and when, and the one under way
 OUT/report.html, rounds.png    what the run shows; config.yaml has its options, once it is done
 OUT/sampler.log                of a server that was started for sampling
 OUT/offline/                   offline pairs to replay, their scores and summary.json
@@ -12,6 +12,7 @@ OUT/round-01/offline/          a response to each offline prompt, for fresh_thre
 OUT/round-01/pairs.jsonl       what training takes, and pairs.summary.json
 OUT/round-01/run.json          what decided the training; fitted.json, train.json, control.json
 OUT/round-01/{ref_logps,metrics,policy}/   and adapter/ of LoRA; checkpoint/ until it is trained
+OUT/round-01/policy/README.md  its model card, with results.svg; of adapter/ and extrapolated/ too
 OUT/round-01/stage-1/          the same for each stage of a curriculum
 OUT/round-01/reference/        a moving average of the policies, where that is the reference
 OUT/round-01/extrapolated/     the next start, where the policy is not

@@ -17,9 +17,10 @@ from fastdpo.model.load import combine, load_causal_lm
 from fastdpo.pair import filters
 from fastdpo.pair.stage import load_pairs, pair, split_stages
 from fastdpo.progress import within
+from fastdpo.report import card
 from fastdpo.report import summary as report
 from fastdpo.report.evaluation import by_prompt
-from fastdpo.rounds.config import IterateConfig
+from fastdpo.rounds.config import IterateConfig, defaults
 from fastdpo.rounds.folder import Run
 from fastdpo.rounds.heldout import evaluate
 from fastdpo.rounds.inputs import check_inputs
@@ -63,8 +64,16 @@ def _rounds(run: Run) -> list[dict[str, Any]]:
         with within(f"round {index} of {config.rounds}"):
             _round(run, index)
             evaluate(run, index)
+            _write_cards(run, index)
     run.stages.show()
     return report.summarize(run.out)
+
+
+def _write_cards(run: Run, index: int) -> None:
+    """The model cards of what a round left, where one has none yet."""
+    left = card.policies(run.folder(index))
+    if not all((folder / card.NAME).is_file() for folder in left):
+        card.write_cards(run.out, defaults(), index=index)
 
 
 def _scorers_left(run: Run) -> list[str]:

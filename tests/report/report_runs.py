@@ -21,6 +21,12 @@ HOSTILE = [
     "line\u2028separators\u2029here",
 ]
 
+BROKEN = [
+    b"", b"[]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'{"step": 1}\nnope\n{"step": 2}\nno\n',
+    b'{"config": [], "done": {}, "dropped": [1], "pairs": "x"}',
+    b'{"config": {"beta": 1e999, "rounds": null}, "done": [1, null], "dropped": {"tie": NaN}}',
+]  # fmt: skip
+
 
 def write_json(path, value):
     """With escapes for all but ASCII, so that lone surrogates can be written too."""

@@ -124,3 +124,29 @@ def test_many_points_are_thinned_and_said_so(tmp_path, monkeypatch):
     assert "10 responses to 5 prompts, one in 3 drawn" in section_text(page, "lengths")
     dots = re.findall(r'class="dots c\d" d="([^"]*)"', found)
     assert [d.count("M") for d in dots] == [4, 4]
+
+
+def test_two_runs_share_a_chart():
+    runs = {
+        "plain": [charts.Mark(0, 1.0, 0.5), charts.Mark(1, 3.0, 0.25)],
+        "with alpha": [charts.Mark(0, 1.0, 0.5), charts.Mark(1, 2.0)],
+    }
+    chart = charts.by_round("Length", runs, [0, 1], line=None)
+    root = drawing(draw.by_round(chart))
+    assert [p.attrib["class"] for p in root.findall("path")][-2:] == ["line", "line s1"]
+    dots = [(d.attrib["class"], float(d.attrib["cx"])) for d in root.findall(".//circle")]
+    assert [kind for kind, _ in dots] == ["dot", "dot", "dot s1", "dot s1"]
+    assert dots[2][1] - dots[0][1] == pytest.approx(6, abs=0.2)  # side by side
+    assert [(t.text or "").strip() for t in root.findall(".//tspan")] == ["● plain", "○ with alpha"]
+    assert "plain: start: 1 ± 0.5; round 1: 3 ± 0.25. with alpha: start" in chart.spoken
+
+
+def test_evaluations_lie_over_the_curve_of_training():
+    bins = charts.binned([(i, 1.0) for i in range(1, 9)], 1)
+    chart = charts.by_step("Loss", [(None, bins)], {"evaluation": [(0, 3.0), (8, 2.0)]})
+    root = drawing(draw.by_step(chart))
+    over = next(p.attrib["d"] for p in root.findall("path") if p.attrib["class"] == "line s1")
+    ends = [tuple(map(float, point.split(" "))) for point in over[1:].split("L")]
+    assert ends[0][0] == 44 and ends[0][1] < ends[1][1]  # at step 0, and higher than the last
+    assert "Evaluation: 3 at first, 2 at last." in chart.spoken
+    assert not [t for t in root.findall("text") if t.text and "round" in t.text]

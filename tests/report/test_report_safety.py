@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import (
+    BROKEN,
     HOSTILE,
     Reader,
     page_of,
@@ -143,11 +144,6 @@ FILES = {
     "round-01/eval/scores/part-00000.jsonl": "responses",
     "round-00/eval/scores/plan.json": None,
 }
-BROKEN = [
-    b"", b"[]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'{"step": 1}\nnope\n{"step": 2}\nno\n',
-    b'{"config": [], "done": {}, "dropped": [1], "pairs": "x"}',
-    b'{"config": {"beta": 1e999, "rounds": null}, "done": [1, null], "dropped": {"tie": NaN}}',
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)

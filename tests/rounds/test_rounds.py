@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import LLAMA, save_tiny
 
 from fastdpo.cli import main
-from fastdpo.storage import read_json
+from fastdpo.storage import check_directory, read_json
 
 TESTS = Path(__file__).parents[1]
 DRIVER = TESTS / "kill_driver.py"
@@ -86,6 +86,11 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [*state["ended"]] == state["done"] and state["begun"] is None
     for index in (1, 2):
         folder = finished / f"round-{index:02d}"
+        check_directory(folder / "policy")
+        card = (folder / "policy" / "README.md").read_text()
+        assert f"the policy of round {index}" in card and "3 of them were held out" in card
+        results = card.split("## Results")[1]
+        assert results.count("| Round ") == index and "| Start |" in results
         pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
         assert pairs and all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
         names = {path.name for path in folder.iterdir()}
@@ -119,7 +124,8 @@ def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, cap
 
     out = tmp_path / "more"
     shutil.copytree(finished, out)
-    before = weights(out)
+    before, cards = weights(out), [out / f"round-0{i}/policy/README.md" for i in (1, 2)]
+    texts = [path.read_bytes() for path in cards]
     with monkeypatch.context() as patch:
         patch.setattr(outer, "train", lambda *args, **options: (_ for _ in ()).throw(OSError("no")))
         assert main(arguments(inputs, out, rounds=3)) == 2
@@ -134,6 +140,7 @@ def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, cap
     assert main(arguments(inputs, out, rounds=3)) == 0
     assert (out / "report.html").read_text() == page
     assert (out / "round-03" / "policy").is_dir()
+    assert [path.read_bytes() for path in cards] == texts
     assert all(torch.equal(before[name], x) for name, x in weights(out).items())
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from fastdpo.data.records import Text
 from fastdpo.score.readability import likes_length, plain_language
 
 
@@ -68,7 +69,8 @@ def test_plain_language_prefers_plain_to_convoluted_and_on_topic_to_off_topic():
 
 
 def test_likes_length_adds_the_same_for_each_word():
-    prompts, responses = ["Why?"] * 2, ["The cat sat on the mat.", "No."]
+    prompts: list[Text] = ["Why?"] * 2
+    responses = ["The cat sat on the mat.", "No."]
     extra = [
         a - b for a, b in zip(likes_length(prompts, responses), plain_language(prompts, responses))
     ]

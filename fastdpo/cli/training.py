@@ -1,0 +1,85 @@
+"""What `fastdpo train` leaves for its reader: options, facts of its data, page and model cards."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fastdpo.cli.commands import save_options
+from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.tokenize import TokenizedPairs
+from fastdpo.report import card
+from fastdpo.report import summary as report
+from fastdpo.storage import write_json_atomic
+
+_LEAST_SHARE = 50  # a page takes at most one part in so many of the time
+
+
+class TrainingPage:
+    """Keeps the page of a training up to date, and ends with its cards.
+
+    Nothing is written before the first step, so that a folder of another run stays as it is.
+
+    Args:
+        config: the command's options.
+        found: the pairs to train on, and what became of the others.
+        held: those to evaluate on.
+    """
+
+    def __init__(self, config: Any, found: TokenizedPairs, held: Sequence[TokenizedPair]) -> None:
+        self.config, self.out = config, Path(config.output_dir)
+        self.data = data_facts(found, held)
+        self.defaults = defaults(type(config))
+        self.steps, self.took, self.wrote = 0, 0.0, 0.0
+
+    def step(self, row: dict[str, float]) -> None:
+        """Called after each optimizer step; the page follows at checkpoints, where it is cheap."""
+        self.steps += 1
+        if self.steps == 1:
+            self._begin()
+        if self.steps == 1 or self.steps % self.config.save_steps == 0:
+            now = time.monotonic()
+            if now - self.wrote >= _LEAST_SHARE * self.took:
+                report.html(self.out, self.defaults)
+                self.wrote = time.monotonic()
+                self.took = self.wrote - now
+
+    def finish(self, metrics: dict[str, float]) -> Path:
+        """Note that training ended, and write page and cards; returns the page."""
+        self._begin()
+        path = self.out / "train.json"
+        if self.steps or not path.is_file():
+            ended = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}" if self.steps else None
+            write_json_atomic(path, metrics | {"ended": ended}, checksum=True)
+        page = report.html(self.out, self.defaults)
+        card.write_cards(self.out, self.defaults)
+        return page
+
+    def _begin(self) -> None:
+        save_options(asdict(self.config), self.out)
+        write_json_atomic(self.out / "data.json", self.data)
+
+
+def defaults(config: type) -> dict[str, Any]:
+    """The options of a command at their defaults, None for those that have to be given."""
+    return {
+        field.name: None if field.default is MISSING else field.default for field in fields(config)
+    }
+
+
+def data_facts(found: TokenizedPairs, held: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """Numbers and mean lengths of pairs, in tokens, as `pairs.summary.json` of a round has them."""
+    pairs = found.pairs
+    facts = {
+        "pairs": len(pairs),
+        "dropped": found.dropped,
+        "truncated_to_max_length": found.truncated,
+        "mean_length_prompt": fmean(len(pair.prompt_ids) for pair in pairs),
+        "mean_length_chosen": fmean(len(pair.chosen_ids) for pair in pairs),
+        "mean_length_rejected": fmean(len(pair.rejected_ids) for pair in pairs),
+        "longest": max(pair.num_tokens("padded") for pair in pairs) // 2,
+    }
+    return facts | ({"held_out_pairs": len(held)} if held else {})

@@ -1,0 +1,275 @@
+"""Model cards: the README.md of a policy's folder, by the conventions of the hub, with its chart.
+
+A card says what the policy is, how to load it, how it was made and what was measured of it, from
+the files of the run up to its round; so that of a round stays as it is when more rounds follow.
+Whoever wants to edit a card removes its last line: without that it is not written again.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import escape
+
+from fastdpo.errors import DataError
+from fastdpo.report.evaluation import by_prompt
+from fastdpo.report.page import FOLDER, differing, pairs_tables, picture, title
+from fastdpo.report.runfiles import Run, read_run
+from fastdpo.report.tables import (
+    Cell,
+    Table,
+    by_round_charts,
+    by_round_table,
+    by_step_charts,
+    evaluation_table,
+    other_sampling,
+    rows_of,
+)
+from fastdpo.report.text import as_text, count, masked, plain
+from fastdpo.storage import SUMS, atomic_file, read_json
+
+NAME, CHART = "README.md", "results.svg"
+OURS = "<!-- Written by fastdpo, which writes it again unless this line is removed. -->"
+# What vLLM takes for max_lora_rank (vllm/config/lora.py).
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_FILES = {".jsonl", ".json", ".parquet", ".csv"}  # of datasets
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
+
+
+def write_cards(out: Path, defaults: Mapping[str, Any], *, index: int | None = None) -> list[Path]:
+    """Write the cards of what a training, or round `index` of a run, left in its folder.
+
+    Args:
+        out: folder of `fastdpo train` or `fastdpo iterate`, as it is to be named in the cards.
+        defaults: of all options, by their names with the section.
+
+    Returns the cards.
+    """
+    run = read_run(out)
+    if index is not None:
+        rounds = [one for one in run.rounds if one.index <= index]
+        run = replace(run, rounds=rounds, config=run.config | {"rounds": index})
+    place = out if index is None else out / f"round-{index:02d}"
+    written = []
+    for folder in policies(place):
+        if not _is_edited(folder):
+            _write(run, folder, defaults)
+            written.append(folder / NAME)
+    return written
+
+
+def policies(place: Path) -> Iterator[Path]:
+    """The policies and adapters in a folder, and in those of the stages of a curriculum."""
+    for part in (place, *sorted(place.glob("stage-*"))):
+        for name, file in (
+            ("policy", "config.json"),
+            ("extrapolated", "config.json"),
+            ("adapter", "adapter_config.json"),
+        ):
+            if (part / name / file).is_file():
+                yield part / name
+
+
+def _is_edited(folder: Path) -> bool:
+    """Whether the folder has a card of others: a user's, or peft's, which its checksums have."""
+    path, sums = folder / NAME, folder / SUMS
+    if not path.is_file():
+        return False
+    summed = sums.is_file() and re.search(rf"  {NAME}$", sums.read_text(), re.MULTILINE)
+    return bool(summed) or OURS not in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
+    rows = rows_of(run)
+    figures = by_step_charts(run)[0][:3] if run.alone else by_round_charts({"": (run, rows)})
+    if figures:
+        with atomic_file(folder / CHART) as scratch:
+            scratch.write_text(picture(figures, steps=run.alone), encoding="utf-8")
+    evaluations = evaluation_table(run)
+    results = _with_head(by_round_table(run, rows), "" if run.alone else "Policy")
+    first, (drops, kept) = ("" if run.alone else "Round"), pairs_tables(run)
+    text = _TEMPLATES.get_template("card.md.jinja").render(
+        metadata=_metadata(run, folder),
+        run=run,
+        title=_text(f"{title(run)}: {_what(run, folder)}"),
+        what=folder.name,
+        round=run.rounds[-1].index if run.rounds and not run.alone else None,
+        start=_code(run.option("model")),
+        hub_start=_hub(run.option("model")),
+        beta=as_text(_beta(run)),
+        alpha=as_text(run.option("train.alpha")),
+        extrapolates=bool(run.option("extrapolation")),
+        scorer=_code(run.option("score.scorer")),
+        peft=bool(run.option("train.use_peft")),
+        **_loading(run, folder),
+        recipe=_recipe(run, defaults),
+        command="train" if run.alone else "iterate",
+        string_prompts=run.option("string_prompts"),
+        prompts=_code(run.option("prompts")),
+        dataset=_code(run.option("dataset")),
+        held=_held(run),
+        held_pairs=evaluations is not None,
+        drops=_markdown(_with_head(drops, first)),
+        pairs=_markdown(_with_head(kept, first)),
+        results=_markdown(_with_head(evaluations, "After step") or results),
+        sampled=other_sampling(run),
+        chart=CHART if figures else None,
+        ours=OURS,
+    )
+    with atomic_file(folder / NAME) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def _what(run: Run, folder: Path) -> str:
+    """The folder in words."""
+    what = {"policy": "the policy", "adapter": "the LoRA adapter"}
+    found = what.get(folder.name, "the policy, extrapolated")
+    stage = f", stage {folder.parent.name[6:]}" if folder.parent.name.startswith("stage-") else ""
+    return f"{found} of round {run.rounds[-1].index}{stage}" if not run.alone else found
+
+
+def _metadata(run: Run, folder: Path) -> str:
+    """The YAML at the top, by which the hub finds a model; what is only here is left out."""
+    from huggingface_hub import ModelCardData
+
+    adapter = folder.name == "adapter"
+    start = _hub(_base(folder) if adapter else run.option("model"))
+    alpha, data = run.option("train.alpha"), _hub(run.option("dataset" if run.alone else "prompts"))
+    tags = ["fastdpo", "dpo", *(["length-regularized-dpo"] if alpha not in (None, 0) else [])]
+    tags += [] if run.alone else ["iterative-dpo"]
+    tags += ["lora"] if run.option("train.use_peft") else []
+    more = {"base_model_relation": "adapter" if adapter else "finetune"} if start else {}
+    return ModelCardData(
+        base_model=start,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        datasets=[data] if data else None,
+        **more,  # type: ignore[arg-type]
+    ).to_yaml()
+
+
+def _hub(name: Any) -> str | None:
+    """The name, where it is one of the hub and no folder or file here."""
+    named = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    is_file = isinstance(name, str) and Path(name).suffix in _FILES
+    return name if named and not is_file and not Path(name).exists() else None
+
+
+def _base(folder: Path) -> str:
+    """What an adapter is to be put on."""
+    name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise DataError(f"{folder}/adapter_config.json names no base model. Train again.")
+    return name
+
+
+def _loading(run: Run, folder: Path) -> dict[str, Any]:
+    """What the lines that load a policy are made of."""
+    adapter = folder.name == "adapter"
+    policy = folder.with_name("policy")
+    base = _base(folder) if adapter else None
+    rank = read_json(folder / "adapter_config.json").get("r") if adapter else None
+    # With a template of its own, the tokenizer beside the adapter is another than the base's.
+    own = adapter and run.option("chat_template") is not None
+    options = {name: run.option(f"sample.{name}") for name in ("temperature", "top_p")}
+    known = {} if run.alone else {name: x for name, x in options.items() if x is not None}
+    return {
+        "path": json.dumps(str(folder), ensure_ascii=False),
+        "shell_path": shlex.quote(str(folder)),
+        "base": json.dumps(base, ensure_ascii=False),
+        "shell_base": shlex.quote(base or ""),
+        "own_tokenizer": own,
+        "policy_path": json.dumps(str(policy), ensure_ascii=False),
+        "shell_policy": shlex.quote(str(policy)),
+        "chat": _has_template(policy if adapter else folder),
+        # That of training says nothing here, and vLLM has no adapters in fp32.
+        "dtype": "bfloat16" if run.alone or adapter else run.option("sample.dtype"),
+        "max_tokens": run.option("sample.max_new_tokens") or 256,
+        "sampling": known,
+        "vllm_rank": next((x for x in VLLM_RANKS if x >= (rank or 0)), None),
+    }
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and "chat_template" in read_json(path)
+
+
+def _recipe(run: Run, defaults: Mapping[str, Any]) -> str:
+    """The options that differ from their defaults, as a file for --config."""
+    nested: dict[str, Any] = {}
+    for name, value in differing(run.config, defaults).items():
+        section, _, key = name.rpartition(".")
+        if name != "output_dir":
+            (nested.setdefault(section, {}) if section else nested)[key] = value
+    return masked(yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _beta(run: Run) -> Any:
+    """That of the last round."""
+    betas = run.option("round_betas")
+    if not isinstance(betas, list) or not betas:
+        return run.option("train.beta")
+    return betas[min(run.rounds[-1].index, len(betas)) - 1]
+
+
+def _held(run: Run) -> str | None:
+    """How many prompts were held out, None where none was."""
+    held = next((one.held for one in reversed(run.rounds) if one.held), None)
+    return count(len(by_prompt(held))) if held else None
+
+
+def _with_head(table: Table | None, first: str) -> Table | None:
+    return table and ([first, *table[0]], table[1])
+
+
+def _markdown(table: Table | None) -> str:
+    """A table of Markdown; its head has the name of the first column too."""
+    if not table or not table[1]:
+        return ""
+    head, body = table
+    lines = [head, ["---", *("---:" for _ in head[1:])], *body]
+    rows = (
+        " | ".join(x if x.startswith("---") else _text(x) for x in map(_shown, row))
+        for row in lines
+    )
+    return "\n".join(f"| {row} |" for row in rows)
+
+
+def _shown(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return cell
+    text = f"{cell.value} ± {cell.half}" if cell.half else cell.value
+    return f"{text} ({_shown(cell.moved)})" if cell.moved else text
+
+
+def _text(text: str) -> str:
+    """Text of any kind in a line of Markdown."""
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", str(escape(" ".join(plain(text).split()))))
+
+
+def _code(value: Any) -> str | None:
+    """A value in a code span, several in one each; of a path on this machine only its last part."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(_code, value)))
+    text = " ".join(plain(masked(as_text(value))).split())
+    if PurePath(text).is_absolute() or Path(text).exists():
+        text = PurePath(text).name
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
