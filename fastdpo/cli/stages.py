@@ -19,7 +19,8 @@ import torch
 
 from fastdpo.cli.commands import quiet_loading, save_options
 from fastdpo.data.clock import KEY, now, rendering_at
-from fastdpo.data.records import PairRow
+from fastdpo.data.records import STRING_PROMPTS, PairRow, PreferenceRow
+from fastdpo.data.rendering import takes_as_chat
 from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, is_default, require, require_used
@@ -52,6 +53,8 @@ class SampleCommand(SampleConfig):
         prompts: file or hub name of rows with a ``prompt`` (text or messages).
         output_dir: gets the candidates, in parts; resumed if it exists.
         chat_template: file with a Jinja chat template instead of the model's own.
+        string_prompts: a prompt that is a string is a message of the user where the model has a
+            chat template ("chat"), or text without one ("text").
         max_prompts: take only this many, from the first on.
         max_length: tokens of prompt and response; null leaves it to the model.
         round_index: another round draws other random numbers.
@@ -61,12 +64,14 @@ class SampleCommand(SampleConfig):
     prompts: str
     output_dir: str = "candidates"
     chat_template: str | None = None
+    string_prompts: str = "chat"
     max_prompts: int | None = None
     max_length: int | None = None
     round_index: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_string_prompts(self)
         require(self, "max_prompts", self.max_prompts is None or self.max_prompts >= 1, ">= 1")
         room = self.max_length is None or self.max_length > self.max_new_tokens
         require(self, "max_length", room, f"> max_new_tokens={self.max_new_tokens}")
@@ -112,6 +117,8 @@ class PairCommand(PairConfig):
             before training gave to the same prompts, and its scores, a folder for each scorer.
         model: for ``ches_keep``, ``max_difficulty`` and ``replay``, the policy that is trained.
         chat_template: for ``replay``, file with a Jinja chat template instead of the model's own.
+        string_prompts: for ``replay``, a prompt that is a string is a message of the user where the
+            model has a chat template ("chat"), or text without one ("text"), as in sampling.
         max_length: offline pairs with a longer side are left out.
         max_tokens: tokens that are measured at a time.
         bf16: measure in bf16 under autocast.
@@ -125,6 +132,7 @@ class PairCommand(PairConfig):
     reference_scores: list[str] = field(default_factory=list)
     model: str | None = None
     chat_template: str | None = None
+    string_prompts: str = "chat"
     max_length: int = 1024
     max_tokens: int = 4096
     bf16: bool = True
@@ -132,6 +140,7 @@ class PairCommand(PairConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "scores", bool(self.scores), "at least one folder")
+        _check_string_prompts(self)
         compares = self.consistency != "none"
         if compares and len(self.previous_scores) != len(self.scores):
             raise ConfigError(
@@ -156,6 +165,7 @@ class PairCommand(PairConfig):
             ("model", measures or replays, "ches_keep, max_difficulty or replay be given"),
             ("max_length", replays, "replay be given"),
             ("chat_template", replays, "replay be given"),
+            ("string_prompts", replays, "replay be given"),
             ("max_tokens", measures, "ches_keep or max_difficulty be given"),
             ("bf16", measures, "ches_keep or max_difficulty be given"),
         ):
@@ -173,6 +183,8 @@ class TrainCommand(TrainConfig):
         split: of a hub dataset or a folder with several; by default train.
         chat_template: file with a Jinja chat template instead of the model's own; it is saved with
             the policy.
+        string_prompts: a prompt that is a string is text without a template, as in TRL ("text"), or
+            a message of the user and its responses the assistant's, as in sampling ("chat").
         reference: folder or hub name of another reference than the start.
         output_dir: folder of the run; resumed if it exists.
         candidates: for alpha=auto, the samples that the pairs are from, a folder of
@@ -184,6 +196,7 @@ class TrainCommand(TrainConfig):
     dataset: str
     split: str | None = None
     chat_template: str | None = None
+    string_prompts: str = "text"
     reference: str | None = None
     output_dir: str = "runs/train"
     candidates: str | None = None
@@ -191,9 +204,15 @@ class TrainCommand(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_string_prompts(self)
         check_control(self, self.reference)
         for name in ("candidates", "control"):
             require_used(self, name, self.alpha == "auto", "alpha be auto")
+
+
+def _check_string_prompts(config: Any) -> None:
+    known = config.string_prompts in STRING_PROMPTS
+    require(config, "string_prompts", known, f"one of {', '.join(STRING_PROMPTS)}")
 
 
 def _stage(config: Any, kind: type[Stage]) -> Stage:
@@ -210,7 +229,10 @@ def run_sample(config: SampleCommand) -> None:
         locked(out),
         open_sampler(config.model, tokenizer, settings, max_length=longest, log_path=log) as source,
     ):
-        sample(source, tokenizer, rows, settings, out, round_index=config.round_index)
+        sample(
+            source, tokenizer, rows, settings, out, round_index=config.round_index,
+            string_prompts=config.string_prompts,
+        )  # fmt: skip
     print(f"candidates: {out}")
 
 
@@ -231,6 +253,7 @@ def run_pair(config: PairCommand) -> None:
             tokenizer,
             max_length=config.max_length,
             stop_ids=stop_ids(str(config.model), tokenizer),
+            string_prompts=config.string_prompts,
         )
         for reason, count in dropped.items():
             print(f"offline pairs dropped, {count}: {reason}")
@@ -269,13 +292,16 @@ def run_train(config: TrainCommand) -> None:
     if {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys():
         pairs = _tokenized(config)
     else:
+        given = preference_rows(rows)
+        _tell_of_strings(config, given, tokenizer)
         with rendering_at(_rendered_at(out / RENDERED)) as clock:
             found = tokenize_dataset(
-                preference_rows(rows),
+                given,
                 tokenizer,
                 max_length=config.max_length,
                 overlong=config.overlong,
                 stop_ids=stop_ids(config.model, tokenizer),
+                string_prompts=config.string_prompts,
             )
         print(found)
         pairs = found.pairs
@@ -299,8 +325,34 @@ def run_train(config: TrainCommand) -> None:
         print(f"policy: {out / 'policy'}")
 
 
+def _tell_of_strings(config: TrainCommand, rows: list[PreferenceRow], tokenizer: Any) -> None:
+    """Say how prompts are taken that are strings, where a chat template could take them otherwise.
+
+    Raises ConfigError where they can't be taken as the option says.
+    """
+    as_chat = config.string_prompts == "chat"
+    if as_chat and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"string_prompts=chat needs a chat template, which model={config.model} has not; give "
+            "one (chat_template), or leave string_prompts out"
+        )
+    strings = (x for x in rows if isinstance(x.prompt, str))
+    first = next((x for x in strings if takes_as_chat(str(x.prompt), tokenizer)), None)
+    if first is not None:
+        how, other = (
+            ("messages of the user, as in sampling", "string_prompts=text takes them as text")
+            if as_chat
+            else (
+                "text, without the model's chat template, as in TRL",
+                "string_prompts=chat takes them as messages of the user, as fastdpo sample does",
+            )
+        )
+        print(f"prompts that are strings, first at {first.where}, are taken as {how}; {other}")
+
+
 def _tokenized(config: TrainCommand) -> list[Any]:
     """What ``fastdpo pair`` wrote."""
+    require_used(config, "string_prompts", False, f"dataset={config.dataset} have texts")
     pairs = load_pairs(Path(config.dataset))
     if len(stages := split_stages(pairs)) > 1:
         raise ConfigError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdpo.data.records import PreferenceRow, Prompt, Text, placed
+from fastdpo.data.records import STRING_PROMPTS, PreferenceRow, Prompt, Text, placed
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -210,21 +210,31 @@ def render_prompt(
     return Renderer(tokenizer).ids(prompt, options, add_generation_prompt=True)
 
 
-def render_row(row: Prompt | PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids that a sample after the row's prompt follows, by `render_prompt` as chat.
+def render_row(
+    row: Prompt | PreferenceRow,
+    tokenizer: "PreTrainedTokenizerBase",
+    string_prompts: str = "chat",
+) -> list[int]:
+    """Token ids that a sample after the row's prompt follows, by `render_prompt`; as chat, unless
+    `string_prompts` is "text".
 
     Raises DataError as that does, naming the row.
     """
+    check_string_prompts(string_prompts)
+    as_chat, options = string_prompts == "chat", row.chat_template_kwargs
     with placed(row.where):
-        return render_prompt(
-            row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
-        )
+        return render_prompt(row.prompt, tokenizer, row.tools, options, as_chat=as_chat)
+
+
+def check_string_prompts(value: str) -> None:
+    """Raise ValueError where it is none of `STRING_PROMPTS`."""
+    if value not in STRING_PROMPTS:
+        raise ValueError(f"string_prompts must be chat or text, got {value!r}")
 
 
 def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether sampling takes a string as a message of the user: not where there is no chat
-    template, nor where the string was rendered before, and begins with a special token that the
-    template writes too."""
+    """Whether a string can be a message of the user: not where there is no chat template, nor where
+    the string was rendered before, and begins with a special token that the template writes too."""
     if tokenizer.chat_template is None:
         return False
     try:

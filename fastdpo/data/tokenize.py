@@ -12,19 +12,32 @@ warning. A special token that the template writes after the response, other than
 turn, is an end; whitespace after it is kept, as in TRL. With `append_eos` false in the row,
 responses end as they are written or rendered.
 
+A prompt that is a string is text, which no template sees, as in TRL. With `string_prompts` "chat"
+it is a message of the user and its responses are the assistant's, with the tokens that sampling
+gives such a prompt.
+
 A pair is dropped when a response is empty, when no token is left of the prompt or of a response, or
 when both responses are the same tokens.
 """
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.budget import check_overlong, counted
-from fastdpo.data.records import PreferenceRow, Prompt, placed
-from fastdpo.data.rendering import Renderer, common_prefix_length, is_empty, options_of, starts_with
+from fastdpo.data.records import PreferenceRow, Prompt, messages_of, placed
+from fastdpo.data.rendering import (
+    Renderer,
+    check_string_prompts,
+    common_prefix_length,
+    is_empty,
+    options_of,
+    starts_with,
+    takes_as_chat,
+)
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,12 +74,16 @@ def tokenize_dataset(
     max_length: int | None,
     overlong: str = "truncate",
     stop_ids: Collection[int] | None = None,
+    string_prompts: str = "text",
     progress: bool = True,
 ) -> TokenizedPairs:
     """Tokenize all pairs, in order, by the rules of this module.
 
     `stop_ids` are the tokens that end the model's generation (`fastdpo.model.load.stop_ids`); None:
     not known, and not compared with what ends the responses.
+
+    `string_prompts` says what a prompt that is a string is: "text", or, where `takes_as_chat` says
+    so, "chat".
 
     `overlong` says what happens to a pair with a side, prompt + response, over `max_length` tokens:
 
@@ -83,20 +100,24 @@ def tokenize_dataset(
     that it didn't end or ended in none of `stop_ids`.
 
     Raises DataError when a row can't be rendered, when the chat template leaves out text of a
-    response and when no pair is left, and ValueError when `max_length` < 2 or `overlong` is none of
-    the three.
+    response and when no pair is left, and ValueError when `max_length` < 2, `overlong` is none of
+    the three or `string_prompts` none of the two.
     """
     from tqdm import tqdm
 
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 (prompt and response), got {max_length}")
     check_overlong(overlong)
+    check_string_prompts(string_prompts)
     if not rows:
         raise DataError("there are no rows to tokenize. Give at least one preference pair.")
     result, kept, notes = TokenizedPairs([], {}, []), [], _Notes()
     renderer = Renderer(tokenizer, stop_ids)
-    for row in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
+    for given in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
+        row = _as_chat(given, tokenizer) if string_prompts == "chat" else given
         split = _split_pair(row, renderer)
+        if row is not given and isinstance(split, _SplitPair):
+            split = _as_written(split, given, tokenizer)
         pair = split if isinstance(split, str) else _within(split, max_length, overlong)
         if isinstance(split, str) or isinstance(pair, str):
             result.dropped_at.setdefault(str(pair), []).append(row.where)
@@ -229,6 +250,34 @@ def _split_pair(row: PreferenceRow, renderer: "Renderer") -> _SplitPair | str:
     (chosen, chosen_ended), (rejected, rejected_ended) = found
     ended = chosen_ended or rejected_ended
     return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra, row.where, ended)
+
+
+def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:
+    """The row with its strings as messages; the same object where it stays as it is."""
+    if not isinstance(row.prompt, str) or not takes_as_chat(row.prompt, tokenizer):
+        return row
+    chosen, rejected = ([{"role": "assistant", "content": x}] for x in (row.chosen, row.rejected))
+    return replace(row, prompt=messages_of(row.prompt), chosen=chosen, rejected=rejected)
+
+
+def _as_written(split: _SplitPair, row: PreferenceRow, tokenizer: Any) -> _SplitPair:
+    """Strings taken as messages that are not to end, without the end that a template gave them."""
+    if row.append_eos:
+        return split
+    chosen, rejected = (
+        _less_after(ids, str(text), tokenizer)
+        for ids, text in ((split.chosen_ids, row.chosen), (split.rejected_ids, row.rejected))
+    )
+    return replace(split, chosen_ids=chosen, rejected_ids=rejected)
+
+
+def _less_after(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """The tokens up to where they hold the text of a response, without what a template added."""
+
+    def holds(count: int) -> bool:
+        return text.strip() in tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+
+    return ids[: bisect_left(range(len(ids)), True, key=holds)]
 
 
 def _within(split: _SplitPair, max_length: int | None, overlong: str) -> TokenizedPair | str:

@@ -59,12 +59,13 @@ def _tokens(
     """The tokens that a run is given, each with its place; samples have those of the model."""
     yield "the tokenizer's end token", [tokenizer.eos_token_id]
     for row in (*prompts, *heldout):
-        yield row.where, render_row(row, tokenizer)
+        yield row.where, render_row(row, tokenizer, config.string_prompts)
     if replay:
         longest = config.train.max_length
         pairs, _ = offline_pairs(
-            replay, tokenizer, max_length=longest, exclude=heldout, progress=False
-        )
+            replay, tokenizer, max_length=longest, exclude=heldout,
+            string_prompts=config.string_prompts, progress=False,
+        )  # fmt: skip
         for pair in pairs:
             assert pair.origin is not None
             yield pair.origin.where, pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
@@ -100,7 +101,7 @@ def _that_fit(rows: list[Prompt], config: IterateConfig, tokenizer: Any) -> list
     """The rows whose prompts leave room for a response."""
     room, fitting = config.train.max_length - config.sample.max_new_tokens, []
     for row in rows:
-        ids = render_row(row, tokenizer)
+        ids = render_row(row, tokenizer, config.string_prompts)
         if len(ids) <= room:
             fitting.append(row)
         elif config.train.overlong != "drop":

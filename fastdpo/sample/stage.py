@@ -133,14 +133,15 @@ def sample(
     out_dir: Path,
     *,
     round_index: int,
+    string_prompts: str = "chat",
     progress: bool = True,
 ) -> None:
     """Sample `config.num_samples` responses to every prompt and write them to `out_dir` in parts.
 
     `source` is a loaded model, sampled by `config.backend`, or what `open_sampler` gives for the
-    same `config`. A string prompt becomes one user message where the tokenizer has a chat template.
-    A response ends at any end token of the model's generation config or of the tokenizer, or at a
-    stop string.
+    same `config`. A string prompt becomes one user message where the tokenizer has a chat template,
+    and with `string_prompts` "text" stays text, as `render_row` has it. A response ends at any end
+    token of the model's generation config or of the tokenizer, or at a stop string.
 
     The plan beside the parts has the prompts and the seed of each, and is written before the first
     is sampled. Parts already there are skipped, so a run that was killed and started again draws
@@ -156,7 +157,8 @@ def sample(
         raise DataError("there are no prompts to sample from. Give at least one.")
     with _sampler_of(source, tokenizer, config) as sampler:
         with rendering_at((read_plan(out_dir) or {}).get(KEY)) as clock:
-            prompt_ids = _render_all(sampler, tokenizer, prompts, config.max_new_tokens)
+            longest = config.max_new_tokens
+            prompt_ids = _render_all(sampler, tokenizer, prompts, longest, string_prompts)
         starts = range(0, len(prompts), config.batch_prompts)
         seeds = [_part_seed(config.seed, round_index, part) for part in range(len(starts))]
         plan = {
@@ -244,12 +246,16 @@ def _each(work: Callable[[int], list[int]], parts: list[int], at_once: int) -> I
 
 
 def _render_all(
-    sampler: Sampler, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+    sampler: Sampler,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    string_prompts: str = "chat",
 ) -> list[list[int]]:
     """Token ids of all prompts, checked before the first is sampled."""
     result, context = [], sampler.context
     for row in prompts:
-        ids = render_row(row, tokenizer)
+        ids = render_row(row, tokenizer, string_prompts)
         if not ids:
             raise DataError(f"{row.where}: the prompt has no tokens. Fill it in or remove the row.")
         if sampler.vocab is not None and max(ids) >= sampler.vocab:
