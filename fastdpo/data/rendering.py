@@ -10,10 +10,13 @@ reasoning in a field of its own, whitespace about <think> and </think>, tool cal
 
 import json
 import re
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateSyntaxError
 
 from fastdpo.data.records import STRING_PROMPTS, PreferenceRow, Prompt, Text, placed
 from fastdpo.errors import DataError
@@ -434,16 +437,17 @@ class Renderer:
                 "model, give one (chat_template), or write strings."
             )
         # An option may be one of the settings too, which is an error of the call.
+        template = options.get("chat_template") or self.tokenizer.chat_template
         return self._call(
-            lambda: self.tokenizer.apply_chat_template(messages, **settings, **options)
+            lambda: self.tokenizer.apply_chat_template(messages, **settings, **options), template
         )
 
-    def _call(self, render: Callable[[], Any]) -> Any:
+    def _call(self, render: Callable[[], Any], template: Any = None) -> Any:
         try:
             return render()
         except Exception as error:  # a template is a program of its own and can raise anything
             raise DataError(
-                f"the tokenizer can't render this ({named(error)}). "
+                f"the tokenizer can't render this ({named(error)}{line_of(error, template)}). "
                 "Fix the row, or use a chat template that accepts it."
             ) from error
 
@@ -458,6 +462,20 @@ def starts_with(ids: Sequence[int], prefix: Sequence[int]) -> bool:
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def line_of(error: Exception, template: Any) -> str:
+    """Where in a chat template an exception arose, to stand behind it; "" where it isn't known."""
+    number = error.lineno if isinstance(error, TemplateSyntaxError) else None
+    frames = traceback.extract_tb(error.__traceback__)
+    number = next((x.lineno for x in reversed(frames) if x.filename == "<template>"), number)
+    if number is None:
+        return ""
+    lines = (
+        template.splitlines() if isinstance(template, str) else []
+    )  # a tokenizer can have several
+    text = f": {_short(lines[number - 1].strip())}" if number <= len(lines) else ""
+    return f", line {number} of the chat template{text}"
 
 
 def named(error: Exception) -> str:

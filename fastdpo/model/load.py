@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import keep_softcap
@@ -50,7 +51,8 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
             with the policy.
 
     Raises:
-        ModelError: it cannot be loaded, or has no end token; or the template cannot be read.
+        ModelError: it cannot be loaded, or has no end token; or the template cannot be read, or is
+            no Jinja.
     """
     from transformers import AutoTokenizer
 
@@ -60,6 +62,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
         raise ModelError(f"the tokenizer of model={name!r} has no end-of-sequence token; set one")
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
+        _check_template(tokenizer, chat_template)
     return tokenizer
 
 
@@ -127,6 +130,20 @@ def _read_template(path: str) -> str:
     if not text.strip():
         raise ModelError(f"chat_template={path} is empty; name a file with a Jinja template")
     return text
+
+
+def _check_template(tokenizer: Any, path: str) -> None:
+    """Raise ModelError, with the line, where a file's template is no Jinja."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        line = tokenizer.chat_template.splitlines()[error.lineno - 1].strip()
+        raise ModelError(
+            f"chat_template={path}:{error.lineno} is no Jinja template: {error.message}, in "
+            f"{one_line(line, 100)!r}; correct that line"
+        ) from error
+    except Exception:  # what messages it takes is found out with those of the data
+        pass
 
 
 def check_folder(name: str) -> None:
