@@ -44,6 +44,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Why a pair is dropped that a larger max_length would save.
+_TOO_LONG = {
+    "responses truncated to nothing", "identical responses after truncation",
+    "longer than max_length",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TokenizedPairs:
     """What `tokenize_dataset` made of a dataset."""
@@ -51,6 +58,7 @@ class TokenizedPairs:
     pairs: list[TokenizedPair]
     dropped_at: dict[str, list[str]]  # reason -> the rows left out
     truncated_at: list[str]  # rows kept with a response cut at max_length
+    max_length: int | None = None
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -62,7 +70,8 @@ class TokenizedPairs:
 
     def __str__(self) -> str:
         """One line for what was kept, and one a reason for what was not."""
-        lines = [f"{len(self.pairs)} pairs, {counted(self.truncated_at)} truncated to max_length"]
+        cut = f"{counted(self.truncated_at)} truncated to max_length={self.max_length}"
+        lines = [f"{len(self.pairs)} pairs, {cut}"]
         lines += [f"dropped {counted(at)}: {reason}" for reason, at in self.dropped_at.items()]
         return "\n".join(lines)
 
@@ -111,7 +120,8 @@ def tokenize_dataset(
     check_string_prompts(string_prompts)
     if not rows:
         raise DataError("there are no rows to tokenize. Give at least one preference pair.")
-    result, kept, notes = TokenizedPairs([], {}, []), [], _Notes()
+    result, kept, notes = TokenizedPairs([], {}, [], max_length), [], _Notes()
+    longest = 0  # of the pairs that are dropped for their length
     renderer = Renderer(tokenizer, stop_ids)
     for given in tqdm(rows, desc="tokenizing", unit="pair", disable=not progress):
         row = _as_chat(given, tokenizer) if string_prompts == "chat" else given
@@ -121,6 +131,8 @@ def tokenize_dataset(
         pair = split if isinstance(split, str) else _within(split, max_length, overlong)
         if isinstance(split, str) or isinstance(pair, str):
             result.dropped_at.setdefault(str(pair), []).append(row.where)
+            if pair in _TOO_LONG and isinstance(split, _SplitPair):
+                longest = max(longest, split.num_tokens)
             continue
         result.pairs.append(pair)
         kept.append(row)
@@ -129,10 +141,15 @@ def tokenize_dataset(
             result.truncated_at.append(row.where)
     if not kept:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in result.dropped.items())
-        choice = ", set overlong=truncate" if overlong == "drop" else ""
+        ways = []
+        if longest:
+            choice = ", or set overlong=truncate" if overlong == "drop" else ""
+            ways.append(f"Raise max_length={max_length}, to keep all of them to {longest}{choice}.")
+        if result.dropped.keys() - _TOO_LONG:
+            ways.append("Give pairs whose chosen and rejected differ and are not empty.")
         raise DataError(
             f"{rows[0].where} to {rows[-1].where}: no pair is left to train on ({reasons}). "
-            f"Raise max_length{choice}, or check that chosen and rejected differ."
+            + " ".join(ways)
         )
     warn_of_unread(kept, tokenizer)
     for message in (*notes.messages(len(kept), renderer), *_ends_that_do_not_stop(renderer)):

@@ -6,7 +6,7 @@
                round_index=1)
 
 Writes candidates as parts (see `fastdpo.storage`), a `fastdpo.data.records.Candidate` a row, and
-beside them `throughput.json`: samples and tokens per second.
+beside them `throughput.json`: samples and tokens per second, and how many were cut off.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from fastdpo.model.load import (
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.continuous import ContinuousSampler, flash_attention
 from fastdpo.sample.generate import GenerateSampler, LoadedSampler
-from fastdpo.sample.sampler import Ending, Sampler, shorter
+from fastdpo.sample.sampler import Ending, Output, Sampler, shorter
 from fastdpo.sample.server import open_server
 from fastdpo.sample.vllm import VllmSampler
 from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic
@@ -174,8 +174,8 @@ def sample(
         begin_stage(out_dir, plan | ({KEY: clock.time} if clock.read else {}))
         undone = [part for part in range(len(starts)) if not part_path(out_dir, part).exists()]
 
-        def draw(part: int) -> list[int]:
-            """Write a part; the lengths of its responses."""
+        def draw(part: int) -> list[Output]:
+            """Write a part; its responses."""
             first, last = starts[part], starts[part] + config.batch_prompts
             drawn = sampler.generate(prompt_ids[first:last], config.num_samples, seeds[part])
             candidates = []
@@ -186,13 +186,18 @@ def sample(
                     candidate = Candidate(i, j, row.prompt, known, text, ids, reason, row.extra)
                     candidates.append(candidate.to_json())
             write_jsonl_atomic(part_path(out_dir, part), candidates)
-            return [len(output.ids) for outputs in drawn for output in outputs]
+            return [output for outputs in drawn for output in outputs]
 
-        lengths = _each(draw, undone, sampler.at_once)
-        rates = _measured(lengths, len(starts), len(undone), progress)
+        outputs = _each(draw, undone, sampler.at_once)
+        rates = _measured(outputs, len(starts), len(undone), progress)
         found = {"backend": sampler.backend, **rates}
         if undone:
             write_json_atomic(Path(out_dir) / "throughput.json", found)
+        if progress and found["truncated"] > found["samples"] / 2:
+            print(
+                f"{found['truncated']} of {found['samples']} responses were cut off at "
+                f"max_new_tokens={config.max_new_tokens}; a larger one lets more of them end"
+            )
 
 
 def _sampler_of(
@@ -208,18 +213,20 @@ def _sampler_of(
 
 
 def _measured(
-    parts: Iterator[list[int]], total: int, undone: int, progress: bool
+    parts: Iterator[list[Output]], total: int, undone: int, progress: bool
 ) -> dict[str, float]:
-    """What was sampled and how fast, from the lengths of the responses; shown as they come."""
+    """What was sampled and how fast, from the responses; shown as they come."""
     from tqdm import tqdm
 
-    found: dict[str, float] = {"parts": total, "sampled_parts": undone, "samples": 0, "tokens": 0}
+    counts = {"parts": total, "sampled_parts": undone, "samples": 0, "tokens": 0, "truncated": 0}
+    found: dict[str, float] = {**counts}
     start = time.perf_counter()
     with tqdm(desc="sampling", unit="part", total=total, disable=not progress) as bar:
         bar.update(total - undone)
-        for lengths in parts:
-            found["samples"] += len(lengths)
-            found["tokens"] += sum(lengths)
+        for outputs in parts:
+            found["samples"] += len(outputs)
+            found["tokens"] += sum(len(x.ids) for x in outputs)
+            found["truncated"] += sum(x.finish_reason == "length" for x in outputs)
             found["seconds"] = time.perf_counter() - start
             for name in ("samples", "tokens"):
                 found[f"{name}_per_second"] = found[name] / found["seconds"]
@@ -231,7 +238,9 @@ def _measured(
     return found
 
 
-def _each(work: Callable[[int], list[int]], parts: list[int], at_once: int) -> Iterator[list[int]]:
+def _each(
+    work: Callable[[int], list[Output]], parts: list[int], at_once: int
+) -> Iterator[list[Output]]:
     """The work's results as they come, of several parts at a time where the sampler allows it."""
     if at_once == 1:  # in this thread, whose settings torch keeps
         yield from map(work, parts)
