@@ -151,10 +151,13 @@ def check_folder(name: str) -> None:
     ``name`` is not taken for a path where it may as well be that of a hub, "owner/model".
 
     Raises:
-        ModelError: there is a file, or nothing.
+        ModelError: there is a file, or nothing, or a run, in which policies are.
     """
     path = Path(name)
     if path.is_dir():
+        policies = [path / "policy", *sorted(path.glob("round-*/policy"))]
+        if not (path / "config.json").exists() and (found := [x for x in policies if x.is_dir()]):
+            raise ModelError(f"model={name!r} is the folder of a run; its policy is {found[-1]}")
         return
     if path.exists():
         raise ModelError(f"model={name!r} is a file; name the folder of the model")

@@ -151,7 +151,7 @@ def test_no_pair_left_is_an_error(tmp_path):
     cases: list[tuple[dict[str, Any], str]] = [
         ({}, "responses are equal, all of them 1: use a scorer that tells them apart"),
         ({"min_gap": 9.0}, r"\(fewer than two responses: 1, gap at most .*Lower min_gap=9"),
-        ({"drop_truncated": True}, "larger max_new_tokens, .* has 1 tokens.*drop_truncated=false"),
+        ({"drop_truncated": True}, "larger max_new_tokens, .* has 2 tokens.*drop_truncated=false"),
         ({"drop_duplicates": True}, "higher temperature"),
     ]
     for options, message in cases:
