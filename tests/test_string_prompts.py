@@ -48,12 +48,15 @@ def trained_on(argv, monkeypatch):
 
 
 @pytest.mark.parametrize("how", STRING_PROMPTS)
-def test_all_commands_give_a_string_the_same_tokens(how, model, rows, tmp_path, monkeypatch):
+def test_all_commands_give_a_string_the_same_tokens(
+    how, model, rows, tmp_path, monkeypatch, capsys
+):
     tokenizer = load_tokenizer(model)
     sampled = tmp_path / "candidates"
     argv = ["sample", f"--model={model}", f"--prompts={rows}", f"--output_dir={sampled}",
             "--num_samples=1", "--max_new_tokens=2", "--dtype=float32"]  # fmt: skip
     assert main([*argv, f"--string_prompts={how}"]) == 0
+    assert "responses were cut off at max_new_tokens=2; a larger" in capsys.readouterr().out
     prompts = [row["prompt_ids"] for row in read_parts(sampled)]
     # A string that was rendered before is text both ways.
     for row, ids in zip(ROWS, prompts):

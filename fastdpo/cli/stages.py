@@ -233,6 +233,12 @@ def run_sample(config: SampleCommand) -> None:
             source, tokenizer, rows, settings, out, round_index=config.round_index,
             string_prompts=config.string_prompts,
         )  # fmt: skip
+    drawn = read_json(out / "throughput.json")
+    if drawn.get("truncated", 0) > drawn["samples"] / 2:
+        print(
+            f"{drawn['truncated']} of {drawn['samples']} responses were cut off at max_new_tokens="
+            f"{config.max_new_tokens}; a larger one lets more of them end"
+        )
     print(f"candidates: {out}")
 
 

@@ -143,8 +143,7 @@ def tokenize_dataset(
         reasons = ", ".join(f"{reason}: {count}" for reason, count in result.dropped.items())
         ways = []
         if longest:
-            choice = ", or set overlong=truncate" if overlong == "drop" else ""
-            ways.append(f"Raise max_length={max_length}, to keep all of them to {longest}{choice}.")
+            ways.append(f"Raise max_length={max_length}, to keep all of them to {longest}.")
         if result.dropped.keys() - _TOO_LONG:
             ways.append("Give pairs whose chosen and rejected differ and are not empty.")
         raise DataError(

@@ -129,7 +129,7 @@ def pair(
         pairs = work.measured(pairs, measure)
     if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(work.dropped.items()))
-        ways = "; ".join(_ways_out(rows, work.dropped, config))
+        ways = ". ".join(_ways_out(rows, work.dropped, config))
         raise DataError(f"{candidates_dir}: no pair is left ({reasons}). {ways}.")
     if config.replay_share:
         drawn = work.voted(work.drawn(pairs, replay, fresh))

@@ -193,11 +193,6 @@ def sample(
         found = {"backend": sampler.backend, **rates}
         if undone:
             write_json_atomic(Path(out_dir) / "throughput.json", found)
-        if progress and found["truncated"] > found["samples"] / 2:
-            print(
-                f"{found['truncated']} of {found['samples']} responses were cut off at "
-                f"max_new_tokens={config.max_new_tokens}; a larger one lets more of them end"
-            )
 
 
 def _sampler_of(
