@@ -213,8 +213,9 @@ def _converse(speakers: Sequence[Speaker], seed: int) -> None:
     print(_HELP)
     turn = 0
     while True:
+        print()
         try:
-            question = input("\n> ").strip()
+            question = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return

@@ -233,8 +233,8 @@ def run_sample(config: SampleCommand) -> None:
             source, tokenizer, rows, settings, out, round_index=config.round_index,
             string_prompts=config.string_prompts,
         )  # fmt: skip
-    drawn = read_json(out / "throughput.json")
-    if drawn.get("truncated", 0) > drawn["samples"] / 2:
+    drawn = read_json(path) if (path := out / "throughput.json").is_file() else {}
+    if drawn.get("truncated", 0) > drawn.get("samples", 0) / 2:
         print(
             f"{drawn['truncated']} of {drawn['samples']} responses were cut off at max_new_tokens="
             f"{config.max_new_tokens}; a larger one lets more of them end"

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import LLAMA, save_tiny
 
-from fastdpo.cli import main
+from fastdpo.cli import main, parse
+from fastdpo.rounds.inputs import check_inputs
 
 TESTS = Path(__file__).parents[1]
 DRIVER = TESTS / "kill_driver.py"
@@ -206,6 +207,12 @@ def test_a_reward_model_scores_a_round(inputs, tmp_path):
         for line in part.open()
     ]
     assert len(scores) == 7 * 3 and len(set(scores)) > 10
+
+
+def test_a_default_that_leaves_few_prompts_is_told_of(inputs, tmp_path, capsys):
+    for heldout, told in ((6, "evaluate.heldout=6 leaves 4 prompts to train on"), (5, "")):
+        check_inputs(parse(arguments(inputs, tmp_path / "out", evaluate__heldout=heldout))[1])
+        assert told in (said := capsys.readouterr().out) and bool(told) == ("heldout" in said)
 
 
 def test_ties_are_counted_and_told(inputs, tmp_path, capsys, monkeypatch):
