@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateSyntaxError
 
+from fastdpo.data.rendering import line_of
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import keep_softcap
 from fastdpo.storage import CACHE, atomic_directory, cache_path
@@ -136,10 +137,9 @@ def _check_template(tokenizer: Any, path: str) -> None:
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
     except TemplateSyntaxError as error:
-        line = tokenizer.chat_template.splitlines()[error.lineno - 1].strip()
+        at = line_of(error, tokenizer.chat_template)
         raise ModelError(
-            f"chat_template={path}:{error.lineno} is no Jinja template: {error.message}, in "
-            f"{one_line(line, 100)!r}; correct that line"
+            f"chat_template={path} is no Jinja template: {error.message}{at}; correct that line"
         ) from error
     except Exception:  # what messages it takes is found out with those of the data
         pass

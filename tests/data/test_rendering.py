@@ -607,7 +607,11 @@ def test_an_error_of_a_template_names_its_line(tmp_path):
     model = str(save_tiny(LLAMA, tmp_path / "llama"))
     path = tmp_path / "mine.jinja"
     path.write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
-    with pytest.raises(ModelError, match=r"mine.jinja:2 is no Jinja .*in '{{ m.content }'; corr"):
+    line = r"mine.jinja is no Jinja .*, line 2 of the chat .*: '{{ m.content }'; corr"
+    with pytest.raises(ModelError, match=line):
+        load_tokenizer(model, str(path))
+    path.write_text("{% for m in messages %}\n")
+    with pytest.raises(ModelError, match=r"Unexpected end of template.*line \d of"):
         load_tokenizer(model, str(path))
     path.write_text("{% for m in messages %}\n  {{ m.content + 1 }}\n{% endfor %}")
     tok = load_tokenizer(model, str(path))  # it may take other messages than a trial would have
