@@ -185,13 +185,14 @@ def load_speaker(name: str, config: ChatCommand) -> Speaker:
 
 
 def run_chat(config: ChatCommand) -> None:
+    for stream in (sys.stdin, sys.stdout):  # either may have what an encoding has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     piped = config.prompt is None and not sys.stdin.isatty()
     question = sys.stdin.read().strip() if piped else config.prompt
     if question == "":
         raise ConfigError("there is no question in what came through the pipe; or give --prompt")
     quiet_loading()
-    if hasattr(sys.stdout, "reconfigure"):  # a model may write what an encoding has not
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         names = [config.model, *([config.beside] if config.beside is not None else [])]
         speakers = [load_speaker(name, config) for name in names]
