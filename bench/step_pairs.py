@@ -12,6 +12,7 @@ import torch
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.rows import preference_rows, read_rows
 from fastdpo.data.tokenize import tokenize_dataset
+from fastdpo.storage import CACHE, cache_path
 
 from .rows import this_device
 from .turns import release
@@ -48,7 +49,7 @@ def shape_model(name: str) -> str:
     import transformers
     from tokenizers import Tokenizer, models
 
-    folder = Path.home() / ".cache" / "fastdpo" / "bench" / name
+    folder = cache_path(f"{CACHE}/bench/{name}")
     if (folder / "config.json").is_file():
         return str(folder)
     config_class, numbers = SHAPES[name]

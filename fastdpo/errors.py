@@ -1,6 +1,7 @@
 """The three errors that a user can mend, and the checks of options that raise them.
 
-Each says in one line which argument, option, file or row is wrong, its value, and what to do.
+Each says in one line which argument, option, file or row is wrong, its value, and what to do. Where
+that is code of the user's own, its lines follow.
 """
 
 import math

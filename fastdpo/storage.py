@@ -22,9 +22,19 @@ from typing import Any
 
 from fastdpo.errors import DataError
 
+CACHE = "~/.cache/fastdpo"  # what is kept for other runs; `cache_path` makes it a path
 _PLAN = "plan.json"
 SUMS = "SHA256SUMS"  # of a folder, in it
 _PART_NAME = re.compile(r"part-(\d{5,})\.jsonl")
+
+
+def cache_path(path: str) -> Path:
+    """A path with ``~/.cache`` as the XDG Base Directory Specification has it: `XDG_CACHE_HOME`
+    where that is set to an absolute path."""
+    home, own = "~/.cache/", os.environ.get("XDG_CACHE_HOME", "")
+    if path.startswith(home) and os.path.isabs(own):
+        return Path(own, path.removeprefix(home))
+    return Path(path).expanduser()
 
 
 def write_jsonl_atomic(

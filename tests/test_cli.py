@@ -19,8 +19,10 @@ from fastdpo.cli.commands import save_options
 from fastdpo.cli.names import _of_trl, table
 from fastdpo.cli.options import options_of
 from fastdpo.errors import ConfigError
+from fastdpo.model.load import demo_model
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.rounds.old_names import old_names
+from fastdpo.storage import CACHE, cache_path
 
 ROW = {"prompt": "tell me", "chosen": " nice walks", "rejected": " no idea"}
 
@@ -287,10 +289,34 @@ def test_a_malformed_row_is_named(model, tmp_path, capsys):
     assert not (tmp_path / "out" / "policy").exists()
 
 
-def test_doctor(capsys):
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/kept/here")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("device", "dtype", "attention", "kernels"))
+    assert "cache  /kept/here/fastdpo\n" in out
+
+
+def test_the_package_is_the_command(tmp_path):
+    argv = [sys.executable, "-m", "fastdpo", "--version"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fastdpo ")
+
+
+def test_what_is_kept_for_other_runs_lies_where_xdg_says(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    dataset = write(tmp_path / "pairs.jsonl", [ROW])
+    assert main(train_arguments(model, dataset, tmp_path / "one")) == 0
+    assert list((tmp_path / "xdg/fastdpo/ref_logps").glob("*.safetensors"))
+    folder = tmp_path / "xdg/fastdpo/SmolLM2-135M-Instruct"
+    save_tiny(LLAMA, folder)
+    assert demo_model() == str(folder)
+    assert not (tmp_path / "home").exists()
+    for unset in ("", "relative"):  # which the specification says to ignore
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert cache_path(f"{CACHE}/x") == tmp_path / "home/.cache/fastdpo/x"
+    assert cache_path("/a/.cache/x") == Path("/a/.cache/x")
 
 
 # One bad value for each option, beside good ones for some others.

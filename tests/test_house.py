@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "integrations": {"errors", "loss", "data", "model"},
     "cli": STAGES | {"plan", "report", "rounds", "recipes", "__init__"} | TRAIN,
     "examples": STAGES | {"__init__", "head", "integrations", "plan", "rounds"} | TRAIN,
+    "__main__": {"cli"},
     # The documented names of what lies in a room.
     "__init__": {"loss", "lazy", "objectives", "reference"},
     "objectives": {"loss"},

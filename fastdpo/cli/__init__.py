@@ -1,11 +1,11 @@
-"""The command line: ``fastdpo demo | iterate | sample | score | pair | train | report | plan |
-doctor``; in a checkout, ``bench``.
+"""The command line: ``fastdpo demo | iterate | sample | score | pair | train | report | chat |
+plan | doctor``; in a checkout, ``bench``.
 
 Words in, a room's function called, an exit status out. Every option can stand in a YAML file
 (``--config``) and be overridden on the command line. Errors a user can mend are one line and exit
 status 2; an interruption exits with 130 and loses at most the unfinished part of a stage. Open
-`stages` and `commands` first: a dataclass of options and a function for each command. `options`
-reads them, `names` knows what else people call them, `help` prints them.
+`stages`, `commands` and `chat` first: a dataclass of options and a function for each command.
+`options` reads them, `names` knows what else people call them, `help` prints them.
 """
 
 import sys
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastdpo import __version__
-from fastdpo.cli import commands, demo, names, report, stages
+from fastdpo.cli import chat, commands, demo, names, report, stages
 from fastdpo.cli.help import help_of, overview
 from fastdpo.cli.options import Given, made, options_of, read_arguments, read_file
 from fastdpo.errors import ConfigError, DataError, ModelError
@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "pair": (stages.PairCommand, stages.run_pair),
     "train": (stages.TrainCommand, stages.run_train),
     "report": (report.ReportCommand, report.run_report),
+    "chat": (chat.ChatCommand, chat.run_chat),
     "plan": (commands.PlanCommand, commands.run_plan),
     "doctor": (commands.DoctorCommand, commands.run_doctor),
 }

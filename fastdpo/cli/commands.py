@@ -14,7 +14,7 @@ import yaml
 import fastdpo
 from fastdpo.errors import ConfigError
 from fastdpo.rounds.config import IterateConfig
-from fastdpo.storage import atomic_file
+from fastdpo.storage import CACHE, atomic_file, cache_path
 from fastdpo.train.config import TrainConfig
 
 
@@ -111,6 +111,7 @@ def run_doctor(config: DoctorCommand) -> None:
         "dtype": "bf16 autocast" if fast_bf16 else "bf16 works, but is slow here: set bf16=false",
         "attention": _attention(device),
         "kernels": kernels,
+        "cache": str(cache_path(CACHE)),
     }
     for key, value in lines.items():
         print(f"{key:>10}  {value}")

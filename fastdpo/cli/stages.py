@@ -21,7 +21,8 @@ from fastdpo.cli.commands import quiet_loading
 from fastdpo.cli.training import TrainingPage
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.clock import KEY, now, rendering_at
-from fastdpo.data.records import PairRow
+from fastdpo.data.records import STRING_PROMPTS, PairRow, PreferenceRow
+from fastdpo.data.rendering import takes_as_chat
 from fastdpo.data.rows import Rows, preference_rows, prompt_rows, read_rows
 from fastdpo.data.tokenize import TokenizedPairs, tokenize_dataset
 from fastdpo.errors import ConfigError, is_default, require, require_used
@@ -55,6 +56,8 @@ class SampleCommand(SampleConfig):
         prompts: file or hub name of rows with a ``prompt`` (text or messages).
         output_dir: gets the candidates, in parts; resumed if it exists.
         chat_template: file with a Jinja chat template instead of the model's own.
+        string_prompts: a prompt that is a string is a message of the user where the model has a
+            chat template ("chat"), or text without one ("text").
         max_prompts: take only this many, from the first on.
         max_length: tokens of prompt and response; null leaves it to the model.
         round_index: another round draws other random numbers.
@@ -64,12 +67,14 @@ class SampleCommand(SampleConfig):
     prompts: str
     output_dir: str = "candidates"
     chat_template: str | None = None
+    string_prompts: str = "chat"
     max_prompts: int | None = None
     max_length: int | None = None
     round_index: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_string_prompts(self)
         require(self, "max_prompts", self.max_prompts is None or self.max_prompts >= 1, ">= 1")
         room = self.max_length is None or self.max_length > self.max_new_tokens
         require(self, "max_length", room, f"> max_new_tokens={self.max_new_tokens}")
@@ -115,6 +120,8 @@ class PairCommand(PairConfig):
             before training gave to the same prompts, and its scores, a folder for each scorer.
         model: for ``ches_keep``, ``max_difficulty`` and ``replay``, the policy that is trained.
         chat_template: for ``replay``, file with a Jinja chat template instead of the model's own.
+        string_prompts: for ``replay``, a prompt that is a string is a message of the user where the
+            model has a chat template ("chat"), or text without one ("text"), as in sampling.
         max_length: offline pairs with a longer side are left out.
         max_tokens: tokens that are measured at a time.
         bf16: measure in bf16 under autocast.
@@ -128,6 +135,7 @@ class PairCommand(PairConfig):
     reference_scores: list[str] = field(default_factory=list)
     model: str | None = None
     chat_template: str | None = None
+    string_prompts: str = "chat"
     max_length: int = 1024
     max_tokens: int = 4096
     bf16: bool = True
@@ -135,6 +143,7 @@ class PairCommand(PairConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "scores", bool(self.scores), "at least one folder")
+        _check_string_prompts(self)
         compares = self.consistency != "none"
         if compares and len(self.previous_scores) != len(self.scores):
             raise ConfigError(
@@ -159,6 +168,7 @@ class PairCommand(PairConfig):
             ("model", measures or replays, "ches_keep, max_difficulty or replay be given"),
             ("max_length", replays, "replay be given"),
             ("chat_template", replays, "replay be given"),
+            ("string_prompts", replays, "replay be given"),
             ("max_tokens", measures, "ches_keep or max_difficulty be given"),
             ("bf16", measures, "ches_keep or max_difficulty be given"),
         ):
@@ -178,6 +188,8 @@ class TrainCommand(TrainConfig, EvalConfig):
         eval_split: of ``eval_dataset``; by default test, where it has several.
         chat_template: file with a Jinja chat template instead of the model's own; it is saved with
             the policy.
+        string_prompts: a prompt that is a string is text without a template, as in TRL ("text"), or
+            a message of the user and its responses the assistant's, as in sampling ("chat").
         reference: folder or hub name of another reference than the start.
         output_dir: folder of the run; resumed if it exists.
         candidates: for alpha=auto, the samples that the pairs are from, a folder of
@@ -191,6 +203,7 @@ class TrainCommand(TrainConfig, EvalConfig):
     eval_dataset: str | None = None
     eval_split: str | None = None
     chat_template: str | None = None
+    string_prompts: str = "text"
     reference: str | None = None
     output_dir: str = "runs/train"
     candidates: str | None = None
@@ -202,9 +215,15 @@ class TrainCommand(TrainConfig, EvalConfig):
         for name in ("eval_split", "eval_steps", "load_best_model_at_end"):
             evaluates = self.eval_dataset is not None
             require_used(self, name, evaluates, "eval_dataset be given, the pairs to evaluate on")
+        _check_string_prompts(self)
         check_control(self, self.reference)
         for name in ("candidates", "control"):
             require_used(self, name, self.alpha == "auto", "alpha be auto")
+
+
+def _check_string_prompts(config: Any) -> None:
+    known = config.string_prompts in STRING_PROMPTS
+    require(config, "string_prompts", known, f"one of {', '.join(STRING_PROMPTS)}")
 
 
 def _stage(config: Any, kind: type[Stage]) -> Stage:
@@ -221,7 +240,16 @@ def run_sample(config: SampleCommand) -> None:
         locked(out),
         open_sampler(config.model, tokenizer, settings, max_length=longest, log_path=log) as source,
     ):
-        sample(source, tokenizer, rows, settings, out, round_index=config.round_index)
+        sample(
+            source, tokenizer, rows, settings, out, round_index=config.round_index,
+            string_prompts=config.string_prompts,
+        )  # fmt: skip
+    drawn = read_json(path) if (path := out / "throughput.json").is_file() else {}
+    if drawn.get("truncated", 0) > drawn.get("samples", 0) / 2:
+        print(
+            f"{drawn['truncated']} of {drawn['samples']} responses were cut off at max_new_tokens="
+            f"{config.max_new_tokens}; a larger one lets more of them end"
+        )
     print(f"candidates: {out}")
 
 
@@ -242,6 +270,7 @@ def run_pair(config: PairCommand) -> None:
             tokenizer,
             max_length=config.max_length,
             stop_ids=stop_ids(str(config.model), tokenizer),
+            string_prompts=config.string_prompts,
         )
         for reason, count in dropped.items():
             print(f"offline pairs dropped, {count}: {reason}")
@@ -277,11 +306,14 @@ def run_train(config: TrainCommand) -> None:
     tokenizer = load_tokenizer(config.model, config.chat_template)
     out = Path(config.output_dir)
     with rendering_at(_rendered_at(out / RENDERED)) as clock:
-        found = _read_pairs(config, "dataset", read_rows(config.dataset, config.split), tokenizer)
-        held: list[TokenizedPair] = []
+        given = {"dataset": read_rows(config.dataset, config.split)}
         if config.eval_dataset is not None:
             rows = read_rows(config.eval_dataset, config.eval_split, default="test")
-            held = _read_pairs(config, "eval_dataset", rows, tokenizer).pairs
+            given["eval_dataset"] = rows
+        texts = not all(map(_has_tokens, given.values()))
+        require_used(config, "string_prompts", texts, f"dataset={config.dataset} have texts")
+        found, *others = (_read_pairs(config, *each, tokenizer) for each in given.items())
+        held = others[0].pairs if others else []
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir={out} is a file; name a folder")
     control = (
@@ -317,19 +349,52 @@ def _best(out: Path) -> str:
     )
 
 
+def _has_tokens(rows: Rows) -> bool:
+    """Whether they are what ``fastdpo pair`` wrote."""
+    return {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys()
+
+
 def _read_pairs(config: TrainCommand, name: str, rows: Rows, tokenizer: Any) -> TokenizedPairs:
     """The pairs of ``dataset`` or ``eval_dataset``, which are tokenized or to be."""
-    if {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys():
+    if _has_tokens(rows):
         return TokenizedPairs(_tokenized(config, name), {}, [])
+    given = preference_rows(rows)
+    _tell_of_strings(config, given, tokenizer)
     found = tokenize_dataset(
-        preference_rows(rows),
+        given,
         tokenizer,
         max_length=config.max_length,
         overlong=config.overlong,
         stop_ids=stop_ids(config.model, tokenizer),
+        string_prompts=config.string_prompts,
     )
     print(found if name == "dataset" else f"{name}: {found}")
     return found
+
+
+def _tell_of_strings(config: TrainCommand, rows: list[PreferenceRow], tokenizer: Any) -> None:
+    """Say how prompts are taken that are strings, where a chat template could take them otherwise.
+
+    Raises ConfigError where they can't be taken as the option says.
+    """
+    as_chat = config.string_prompts == "chat"
+    if as_chat and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"string_prompts=chat needs a chat template, which model={config.model} has not; give "
+            "one (chat_template), or leave string_prompts out"
+        )
+    strings = (x for x in rows if isinstance(x.prompt, str))
+    first = next((x for x in strings if takes_as_chat(str(x.prompt), tokenizer)), None)
+    if first is not None:
+        how, other = (
+            ("messages of the user, as in sampling", "string_prompts=text takes them as text")
+            if as_chat
+            else (
+                "text, without the model's chat template, as in TRL",
+                "string_prompts=chat takes them as messages of the user, as fastdpo sample does",
+            )
+        )
+        print(f"prompts that are strings, first at {first.where}, are taken as {how}; {other}")
 
 
 def _tokenized(config: TrainCommand, name: str) -> list[TokenizedPair]:

@@ -14,6 +14,8 @@ from typing import Any
 from fastdpo.errors import DataError, is_number
 
 Text = str | list[dict[str, Any]]  # a string, or messages
+# What a prompt that is a string is taken as: a message of the user, or text without a template.
+STRING_PROMPTS = ("chat", "text")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ reasoning in a field of its own, whitespace about <think> and </think>, tool cal
 
 import json
 import re
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdpo.data.records import PreferenceRow, Prompt, Text, placed
+from jinja2 import TemplateSyntaxError
+
+from fastdpo.data.records import STRING_PROMPTS, PreferenceRow, Prompt, Text, placed
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -210,21 +213,31 @@ def render_prompt(
     return Renderer(tokenizer).ids(prompt, options, add_generation_prompt=True)
 
 
-def render_row(row: Prompt | PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids that a sample after the row's prompt follows, by `render_prompt` as chat.
+def render_row(
+    row: Prompt | PreferenceRow,
+    tokenizer: "PreTrainedTokenizerBase",
+    string_prompts: str = "chat",
+) -> list[int]:
+    """Token ids that a sample after the row's prompt follows, by `render_prompt`; as chat, unless
+    `string_prompts` is "text".
 
     Raises DataError as that does, naming the row.
     """
+    check_string_prompts(string_prompts)
+    as_chat, options = string_prompts == "chat", row.chat_template_kwargs
     with placed(row.where):
-        return render_prompt(
-            row.prompt, tokenizer, row.tools, row.chat_template_kwargs, as_chat=True
-        )
+        return render_prompt(row.prompt, tokenizer, row.tools, options, as_chat=as_chat)
+
+
+def check_string_prompts(value: str) -> None:
+    """Raise ValueError where it is none of `STRING_PROMPTS`."""
+    if value not in STRING_PROMPTS:
+        raise ValueError(f"string_prompts must be chat or text, got {value!r}")
 
 
 def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether sampling takes a string as a message of the user: not where there is no chat
-    template, nor where the string was rendered before, and begins with a special token that the
-    template writes too."""
+    """Whether a string can be a message of the user: not where there is no chat template, nor where
+    the string was rendered before, and begins with a special token that the template writes too."""
     if tokenizer.chat_template is None:
         return False
     try:
@@ -424,16 +437,17 @@ class Renderer:
                 "model, give one (chat_template), or write strings."
             )
         # An option may be one of the settings too, which is an error of the call.
+        template = options.get("chat_template") or self.tokenizer.chat_template
         return self._call(
-            lambda: self.tokenizer.apply_chat_template(messages, **settings, **options)
+            lambda: self.tokenizer.apply_chat_template(messages, **settings, **options), template
         )
 
-    def _call(self, render: Callable[[], Any]) -> Any:
+    def _call(self, render: Callable[[], Any], template: Any = None) -> Any:
         try:
             return render()
         except Exception as error:  # a template is a program of its own and can raise anything
             raise DataError(
-                f"the tokenizer can't render this ({named(error)}). "
+                f"the tokenizer can't render this ({named(error)}{line_of(error, template)}). "
                 "Fix the row, or use a chat template that accepts it."
             ) from error
 
@@ -448,6 +462,20 @@ def starts_with(ids: Sequence[int], prefix: Sequence[int]) -> bool:
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def line_of(error: Exception, template: Any) -> str:
+    """Where in a chat template an exception arose, to stand behind it; "" where it isn't known."""
+    number = error.lineno if isinstance(error, TemplateSyntaxError) else None
+    frames = traceback.extract_tb(error.__traceback__)
+    number = next((x.lineno for x in reversed(frames) if x.filename == "<template>"), number)
+    if number is None:
+        return ""
+    lines = (
+        template.splitlines() if isinstance(template, str) else []
+    )  # a tokenizer can have several
+    text = f": {_short(lines[number - 1].strip())}" if number <= len(lines) else ""
+    return f", line {number} of the chat template{text}"
 
 
 def named(error: Exception) -> str:

@@ -12,24 +12,44 @@ warning. A special token that the template writes after the response, other than
 turn, is an end; whitespace after it is kept, as in TRL. With `append_eos` false in the row,
 responses end as they are written or rendered.
 
+A prompt that is a string is text, which no template sees, as in TRL. With `string_prompts` "chat"
+it is a message of the user and its responses are the assistant's, with the tokens that sampling
+gives such a prompt.
+
 A pair is dropped when a response is empty, when no token is left of the prompt or of a response, or
 when both responses are the same tokens.
 """
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.budget import check_overlong, counted
-from fastdpo.data.records import PreferenceRow, Prompt, placed
-from fastdpo.data.rendering import Renderer, common_prefix_length, is_empty, options_of, starts_with
+from fastdpo.data.records import PreferenceRow, Prompt, messages_of, placed
+from fastdpo.data.rendering import (
+    Renderer,
+    check_string_prompts,
+    common_prefix_length,
+    is_empty,
+    options_of,
+    starts_with,
+    takes_as_chat,
+)
 from fastdpo.errors import DataError
 from fastdpo.progress import bar, parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# Why a pair is dropped that a larger max_length would save.
+_TOO_LONG = {
+    "responses truncated to nothing", "identical responses after truncation",
+    "longer than max_length",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,7 @@ class TokenizedPairs:
     pairs: list[TokenizedPair]
     dropped_at: dict[str, list[str]]  # reason -> the rows left out
     truncated_at: list[str]  # rows kept with a response cut at max_length
+    max_length: int | None = None
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -50,7 +71,8 @@ class TokenizedPairs:
 
     def __str__(self) -> str:
         """One line for what was kept, and one a reason for what was not."""
-        lines = [f"{len(self.pairs)} pairs, {counted(self.truncated_at)} truncated to max_length"]
+        cut = f"{counted(self.truncated_at)} truncated to max_length={self.max_length}"
+        lines = [f"{len(self.pairs)} pairs, {cut}"]
         lines += [f"dropped {counted(at)}: {reason}" for reason, at in self.dropped_at.items()]
         return "\n".join(lines)
 
@@ -62,12 +84,16 @@ def tokenize_dataset(
     max_length: int | None,
     overlong: str = "truncate",
     stop_ids: Collection[int] | None = None,
+    string_prompts: str = "text",
     progress: bool = True,
 ) -> TokenizedPairs:
     """Tokenize all pairs, in order, by the rules of this module.
 
     `stop_ids` are the tokens that end the model's generation (`fastdpo.model.load.stop_ids`); None:
     not known, and not compared with what ends the responses.
+
+    `string_prompts` says what a prompt that is a string is: "text", or, where `takes_as_chat` says
+    so, "chat".
 
     `overlong` says what happens to a pair with a side, prompt + response, over `max_length` tokens:
 
@@ -84,22 +110,29 @@ def tokenize_dataset(
     that it didn't end or ended in none of `stop_ids`.
 
     Raises DataError when a row can't be rendered, when the chat template leaves out text of a
-    response and when no pair is left, and ValueError when `max_length` < 2 or `overlong` is none of
-    the three.
+    response and when no pair is left, and ValueError when `max_length` < 2, `overlong` is none of
+    the three or `string_prompts` none of the two.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 (prompt and response), got {max_length}")
     check_overlong(overlong)
+    check_string_prompts(string_prompts)
     if not rows:
         raise DataError("there are no rows to tokenize. Give at least one preference pair.")
-    result, kept, notes = TokenizedPairs([], {}, []), [], _Notes()
+    result, kept, notes = TokenizedPairs([], {}, [], max_length), [], _Notes()
+    longest = 0  # of the pairs that are dropped for their length
     renderer = Renderer(tokenizer, stop_ids)
     with bar("tokenizing", len(rows), "pair", shown=progress) as shown, shown.part(len(rows)):
-        for row in parts(rows):
+        for given in parts(rows):
+            row = _as_chat(given, tokenizer) if string_prompts == "chat" else given
             split = _split_pair(row, renderer)
+            if row is not given and isinstance(split, _SplitPair):
+                split = _as_written(split, given, tokenizer)
             pair = split if isinstance(split, str) else _within(split, max_length, overlong)
             if isinstance(split, str) or isinstance(pair, str):
                 result.dropped_at.setdefault(str(pair), []).append(row.where)
+                if pair in _TOO_LONG and isinstance(split, _SplitPair):
+                    longest = max(longest, split.num_tokens)
                 continue
             result.pairs.append(pair)
             kept.append(row)
@@ -108,10 +141,14 @@ def tokenize_dataset(
                 result.truncated_at.append(row.where)
     if not kept:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in result.dropped.items())
-        choice = ", set overlong=truncate" if overlong == "drop" else ""
+        ways = []
+        if longest:
+            ways.append(f"Raise max_length={max_length}, to keep all of them to {longest}.")
+        if result.dropped.keys() - _TOO_LONG:
+            ways.append("Give pairs whose chosen and rejected differ and are not empty.")
         raise DataError(
             f"{rows[0].where} to {rows[-1].where}: no pair is left to train on ({reasons}). "
-            f"Raise max_length{choice}, or check that chosen and rejected differ."
+            + " ".join(ways)
         )
     warn_of_unread(kept, tokenizer)
     for message in (*notes.messages(len(kept), renderer), *_ends_that_do_not_stop(renderer)):
@@ -229,6 +266,34 @@ def _split_pair(row: PreferenceRow, renderer: "Renderer") -> _SplitPair | str:
     (chosen, chosen_ended), (rejected, rejected_ended) = found
     ended = chosen_ended or rejected_ended
     return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra, row.where, ended)
+
+
+def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:
+    """The row with its strings as messages; the same object where it stays as it is."""
+    if not isinstance(row.prompt, str) or not takes_as_chat(row.prompt, tokenizer):
+        return row
+    chosen, rejected = ([{"role": "assistant", "content": x}] for x in (row.chosen, row.rejected))
+    return replace(row, prompt=messages_of(row.prompt), chosen=chosen, rejected=rejected)
+
+
+def _as_written(split: _SplitPair, row: PreferenceRow, tokenizer: Any) -> _SplitPair:
+    """Strings taken as messages that are not to end, without the end that a template gave them."""
+    if row.append_eos:
+        return split
+    chosen, rejected = (
+        _less_after(ids, str(text), tokenizer)
+        for ids, text in ((split.chosen_ids, row.chosen), (split.rejected_ids, row.rejected))
+    )
+    return replace(split, chosen_ids=chosen, rejected_ids=rejected)
+
+
+def _less_after(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """The tokens up to where they hold the text of a response, without what a template added."""
+
+    def holds(count: int) -> bool:
+        return text.strip() in tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+
+    return ids[: bisect_left(range(len(ids)), True, key=holds)]
 
 
 def _within(split: _SplitPair, max_length: int | None, overlong: str) -> TokenizedPair | str:

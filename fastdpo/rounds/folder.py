@@ -117,7 +117,7 @@ class Run:
             ) as sampler:
                 sample(
                     sampler, self.tokenizer, prompts, config, candidates, round_index=index,
-                    progress=self.progress,
+                    string_prompts=self.config.string_prompts, progress=self.progress,
                 )  # fmt: skip
 
         self.stages.run(name, work, makes=candidates, needs=[policy])

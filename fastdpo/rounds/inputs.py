@@ -33,6 +33,11 @@ def check_inputs(config: IterateConfig) -> None:
         check_start(name)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     prompts, held = split_prompts(config, tokenizer)
+    if len(prompts) < len(held):
+        print(
+            f"evaluate.heldout={len(held)} leaves {len(prompts)} prompts to train on; lower it to "
+            "train on more"
+        )
     replay = config.pair.replay
     replayed = [] if replay is None else preference_rows(read_rows(replay))
     config.score.check_servers(config.all_scorers)
@@ -59,12 +64,13 @@ def _tokens(
     """The tokens that a run is given, each with its place; samples have those of the model."""
     yield "the tokenizer's end token", [tokenizer.eos_token_id]
     for row in (*prompts, *heldout):
-        yield row.where, render_row(row, tokenizer)
+        yield row.where, render_row(row, tokenizer, config.string_prompts)
     if replay:
         longest = config.train.max_length
         pairs, _ = offline_pairs(
-            replay, tokenizer, max_length=longest, exclude=heldout, progress=False
-        )
+            replay, tokenizer, max_length=longest, exclude=heldout,
+            string_prompts=config.string_prompts, progress=False,
+        )  # fmt: skip
         for pair in pairs:
             assert pair.origin is not None
             yield pair.origin.where, pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
@@ -76,11 +82,15 @@ def split_prompts(config: IterateConfig, tokenizer: Any) -> tuple[list[Prompt], 
 
     def require_more(rows: list[Prompt], what: str) -> None:
         if len(rows) <= count:
-            raise ConfigError(f"evaluate.heldout={count} must be < the {len(rows)} prompts {what}")
+            some = f"{len(rows) // 5 or 1}, or to " if len(rows) > 1 else ""
+            raise ConfigError(
+                f"evaluate.heldout={count} must be < the {len(rows)} prompts {what}: they are kept "
+                f"out of training. Set it to {some}0, which evaluates nothing, or give more prompts"
+            )
 
     require_more(rows, f"of {config.prompts}")
     rows = _that_fit(rows, config, tokenizer)
-    require_more(rows, "that fit train.max_length")
+    require_more(rows, f"that fit train.max_length={config.train.max_length}")
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
     held = [rows[i] for i in sorted(order[:count])]
@@ -89,7 +99,8 @@ def split_prompts(config: IterateConfig, tokenizer: Any) -> tuple[list[Prompt], 
     fresh = [row for row in kept if row.key not in known]
     if not fresh:
         raise ConfigError(
-            f"all prompts of {config.prompts} are held out; give more, or evaluate.heldout=0"
+            f"evaluate.heldout={count} holds out all prompts of {config.prompts}, of which the "
+            "others are copies; lower it, set it to 0, which evaluates nothing, or give more"
         )
     if len(fresh) < len(kept):
         print(f"{len(kept) - len(fresh)} prompts are those of held-out rows, and left out")
@@ -100,14 +111,15 @@ def _that_fit(rows: list[Prompt], config: IterateConfig, tokenizer: Any) -> list
     """The rows whose prompts leave room for a response."""
     room, fitting = config.train.max_length - config.sample.max_new_tokens, []
     for row in rows:
-        ids = render_row(row, tokenizer)
+        ids = render_row(row, tokenizer, config.string_prompts)
         if len(ids) <= room:
             fitting.append(row)
         elif config.train.overlong != "drop":
             raise DataError(
-                f"{row.where}: the prompt has {len(ids)} tokens, but train.max_length - "
-                f"sample.max_new_tokens leaves {room}; raise train.max_length, or leave such "
-                "prompts out with train.overlong=drop"
+                f"{row.where}: the prompt has {len(ids)} tokens, but train.max_length="
+                f"{config.train.max_length} - sample.max_new_tokens={config.sample.max_new_tokens} "
+                f"leaves {room}; raise train.max_length, lower sample.max_new_tokens, or leave "
+                "such prompts out with train.overlong=drop"
             )
     if len(fitting) < len(rows):
         print(f"{len(rows) - len(fitting)} prompts of over {room} tokens are left out")

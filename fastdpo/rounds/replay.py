@@ -73,5 +73,6 @@ def _rows(run: Run) -> tuple[list[PairRow], dict[str, int]]:
         exclude=run.heldout,
         max_new_tokens=config.sample.max_new_tokens if fresh else None,
         stop_ids=stop_ids(config.model, run.tokenizer),
+        string_prompts=config.string_prompts,
         progress=run.progress,
     )

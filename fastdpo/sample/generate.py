@@ -79,8 +79,13 @@ class GenerateSampler(LoadedSampler):
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, *self.ending.end_ids, 0)
         self._pad_id = next(x for x in ids if x is not None and x < self.vocab)
 
-    def generate(self, prompts: list[list[int]], num_samples: int, seed: int) -> list[list[Output]]:
-        """As `Sampler.generate`. Raises ModelError when memory runs out, or the model can't run."""
+    def generate(
+        self, prompts: list[list[int]], num_samples: int, seed: int, streamer: Any = None
+    ) -> list[list[Output]]:
+        """As `Sampler.generate`; a single response also goes to transformers' `streamer`.
+
+        Raises ModelError when memory runs out, or the model can't run.
+        """
         rows, width = [p for p in prompts for _ in range(num_samples)], max(map(len, prompts))
         # On the left, so that every response continues its prompt.
         ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in rows])
@@ -107,6 +112,7 @@ class GenerateSampler(LoadedSampler):
                 attention_mask=mask.to(self.model.device),
                 generation_config=settings,
                 stopping_criteria=[stopped],
+                streamer=streamer,
             )
             advance(len(rows) - ended)  # those cut off
             return self.outputs(output[:, width:].tolist(), num_samples)

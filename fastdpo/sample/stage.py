@@ -6,7 +6,7 @@
                round_index=1)
 
 Writes candidates as parts (see `fastdpo.storage`), a `fastdpo.data.records.Candidate` a row, and
-beside them `throughput.json`: samples and tokens per second.
+beside them `throughput.json`: samples and tokens per second, and how many were cut off.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from fastdpo.progress import Bar, bar
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.continuous import ContinuousSampler, flash_attention
 from fastdpo.sample.generate import GenerateSampler, LoadedSampler
-from fastdpo.sample.sampler import Ending, Sampler, shorter
+from fastdpo.sample.sampler import Ending, Output, Sampler, shorter
 from fastdpo.sample.server import open_server
 from fastdpo.sample.vllm import VllmSampler
 from fastdpo.storage import begin_stage, part_path, read_plan, write_json_atomic, write_jsonl_atomic
@@ -134,14 +134,15 @@ def sample(
     out_dir: Path,
     *,
     round_index: int,
+    string_prompts: str = "chat",
     progress: bool = True,
 ) -> None:
     """Sample `config.num_samples` responses to every prompt and write them to `out_dir` in parts.
 
     `source` is a loaded model, sampled by `config.backend`, or what `open_sampler` gives for the
-    same `config`. A string prompt becomes one user message where the tokenizer has a chat template.
-    A response ends at any end token of the model's generation config or of the tokenizer, or at a
-    stop string.
+    same `config`. A string prompt becomes one user message where the tokenizer has a chat template,
+    and with `string_prompts` "text" stays text, as `render_row` has it. A response ends at any end
+    token of the model's generation config or of the tokenizer, or at a stop string.
 
     The plan beside the parts has the prompts and the seed of each, and is written before the first
     is sampled. Parts already there are skipped, so a run that was killed and started again draws
@@ -157,7 +158,8 @@ def sample(
         raise DataError("there are no prompts to sample from. Give at least one.")
     with _sampler_of(source, tokenizer, config) as sampler:
         with rendering_at((read_plan(out_dir) or {}).get(KEY)) as clock:
-            prompt_ids = _render_all(sampler, tokenizer, prompts, config.max_new_tokens)
+            longest = config.max_new_tokens
+            prompt_ids = _render_all(sampler, tokenizer, prompts, longest, string_prompts)
         starts = range(0, len(prompts), config.batch_prompts)
         seeds = [_part_seed(config.seed, round_index, part) for part in range(len(starts))]
         plan = {
@@ -173,8 +175,8 @@ def sample(
         begin_stage(out_dir, plan | ({KEY: clock.time} if clock.read else {}))
         undone = [part for part in range(len(starts)) if not part_path(out_dir, part).exists()]
 
-        def draw(part: int) -> list[int]:
-            """Write a part; the lengths of its responses."""
+        def draw(part: int) -> list[Output]:
+            """Write a part; its responses."""
             first, last = starts[part], starts[part] + config.batch_prompts
             drawn = sampler.generate(prompt_ids[first:last], config.num_samples, seeds[part])
             candidates = []
@@ -185,14 +187,14 @@ def sample(
                     candidate = Candidate(i, j, row.prompt, known, text, ids, reason, row.extra)
                     candidates.append(candidate.to_json())
             write_jsonl_atomic(part_path(out_dir, part), candidates)
-            return [len(output.ids) for outputs in drawn for output in outputs]
+            return [output for outputs in drawn for output in outputs]
 
-        lengths = _each(draw, undone, sampler.at_once)
+        outputs = _each(draw, undone, sampler.at_once)
         left = sum(len(prompts[starts[i] :][: config.batch_prompts]) for i in undone)
         count = config.num_samples
         done = count * (len(prompts) - left)
         with bar("sampling", count * len(prompts), "response", done=done, shown=progress) as shown:
-            rates = _measured(lengths, len(starts), len(undone), shown)
+            rates = _measured(outputs, len(starts), len(undone), shown)
         found = {"backend": sampler.backend, **rates}
         if undone:
             write_json_atomic(Path(out_dir) / "throughput.json", found)
@@ -210,13 +212,17 @@ def _sampler_of(
     return nullcontext(source)
 
 
-def _measured(parts: Iterator[list[int]], total: int, undone: int, shown: Bar) -> dict[str, float]:
-    """What was sampled and how fast, from the lengths of the responses; shown as they come."""
-    found: dict[str, float] = {"parts": total, "sampled_parts": undone, "samples": 0, "tokens": 0}
+def _measured(
+    parts: Iterator[list[Output]], total: int, undone: int, shown: Bar
+) -> dict[str, float]:
+    """What was sampled and how fast, from the responses; shown as they come."""
+    counts = {"parts": total, "sampled_parts": undone, "samples": 0, "tokens": 0, "truncated": 0}
+    found: dict[str, float] = {**counts}
     start = time.perf_counter()
-    for lengths in parts:
-        found["samples"] += len(lengths)
-        found["tokens"] += sum(lengths)
+    for outputs in parts:
+        found["samples"] += len(outputs)
+        found["tokens"] += sum(len(x.ids) for x in outputs)
+        found["truncated"] += sum(x.finish_reason == "length" for x in outputs)
         found["seconds"] = time.perf_counter() - start
         for name in ("samples", "tokens"):
             found[f"{name}_per_second"] = found[name] / found["seconds"]
@@ -224,7 +230,9 @@ def _measured(parts: Iterator[list[int]], total: int, undone: int, shown: Bar) -
     return found
 
 
-def _each(work: Callable[[int], list[int]], parts: list[int], at_once: int) -> Iterator[list[int]]:
+def _each(
+    work: Callable[[int], list[Output]], parts: list[int], at_once: int
+) -> Iterator[list[Output]]:
     """The work's results as they come, of several parts at a time where the sampler allows it."""
     if at_once == 1:  # in this thread, whose settings torch keeps
         yield from map(work, parts)
@@ -239,12 +247,16 @@ def _each(work: Callable[[int], list[int]], parts: list[int], at_once: int) -> I
 
 
 def _render_all(
-    sampler: Sampler, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+    sampler: Sampler,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    string_prompts: str = "chat",
 ) -> list[list[int]]:
     """Token ids of all prompts, checked before the first is sampled."""
     result, context = [], sampler.context
     for row in prompts:
-        ids = render_row(row, tokenizer)
+        ids = render_row(row, tokenizer, string_prompts)
         if not ids:
             raise DataError(f"{row.where}: the prompt has no tokens. Fill it in or remove the row.")
         if sampler.vocab is not None and max(ids) >= sampler.vocab:

@@ -17,9 +17,9 @@ class ScoreConfig:
     """Where scores come from. Raises ConfigError, naming the option, when one is out of range.
 
     Attributes:
-        scorer: a Python function (module:function), a reward model, judge:NAME, follow_up:NAME,
-            an http(s) URL, "answer", "implicit" or "likelihood"; or a list of them, whose scores
-            are combined. See `fastdpo.score.load.load_scorer`.
+        scorer: a Python function (module:function or file.py:function), a reward model, judge:NAME,
+            follow_up:NAME, an http(s) URL, "answer", "implicit" or "likelihood"; or a list of them,
+            whose scores are combined. See `fastdpo.score.load.load_scorer`.
         previous_model: for scorer "implicit" in the first round, the model before the start; with
             ``consistency`` in all rounds, as in CREAM.
         judge_template: what a judge is asked; by default that of `fastdpo.score.judge`.

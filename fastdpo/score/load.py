@@ -1,9 +1,5 @@
 """Scorers by their names: what is loaded, and which options it reads."""
 
-import importlib
-import os
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from fastdpo.model.logps import load_packed
 from fastdpo.remote import Endpoint, Remote, check_url
 from fastdpo.score.answer import right_answer
 from fastdpo.score.follow_up import follow_up_scores
+from fastdpo.score.function import load_function
 from fastdpo.score.implicit import implicit_reward, mean_likelihood
 from fastdpo.score.judge import JUDGE_TEMPLATE, Judge, LocalJudge, check_template
 from fastdpo.score.remote import PooledScores, RemoteJudge, RemoteScores
@@ -53,7 +50,8 @@ def _kind(spec: str) -> str:
     if url:
         pooled = spec.partition("#")[0].rstrip("/").endswith("/pooling")
         return "pooling" if pooled else "endpoint"
-    return "function" if ":" in spec and not Path(spec).exists() else "reward model"
+    named = ":" in spec and not Path(spec).exists()
+    return "function" if named or spec.endswith(".py") else "reward model"
 
 
 def load_scorer(
@@ -69,7 +67,7 @@ def load_scorer(
 ) -> Scorer:
     """Load a scorer by name.
 
-    - `module:function`: a Python function `f(prompts, responses) -> scores`.
+    - `module:function`, `file.py:function`: a Python function `f(prompts, responses) -> scores`.
     - `name` or `name#tokenizer`: a reward model, the folder or hub name of a sequence classifier
       with one logit or of a causal model with a `v_head`, and of its tokenizer if elsewhere.
     - `judge:name`: a causal language model that compares the responses of a prompt, see `Judge`.
@@ -97,7 +95,7 @@ def load_scorer(
     if kind == "answer":
         return Scorer(spec, right_answer, on="rows", columns=("answer",))
     if kind == "function":
-        return Scorer(spec, _load_function(spec))
+        return Scorer(spec, load_function(spec))
     if kind == "implicit":
         if policy is None or previous is None:
             raise ConfigError(
@@ -150,24 +148,3 @@ def _load_remote(spec: str, kind: str, remote: Remote, batch_size: int, template
 def _weights(name: str, model: Any) -> dict[str, str]:
     """What decides the scores of a model beside its name."""
     return {"weights": policy_digest(name), "dtype": dtype_name(model.dtype)}
-
-
-def _load_function(spec: str) -> Callable[..., Any]:
-    module_name, _, name = spec.partition(":")
-    # The command line tool starts without the working directory; at the end it hides nothing.
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigError(
-            f"scorer {spec!r}: module {module_name!r} can't be imported "
-            f"({type(error).__name__}: {error}). Check the name, or run where its file lies."
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(
-            f"scorer {spec!r}: module {module_name!r} has no function {name!r}. "
-            "Write module:function."
-        )
-    return function

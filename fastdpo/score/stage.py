@@ -18,6 +18,7 @@ from fastdpo.data.records import Candidate, Text
 from fastdpo.errors import DataError, is_number
 from fastdpo.progress import bar
 from fastdpo.remote import Endpoint
+from fastdpo.score.function import defined_at, own_lines
 from fastdpo.storage import begin_stage, list_parts, read_jsonl, read_plan, write_jsonl_atomic
 
 
@@ -58,8 +59,8 @@ def score(scorer: Scorer, rows_dir: Path, out_dir: Path, *, progress: bool = Tru
 
     Raises DataError when candidates are missing or malformed, when `out_dir` holds the scores of
     another scorer or of other candidates by their plan, and when the scorer raises or returns
-    anything but one finite number per response: then nothing of that part is written, earlier parts
-    stay.
+    anything but one finite number per response, with its own lines: then nothing of that part is
+    written, earlier parts stay.
     """
     parts = list_parts(rows_dir)
     plan = {"scorer": scorer.name, "candidates": read_plan(rows_dir), "parts": len(parts)}
@@ -117,7 +118,9 @@ def check_columns(scorer: Scorer, rows: Iterable[tuple[str, Mapping[str, Any]]])
 
 
 def _scores_of(scorer: Scorer, rows: list[Candidate], path: Path) -> list[float]:
-    these = f"{path} (prompt {rows[0].prompt_index} to prompt {rows[-1].prompt_index})"
+    lines, prompts = f"lines 1 to {len(rows)}", (rows[0].prompt_index, rows[-1].prompt_index)
+    these = f"{path}, {lines} (prompt {prompts[0]} to prompt {prompts[1]})"
+    at = defined_at(scorer.function)
     try:
         if scorer.on == "rows":
             values = scorer(rows)
@@ -126,19 +129,20 @@ def _scores_of(scorer: Scorer, rows: list[Candidate], path: Path) -> list[float]
     except Exception as error:
         raise DataError(
             f"scorer {scorer.name} raised {type(error).__name__} for {these}: {error}"
+            + (own_lines(error, skip=(__file__,)) or at)
         ) from error
     if hasattr(values, "tolist"):  # an array or a tensor
         values = values.tolist()
     if not isinstance(values, list | tuple) or len(values) != len(rows):
         found = len(values) if isinstance(values, list | tuple) else f"a {type(values).__name__}"
         raise DataError(
-            f"scorer {scorer.name} returned {found} for {these}. "
-            f"It must return a list of {len(rows)} numbers, one per response."
+            f"scorer {scorer.name} returned {'None' if values is None else found} for {these}. "
+            f"It must return a list of {len(rows)} numbers, one per response.{at}"
         )
-    for row, value in zip(rows, values):
+    for i, (row, value) in enumerate(zip(rows, values)):
         if not is_number(value):
             raise DataError(
                 f"scorer {scorer.name} returned {value!r} for prompt {row.prompt_index}, sample "
-                f"{row.sample_index}. Every score must be a finite number."
+                f"{row.sample_index} ({path}:{i + 1}). Every score must be a finite number.{at}"
             )
     return list(map(float, values))

@@ -8,6 +8,7 @@ from fastdpo.data.batch import LAYOUTS
 from fastdpo.data.budget import OVERLONG
 from fastdpo.errors import ConfigError, require, require_used
 from fastdpo.kernels.support import METRICS
+from fastdpo.storage import CACHE
 
 # What does not change the weights that come out.
 FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
@@ -43,7 +44,8 @@ class TrainConfig:
             a row; "auto" takes the first that the model computes exactly.
         precompute_ref_log_probs: compute the reference once, before training; otherwise in every
             step, with a copy of the model in memory (none with use_peft).
-        reference_cache: folder that keeps reference log-probs for other runs on the same pairs.
+        reference_cache: folder that keeps reference log-probs for other runs on the same pairs;
+            ~/.cache is XDG_CACHE_HOME where that is set. null keeps none.
         dtype: of the weights, "float32" or "bfloat16"; the optimizer's state has the same. Small
             steps are lost in bfloat16 weights: it is for frozen ones, under use_peft.
         gradient_checkpointing: recompute activations in the backward.
@@ -83,7 +85,7 @@ class TrainConfig:
     overlong: str = "truncate"
     layout: str = "auto"
     precompute_ref_log_probs: bool = True
-    reference_cache: str | None = "~/.cache/fastdpo/ref_logps"
+    reference_cache: str | None = f"{CACHE}/ref_logps"
     dtype: str = "float32"
     gradient_checkpointing: bool = True
     bf16: bool = True

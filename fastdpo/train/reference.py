@@ -25,7 +25,7 @@ from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import has_flash_attn
 from fastdpo.progress import advance, bar
-from fastdpo.storage import atomic_file
+from fastdpo.storage import atomic_file, cache_path
 from fastdpo.train.steps import Setup, plan_epoch, reference_logp
 
 _log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _cache_path(setup: Setup, weights: str) -> Path:
         impl=config.impl,
         liger=config.use_liger_kernel,
     )
-    return Path(config.reference_cache or "").expanduser() / f"{key}.safetensors"
+    return cache_path(config.reference_cache or "") / f"{key}.safetensors"
 
 
 def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:

@@ -301,9 +301,17 @@ def test_overlong_pairs_are_dropped(tokenizer):
     assert result.truncated == 0
     assert result.dropped == {"identical responses": 1, "longer than max_length": 4}
     with pytest.raises(
-        DataError, match=r"\(longer than max_length: 1\)\. Raise max_length, set overlong=truncate,"
+        DataError,
+        match=rf"\(longer than max_length: 1\)\. Raise max_length={max_length}, to keep all of "
+        rf"them to {max_length + 1}\.$",
     ):
         tokenize(rows[2:3], tokenizer, max_length, overlong="drop")
+    with pytest.raises(
+        DataError, match=r"truncated to nothing: 1\)\. Raise max_length=2, .* to \d+\.$"
+    ):
+        tokenize(rows[2:3], tokenizer, 2)
+    with pytest.raises(DataError, match=r"identical responses: 1\)\. Give pairs whose chosen and"):
+        tokenize([{**rows[0], "rejected": rows[0]["chosen"]}], tokenizer, max_length)
 
 
 @pytest.mark.parametrize(("at", "side", "tokens"), [(2, "chosen", 3), (3, "rejected", 6)])

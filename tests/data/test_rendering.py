@@ -601,3 +601,25 @@ def test_chat_template_is_an_option_of_training(tmp_path, capsys):
         (tmp_path / "empty.jinja").write_text("\n")
         with pytest.raises(ModelError, match=f"chat_template=.*{name} {message}"):
             load_tokenizer(str(model), str(tmp_path / name))
+
+
+def test_an_error_of_a_template_names_its_line(tmp_path):
+    model = str(save_tiny(LLAMA, tmp_path / "llama"))
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    line = r"mine.jinja is no Jinja .*, line 2 of the chat .*: '{{ m.content }'; corr"
+    with pytest.raises(ModelError, match=line):
+        load_tokenizer(model, str(path))
+    path.write_text("{% for m in messages %}\n")
+    with pytest.raises(ModelError, match=r"Unexpected end of template.*line \d of"):
+        load_tokenizer(model, str(path))
+    path.write_text("{% for m in messages %}\n  {{ m.content + 1 }}\n{% endfor %}")
+    tok = load_tokenizer(model, str(path))  # it may take other messages than a trial would have
+    with pytest.raises(DataError, match=r"TypeError: .*, line 2 of the chat .*'{{ m.content \+ 1"):
+        render_prompt([u("hi")], tok)
+    tok.chat_template = "{% for m in messages %}\n\n{{ raise_exception('no') }}{% endfor %}"
+    with pytest.raises(DataError, match="TemplateError: no, line 3 of the chat template"):
+        render_prompt([u("hi")], tok)
+    given = {"chat_template": "{{ 1 }}\n{{ nothing.at }}"}  # by a row
+    with pytest.raises(DataError, match=r"UndefinedError: .*, line 2 .*'{{ nothing.at }}'\)"):
+        render_prompt([u("hi")], tok, None, given)

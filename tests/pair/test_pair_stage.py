@@ -11,6 +11,7 @@ from tiny import build_tokenizer
 from fastdpo import storage
 from fastdpo.data.records import Scored
 from fastdpo.errors import DataError
+from fastdpo.pair.config import PairConfig
 from fastdpo.pair.rules import best_worst
 from fastdpo.pair.stage import load_pairs, pair
 
@@ -147,6 +148,22 @@ def test_no_pair_left_is_an_error(tmp_path):
     ):
         pair(tmp_path / "candidates", tmp_path / "scores", out)
     assert not out.exists() and not out.with_suffix(".summary.json").exists()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "responses are equal, all of them 1: use a scorer that tells them apart"),
+        ({"min_gap": 9.0}, r"\(fewer than two responses: 1, gap at most .*Lower min_gap=9"),
+        ({"drop_truncated": True}, "larger max_new_tokens, .* has 2 tokens.*drop_truncated=false"),
+        ({"drop_duplicates": True}, "higher temperature"),
+    ]
+    for options, message in cases:
+        texts = [["a", "a" if "drop_duplicates" in options else "b" * 2 ** len(options)], ["c"]]
+        write_candidates(tmp_path / "candidates", texts)
+        if "drop_truncated" in options:
+            for path in storage.list_parts(tmp_path / "candidates"):
+                rows = [{**x, "finish_reason": "length"} for x in storage.read_jsonl(path)]
+                storage.write_jsonl_atomic(path, rows)
+        run_score(lengths, tmp_path)
+        with pytest.raises(DataError, match=message):
+            pair(tmp_path / "candidates", tmp_path / "scores", out, PairConfig(**options))
     with pytest.raises(ValueError, match="jsonl"):
         pair(tmp_path / "candidates", tmp_path / "scores", tmp_path / "pairs")
 

@@ -76,7 +76,7 @@ def stopped(inputs, out, capsys, **changes):
     """A run that sampled and scored, and found no pair; and the command that goes on."""
     options = dict(score__scorer="test_rounds:vowels", rounds=1, evaluate__heldout=0, **changes)
     assert main(arguments(inputs, out, **options, pair__min_gap=100)) == 2
-    assert "lower min_gap" in capsys.readouterr().err
+    assert "Lower min_gap=" in capsys.readouterr().err
     return arguments(inputs, out, **options)
 
 

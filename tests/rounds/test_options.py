@@ -133,6 +133,8 @@ IDLE: list[tuple[tuple[type, ...], dict[str, Any], str, dict[str, Any]]] = [
     ((PairCommand,), dict(fresh_threshold=0.0), "fresh_threshold", dict(fresh_threshold=None)),
     ((PairCommand,), dict(chat_template="t"), "chat_template",
      dict(replay="r", replay_share=0.5, model="q")),
+    ((PairCommand,), dict(string_prompts="text"), "string_prompts",
+     dict(replay="r", replay_share=0.5, model="q")),
     ((PairCommand,), dict(max_tokens=9), "max_tokens", dict(max_difficulty=1.0, model="q")),
     ((PairCommand,), dict(bf16=False), "bf16", dict(ches_keep=0.5, model="q")),
     (PAIR, dict(replay="r"), "replay", dict(replay_share=0.5, model="q")),
@@ -162,7 +164,7 @@ ALWAYS = {
     "num_samples", "max_new_tokens", "temperature", "stop", "batch_prompts", "backend",
     "server_url", "scorer", "reference", "extrapolation", "round_learning_rates",
     "round_betas", "rule", "length_penalty", "min_gap", "drop_truncated", "drop_duplicates",
-    "ches_keep", "max_difficulty", "chat_template",
+    "ches_keep", "max_difficulty", "chat_template", "string_prompts",
     "router_aux_loss_coef",  # depends on the model, which says so
 }  # fmt: skip
 

@@ -197,7 +197,7 @@ def test_demo_prompts():
     """As many as the demo trains on and holds out, each once, that ask for a short answer."""
     rows = read_rows(STORM.parent / "demo_prompts.jsonl").rows
     demo = yaml.safe_load((STORM.parent / "demo.yaml").read_text())
-    texts = [row.prompt for row in prompt_rows(Rows("demo", rows))]
+    texts = [str(row.prompt) for row in prompt_rows(Rows("demo", rows))]
     assert len({text.lower() for text in texts}) == len(texts)
     assert len(texts) >= demo["max_prompts"] + demo["evaluate"]["heldout"]
     assert all(text.endswith("? Answer in one short sentence.") for text in texts)

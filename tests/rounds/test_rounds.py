@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import LLAMA, save_tiny
 
-from fastdpo.cli import main
+from fastdpo.cli import main, parse
+from fastdpo.rounds.inputs import check_inputs
 from fastdpo.storage import check_directory, read_json
 
 TESTS = Path(__file__).parents[1]
@@ -241,6 +242,12 @@ def test_a_reward_model_scores_a_round(inputs, tmp_path):
     assert len(scores) == 7 * 3 and len(set(scores)) > 10
 
 
+def test_a_default_that_leaves_few_prompts_is_told_of(inputs, tmp_path, capsys):
+    for heldout, told in ((6, "evaluate.heldout=6 leaves 4 prompts to train on"), (5, "")):
+        check_inputs(parse(arguments(inputs, tmp_path / "out", evaluate__heldout=heldout))[1])
+        assert told in (said := capsys.readouterr().out) and bool(told) == ("heldout" in said)
+
+
 def test_ties_are_counted_and_told(inputs, tmp_path, capsys, monkeypatch):
     """A scorer that likes nothing better leaves no pair, and says so."""
     import test_rounds
@@ -376,7 +383,8 @@ def test_killed_in_training_it_ends_in_the_same_weights(finished, inputs, tmp_pa
         ({"prompts": "missing.jsonl"}, "missing.jsonl"),
         ({"score__scorer": "test_rounds:absent"}, "absent"),
         ({"score__scorer": "no_such_module:f"}, "no_such_module"),
-        ({"evaluate__heldout": 10}, "heldout=10"),
+        ({"evaluate__heldout": 10}, "heldout=10 must be < the 10 prompts"),
+        ({"evaluate__heldout": 32}, "Set it to 2, or to 0, which evaluates nothing"),
         ({"sample__num_samples": 1}, "num_samples=1"),
         ({"sample__temperature": 0}, "> 0 with sample.num_samples="),
         ({"train__beta": -1}, "beta=-1"),

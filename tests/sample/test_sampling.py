@@ -526,6 +526,7 @@ def test_throughput_is_written_for_what_was_sampled(model, tokenizer, tmp_path):
     assert (found["backend"], found["parts"], found["sampled_parts"]) == ("generate", 2, 2)
     assert found["samples"] == len(rows) == 12
     assert found["tokens"] == sum(map(len, ids_of(rows)))
+    assert found["truncated"] == sum(row["finish_reason"] == "length" for row in rows)
     for name in ("samples", "tokens"):
         rate = found[f"{name}_per_second"]
         assert rate == pytest.approx(found[name] / found["seconds"])

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,10 @@ def raises(prompts, responses):
     [
         (raises, r"OddError .*prompt 2 to prompt 2.*no idea"),
         (lambda p, r: [1.0] * 3, r"returned 3 .*list of 2 numbers"),
-        (lambda p, r: None, "a NoneType"),
+        (lambda p, r: None, r"returned None for .*part-00001.jsonl, lines 1 to 2 \(prompt 2"),
         (lambda p, r: "ab", "a str"),
         (lambda p, r: 1.0, "a float"),
-        (lambda p, r: [1.0, math.nan], "nan for prompt 2, sample 1"),
+        (lambda p, r: [1.0, math.nan], r"nan for prompt 2, sample 1 \(.*part-00001.jsonl:2\)"),
         (lambda p, r: torch.tensor([math.inf, 1.0]), "inf for prompt 2, sample 0"),
         (lambda p, r: [1.0, "high"], "'high' for prompt 2, sample 1"),
         (lambda p, r: [1.0, None], "None for prompt 2, sample 1"),
@@ -99,6 +100,67 @@ def test_scorer_errors_name_the_scorer_and_the_place(tmp_path, bad, message):
     assert set(file_bytes(tmp_path / "scores")) == names
     rows = run_score(lengths, tmp_path)  # mended, it goes on
     assert len(rows) == 4
+
+
+REWARDS = """\
+import functools
+
+def logged(f):
+    @functools.wraps(f)
+    def g(*args): return f(*args)
+    return g
+
+@logged
+def helpful(prompts, responses):
+    return [half(x) for x in responses]
+
+def half(response):
+    try:
+        return 1 / response.count("!")
+    except ZeroDivisionError as error:
+        raise ValueError("no mark") from error
+
+def few(prompts, responses): return [0.5]
+
+class Words:
+    def __call__(self, prompts, responses): return ["0.5" for _ in responses]
+
+words = Words()
+
+def one(responses): return [1.0]
+"""
+
+
+@pytest.mark.parametrize("spec", ["shown_rewards", "shown_rewards.py"])
+def test_what_a_function_raises_or_returns_is_shown_in_its_own_lines(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shown_rewards.py").write_text(REWARDS)
+    write_candidates(tmp_path / "candidates", [["a"], ["b"]])
+
+    def said(name):
+        with pytest.raises(DataError) as error:
+            run_score(load_scorer(f"{spec}:{name}"), tmp_path, f"scores-{name}")
+        first, _, lines = str(error.value).partition("\n")
+        assert first.startswith(f"scorer {spec}:{name} r") and "(prompt 0" in first
+        assert "fastdpo/" not in lines
+        return lines
+
+    at = f'File "{tmp_path / "shown_rewards.py"}", line'
+    lines = said("helpful")
+    assert lines.startswith("Traceback") and lines.endswith("ValueError: no mark")
+    assert f'{at} 14, in half\n    return 1 / response.count("!")' in lines  # its cause
+    assert f"{at} 10, in helpful\n" in lines and f"{at} 16, in half\n    raise ValueErr" in lines
+    assert said("few") == f"  {at} 18, in few\n    def few(prompts, responses): return [0.5]"
+    assert f"{at} 25, in one\n" in said("one")  # it was called with another number of arguments
+    with pytest.raises(DataError, match=r"returned '0.5' for prompt 0(?s:.*)line 21, in __call__"):
+        run_score(load_scorer(f"{spec}:words"), tmp_path)
+
+
+def test_what_fastdpo_itself_raises_is_one_line(tmp_path):
+    write_candidates(tmp_path / "candidates", [[["a"]]])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="plain_language raised TypeError for") as error:
+        run_score(load_scorer("fastdpo.scoring:plain_language"), tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_scoring_needs_whole_candidates(tmp_path):
@@ -129,9 +191,23 @@ def test_functions_are_found_by_name(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             load_scorer(spec)
-    (tmp_path / "broken_rewards.py").write_text("1 / 0")
-    with pytest.raises(ValueError, match="ZeroDivisionError"):
-        load_scorer("broken_rewards:f")
+    (tmp_path / "broken_rewards.py").write_text("x = 1\n1 / 0")
+    line = (
+        r"ZeroDivisionError: .*\nTraceback.*\n  File \".*broken_rewards.py\", line 2, in <module>"
+    )
+    for spec in ("broken_rewards:f", "broken_rewards.py:f"):
+        with pytest.raises(ValueError, match=line) as error:
+            load_scorer(spec)
+        assert "fastdpo" not in str(error.value).partition("\n")[2] and "importlib" not in str(
+            error
+        )
+    (tmp_path / "cut_rewards.py").write_text("def f(p, r:")
+    for spec in ("cut_rewards:f", "cut_rewards.py:f"):
+        with pytest.raises(ValueError, match=r'cut_rewards.py", line 1\n +def f'):
+            load_scorer(spec)
+    with pytest.raises(ConfigError, match=r"Write my_own_rewards\.py:function"):
+        load_scorer("my_own_rewards.py")
+    assert load_scorer("my_own_rewards.py:f")(["p"], ["r"]) == [7]
     with pytest.raises(ConfigError, match="batch_size=0 must be >= 1"):
         ScoreConfig(batch_size=0)
 
