@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import LLAMA, save_tiny
 
 from fastdpo.cli import chat, main
-from fastdpo.cli.columns import cells, clean, column_width, end_of, side_by_side, wrap
+from fastdpo.cli.columns import Flow, cells, clean, column_width, end_of, side_by_side, wrap
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,14 @@ def test_no_line_is_wider_and_no_letter_is_lost(text, width):
     lines = wrap(text, width)
     assert max(map(cells, lines)) <= width
     assert "".join("".join(lines).split()) == "".join(clean(text).split())
+
+
+def test_text_that_comes_word_by_word_is_broken_at_spaces():
+    words = ["one ", "two ", "three\n", "four 你好 ", "abcdefghijk ", "x y"]
+    flow = Flow(8)
+    said = "".join(map(flow.add, words)).split("\n")
+    assert [x.rstrip() for x in said] == ["one two", "three", "four", "你好", "abcdefghijk x y"]
+    assert "".join(map(Flow(None).add, words)) == "".join(words)
 
 
 def test_columns_stand_beside_each_other():

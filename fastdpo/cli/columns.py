@@ -55,6 +55,35 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [*lines, line.rstrip()]
 
 
+class Flow:
+    """Text that comes word by word, to be printed as it comes and broken at spaces.
+
+    Args:
+        width: cells of a line; None breaks none.
+    """
+
+    def __init__(self, width: int | None) -> None:
+        self.width, self.used = width, 0
+
+    def add(self, text: str) -> str:
+        """What to print of a further piece, which begins and ends between words."""
+        if self.width is None:
+            return clean(text)
+        found = ""
+        for piece in re.findall(r"\n| +|[^ \n]+", clean(text)):
+            size = cells(piece)
+            if piece == "\n":
+                found, self.used = found + piece, 0
+                continue
+            if self.used and self.used + size > self.width:
+                found, self.used = found + "\n", 0
+                if piece[0] == " ":
+                    continue
+            found += piece
+            self.used = (self.used + size) % self.width if size > self.width else self.used + size
+        return found
+
+
 def column_width(width: int) -> int | None:
     """Cells of one of two columns on a terminal; None where it is too narrow for them."""
     each = (width - len(_GAP)) // 2
