@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import LLAMA, save_tiny
 
 from fastdpo.cli import chat, main
-from fastdpo.cli.columns import cells, clean, column_width, end_of, side_by_side, wrap
+from fastdpo.cli.columns import Flow, cells, clean, column_width, end_of, side_by_side, wrap
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,19 @@ def test_no_line_is_wider_and_no_letter_is_lost(text, width):
     lines = wrap(text, width)
     assert max(map(cells, lines)) <= width
     assert "".join("".join(lines).split()) == "".join(clean(text).split())
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 99])
+def test_text_that_comes_in_pieces_is_broken_at_spaces(size):
+    text = "one two three\nfour abcdefghijk x y"
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    flow = Flow(8)
+    said = "".join(map(flow.add, pieces)) + flow.add("", last=True)
+    lines = [x.rstrip() for x in said.split("\n")]
+    assert lines == ["one two", "three", "four", "abcdefghijk x y"]
+    assert "".join(map(Flow(None).add, pieces)) == text
+    flow = Flow(8)
+    assert [flow.add(x) for x in ("你", "好 th", "ree", "\n")] == ["你", "好 ", "", "three\n"]
 
 
 def test_columns_stand_beside_each_other():

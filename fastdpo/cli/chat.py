@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastdpo.cli.columns import cells, clean, column_width, end_of, side_by_side, wrap
+from fastdpo.cli.columns import Flow, cells, column_width, end_of, side_by_side, wrap
 from fastdpo.cli.commands import quiet_loading
 from fastdpo.data.rendering import render_prompt
 from fastdpo.errors import ConfigError, DataError, require
@@ -258,8 +258,9 @@ def _told(speaker: Speaker, ids: list[int], seed: int, heading: bool) -> Answer:
     """An answer, printed as it comes."""
     if heading:
         print(f"\n{speaker.name}\n{'-' * cells(speaker.name)}")
-    answer = speaker.answer(ids, seed, lambda text: print(clean(text), end="", flush=True))
-    print(f"\n{answer.footer(speaker.sampler.config.max_new_tokens)}")
+    flow = Flow(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    answer = speaker.answer(ids, seed, lambda text: print(flow.add(text), end="", flush=True))
+    print(f"{flow.add('', last=True)}\n{answer.footer(speaker.sampler.config.max_new_tokens)}")
     return answer
 
 

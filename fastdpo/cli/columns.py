@@ -55,6 +55,38 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [*lines, line.rstrip()]
 
 
+class Flow:
+    """Text that comes in pieces, to be printed as it comes and broken at spaces.
+
+    Args:
+        width: cells of a line; None breaks none.
+    """
+
+    def __init__(self, width: int | None) -> None:
+        self.width, self.used, self.held = width, 0, ""
+
+    def add(self, text: str, *, last: bool = False) -> str:
+        """What to print after a further piece; a word that may go on is held back till the last."""
+        if self.width is None:
+            return clean(text)
+        pieces, found = re.findall(r"\n| +|[^ \n]+", self.held + clean(text)), ""
+        begun = not last and bool(pieces) and pieces[-1][-1] not in " \n"
+        # Scripts of wide letters have no spaces between words.
+        self.held = pieces.pop() if begun and _cells(pieces[-1][-1]) < 2 else ""
+        for piece in pieces:
+            size = cells(piece)
+            if piece == "\n":
+                found, self.used = found + piece, 0
+                continue
+            if self.used and self.used + size > self.width:
+                found, self.used = found + "\n", 0
+                if piece[0] == " ":
+                    continue
+            found += piece
+            self.used = (self.used + size) % self.width if size > self.width else self.used + size
+        return found
+
+
 def column_width(width: int) -> int | None:
     """Cells of one of two columns on a terminal; None where it is too narrow for them."""
     each = (width - len(_GAP)) // 2
