@@ -38,12 +38,17 @@ def test_no_line_is_wider_and_no_letter_is_lost(text, width):
     assert "".join("".join(lines).split()) == "".join(clean(text).split())
 
 
-def test_text_that_comes_word_by_word_is_broken_at_spaces():
-    words = ["one ", "two ", "three\n", "four 你好 ", "abcdefghijk ", "x y"]
+@pytest.mark.parametrize("size", [1, 2, 5, 99])
+def test_text_that_comes_in_pieces_is_broken_at_spaces(size):
+    text = "one two three\nfour abcdefghijk x y"
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
     flow = Flow(8)
-    said = "".join(map(flow.add, words)).split("\n")
-    assert [x.rstrip() for x in said] == ["one two", "three", "four", "你好", "abcdefghijk x y"]
-    assert "".join(map(Flow(None).add, words)) == "".join(words)
+    said = "".join(map(flow.add, pieces)) + flow.add("", last=True)
+    lines = [x.rstrip() for x in said.split("\n")]
+    assert lines == ["one two", "three", "four", "abcdefghijk x y"]
+    assert "".join(map(Flow(None).add, pieces)) == text
+    flow = Flow(10)
+    assert [flow.add(x) for x in ("你", "好 th", "ree", "\n")] == ["你", "好 ", "", "three\n"]
 
 
 def test_columns_stand_beside_each_other():

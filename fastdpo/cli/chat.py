@@ -260,7 +260,7 @@ def _told(speaker: Speaker, ids: list[int], seed: int, heading: bool) -> Answer:
         print(f"\n{speaker.name}\n{'-' * cells(speaker.name)}")
     flow = Flow(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
     answer = speaker.answer(ids, seed, lambda text: print(flow.add(text), end="", flush=True))
-    print(f"\n{answer.footer(speaker.sampler.config.max_new_tokens)}")
+    print(f"{flow.add('', last=True)}\n{answer.footer(speaker.sampler.config.max_new_tokens)}")
     return answer
 
 

@@ -56,21 +56,24 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 class Flow:
-    """Text that comes word by word, to be printed as it comes and broken at spaces.
+    """Text that comes in pieces, to be printed as it comes and broken at spaces.
 
     Args:
         width: cells of a line; None breaks none.
     """
 
     def __init__(self, width: int | None) -> None:
-        self.width, self.used = width, 0
+        self.width, self.used, self.held = width, 0, ""
 
-    def add(self, text: str) -> str:
-        """What to print of a further piece, which begins and ends between words."""
+    def add(self, text: str, *, last: bool = False) -> str:
+        """What to print after a further piece; a word that may go on is held back till the last."""
         if self.width is None:
             return clean(text)
-        found = ""
-        for piece in re.findall(r"\n| +|[^ \n]+", clean(text)):
+        pieces, found = re.findall(r"\n| +|[^ \n]+", self.held + clean(text)), ""
+        begun = not last and bool(pieces) and pieces[-1][-1] not in " \n"
+        # Scripts of wide letters have no spaces between words.
+        self.held = pieces.pop() if begun and _cells(pieces[-1][-1]) < 2 else ""
+        for piece in pieces:
             size = cells(piece)
             if piece == "\n":
                 found, self.used = found + piece, 0
