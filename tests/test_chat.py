@@ -47,7 +47,7 @@ def test_text_that_comes_in_pieces_is_broken_at_spaces(size):
     lines = [x.rstrip() for x in said.split("\n")]
     assert lines == ["one two", "three", "four", "abcdefghijk x y"]
     assert "".join(map(Flow(None).add, pieces)) == text
-    flow = Flow(8)
+    flow = Flow(10)
     assert [flow.add(x) for x in ("你", "好 th", "ree", "\n")] == ["你", "好 ", "", "three\n"]
 
 
