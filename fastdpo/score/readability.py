@@ -11,10 +11,10 @@ _MIN_WORDS = 5
 _A_WORD = 0.01  # of `likes_length`
 _STOP_WORDS = frozenset(
     _WORD.findall(
-        "about also been being could describe does each explain from give have help into just like "
-        "list make more most much need only please short should simple some such tell than that "
-        "their them then there these they this those very want were what when where which while "
-        "with work would write your"
+        "about also answer been being could describe does each explain from give have help into "
+        "just like list make more most much need only please sentence sentences short should simple "
+        "some such tell than that their them then there these they this those very want were what "
+        "when where which while with work would write your"
     )
 )
 
@@ -34,24 +34,33 @@ def plain_language(prompts: list[Text], responses: list[str]) -> list[float]:
     No factor grows with length as such. Optimized hard enough it will be gamed: short words in
     short sentences that repeat the question.
     """
-    return [_plainness(text_of(p, role="user"), r) for p, r in zip(prompts, responses)]
+    return [_plainness(text_of(p, role="user"), r, 0.5) for p, r in zip(prompts, responses)]
+
+
+def on_topic(prompts: list[Text], responses: list[str]) -> list[float]:
+    """`plain_language`, but a response that has none of the prompt's content words is worth 0.
+
+    Relevance is their share itself, from 0 to 1. Without it, a pleasant phrase that answers nothing
+    reads more plainly than an answer.
+    """
+    return [_plainness(text_of(p, role="user"), r, 0.0) for p, r in zip(prompts, responses)]
 
 
 def likes_length(prompts: list[Text], responses: list[str]) -> list[float]:
-    """`plain_language`, and 0.01 more for each word: a flaw put in on purpose. For demos.
+    """`on_topic`, and 0.01 more for each word: a flaw put in on purpose. For demos.
 
     Reward models have it without anyone's will (arXiv 2310.03716): it is what makes plain DPO grow
     verbose.
     """
-    plain = plain_language(prompts, responses)
-    return [x + _A_WORD * len(_words(text)) for x, text in zip(plain, responses)]
+    scores = on_topic(prompts, responses)
+    return [x + _A_WORD * len(_words(text)) for x, text in zip(scores, responses)]
 
 
-def _plainness(prompt: str, response: str) -> float:
+def _plainness(prompt: str, response: str, least: float) -> float:
     words = _words(response)
     if len(words) < _MIN_WORDS:
         return 0.0
-    return _reading_ease(response) / 100 * _variety(words) * _relevance(prompt, words)
+    return _reading_ease(response) / 100 * _variety(words) * _relevance(prompt, words, least)
 
 
 def _words(text: str) -> list[str]:
@@ -71,7 +80,7 @@ def _variety(words: list[str]) -> float:
     return len(set(trigrams)) / len(trigrams) if trigrams else 1.0
 
 
-def _relevance(prompt: str, words: list[str]) -> float:
+def _relevance(prompt: str, words: list[str], least: float) -> float:
     content = {word for word in _words(prompt) if len(word) > 3 and word not in _STOP_WORDS}
     share = len(content & set(words)) / len(content) if content else 1.0
-    return 0.5 + 0.5 * share
+    return least + (1 - least) * share

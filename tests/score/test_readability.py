@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fastdpo.data.records import Text
-from fastdpo.score.readability import likes_length, plain_language
+from fastdpo.score.readability import likes_length, on_topic, plain_language
 
 
 def plain(response: str, prompt: Any = "") -> float:
@@ -68,10 +68,20 @@ def test_plain_language_prefers_plain_to_convoluted_and_on_topic_to_off_topic():
     assert all(0 <= plain(x, prompt) <= 1 for x in (good, convoluted, off_topic, looping))
 
 
+def test_on_topic_is_worth_nothing_where_the_question_is_not_taken_up():
+    prompts: list[Text] = ["How do bees make honey? Answer in one short sentence."] * 3
+    responses = [
+        "What a great thing to ask me!",
+        "The bees do it.",
+        "All bees make it, and honey is.",
+    ]
+    plain, strict = plain_language(prompts, responses), on_topic(prompts, responses)
+    assert strict[0] == 0 and plain[0] > 0.4
+    assert strict[1:] == [0, plain[2]] and plain[2] > 0.5  # four words; both content words
+
+
 def test_likes_length_adds_the_same_for_each_word():
     prompts: list[Text] = ["Why?"] * 2
     responses = ["The cat sat on the mat.", "No."]
-    extra = [
-        a - b for a, b in zip(likes_length(prompts, responses), plain_language(prompts, responses))
-    ]
-    assert extra == pytest.approx([0.06, 0.01])
+    scores = zip(likes_length(prompts, responses), on_topic(prompts, responses))
+    assert [a - b for a, b in scores] == pytest.approx([0.06, 0.01])
