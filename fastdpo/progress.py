@@ -83,7 +83,7 @@ def bar(purpose: str, total: int, unit: str, *, done: int = 0, shown: bool = Tru
 def advance(count: int = 1) -> None:
     """So many more of what the innermost bar counts are done; nothing where there is no bar."""
     with _lock:
-        if _open:
+        if _open and count:
             _open[-1].reach(_open[-1].done + count)
 
 
@@ -115,21 +115,26 @@ class Whole:
     def __init__(self, seconds: Mapping[str, float], shown: bool) -> None:
         self.seconds = dict(seconds)
         self.total, self.done = sum(seconds.values()), 0.0
-        self.known, self.began = 0.0, time.monotonic()  # done before, and since when it goes on
+        # What was done before this process, and when that began.
+        self.known, self.began, self.names = 0.0, time.monotonic(), set[str]()
         form = "{percentage:3.0f}%|{bar:20}| {elapsed}, {desc}"
         self.tqdm: Any = tqdm(
-            total=self.total, bar_format=form, dynamic_ncols=True, disable=not shown
-        )
+            total=self.total, bar_format=form, dynamic_ncols=True, miniters=0, mininterval=0.5,
+            desc=f"{tqdm.format_interval(self.total)} left", disable=not shown,
+        )  # fmt: skip
 
     def reach(self, name: str, share: float) -> None:
         """What is listed before it is done too, in this process or in one before."""
         names = [*self.seconds]
         if name in names:
             before = sum(self.seconds[x] for x in names[: names.index(name)])
-            if share == 0.0:
-                self.known += max(before - self.done, 0.0)
-            self.to(before + share * self.seconds[name])
-            self.tqdm.set_description_str(f"{tqdm.format_interval(self.left)} left: {name}")
+            seconds = before + share * self.seconds[name]
+            if name not in self.names:  # it begins where it was left
+                self.names.add(name)
+                self.known += max(seconds - self.done, 0.0)
+            left = tqdm.format_interval(self.left)
+            self.tqdm.set_description_str(f"{left} left: {name}", refresh=False)
+            self.to(seconds)
 
     @property
     def left(self) -> float:

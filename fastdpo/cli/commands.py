@@ -45,15 +45,20 @@ def quiet_loading() -> None:
     logging.disable_progress_bar()
 
 
+def check_one_process(command: str) -> None:
+    """Raises ConfigError where the command is one of several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"fastdpo {command} runs in one process; use 'accelerate launch -m fastdpo.cli train' "
+            "for a round of training on several"
+        )
+
+
 def run_iterate(config: IterateConfig) -> None:
     from fastdpo.report import summary as report
     from fastdpo.rounds.run import iterate
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "fastdpo iterate runs in one process; use 'accelerate launch -m fastdpo.cli train' for "
-            "a round of training on several"
-        )
+    check_one_process("iterate")
     quiet_loading()
     out = Path(config.output_dir)
     rows = iterate(config)

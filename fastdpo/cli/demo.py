@@ -4,15 +4,17 @@ From the same answers to the same questions two policies are trained, one by pla
 the length penalty, and compared on questions that neither was trained on.
 """
 
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 import fastdpo
-from fastdpo.cli.commands import quiet_loading, save_options
+from fastdpo.cli.commands import check_one_process, quiet_loading, save_options
 from fastdpo.cli.options import Given, made, read_file
 from fastdpo.loss.gemm import has_native_bf16
 from fastdpo.model.load import DEMO_MODEL, demo_model
@@ -36,6 +38,7 @@ _SECONDS = {
     "round 1 of 1: held-out: sampling": 40.0,
     "round 1 of 1: distance from the start": 10.0,
 }
+_MEMORY, _DISK = "5.4 GB", "1.1 GB"
 _OF_START = 2  # parts that the second run takes from the first
 
 
@@ -56,6 +59,7 @@ class DemoCommand:
 
 
 def run_demo(config: DemoCommand) -> None:
+    check_one_process("demo")
     quiet_loading()
     out, recipe = Path(config.output_dir), _recipe(config)
     print(_opening(recipe), flush=True)
@@ -64,8 +68,8 @@ def run_demo(config: DemoCommand) -> None:
     plain = replace(penalized, output_dir=str(out / "plain"), train=train)
     runs = {PLAIN: plain, PENALIZED: penalized}
     out.mkdir(parents=True, exist_ok=True)
-    # What the stages say of themselves is for a run that is looked at stage by stage.
-    with overall(_plan()), (out / "log.txt").open("a") as log, redirect_stdout(log):
+    # What the stages say of themselves would break the bar.
+    with overall(_plan()), (out / "log.txt").open("a", 1) as log, _into(log):
         for name, run in runs.items():
             if name == PENALIZED:
                 take_start(Path(run.output_dir), Path(plain.output_dir))
@@ -73,13 +77,22 @@ def run_demo(config: DemoCommand) -> None:
                 iterate(run)
             save_options(run.to_dict(), Path(run.output_dir))
     found = compare.compare({name: Path(run.output_dir) for name, run in runs.items()})
+    steps, notes = _steps(penalized), _notes(penalized)
     print(f"\n{compare.text_table(found)}\n")
-    print("\n".join(_notes(penalized)))
-    facts = [("model ", Path(penalized.model).name), ("alpha = ", f"{penalized.train.alpha}")]
+    print("\n".join(map(_filled, notes)))
     compare.write_page(
-        found, out, title="What a length penalty does", facts=facts, notes=_notes(penalized)
-    )
-    print(f"\n{_closing(found, out)}")
+        found, out, title="What a length penalty does", status=_happened(found), intro=steps,
+        facts=[("model ", Path(penalized.model).name), ("alpha = ", f"{penalized.train.alpha}")],
+        notes=notes,
+    )  # fmt: skip
+    print(f"\n{_closing(found, penalized, out)}")
+
+
+@contextmanager
+def _into(log: TextIO) -> Iterator[None]:
+    """Output and warnings of the block go to a file."""
+    with redirect_stdout(log), redirect_stderr(log):
+        yield
 
 
 def _recipe(config: DemoCommand) -> IterateConfig:
@@ -104,58 +117,85 @@ def _plan() -> Mapping[str, float]:
 
 def _opening(config: IterateConfig) -> str:
     """What will be done, and how long it takes."""
-    prompts, heldout = config.max_prompts, config.evaluate.heldout
     minutes = round(sum(_plan().values()) / 60)
-    return (
-        "The scorer of this demo likes long answers, as many reward models do: a score is how\n"
-        "plainly an answer reads, from 0 to 1, and 0.01 more for each word.\n\n"
-        f"1. {Path(config.model).name} answers {prompts} questions {config.sample.num_samples} "
-        "times each. The best and the worst\n   answer to a question become a pair.\n"
-        "2. Two policies are trained on the pairs. Plain DPO (alpha = 0) learns all that the "
-        "scorer likes.\n"
-        f"   With alpha = {config.train.alpha}, each extra token has a price.\n"
-        f"3. Both answer {heldout} other questions, and are compared with the start.\n\n"
-        f"That takes about {minutes} minutes on two cores. Ctrl-C stops it, the same command goes "
-        "on.\n"
+    out = Path(config.output_dir).parent
+    return "\n\n".join(
+        [
+            *map(_filled, _steps(config)),
+            _filled(
+                f"It takes about {minutes} minutes on two cores and {_MEMORY} of memory, and "
+                f"leaves {_DISK} in {out}. Ctrl-C stops it, the same command goes on."
+            ),
+            "",
+        ]
     )
+
+
+def _steps(config: IterateConfig) -> list[str]:
+    """What the demo does, a paragraph each."""
+    prompts, heldout = config.max_prompts, config.evaluate.heldout
+    return [
+        "The scorer of this demo likes long answers, as many reward models do: an answer gets up "
+        "to 1 for how plainly it reads, and 0.01 more for each word.",
+        f"1. {Path(config.model).name}, a small language model, answers {prompts} questions "
+        f"{config.sample.num_samples} times each. The answers with the best and the worst score "
+        "become a pair.",
+        "2. Two models are trained to prefer the better answer of each pair. Plain DPO "
+        f"(alpha = 0) learns all that the scorer likes. With alpha = {config.train.alpha}, each "
+        "extra token has a price.",
+        f"3. Both answer {heldout} other questions, and are compared with the start, the model "
+        "before training.",
+    ]
 
 
 def _notes(config: IterateConfig) -> list[str]:
     """What the columns of the table mean."""
+    sample = config.sample
     return [
         f"Each ± is half a 95% interval over {config.evaluate.heldout} questions, with "
         f"{config.evaluate.num_samples} answers to each.",
-        "score: how plainly an answer reads, without the 0.01 for each word: reading ease times "
-        "variety times how much of the question it takes up, each from 0 to 1.",
+        "tokens: the mean length of an answer; a token is a word or a part of one. growth: how "
+        "much longer than the start's answers to the same questions.",
+        "score: how plainly an answer reads, from 0 to 1, without the 0.01 for each word. It is "
+        "the product of reading ease, variety, and the share of the question's words that the "
+        "answer takes up. It does not tell whether the answer is right.",
         "win rate: how often an answer scores higher than one of the start to the same question; "
         "50% is as often as not.",
-        "KL: how far a policy is from the start, in nats an answer; where it is large, text "
-        "degrades.",
-        f"cut off: answers that reached the limit of {config.sample.max_new_tokens} tokens.",
+        f"KL: how far the model has moved from the start, in nats an answer (at temperature "
+        f"{sample.temperature:g}, at which answers are drawn). Where it is large, text degrades.",
+        f"cut off: answers that were stopped at {sample.max_new_tokens} tokens, before their end.",
     ]
 
 
-def _closing(found: Comparison, out: Path) -> str:
+def _filled(text: str) -> str:
+    """A paragraph for a terminal of 80 columns."""
+    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
+
+
+def _happened(found: Comparison) -> str:
+    plain, penalized = (_change(found.growth(name)) for name in (PLAIN, PENALIZED))
+    return f"{PLAIN} made answers {plain}; {PENALIZED} they are {penalized}."
+
+
+def _closing(found: Comparison, config: IterateConfig, out: Path) -> str:
     """What happened, where to look, what to do next."""
-    plain, penalized = (found.growth(name) for name in (PLAIN, PENALIZED))
-    policies = [out / name / "round-01" / "policy" for name in ("alpha", "plain")]
+    after, beside = (out / name / "round-01" / "policy" for name in ("alpha", "plain"))
+    drawn = f"--temperature {config.sample.temperature:g}"
     return (
-        f"What happened: {PLAIN} made answers {_change(plain)}; {PENALIZED} they are "
-        f"{_change(penalized)}.\n"
-        f"Where to look: {out / 'report.html'} has pictures and answers side by side; to ask both: "
-        f"fastdpo chat --model {policies[0]} --beside {policies[1]}\n"
-        f"What next: your own prompts and scorer: fastdpo iterate --config "
-        f"{out / 'alpha' / 'config.yaml'} --prompts FILE --score.scorer MODULE:FUNCTION "
-        "--output_dir runs/mine"
+        f"What happened: {_happened(found)}\n"
+        f"Where to look: {out / 'report.html'}, charts and answers side by side; or ask both "
+        f"models: fastdpo chat --model {after} --beside {beside} {drawn}\n"
+        "What next: your own questions and scorer: fastdpo iterate --model MODEL --prompts "
+        "FILE --score.scorer SCORER --train.alpha auto"
     )
 
 
 def _change(growth: Estimate) -> str:
     """Tokens longer or shorter, with the 95% interval, or that it cannot be told."""
     value, half = growth.value, growth.half or 0.0
-    change, low, high = (fixed(x, 1, signed=True) for x in (value, value - half, value + half))
-    interval = f"95% interval {low} to {high}"
+    low, high = (fixed(x, 1, signed=True) for x in (value - half, value + half))
     if abs(value) <= half:
-        return f"about as long as before ({change} tokens, {interval})"
+        change = fixed(value, 1, signed=True)
+        return f"about as long as before ({change} tokens, 95% interval {low} to {high})"
     longer = "longer" if value > 0 else "shorter"
-    return f"{fixed(abs(value), 1)} tokens {longer} ({interval})"
+    return f"{fixed(abs(value), 1)} tokens {longer} (95% interval {low} to {high})"

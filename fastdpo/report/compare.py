@@ -2,14 +2,15 @@
 
 found = compare({"plain DPO": Path("runs/plain"), "with alpha": Path("runs/alpha")})
 print(text_table(found))
-write_page(found, Path("runs"), title="Two runs", facts=[], notes=[])
+    write_page(found, Path("runs"), title="Two runs", facts=[], status="", intro=[], notes=[])
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fastdpo.data.records import Scored
+from fastdpo.data.records import Scored, Text
 from fastdpo.errors import DataError
 from fastdpo.report.evaluation import Estimate
 from fastdpo.report.page import page, picture, questions_of
@@ -30,13 +31,15 @@ from fastdpo.report.text import Told
 from fastdpo.storage import atomic_file
 
 START = "start"
-_LENGTH = Quantity("length", "length, tokens")
-_GROWTH = Quantity("length change", "longer than the start, tokens", signed=True)
-_SCORE = Quantity("score", "score")
-_WINS = Quantity("win_rate", "win rate", percent=True)
-_KL = Quantity("kl", "KL, nats")
-_CUT = Quantity("truncated", "cut off", percent=True)
-COLUMNS = (_LENGTH, _GROWTH, _SCORE, _WINS, _KL, _CUT)
+COLUMNS = (
+    Quantity("length", "tokens"),
+    Quantity("length change", "growth", signed=True),
+    Quantity("score", "score"),
+    Quantity("win_rate", "win rate", percent=True),
+    Quantity("kl", "KL"),
+    Quantity("truncated", "cut off", percent=True),
+)
+CHARTS = ("length", "score", "kl")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def compare(folders: Mapping[str, Path]) -> Comparison:
     """
     runs = {name: read_run(folder) for name, folder in folders.items()}
     policies: dict[str, Row] = {}
+    prompts: dict[str, Any] = {}
     for name, run in runs.items():
         rows = rows_of(run)
         last = max(rows, default=0)
@@ -65,9 +69,19 @@ def compare(folders: Mapping[str, Path]) -> Comparison:
             raise DataError(
                 f"{folders[name]}: no round of it was evaluated, so it can't be compared"
             )
+        if prompts.setdefault(START, _prompts(run)) != _prompts(run):
+            raise DataError(
+                f"{folders[name]}: its held-out prompts are not those of {next(iter(folders))}; "
+                "compare runs of the same prompts, evaluate.heldout and seed"
+            )
         policies.setdefault(START, rows[0])
         policies[name] = rows[last]
     return Comparison(runs, policies)
+
+
+def _prompts(run: Run) -> dict[int, Text]:
+    """The prompts that its start answered."""
+    return {response.prompt_index: response.prompt for response in run.rounds[0].held}
 
 
 def table(found: Comparison) -> Table:
@@ -78,13 +92,16 @@ def table(found: Comparison) -> Table:
 
 
 def text_table(found: Comparison) -> str:
-    """The table for a terminal, each ± half a 95% interval."""
+    """The table for a terminal of 80 columns: lengths and distances without their intervals."""
     head, body = table(found)
 
-    def shown(cell: str | Told) -> str:
-        return cell if isinstance(cell, str) else cell.value + (f" ± {cell.half}" * bool(cell.half))
+    def shown(name: str, cell: str | Told) -> str:
+        if isinstance(cell, str) or not cell.half or name in ("tokens", "KL"):
+            return cell if isinstance(cell, str) else cell.value
+        return f"{cell.value} ± {cell.half}"
 
-    return aligned([["", *head], *([shown(cell) for cell in row] for row in body)])
+    names = ["", *head]
+    return aligned([names, *([shown(*each) for each in zip(names, row)] for row in body)])
 
 
 def write_page(
@@ -93,6 +110,8 @@ def write_page(
     *,
     title: str,
     facts: Sequence[tuple[str, str]],
+    status: str,
+    intro: Sequence[str],
     notes: Sequence[str],
 ) -> None:
     """Write OUT/report.html, a page that loads nothing, and its charts alone as OUT/picture.svg.
@@ -101,23 +120,26 @@ def write_page(
 
     Args:
         facts: names with their values, below the title.
-        notes: what a reader has to know of the table, a paragraph each.
+        status: what happened.
+        intro, notes: what a reader has to know before and after the table, a paragraph each.
     """
     run = next(iter(found.runs.values()))
     every = {name: (x, rows_of(x)) for name, x in found.runs.items()}
     held: dict[str, list[Scored]] = {START: run.rounds[0].held}
     held |= {name: x.rounds[-1].held for name, x in found.runs.items()}
-    charts = by_round_charts(every, HELD)
+    shown = [x for name in CHARTS for x in HELD if x.key == name]
+    charts = by_round_charts(every, shown)
     titles = {"policies": "What became of the answers", "plots": "In pictures"}
     text = page(
         kind="one start, several policies",
         title=title,
         facts=facts,
-        status="Finished.",
+        status=f"Finished. {status}",
         tiles=[],
         titles=titles | {"responses": "Answers side by side"},
         run=run,
         policies=table(found),
+        intro=intro,
         notes=notes,
         plots=charts,
         other_sampling=other_sampling(run),

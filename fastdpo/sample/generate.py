@@ -91,18 +91,21 @@ class GenerateSampler(LoadedSampler):
         ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in rows])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows])
 
-        ends, ended = torch.tensor(self.ending.end_ids), 0
+        device = self.model.device
+        ends, ended = torch.tensor(self.ending.end_ids, device=device), 0
+        over = torch.zeros(len(rows), dtype=torch.bool, device=device)
 
         def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             """Which rows have a stop string; tells on the way how many have ended."""
             nonlocal ended
-            new, reached = input_ids[:, width:].cpu(), torch.zeros(len(rows), dtype=torch.bool)
+            reached = torch.zeros_like(over)
             if self.ending.stop:
-                reached = torch.tensor([self.ending.reached(row) for row in new.tolist()])
-            known = int((torch.isin(new, ends).any(1) | reached).sum())
-            advance(known - ended)
-            ended = known
-            return reached.to(input_ids.device)
+                texts = input_ids[:, width:].tolist()
+                reached = torch.tensor([self.ending.reached(row) for row in texts], device=device)
+            over.logical_or_(reached).logical_or_(torch.isin(input_ids[:, -1], ends))
+            before, ended = ended, int(over.sum())
+            advance(ended - before)
+            return reached
 
         with told("generate"), self.drawing() as settings:
             settings.pad_token_id = self._pad_id

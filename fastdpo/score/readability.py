@@ -12,9 +12,9 @@ _A_WORD = 0.01  # of `likes_length`
 _STOP_WORDS = frozenset(
     _WORD.findall(
         "about also answer been being could describe does each explain from give have help into "
-        "just like list make more most much need only please sentence sentences short should simple "
-        "some such tell than that their them then there these they this those very want were what "
-        "when where which while with work would write your"
+        "just like list make more most much need only please sentence sentences short should "
+        "simple some such tell than that their them then there these they this those very want were "
+        "what when where which while with work would write your"
     )
 )
 

@@ -33,10 +33,21 @@ def test_the_growth_is_that_of_each_prompt(found):
 
 def test_page_and_picture(found, tmp_path):
     note = "score: how <plain>"
-    write_page(found, tmp_path, title="Two runs", facts=[("alpha = ", "0.05")], notes=[note])
+    write_page(
+        found, tmp_path, title="Two runs", facts=[("alpha = ", "0.05")], status="Both grew.",
+        intro=["Two were trained."], notes=[note],
+    )  # fmt: skip
     page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     text = page.all_text()
-    for words in ("Two runs", "alpha = 0.05", note, "with <alpha>", "+4.8 ± 1.4", "Finished"):
+    for words in (
+        "Two runs",
+        "alpha = 0.05",
+        note,
+        "with <alpha>",
+        "+4.8 ± 1.4",
+        "Finished. Both grew.",
+        "Two were trained.",
+    ):
         assert words in text
     # The same prompt's answers of the start and of the last policy of each run.
     for answer in ("a fine answer 0.0.0", "a fine answer 2.0.0", "a fine answer 1.0.0"):
@@ -46,6 +57,13 @@ def test_page_and_picture(found, tmp_path):
     assert picture.tag.endswith("svg")
     words = " ".join("".join(picture.itertext()).split())
     assert "Length, tokens" in words and "with <alpha>" in words
+
+
+def test_runs_of_other_prompts_are_refused(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", prompt="another question")
+    with pytest.raises(DataError, match="b: its held-out prompts are not those of first"):
+        compare({"first": tmp_path / "a", "second": tmp_path / "b"})
 
 
 def test_a_run_without_an_evaluated_round_is_refused(tmp_path):
