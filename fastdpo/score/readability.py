@@ -13,8 +13,8 @@ _STOP_WORDS = frozenset(
     _WORD.findall(
         "about also answer been being could describe does each explain from give have help into "
         "just like list make more most much need only please sentence sentences short should "
-        "simple some such tell than that their them then there these they this those very want were "
-        "what when where which while with work would write your"
+        "simple some such tell than that their them then there these they this those very want "
+        "were what when where which while with work would write your"
     )
 )
 
