@@ -5,6 +5,7 @@ that is code of the user's own, its lines follow.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from numbers import Real
 from typing import Any, TypeGuard
@@ -20,6 +21,12 @@ class ModelError(ValueError):
 
 class ConfigError(ValueError):
     """An option with an impossible value; the message begins with ``name=value``."""
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first of them, for a message, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -2,13 +2,18 @@
 
 import builtins
 import io
+import json
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import LLAMA, save_tiny
+from transformers import GenerationMixin
 
 from fastdpo.cli import chat, main
 from fastdpo.cli.columns import Flow, cells, clean, column_width, end_of, side_by_side, wrap
@@ -145,6 +150,18 @@ def test_a_conversation_is_forgotten_stopped_and_ended(talk, capsys, monkeypatch
     assert status == 0 and "this question is forgotten" in capsys.readouterr().out
     assert [x.messages[0]["content"] for x in speakers] == ["be nice", "be nice"]
 
+    def no_memory(*args, **options):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    # What fails in an answer leaves the conversation as it was.
+    own: Any = GenerationMixin.__dict__["generate"]
+    calls = iter([own, no_memory, own])
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationMixin, "generate", lambda *x, **y: next(calls)(*x, **y))
+        status, [speaker] = talk("be nice", "walks?", "and?", beside=None)
+    assert status == 0 and [x["content"] for x in speaker.messages[::2]] == ["be nice", "and?"]
+    assert "9 GiB); lower max_new_tokens if memory is short\n" in capsys.readouterr().err
+
     status, [speaker] = talk("tell me " * 900, "be nice", beside=None)
     assert status == 0 and speaker.messages[0]["content"] == "be nice"
     assert "more than the context of" in capsys.readouterr().err
@@ -156,7 +173,8 @@ def test_a_model_without_a_template_continues_the_text(talk, models, capsys):
     assert len(one.messages) == 4 and plain.messages == []
     assert plain.ids("tell me") == plain.tokenizer("tell me")["input_ids"]
     status, _ = talk(beside="plain", options=["--system_prompt=be nice"])
-    assert status == 2 and "system_prompt=be nice needs a chat template" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert status == 2 and "system_prompt=be nice needs a chat template, which beside=" in said
 
 
 def test_one_question_is_answered_without_a_terminal(models, capsys, monkeypatch):
@@ -165,7 +183,9 @@ def test_one_question_is_answered_without_a_terminal(models, capsys, monkeypatch
     asked = capsys.readouterr().out
     assert asked.endswith("\n[4 tokens, cut off at max_new_tokens=4]\n") and "\x1b" not in asked
     monkeypatch.setattr(sys, "stdin", io.StringIO("tell me\n"))
-    assert main(argv) == 0 and capsys.readouterr().out == asked
+    assert main(argv) == 0
+    piped = capsys.readouterr()
+    assert piped.out == asked and piped.err.startswith("the question is read from the pipe")
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
     assert main(argv) == 2 and "no question in what came" in capsys.readouterr().err
     for bad, message in (
@@ -187,7 +207,10 @@ def test_one_question_is_answered_without_a_terminal(models, capsys, monkeypatch
     assert end.value.code == 130
 
 
-def test_adapters_answer_as_the_policy_that_they_were_merged_into(models, tmp_path, capsys):
+@pytest.mark.parametrize("template", [None, "Q {{ messages[-1].content }} A"])
+def test_adapters_answer_as_the_policy_that_they_were_merged_into(
+    models, tmp_path, capsys, monkeypatch, template
+):
     pytest.importorskip("peft")
     dataset = tmp_path / "pairs.jsonl"
     dataset.write_text('{"prompt": "tell me", "chosen": " nice walks", "rejected": " no"}\n' * 2)
@@ -195,13 +218,30 @@ def test_adapters_answer_as_the_policy_that_they_were_merged_into(models, tmp_pa
     argv = ["train", f"--model={models / 'one'}", f"--dataset={dataset}", f"--output_dir={out}",
             "--bf16=false", "--use_peft", "--lora_r=4", "--learning_rate=0.01", "--batch_size=1",
             "--reference_cache=null", "--max_length=64", "--max_tokens=256"]  # fmt: skip
+    if template is not None:
+        (tmp_path / "own.jinja").write_text(template)
+        argv.append(f"--chat_template={tmp_path / 'own.jinja'}")
     assert main(argv) == 0
-    capsys.readouterr()
-    said = []
-    for name in ("adapter", "policy"):
-        argv = ["chat", f"--model={out / name}", "--prompt=tell me", "--dtype=float32"]
+    to_talk = shlex.split(capsys.readouterr().out.rpartition("to talk to it: fastdpo ")[2])
+    assert main([*to_talk, "--max_new_tokens=1", "--prompt=tell me"]) == 0
+
+    def answers(name):
+        capsys.readouterr()
+        argv = ["chat", f"--model={name}", "--prompt=tell me", "--dtype=float32"]
         assert main([*argv, "--max_new_tokens=30"]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
+        return capsys.readouterr().out
+
+    said = answers(out / "policy")
+    assert answers(out / "adapter") == said
+    for path in (out / "adapter").glob("*token*"):  # as of earlier versions
+        path.unlink()
+    (out / "adapter/chat_template.jinja").unlink()
+    assert answers(out / "adapter") == said
+    monkeypatch.chdir(out / "adapter")
+    assert answers(".") == said
+    config = json.loads(Path("adapter_config.json").read_text())
+    Path("adapter_config.json").write_text(json.dumps(config | {chat._BASE: "./gone"}))
+    assert main(["chat", "--model=.", "--prompt=hi"]) == 2
+    assert "the folder base_model_name_or_path='./gone' does not" in capsys.readouterr().err
     assert main(["chat", f"--model={out}", "--prompt=hi"]) == 2
     assert f"is the folder of a run; its policy is {out / 'policy'}" in capsys.readouterr().err

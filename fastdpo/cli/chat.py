@@ -18,7 +18,7 @@ import torch
 from fastdpo.cli.columns import Flow, cells, column_width, end_of, side_by_side, wrap
 from fastdpo.cli.commands import quiet_loading
 from fastdpo.data.rendering import render_prompt
-from fastdpo.errors import ConfigError, DataError, require
+from fastdpo.errors import ConfigError, DataError, ModelError, require
 from fastdpo.loss.gemm import has_native_bf16
 from fastdpo.model.adapters import merged
 from fastdpo.model.load import DTYPES, load_causal_lm, load_tokenizer
@@ -30,6 +30,7 @@ from fastdpo.storage import read_json
 _NEW, _QUIT = ("/new", "!clear"), ("/quit", "/exit", "!exit")  # those with a ! are transformers'
 _HELP = "/new begins another conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 _CLEAR = "\r\x1b[K"
+_BASE = "base_model_name_or_path"  # in adapter_config.json
 
 
 @dataclass(kw_only=True)
@@ -76,6 +77,7 @@ class ChatCommand:
         """How answers are drawn. Raises ConfigError, naming the option."""
         return SampleConfig(
             num_samples=1,
+            batch_prompts=1,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -155,28 +157,32 @@ def _streamer(tokenizer: Any, show: Callable[[str], None]) -> Any:
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def load_speaker(name: str, config: ChatCommand) -> Speaker:
-    """A model that is ready to answer.
+def load_speaker(option: str, config: ChatCommand) -> Speaker:
+    """The model that an option names, "model" or "beside", ready to answer.
 
     Raises ModelError when it can't be loaded, and ConfigError for a system prompt that it can't be
     told.
     """
     cuda = torch.cuda.is_available()
     usual = "bfloat16" if cuda or has_native_bf16() else "float32"
+    name: str = getattr(config, option)
     dtype, folder = getattr(torch, config.dtype or usual), Path(name)
     adapters = folder / "adapter_config.json"
     if adapters.is_file() and not (folder / "config.json").is_file():
-        base = read_json(adapters).get("base_model_name_or_path") or name
-        model = merged(base, folder, torch.float32).to(dtype)  # in bf16 a small change is rounded
-        own = (folder / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(name if own else base, config.chat_template)
+        base = read_json(adapters).get(_BASE) or name
+        # Earlier versions left the tokenizer in the policy that the adapters were merged into.
+        places = (folder, folder.resolve().parent / "policy")
+        own = next((x for x in places if (x / "tokenizer_config.json").is_file()), base)
+        tokenizer = load_tokenizer(str(own), config.chat_template, option=_BASE)
+        model = merged(base, folder, torch.float32, option=_BASE)
+        model = model.to(dtype)  # merged in bf16, a small change would be rounded
     else:
-        tokenizer = load_tokenizer(name, config.chat_template)
-        model = load_causal_lm(name, dtype=dtype)
+        tokenizer = load_tokenizer(name, config.chat_template, option=option)
+        model = load_causal_lm(name, dtype=dtype, option=option)
     if tokenizer.chat_template is None and config.system_prompt is not None:
         raise ConfigError(
-            f"system_prompt={config.system_prompt} needs a chat template, which model={name} has "
-            "not; give one (chat_template), or leave system_prompt out"
+            f"system_prompt={config.system_prompt} needs a chat template, which {option}={name} "
+            "has not; give one (chat_template), or leave system_prompt out"
         )
     sampler = GenerateSampler(model.to("cuda" if cuda else "cpu"), tokenizer, config.sampling())
     speaker = Speaker(name, tokenizer, sampler, config.system_prompt)
@@ -188,20 +194,27 @@ def run_chat(config: ChatCommand) -> None:
     for stream in (sys.stdin, sys.stdout):  # either may have what an encoding has not
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    piped = config.prompt is None and not sys.stdin.isatty()
-    question = sys.stdin.read().strip() if piped else config.prompt
-    if question == "":
-        raise ConfigError("there is no question in what came through the pipe; or give --prompt")
-    quiet_loading()
     try:
-        names = [config.model, *([config.beside] if config.beside is not None else [])]
-        speakers = [load_speaker(name, config) for name in names]
+        question = _piped() if config.prompt is None and not sys.stdin.isatty() else config.prompt
+        quiet_loading()
+        options = ["model"] if config.beside is None else ["model", "beside"]
+        speakers = [load_speaker(option, config) for option in options]
         if question is None:
             _converse(speakers, config.seed)
         else:
             _ask(speakers, question, prompt_seed(config.seed, 0))
     except KeyboardInterrupt:  # nothing is left behind that could go on
         raise SystemExit(130) from None
+
+
+def _piped() -> str:
+    """The question that comes through a pipe; ConfigError where there is none."""
+    # One that stays open would keep it waiting without a word.
+    print("the question is read from the pipe, to its end; or give --prompt", file=sys.stderr)
+    question = sys.stdin.read().strip()
+    if not question:
+        raise ConfigError("there is no question in what came through the pipe; or give --prompt")
+    return question
 
 
 def _converse(speakers: Sequence[Speaker], seed: int) -> None:
@@ -234,7 +247,7 @@ def _converse(speakers: Sequence[Speaker], seed: int) -> None:
                 turn += 1
             except KeyboardInterrupt:
                 print("\nstopped; this question is forgotten")
-            except DataError as error:
+            except (DataError, ModelError) as error:  # as where memory runs out
                 print(f"error: {error}", file=sys.stderr)
 
 

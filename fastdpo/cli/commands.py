@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,9 +69,19 @@ def run_iterate(config: IterateConfig) -> None:
     if (out / "rounds.png").is_file():
         print(f"plot: {out / 'rounds.png'}")
     name = "extrapolated" if config.extrapolation else "policy"
-    print(f"policy: {out / f'round-{config.rounds:02d}' / name}")
+    policy = out / f"round-{config.rounds:02d}" / name
+    print(f"policy: {policy}")
     more = f"fastdpo iterate --config {out / 'config.yaml'} --rounds {config.rounds + 1}"
     print(f"to go on: {more}")
+    print(to_talk(policy, config))
+
+
+def to_talk(policy: Path, config: Any) -> str:
+    """The line that says how to talk to a policy, beside the model that it was trained from."""
+    words = ["fastdpo", "chat", "--model", str(policy), "--beside", config.model]
+    if config.chat_template is not None:  # the policy has it, its start may have another
+        words += ["--chat_template", config.chat_template]
+    return f"to talk to it: {shlex.join(words)}"
 
 
 def save_options(values: dict[str, Any], out: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastdpo.cli.commands import quiet_loading
+from fastdpo.cli.commands import quiet_loading, to_talk
 from fastdpo.cli.training import TrainingPage
 from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.clock import KEY, now, rendering_at
@@ -300,9 +300,9 @@ def run_pair(config: PairCommand) -> None:
 
 def run_train(config: TrainCommand) -> None:
     quiet_loading()
-    for name in (config.model, config.reference):
-        if name is not None:
-            check_start(name)
+    check_start(config.model)
+    if config.reference is not None:
+        check_start(config.reference, option="reference")
     tokenizer = load_tokenizer(config.model, config.chat_template)
     out = Path(config.output_dir)
     with rendering_at(_rendered_at(out / RENDERED)) as clock:
@@ -338,6 +338,7 @@ def run_train(config: TrainCommand) -> None:
             print("  ".join(f"{name} {metrics[name]:.4g}" for name in names))
         print(f"report: {page}")
         print(f"policy: {out / 'policy'}{_best(out) if config.load_best_model_at_end else ''}")
+        print(to_talk(out / "policy", config))
 
 
 def _best(out: Path) -> str:

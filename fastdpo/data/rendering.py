@@ -471,9 +471,8 @@ def line_of(error: Exception, template: Any) -> str:
     number = next((x.lineno for x in reversed(frames) if x.filename == "<template>"), number)
     if number is None:
         return ""
-    lines = (
-        template.splitlines() if isinstance(template, str) else []
-    )  # a tokenizer can have several
+    # A tokenizer can have several templates, by name.
+    lines = template.splitlines() if isinstance(template, str) else []
     text = f": {_short(lines[number - 1].strip())}" if number <= len(lines) else ""
     return f", line {number} of the chat template{text}"
 

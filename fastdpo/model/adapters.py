@@ -306,8 +306,9 @@ def load_4bit(name: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def save_adapter(model: Any, path: Path) -> None:
-    """Write the adapters in peft's format, whole or not at all.
+def save_adapter(model: Any, path: Path, tokenizer: Any = None) -> None:
+    """Write the adapters in peft's format, whole or not at all; with them the tokenizer that they
+    were trained with, as TRL does, since its chat template may be another than the base's.
 
     Raises:
         ModelError: the model has no adapters.
@@ -318,6 +319,8 @@ def save_adapter(model: Any, path: Path) -> None:
         model.save_pretrained(folder, save_embedding_layers=False)
         # peft's card is a form to fill in; that of the run is written later, beside the checksums.
         (folder / "README.md").unlink(missing_ok=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -344,18 +347,20 @@ def load_trainable_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
         state[name].copy_(tensor)
 
 
-def merged(base_name: str, adapter_folder: Path, dtype: torch.dtype) -> Any:
+def merged(
+    base_name: str, adapter_folder: Path, dtype: torch.dtype, *, option: str = "model"
+) -> Any:
     """A plain transformers model on the CPU: the base, loaded anew, with saved adapters merged in.
 
     The training model is not touched.  After QLoRA this base is the unquantized one, so the policy
     differs from the trained one by the quantization error of the base.  `merged_in_place` says why
-    ``dtype`` should be fp32.
+    ``dtype`` should be fp32.  `option` is what gave the base's name, for messages.
 
     Raises:
         ModelError: peft is missing, or the base or the adapters cannot be loaded.
     """
     peft = _import_peft()
-    base = load_causal_lm(base_name, dtype=dtype)
+    base = load_causal_lm(base_name, dtype=dtype, option=option)
     try:
         model = peft.PeftModel.from_pretrained(base, str(adapter_folder), torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:

@@ -21,7 +21,7 @@ import torch
 from jinja2 import TemplateSyntaxError
 
 from fastdpo.data.rendering import line_of
-from fastdpo.errors import ModelError
+from fastdpo.errors import ModelError, listed
 from fastdpo.model.attention import keep_softcap
 from fastdpo.storage import CACHE, atomic_directory, cache_path
 
@@ -44,12 +44,13 @@ _log = logging.getLogger(__name__)
 _warn_once = cache(_log.warning)
 
 
-def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
+def load_tokenizer(name: str, chat_template: str | None = None, *, option: str = "model") -> Any:
     """Tokenizer of a folder or hub name, as it is.
 
     Args:
         chat_template: a file with a Jinja template in place of the tokenizer's own, which is saved
             with the policy.
+        option: what gave the name, for messages.
 
     Raises:
         ModelError: it cannot be loaded, or has no end token; or the template cannot be read, or is
@@ -57,38 +58,40 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _loading(name, "tokenizer of "):
+    with _loading(name, "tokenizer of ", option=option):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of model={name!r} has no end-of-sequence token; set one")
+        raise ModelError(
+            f"the tokenizer of {option}={name!r} has no end-of-sequence token; set one"
+        )
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
         _check_template(tokenizer, chat_template)
     return tokenizer
 
 
-def load_config(name: str) -> Any:
-    """Configuration of a folder or hub name.
+def load_config(name: str, *, option: str = "model") -> Any:
+    """Configuration of a folder or hub name, which `option` gave.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     from transformers import AutoConfig
 
-    with _loading(name):
+    with _loading(name, option=option):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 @contextmanager
-def _loading(name: str, part: str = "") -> Iterator[None]:
-    check_folder(name)
+def _loading(name: str, part: str = "", *, option: str = "model") -> Iterator[None]:
+    check_folder(name, option=option)
     try:
         yield
     except ModelError:
         raise
     except Exception as error:  # a model's code and a configuration's checks can raise anything
         raise ModelError(
-            f"{part}model={name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}"
+            f"{part}{option}={name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -146,38 +149,54 @@ def _check_template(tokenizer: Any, path: str) -> None:
         pass
 
 
-def check_folder(name: str) -> None:
+def check_folder(name: str, *, option: str = "model") -> None:
     """Refuse a path where there is no folder, before a hub is asked for a model of that name.
 
-    ``name`` is not taken for a path where it may as well be that of a hub, "owner/model".
+    ``name``, which `option` gave, is not taken for a path where it may as well be that of a hub,
+    "owner/model".
 
     Raises:
-        ModelError: there is a file, or nothing, or a run, in which policies are.
+        ModelError: there is a file, or nothing, or a run or several, in which policies are.
     """
     path = Path(name)
     if path.is_dir():
-        policies = [path / "policy", *sorted(path.glob("round-*/policy"))]
-        if not (path / "config.json").exists() and (found := [x for x in policies if x.is_dir()]):
-            raise ModelError(f"model={name!r} is the folder of a run; its policy is {found[-1]}")
+        if not (path / "config.json").exists():
+            _refuse_runs(path, option)
         return
     if path.exists():
-        raise ModelError(f"model={name!r} is a file; name the folder of the model")
+        raise ModelError(f"{option}={name!r} is a file; name the folder of the model")
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
     # "runs/policy" beside a folder "runs" is a path.
     if not is_hub_name or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
         raise ModelError(
-            f"the folder model={name!r} does not exist; name a folder that does, or a model of the "
-            "hub as owner/model"
+            f"the folder {option}={name!r} does not exist; name a folder that does, or a model of "
+            "the hub as owner/model"
         )
 
 
-def check_start(name: str) -> None:
+def _refuse_runs(path: Path, option: str) -> None:
+    """Raise ModelError, naming their policies, where a folder is that of a run or of several."""
+    named = f"{option}={str(path)!r} is the folder of"
+    if own := _policies(path, ""):
+        raise ModelError(f"{named} a run; its policy is {own[-1]}")
+    # A later policy of a run comes after an earlier one.
+    if below := {x.relative_to(path).parts[0]: str(x) for x in _policies(path, "*/")}:
+        raise ModelError(f"{named} runs; name a policy of one: {listed([*below.values()])}")
+
+
+def _policies(path: Path, runs: str) -> list[Path]:
+    """Those of `fastdpo train` or of the rounds of `fastdpo iterate`, in order."""
+    found = (x for name in ("policy", "round-*/policy") for x in path.glob(runs + name))
+    return sorted(x for x in found if x.is_dir())
+
+
+def check_start(name: str, *, option: str = "model") -> None:
     """Refuse a model that cannot be trained, by its configuration alone.
 
     Raises:
         ModelError: there is none of this name, or `refuse_quantized`.
     """
-    refuse_quantized(load_config(name), name)
+    refuse_quantized(load_config(name, option=option), name, option=option)
 
 
 def check_generation_config(model: Any) -> None:
@@ -199,7 +218,7 @@ def check_generation_config(model: Any) -> None:
         ) from error
 
 
-def refuse_quantized(config: Any, name: str) -> None:
+def refuse_quantized(config: Any, name: str, *, option: str = "model") -> None:
     """Refuse a model by its configuration where its weights are quantized.
 
     They take no gradient, and adapters cannot be merged into them without rounding again.  As a
@@ -224,16 +243,19 @@ def refuse_quantized(config: Any, name: str) -> None:
             f"transformers.{kind.__name__}(dequantize=True)).save_pretrained(folder) makes it"
         )
     raise ModelError(
-        f"model={name!r} has quantized weights ({getattr(scheme, 'value', scheme)}), which can be "
-        "neither trained nor exact as a reference; name the model that they were made from, with "
-        f"use_peft=true and load_in_4bit=true where memory is short{otherwise}"
+        f"{option}={name!r} has quantized weights ({getattr(scheme, 'value', scheme)}), which can "
+        "be neither trained nor exact as a reference; name the model that they were made from, "
+        f"with use_peft=true and load_in_4bit=true where memory is short{otherwise}"
     )
 
 
-def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def load_causal_lm(
+    name: str, *, dtype: torch.dtype = torch.float32, option: str = "model", **options: Any
+) -> Any:
     """Causal language model of a folder or hub name, on the CPU; remote code is never run.
 
     Args:
+        option: what gave the name, for messages.
         options: further ones of transformers' ``from_pretrained``.
 
     Raises:
@@ -241,7 +263,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: 
     """
     from transformers import AutoModelForCausalLM
 
-    with _loading(name):
+    with _loading(name, option=option):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **options
         )
@@ -249,19 +271,19 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, **options: 
     kind = type(model).__name__
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
-            f"model={name!r} lacks {len(missing)} weights of a {kind}, the first is {missing[0]}; "
-            "name the folder of a whole causal language model"
+            f"{option}={name!r} lacks {len(missing)} weights of a {kind}, the first is "
+            f"{missing[0]}; name the folder of a whole causal language model"
         )
     unused = sorted(loading["unexpected_keys"])
     layers = {x for x, layer in model.named_modules() if list(layer.parameters(recurse=False))}
     if wrong := [x for x in unused if x.rpartition(".")[0] in layers]:
         raise ModelError(
-            f"model={name!r} has {len(wrong)} weights that its configuration leaves out of their "
-            f"layers, the first is {wrong[0]}; correct its config.json"
+            f"{option}={name!r} has {len(wrong)} weights that its configuration leaves out of "
+            f"their layers, the first is {wrong[0]}; correct its config.json"
         )
     if unused:
         _warn_once(
-            f"{len(unused)} weights of model={name}, the first is {unused[0]}, are no part of a "
+            f"{len(unused)} weights of {option}={name}, the first is {unused[0]}, are no part of a "
             f"{kind}: they are not used, and will not be in the policy"
         )
     keep_softcap(model)

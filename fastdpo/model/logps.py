@@ -17,13 +17,19 @@ from fastdpo.progress import parts
 
 
 def load_packed(
-    name: str, device: torch.device | str | None = None, dtype: Any = torch.float32
+    name: str,
+    device: torch.device | str | None = None,
+    dtype: Any = torch.float32,
+    *,
+    option: str = "model",
 ) -> Any:
     """A causal language model ready for `pair_logps`; `dtype` "auto" is that of the checkpoint.
 
+    `option` is what gave the name, for messages.
+
     Raises ModelError (a ValueError) when it can't be loaded or doesn't compute pairs exactly.
     """
-    model = load_causal_lm(name, dtype=dtype).to(
+    model = load_causal_lm(name, dtype=dtype, option=option).to(
         device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
     return prepare_model(model.requires_grad_(False)).eval()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdpo.errors import DataError
+from fastdpo.errors import DataError, listed
 from fastdpo.lazy import installed
 from fastdpo.report.page import render
 from fastdpo.report.runfiles import is_training, read_run, round_folders
@@ -90,12 +90,19 @@ def html(out: Path, defaults: Mapping[str, Any] | None = None) -> Path:
     Raises DataError when `out` holds no run at all, and OSError when it can't be written to.
     """
     out = Path(out)
-    if not ((out / "state.json").is_file() or round_folders(out) or is_training(out)):
+    if not _is_run(out):
+        below = [str(x) for x in sorted(out.glob("*")) if x.is_dir() and _is_run(x)]
         raise DataError(
-            f"{out}: there is no run here, neither state.json, a round nor run.json. Name the "
+            f"{out}: there is no run here, but below it. Name one as output_dir: {listed(below)}"
+            if below
+            else f"{out}: there is no run here, neither state.json, a round nor run.json. Name the "
             "output_dir of fastdpo iterate or of fastdpo train."
         )
     path = out / "report.html"
     with atomic_file(path) as scratch:
         scratch.write_text(render(read_run(out), defaults), encoding="utf-8")
     return path
+
+
+def _is_run(out: Path) -> bool:
+    return (out / "state.json").is_file() or bool(round_folders(out)) or is_training(out)

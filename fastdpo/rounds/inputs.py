@@ -27,10 +27,10 @@ def check_inputs(config: IterateConfig) -> None:
     Raises:
         ConfigError, DataError, ModelError: an option, a row or a model; says which and why.
     """
-    references = [] if config.reference in OWN_POLICIES else [config.reference]
-    models = (*references, config.model)
-    for name in models:
-        check_start(name)
+    references = {} if config.reference in OWN_POLICIES else {"reference": config.reference}
+    models = references | {"model": config.model}
+    for option, name in models.items():
+        check_start(name, option=option)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     prompts, held = split_prompts(config, tokenizer)
     if len(prompts) < len(held):
@@ -48,7 +48,7 @@ def check_inputs(config: IterateConfig) -> None:
         rows += replayed if spec in config.score.scorers and config.scores_offline else []
         check_columns(scorer, ((row.where, row.extra) for row in rows))
         del scorer
-    for name in models:
+    for name in models.values():
         tokens = _tokens(prompts, replayed, held, config, tokenizer)
         check_model(name, tokenizer, config.train, tokens)
     release()

@@ -107,7 +107,9 @@ class GenerateSampler(LoadedSampler):
             advance(ended - before)
             return reached
 
-        with told("generate"), self.drawing() as settings:
+        # One prompt at a time can't be fewer.
+        lower = "batch_prompts" if self.config.batch_prompts > 1 else "max_new_tokens"
+        with told("generate", lower=lower), self.drawing() as settings:
             settings.pad_token_id = self._pad_id
             torch.manual_seed(seed)
             output = self.model.generate(

@@ -123,13 +123,14 @@ def finished(ending: Ending, ids: list[int], reason: Any) -> Output:
 
 
 @contextmanager
-def told(what: str, otherwise: str = "") -> Iterator[None]:
-    """What a backend raises, as a ModelError that says what may help."""
+def told(what: str, otherwise: str = "", *, lower: str = "batch_prompts") -> Iterator[None]:
+    """What a backend raises, as a ModelError that says what may help; `lower` where memory is
+    short."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        advice = "lower batch_prompts if memory is short" + (otherwise and f", or {otherwise}")
+        advice = f"lower {lower} if memory is short" + (otherwise and f", or {otherwise}")
         raise ModelError(f"{what} failed ({type(error).__name__}: {reason}); {advice}") from error
 
 

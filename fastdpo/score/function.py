@@ -5,6 +5,7 @@ What such a function raises is a traceback that begins where its code does. What
 no score is shown with the line that defines it.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -55,8 +56,10 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 
 def _of_file(path: str) -> Any:
-    """The module of a file, under a name that no other module has."""
-    name = f"fastdpo_scorer_{Path(path).stem}"
+    """The module of a file, under a name that no other file has."""
+    place = Path(path).resolve()
+    digest = hashlib.sha256(str(place).encode()).hexdigest()[:8]
+    name = f"fastdpo_scorer_{place.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # by its suffix
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

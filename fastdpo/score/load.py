@@ -116,7 +116,8 @@ def load_scorer(
         check_template(template)
     if kind in ("judge", "follow-up"):
         name = spec.partition(":")[2]
-        model, tokenizer = load_packed(name, device, dtype or "auto"), load_tokenizer(name)
+        tokenizer = load_tokenizer(name, option="scorer")
+        model = load_packed(name, device, dtype or "auto", option="scorer")
         settings = _weights(name, model)
         if kind == "follow-up":
             function = partial(follow_up_scores, model, tokenizer, batch_size=batch_size)

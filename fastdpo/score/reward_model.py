@@ -34,7 +34,7 @@ def load_reward_model(
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     name, _, of_tokenizer = (spec, "", "") if Path(spec).exists() else spec.partition("#")
-    check_folder(name)
+    check_folder(name, option="scorer")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         value_head = "v_head.weight" in _tensor_names(name)

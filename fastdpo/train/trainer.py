@@ -274,7 +274,7 @@ def _save(
         write_json_atomic(setup.out / CONTROL, control.to_dict(), checksum=True)
     named, adapter = isinstance(start, str | Path), setup.out / "adapter"
     if setup.config.use_peft:
-        save_adapter(model, adapter)
+        save_adapter(model, adapter, tokenizer)
         # Neither way needs room for an fp32 model on the device.
         if named:
             model = merged(str(start), adapter, torch.float32)

@@ -33,6 +33,7 @@ from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.load import check_folder, combine, load_causal_lm, load_tokenizer
 from fastdpo.plan.longest import longest_pair
 from fastdpo.sample.generate import GenerateSampler
+from fastdpo.score.load import load_scorer
 from fastdpo.storage import read_parts
 from fastdpo.train import trainer
 from fastdpo.train.config import TrainConfig
@@ -539,6 +540,35 @@ def test_a_missing_folder_is_no_hub_name(tmp_path, name, monkeypatch, capsys):
     for command in (["train", f"--dataset={data}"], ["plan"], ["sample", f"--prompts={prompts}"]):
         assert main([*command, f"--model={name}"]) == 2
         assert f"the folder model={name!r} does not exist" in capsys.readouterr().err
+    # Another option with a model is named as itself.
+    start = tmp_path / "start"
+    save_tiny(LLAMA, start)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for option, *command in (
+        ("beside", "chat", "--prompt=hi", "--dtype=float32"),
+        ("reference", "train", f"--dataset={data}"),
+        ("reference", "iterate", f"--prompts={prompts}", "--score.scorer=answer"),
+    ):
+        assert main([*command, f"--model={start}", f"--{option}={name}"]) == 2
+        assert f"the folder {option}={name!r} does not exist" in capsys.readouterr().err
+    for scorer in (name, f"judge:{name}"):
+        with pytest.raises(ModelError, match="the folder scorer="):
+            load_scorer(scorer)
+
+
+def test_the_folder_of_several_runs_names_their_policies(tmp_path, capsys):
+    for run in ("alpha/round-01", "alpha/round-02", "plain"):
+        (tmp_path / run / "policy").mkdir(parents=True)
+    assert main(["chat", f"--model={tmp_path}", "--prompt=hi"]) == 2
+    policies = [str(tmp_path / x / "policy") for x in ("alpha/round-02", "plain")]
+    assert f"is the folder of runs; name a policy of one: {', '.join(policies)}\n" in (
+        capsys.readouterr().err
+    )
+    for i in range(4):
+        (tmp_path / f"run-{i}" / "policy").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"run-1/policy and 2 more$"):
+        check_folder(str(tmp_path))
 
 
 def test_what_may_be_a_hub_name_is_asked_for(tmp_path, monkeypatch):

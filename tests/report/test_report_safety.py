@@ -237,6 +237,12 @@ def test_no_run_is_an_error_and_leaves_nothing(tmp_path):
         with pytest.raises(DataError, match="no run here"):
             report.html(folder)
     assert not list(tmp_path.iterdir())
+    for run in ("runs/alpha/round-01", "runs/plain", "other"):
+        (tmp_path / run).mkdir(parents=True)
+    (tmp_path / "runs/plain/state.json").touch()
+    with pytest.raises(DataError, match="but below it") as error:
+        report.html(tmp_path / "runs")
+    assert str(error.value).endswith(f": {tmp_path}/runs/alpha, {tmp_path}/runs/plain")
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):

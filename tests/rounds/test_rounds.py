@@ -133,7 +133,9 @@ def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, cap
     page = (out / "report.html").read_text()
     assert "Unfinished: 2 of 3 rounds. It is at train of round 3, begun 20" in page
     assert main(arguments(inputs, out, rounds=3)) == 0
-    assert "to go on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    chat = f"fastdpo chat --model {out / 'round-03/policy'} --beside {inputs / 'model'}"
+    assert "to go on" in said and said.endswith(f"to talk to it: {chat}\n")
     page = (out / "report.html").read_text()
     assert "Finished: 3 of 3 rounds, 20" in page
     # A kill may come between the last stage and its page.

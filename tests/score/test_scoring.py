@@ -156,6 +156,19 @@ def test_what_a_function_raises_or_returns_is_shown_in_its_own_lines(spec, tmp_p
         run_score(load_scorer(f"{spec}:words"), tmp_path)
 
 
+def test_files_of_one_name_are_modules_of_their_own(tmp_path):
+    import pickle
+
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        text = f"class Rewards(list): pass\ndef score(p, responses): return Rewards(['{folder}'])"
+        (tmp_path / folder / "rewards.py").write_text(text)
+    places = [tmp_path / folder / "rewards.py" for folder in ("one", "two")]
+    found = [load_scorer(f"{place}:score").function([], []) for place in places]
+    # By the name of its module a class is found again.
+    assert [*map(pickle.loads, map(pickle.dumps, found))] == [["one"], ["two"]]
+
+
 def test_what_fastdpo_itself_raises_is_one_line(tmp_path):
     write_candidates(tmp_path / "candidates", [[["a"]]])  # type: ignore[list-item]
     with pytest.raises(DataError, match="plain_language raised TypeError for") as error:
