@@ -250,9 +250,8 @@ def _last_part(value: Any) -> Any:
     """Of a whole path on the machine of the run only its last part, all else as it was given."""
     if isinstance(value, list):
         return [_last_part(x) for x in value]
-    path = PurePath(value) if isinstance(value, str) and "\n" not in value else PurePath()
     # A "/" or "/end" may be anything, and tells nothing.
-    return path.name if path.is_absolute() and len(path.parts) > 2 else value
+    return re.sub(r"^(judge:)?/.+/(.+)$", r"\1\2", value) if isinstance(value, str) else value
 
 
 def _beta(run: Run) -> Any:
@@ -304,7 +303,7 @@ def _code(value: Any) -> str | None:
         return None
     if isinstance(value, list):
         return ", ".join(filter(None, map(_code, value)))
-    text = " ".join(plain(masked(as_text(value))).split())
+    text = " ".join(plain(masked(as_text(_last_part(value)))).split())
     if PurePath(text).is_absolute() or Path(text).exists():
         text = PurePath(text).name
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)

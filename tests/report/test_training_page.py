@@ -343,14 +343,15 @@ def test_the_recipe_of_a_card_makes_the_same_policy_again(folder, evaluated, tmp
 def test_an_edited_card_is_left_alone_and_hub_names_are_named(tmp_path):
     out = write_run(
         tmp_path / "run", model="org/Model-3.1-8B",
-        score={"scorer": ["judge:org/judge", "a`b | <c>"]}, train={"beta": 0.1, "alpha": 0},
+        score={"scorer": ["judge:org/judge", "judge:/home/me/judge-2", "a`b | <c>"]},
+        train={"beta": 0.1, "alpha": 0},
     )  # fmt: skip
     state = json.loads((out / "state.json").read_text())
     state["config"]["prompts"] = "org/prompts"
     write_json(out / "state.json", state)
     for name in ("policy", "extrapolated"):
         write_json(out / "round-01" / name / "config.json", {})
-    defaults = {"model": "", "prompts": "", "rounds": 3, "train.alpha": 0.01}
+    defaults = {"model": "", "prompts": "", "rounds": 3, "score.scorer": "", "train.alpha": 0.01}
     written = card.write_cards(out, defaults, index=1)
     assert [path.parent.name for path in written] == ["policy", "extrapolated"]
     text = written[0].read_text(encoding="utf-8")
@@ -358,14 +359,17 @@ def test_an_edited_card_is_left_alone_and_hub_names_are_named(tmp_path):
     assert data.base_model == "org/Model-3.1-8B" and data.datasets == ["org/prompts"]
     assert data.tags == ["fastdpo", "dpo", "iterative-dpo"]
     assert data.to_dict()["base_model_relation"] == "finetune"
-    assert "`judge:org/judge`, `` a`b | <c> ``" in text and "first: the policy of round 1" in text
+    assert "`judge:org/judge`, `judge:judge-2`, `` a`b | <c> ``" in text and "/home" not in text
+    assert "first: the policy of round 1" in text
     assert yaml.safe_load(code_of(text, "yaml")[0]) == {
-        "model": "org/Model-3.1-8B", "prompts": "org/prompts", "rounds": 1, "train": {"alpha": 0},
+        "model": "org/Model-3.1-8B", "prompts": "org/prompts", "rounds": 1,
+        "score": {"scorer": ["judge:org/judge", "judge:judge-2", "a`b | <c>"]},
+        "train": {"alpha": 0},
     }  # fmt: skip
     # The table ends with the card's own round, and has the page's numbers.
     assert "| Round 1 | 0.47 ± 0.20 (+0.240 ± 0.039) |" in text and "Round 2 |" not in text
     assert "95% interval" in text and "tokenizer(" in text  # without a template prompts are text
-    assert "once its paths are whole" not in text and "KL from the start: the mean" in text
+    assert "once its paths are whole" in text and "KL from the start: the mean" in text
     written[0].write_text(text.replace(card.OURS, ""), encoding="utf-8")
     assert card.write_cards(out, defaults, index=1) == written[1:]
 
