@@ -37,16 +37,12 @@ def rows(tmp_path) -> str:
     return str(tmp_path / "rows.jsonl")
 
 
-def instead_of_training(monkeypatch, train):
-    """A stand-in that leaves no run, so that there is no page of it either."""
-    monkeypatch.setattr(stages, "train", train)
-    monkeypatch.setattr(stages.TrainingPage, "finish", lambda *_: None)
-
-
 def trained_on(argv, monkeypatch):
     """The pairs that `fastdpo train` would train on."""
     found = []
-    instead_of_training(monkeypatch, lambda model, tok, pairs, *a, **k: found.extend(pairs) or {})
+    monkeypatch.setattr(
+        stages, "train", lambda model, tok, pairs, *a, **k: found.extend(pairs) or {}
+    )
     assert main(argv) == 0
     return found
 
@@ -95,7 +91,7 @@ def test_all_commands_give_a_string_the_same_tokens(
 
 def test_training_says_once_how_strings_are_taken(model, rows, tmp_path, monkeypatch, capsys):
     def said(*more):
-        instead_of_training(monkeypatch, lambda *a, **k: {})
+        monkeypatch.setattr(stages, "train", lambda *a, **k: {})
         argv = ["train", f"--model={model}", f"--dataset={rows}", f"--output_dir={tmp_path / 'o'}"]
         code = main([*argv, *more])
         return code, capsys.readouterr()
