@@ -82,4 +82,5 @@ def data_facts(found: TokenizedPairs, held: Sequence[TokenizedPair]) -> dict[str
         "mean_length_rejected": fmean(len(pair.rejected_ids) for pair in pairs),
         "longest": max(pair.num_tokens("padded") for pair in pairs) // 2,
     }
+    facts |= {"prompts_as_text": len(found.as_text_at)} if found.as_text_at else {}
     return facts | ({"held_out_pairs": len(held)} if held else {})

@@ -60,6 +60,8 @@ class TokenizedPairs:
     dropped_at: dict[str, list[str]]  # reason -> the rows left out
     truncated_at: list[str]  # rows kept with a response cut at max_length
     max_length: int | None = None
+    # Rows kept whose prompt is a string that the tokenizer's chat template did not render.
+    as_text_at: list[str] = field(default_factory=list)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -137,6 +139,8 @@ def tokenize_dataset(
             result.pairs.append(pair)
             kept.append(row)
             notes.add(row, split, renderer)
+            if isinstance(row.prompt, str) and tokenizer.chat_template is not None:
+                result.as_text_at.append(row.where)
             if max_length is not None and split.num_tokens > max_length:
                 result.truncated_at.append(row.where)
     if not kept:

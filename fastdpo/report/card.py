@@ -6,6 +6,7 @@ Whoever wants to edit a card removes its last line: without that it is not writt
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import escape
 
 from fastdpo.errors import DataError
-from fastdpo.report.evaluation import by_prompt
+from fastdpo.report.evaluation import by_prompt, number
 from fastdpo.report.page import FOLDER, differing, pairs_tables, picture, title
 from fastdpo.report.runfiles import Run, read_run
 from fastdpo.report.tables import (
@@ -27,8 +28,8 @@ from fastdpo.report.tables import (
     by_round_charts,
     by_round_table,
     by_step_charts,
+    distance,
     evaluation_table,
-    other_sampling,
     rows_of,
 )
 from fastdpo.report.text import as_text, count, masked, plain
@@ -39,6 +40,11 @@ OURS = "<!-- Written by fastdpo, which writes it again unless this line is remov
 # What vLLM takes for max_lora_rank (vllm/config/lora.py).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FILES = {".jsonl", ".json", ".parquet", ".csv"}  # of datasets
+# What a model may bring along that changes what it says, and the value that changes nothing; vLLM
+# leaves them out where SamplingParams are given.
+_NEUTRAL = {
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0,
+}  # fmt: skip
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True,
@@ -50,7 +56,7 @@ def write_cards(out: Path, defaults: Mapping[str, Any], *, index: int | None = N
     """Write the cards of what a training, or round `index` of a run, left in its folder.
 
     Args:
-        out: folder of `fastdpo train` or `fastdpo iterate`, as it is to be named in the cards.
+        out: folder of `fastdpo train` or `fastdpo iterate`.
         defaults: of all options, by their names with the section.
 
     Returns the cards.
@@ -98,6 +104,8 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
     evaluations = evaluation_table(run)
     results = _with_head(by_round_table(run, rows), "" if run.alone else "Policy")
     first, (drops, kept) = ("" if run.alone else "Round"), pairs_tables(run)
+    changed = differing(run.config, defaults)
+    changed.pop("output_dir", None)
     text = _TEMPLATES.get_template("card.md.jinja").render(
         metadata=_metadata(run, folder),
         run=run,
@@ -112,9 +120,10 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
         scorer=_code(run.option("score.scorer")),
         peft=bool(run.option("train.use_peft")),
         **_loading(run, folder),
-        recipe=_recipe(run, defaults),
+        recipe=_recipe(changed),
+        hides=any(_last_part(x) != x for x in changed.values()),
         command="train" if run.alone else "iterate",
-        string_prompts=run.option("string_prompts"),
+        as_text=_has_text(run),
         prompts=_code(run.option("prompts")),
         dataset=_code(run.option("dataset")),
         held=_held(run),
@@ -122,7 +131,7 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
         drops=_markdown(_with_head(drops, first)),
         pairs=_markdown(_with_head(kept, first)),
         results=_markdown(_with_head(evaluations, "After step") or results),
-        sampled=other_sampling(run),
+        distance=distance(run) if any("kl" in row for row in rows.values()) else None,
         chart=CHART if figures else None,
         ours=OURS,
     )
@@ -175,30 +184,50 @@ def _base(folder: Path) -> str:
 
 
 def _loading(run: Run, folder: Path) -> dict[str, Any]:
-    """What the lines that load a policy are made of."""
+    """What the lines that load a policy are made of; they are for the folder of the card."""
     adapter = folder.name == "adapter"
-    policy = folder.with_name("policy")
-    base = _base(folder) if adapter else None
+    policy = folder.with_name("policy") if adapter else folder
+    base = _base(folder) if adapter else ""
+    if adapter and not Path(base).is_absolute() and Path(base).exists():
+        base = Path(os.path.relpath(base, folder)).as_posix()
     rank = read_json(folder / "adapter_config.json").get("r") if adapter else None
-    # With a template of its own, the tokenizer beside the adapter is another than the base's.
-    own = adapter and run.option("chat_template") is not None
-    options = {name: run.option(f"sample.{name}") for name in ("temperature", "top_p")}
-    known = {} if run.alone else {name: x for name, x in options.items() if x is not None}
+    tokenizer = None
+    # With a template of its own, its tokenizer is another than the base's.
+    if adapter and run.option("chat_template") is not None:
+        tokenizer = "." if (folder / "tokenizer_config.json").is_file() else "../policy"
     return {
-        "path": json.dumps(str(folder), ensure_ascii=False),
-        "shell_path": shlex.quote(str(folder)),
         "base": json.dumps(base, ensure_ascii=False),
-        "shell_base": shlex.quote(base or ""),
-        "own_tokenizer": own,
-        "policy_path": json.dumps(str(policy), ensure_ascii=False),
-        "shell_policy": shlex.quote(str(policy)),
-        "chat": _has_template(policy if adapter else folder),
+        "shell_base": shlex.quote(base),
+        "tokenizer": tokenizer,
+        "chat": _has_template(policy),
         # That of training says nothing here, and vLLM has no adapters in fp32.
         "dtype": "bfloat16" if run.alone or adapter else run.option("sample.dtype"),
         "max_tokens": run.option("sample.max_new_tokens") or 256,
-        "sampling": known,
+        **_sampling(run, policy),
         "vllm_rank": next((x for x in VLLM_RANKS if x >= (rank or 0)), None),
     }
+
+
+def _sampling(run: Run, policy: Path) -> dict[str, dict[str, Any]]:
+    """Options of transformers' `generate` and of vLLM's SamplingParams for one distribution: that
+    of the run's samples, or the most probable tokens after a training by itself.
+    """
+    path = policy / "generation_config.json"
+    own = read_json(path) if path.is_file() else {}
+    neutral = {name: x for name, x in _NEUTRAL.items() if own.get(name) not in (None, x)}
+    temperature = number(run.option("sample.temperature"))
+    if not temperature or run.alone:
+        return {"generate": {"do_sample": False} | neutral, "params": {"temperature": 0.0}}
+    drawn = {"temperature": temperature, "top_p": number(run.option("sample.top_p")) or 1.0}
+    # top_k is 50 where it isn't set.
+    return {"generate": {"do_sample": True, **drawn, "top_k": 0, **neutral}, "params": drawn}
+
+
+def _has_text(run: Run) -> bool:
+    """Whether prompts that were strings were trained on without the chat template."""
+    if run.alone:
+        return any(one.pairing.get("prompts_as_text") for one in run.rounds)
+    return run.option("string_prompts") == "text"
 
 
 def _has_template(folder: Path) -> bool:
@@ -208,14 +237,21 @@ def _has_template(folder: Path) -> bool:
     return path.is_file() and "chat_template" in read_json(path)
 
 
-def _recipe(run: Run, defaults: Mapping[str, Any]) -> str:
-    """The options that differ from their defaults, as a file for --config."""
+def _recipe(changed: Mapping[str, Any]) -> str:
+    """Options as a file for --config."""
     nested: dict[str, Any] = {}
-    for name, value in differing(run.config, defaults).items():
+    for name, value in changed.items():
         section, _, key = name.rpartition(".")
-        if name != "output_dir":
-            (nested.setdefault(section, {}) if section else nested)[key] = value
+        (nested.setdefault(section, {}) if section else nested)[key] = _last_part(value)
     return masked(yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _last_part(value: Any) -> Any:
+    """Of a whole path on the machine of the run only its last part, all else as it was given."""
+    if isinstance(value, list):
+        return [_last_part(x) for x in value]
+    # A "/" or "/end" may be anything, and tells nothing.
+    return re.sub(r"^(judge:)?/.+/(.+)$", r"\1\2", value) if isinstance(value, str) else value
 
 
 def _beta(run: Run) -> Any:
@@ -267,7 +303,7 @@ def _code(value: Any) -> str | None:
         return None
     if isinstance(value, list):
         return ", ".join(filter(None, map(_code, value)))
-    text = " ".join(plain(masked(as_text(value))).split())
+    text = " ".join(plain(masked(as_text(_last_part(value)))).split())
     if PurePath(text).is_absolute() or Path(text).exists():
         text = PurePath(text).name
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)

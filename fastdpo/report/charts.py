@@ -15,6 +15,7 @@ from fastdpo.report.evaluation import Estimate
 from fastdpo.report.text import short
 
 MAX_BINS = 200  # of a chart by step
+LINES = 4  # of a chart by round, each with a colour and a dash in charts.css
 
 
 class Mark(NamedTuple):

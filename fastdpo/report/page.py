@@ -42,10 +42,10 @@ from fastdpo.report.tables import (
     by_round_charts,
     by_round_table,
     by_step_charts,
+    distance,
     entries,
     evaluated,
     evaluation_table,
-    other_sampling,
     rows_of,
     spread,
     step_values,
@@ -121,6 +121,7 @@ PAIRING = {
     "held_out_pairs": "Pairs held out",
     "longest": "Longest side, tokens",
     "truncated_to_max_length": "Truncated to max_length",
+    "prompts_as_text": "Prompts without the chat template",
 }
 LOST = {
     "pairs_dropped": "Dropped in training: too long",
@@ -150,7 +151,7 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
         status=_status(run),
         tiles=_training_tiles(run) if run.alone else _tiles(rows),
         rounds=by_round_table(run, rows),
-        other_sampling=other_sampling(run),
+        distance=distance(run) if any("kl" in row for row in rows.values()) else None,
         controlled=any("length/target" in row for row in rows.values()),
         plots=by_round_charts({"": (run, rows)}),
         lengths=_lengths(run),

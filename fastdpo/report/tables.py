@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from fastdpo.errors import DataError
 from fastdpo.report import charts
 from fastdpo.report.evaluation import Estimate, number
 from fastdpo.report.runfiles import Numbers, Round, Run, measured
@@ -38,8 +39,9 @@ HELD = (
     Quantity("score", "Score"),
     Quantity("length", "Length, tokens"),
     Quantity("win_rate", "Win rate", percent=True, line=50.0),
-    Quantity("kl", "KL from the start, nats"),
+    Quantity("kl", "KL from the start, nats"),  # `distance` has its name in a run
 )
+_HELD_KEYS = {*(quantity.key for quantity in HELD), "truncated"}
 TRAINED = (
     Quantity("rewards/margins", "Margin"),
     Quantity("rewards/accuracies", "Accuracy", percent=True, line=50.0),
@@ -88,17 +90,67 @@ def by_round_table(run: Run, rows: Mapping[int, Row]) -> Table | None:
 
 def named(run: Run, quantity: Quantity) -> Quantity:
     """The quantity by the name that it has in this run."""
-    if quantity.key == "kl" and other_sampling(run):
-        return quantity._replace(name="Log-ratio to the start, nats")
+    if quantity.key == "kl":
+        return quantity._replace(name=f"{distance(run).name}, nats")
     return quantity
 
 
+class Distance(NamedTuple):
+    """What the distance of policies from the start is called in a run, and what it is, in words."""
+
+    name: str
+    words: str
+
+
+def distance(run: Run) -> Distance:
+    """That which the rounds measured, from the responses that the policies gave.
+
+    It is a KL divergence where the probabilities are those that the responses were drawn by, and a
+    log-ratio elsewhere. Rounds of before took them at temperature 1.
+    """
+    words = "the mean of log(policy/start) over whole responses of the policy, in nats"
+    drawn, taken = _drawn(run), _taken(run)
+    if not other_sampling(run):
+        if (temperature := drawn["temperature"]) == 1:
+            return Distance("KL from the start", f"{words}.")
+        at = f"{temperature:g}"
+        both = f"Both are taken at temperature {at}, at which the responses were drawn."
+        return Distance(f"KL at temperature {at}", f"{words}. {both}")
+    places = [
+        f"temperature {at:g}"
+        + (f" in round{'s' * (len(of) > 1)} {', '.join(map(str, of))}" if len(taken) > 1 else "")
+        for at, of in taken.items()
+    ]
+    how = f"responses were drawn at {other_sampling(run)}, the probabilities are those at"
+    words = f"{words}. It is no KL divergence: {how} {' and '.join(places)}."
+    return Distance("Log-ratio to the start", words)
+
+
 def other_sampling(run: Run) -> str:
-    """How responses were sampled, where not from the policy's own distribution."""
-    known = {name: number(run.option(f"sample.{name}")) for name in ("temperature", "top_p")}
-    if any("kl_temperature" in one.numbers for one in run.rounds):  # taken at theirs
-        del known["temperature"]
-    return " and ".join(f"{name} {x:g}" for name, x in known.items() if x not in (None, 1.0))
+    """How responses were drawn, where the distance is of other probabilities than theirs."""
+    drawn, taken = _drawn(run), _taken(run)
+    if drawn["top_p"] == 1 and set(taken) == {drawn["temperature"]}:
+        return ""
+    return " and ".join(f"{name} {x:g}" for name, x in drawn.items() if x != 1) or "temperature 1"
+
+
+def _drawn(run: Run) -> dict[str, float]:
+    """How responses were; where the options are not known, as a round says of its distance."""
+    noted = (one.numbers.get("kl_temperature") for one in run.rounds)
+    otherwise = {"temperature": next((x for x in noted if x is not None), 1.0), "top_p": 1.0}
+    found = {name: number(run.option(f"sample.{name}")) for name in otherwise}
+    return {name: otherwise[name] if x is None else x for name, x in found.items()}
+
+
+def _taken(run: Run) -> dict[float, list[int]]:
+    """The temperatures at which distances were, with the rounds of each; without any, how they
+    would be.
+    """
+    found: dict[float, list[int]] = {}
+    for one in run.rounds:
+        if "kl" in one.numbers:
+            found.setdefault(one.numbers.get("kl_temperature", 1.0), []).append(one.index)
+    return found or {_drawn(run)["temperature"]: []}
 
 
 def _column(quantity: Quantity, rows: Mapping[int, Row]) -> list[Cell]:
@@ -139,7 +191,16 @@ def by_round_charts(
     runs: Mapping[str, tuple[Run, Mapping[int, Row]]],
     quantities: Sequence[Quantity] = (*HELD, *TRAINED),
 ) -> list[Figure]:
-    """A chart by round of each quantity that is known, with a line for each run by its name."""
+    """A chart by round of each quantity that is known, in their order, with a line for each run by
+    its name.
+
+    Raises DataError when there are more runs than a chart has colours for.
+    """
+    if len(runs) > charts.LINES:
+        raise DataError(
+            f"{len(runs)} runs are too many for one chart, which has colours for {charts.LINES}. "
+            "Compare fewer at a time."
+        )
     figures = []
     for quantity in quantities:
         known = {name: by_round(quantity, rows) for name, (_, rows) in runs.items()}
@@ -147,7 +208,7 @@ def by_round_charts(
             continue
         run, rows = next(iter(runs.values()))
         label, line = named(run, quantity), quantity.line
-        where = "held-out" if quantity in HELD else "training"
+        where = "held-out" if quantity.key.removesuffix(" change") in _HELD_KEYS else "training"
         targets = [row["length/target"].value for row in rows.values() if "length/target" in row]
         if quantity.key == "length" and targets and len(runs) == 1:
             line, where = targets[-1], f"{where}; dashed: the target, {short(targets[-1])}"

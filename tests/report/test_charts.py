@@ -16,9 +16,10 @@ from report_runs import (
     write_run,
 )
 
-from fastdpo.report import charts
+from fastdpo.errors import DataError
+from fastdpo.report import charts, runfiles, tables
 from fastdpo.report.evaluation import Estimate
-from fastdpo.report.page import TEMPLATES
+from fastdpo.report.page import CHART_STYLE, TEMPLATES
 
 draw: Any = TEMPLATES.get_template("charts.svg.jinja").module
 
@@ -139,6 +140,28 @@ def test_two_runs_share_a_chart():
     assert dots[2][1] - dots[0][1] == pytest.approx(6, abs=0.2)  # side by side
     assert [(t.text or "").strip() for t in root.findall(".//tspan")] == ["● plain", "○ with alpha"]
     assert "plain: start: 1 ± 0.5; round 1: 3 ± 0.25. with alpha: start" in chart.spoken
+
+
+def test_each_of_several_runs_has_a_colour_of_its_own(tmp_path):
+    run = runfiles.read_run(write_run(tmp_path, rounds=1))
+    runs = {name: (run, tables.rows_of(run)) for name in "abcd"}
+    wanted = [*reversed(tables.HELD), tables.COLUMNS[4]]
+    figures = tables.by_round_charts(runs, wanted)
+    assert [title for title, _, _ in figures] == [
+        "KL from the start, nats", "Win rate, %", "Length, tokens", "Score", "Cut off, %",
+    ]  # fmt: skip
+    assert {where for _, where, _ in figures} == {"held-out"}
+    root = drawing(draw.by_round(figures[-1][2]))
+    lines = [p.attrib["class"] for p in root.findall("path") if "line" in p.attrib["class"]]
+    assert lines == ["line", "line s1", "line s2", "line s3"]
+    spans = [t.attrib["class"] for t in root.findall(".//tspan")]
+    assert spans == ["s0", "s1", "s2", "s3"] and len(spans) == charts.LINES
+    colours = [re.findall(rf"svg tspan\.{x} {{ fill: (\S+); }}", CHART_STYLE) for x in spans]
+    strokes = [re.findall(rf"svg \.line\.{x}, .*{{ stroke: (\S+); }}", CHART_STYLE) for x in spans]
+    assert all(len(x) == 1 for x in colours) and len({*map(tuple, colours)}) == 4
+    assert strokes[1:] == colours[1:]
+    with pytest.raises(DataError, match="5 runs are too many for one chart"):
+        tables.by_round_charts(runs | {"e": runs["a"]})
 
 
 def test_evaluations_lie_over_the_curve_of_training():

@@ -21,7 +21,7 @@ from report_runs import (
 )
 
 from fastdpo.lazy import installed
-from fastdpo.report import evaluation, runfiles
+from fastdpo.report import card, evaluation, runfiles
 from fastdpo.report import summary as report
 from fastdpo.report.evaluation import Estimate
 from fastdpo.report.page import STYLE, TEMPLATES
@@ -61,18 +61,48 @@ def test_the_divergence_is_that_of_the_evaluation(tmp_path):
     assert "KL from the start, nats" in Reader(page).all_text()
 
 
-@pytest.mark.parametrize("config", [{"temperature": 0.7}, {"top_p": 0.9, "temperature": 1.0}])
-def test_it_is_no_divergence_of_responses_that_were_sampled_otherwise(config, tmp_path):
-    page = page_of(write_run(tmp_path, sample=config))
-    told = Reader(page).all_text()
-    assert "KL from the start" not in told and told.count("Log-ratio to the start, nats") == 2
-    (name, value), *_ = config.items()
-    assert (
-        f"no KL divergence: responses were not sampled from the policy itself but at {name} "
-        in told
-    )
-    assert f"{name} {value:g}, while" in told
-    assert 'aria-label="Log-ratio to the start, nats by round.' in page
+LOG_RATIO = "Log-ratio to the start"
+NO_KL = "It is no KL divergence: responses were drawn at"
+
+
+@pytest.mark.parametrize(("sample", "noted", "name", "words"), [
+    # Taken at temperature 1, as rounds of before were.
+    ({"temperature": 0.7}, {}, LOG_RATIO,
+     f"{NO_KL} temperature 0.7, the probabilities are those at temperature 1."),
+    ({"temperature": 0.7}, {1: 0.7, 2: 0.7}, "KL at temperature 0.7",
+     "Both are taken at temperature 0.7, at which the responses were drawn."),
+    # A run that went on after an update: its rounds are of two quantities.
+    ({"temperature": 0.7}, {2: 0.7}, LOG_RATIO,
+     f"{NO_KL} temperature 0.7, the probabilities are those at temperature 1 in round 1 and "
+     "temperature 0.7 in round 2."),
+    ({"temperature": 1.0}, {2: 1.0}, "KL from the start", "of the policy, in nats."),
+    ({"top_p": 0.9}, {1: 1.0, 2: 1.0}, LOG_RATIO,
+     f"{NO_KL} top_p 0.9, the probabilities are those at temperature 1."),
+    ({"top_p": 0.9, "temperature": 0.7}, {1: 0.7, 2: 0.7}, LOG_RATIO,
+     f"{NO_KL} temperature 0.7 and top_p 0.9, the probabilities are those at temperature 0.7."),
+    # What is left of a run whose options are lost.
+    ({}, {1: 0.7, 2: 0.7}, "KL at temperature 0.7", "at which the responses were drawn."),
+])  # fmt: skip
+def test_the_distance_has_the_name_of_what_was_measured(sample, noted, name, words, tmp_path):
+    out = write_run(tmp_path, sample=sample)
+    for index, temperature in noted.items():
+        path = out / f"round-0{index}/summary.json"
+        write_json(path, json.loads(path.read_text()) | {"kl_temperature": temperature})
+    write_json(out / "round-02/policy/config.json", {})
+    page = page_of(out)
+    whole = Reader(page).all_text()
+    (path,) = card.write_cards(out, {}, index=2)
+    for text in (whole, " ".join(path.read_text(encoding="utf-8").split())):
+        assert f"{name}: the mean of log(policy/start)" in text and words in text
+        for other in {LOG_RATIO, "KL from the start", "KL at temperature"} - {name[:17], name}:
+            assert other not in text
+    assert whole.count(f"{name}, nats") == 2  # of a column and a chart
+    assert f'aria-label="{name}, nats by round.' in page
+    # A run without any has no word of it.
+    for index in (1, 2):
+        path = out / f"round-0{index}/summary.json"
+        write_json(path, {k: x for k, x in json.loads(path.read_text()).items() if k[:2] != "kl"})
+    assert "log(policy/start)" not in page_of(out)
 
 
 @pytest.mark.parametrize(("prompts", "quantile"), [(5, 2.776445), (None, 1.959964), (-1, 1.959964)])

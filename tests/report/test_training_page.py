@@ -16,6 +16,7 @@ from report_runs import (
     section,
     section_text,
     write_json,
+    write_rows,
     write_run,
 )
 from safetensors.torch import load_file
@@ -198,7 +199,7 @@ def test_the_page_is_there_while_training_runs(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["policy", "adapter"])
-def test_the_lines_of_a_card_load_the_policy(adapters, name, capsys):
+def test_the_lines_of_a_card_load_the_policy(adapters, name, capsys, monkeypatch):
     """Those for transformers are run; those for vLLM can only be read as Python here."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -206,6 +207,7 @@ def test_the_lines_of_a_card_load_the_policy(adapters, name, capsys):
     text = (adapters / name / "README.md").read_text(encoding="utf-8")
     for_transformers, for_vllm = code_of(text, "python")
     scope: dict = {}
+    monkeypatch.chdir(adapters / name)
     capsys.readouterr()
     exec(for_transformers.replace("max_new_tokens=256", "max_new_tokens=3"), scope)
     assert capsys.readouterr().out.endswith("\n") and scope["outputs"].shape[0] == 1
@@ -217,10 +219,98 @@ def test_the_lines_of_a_card_load_the_policy(adapters, name, capsys):
     # In bf16, and still nearer to the policy than to the start.
     assert (found - wanted).abs().max() < 0.3 * (start - wanted).abs().max()
     compile(for_vllm, "vllm", "exec")
+    # Both take the most probable tokens.
+    assert "    do_sample=False,\n" in for_transformers
+    assert "SamplingParams(max_tokens=256, temperature=0.0)\n" in for_vllm
+    (serve,) = code_of(text, "bash")
     if name == "adapter":
         assert "max_lora_rank=16" in for_vllm  # the least that vLLM takes for 9
-        assert f'LoRARequest("adapter", 1, "{adapters / "adapter"}")' in for_vllm
-        assert f"--lora-modules adapter={adapters / 'adapter'}" in code_of(text, "bash")[0]
+        assert "--lora-modules adapter=.\n" in serve
+    else:
+        assert serve == "vllm serve . --dtype bfloat16\n"
+
+
+def test_an_adapters_base_is_named_from_its_folder(tmp_path, monkeypatch):
+    """One that was given by a path of the directory that the command ran in."""
+    out = write_run(tmp_path / "runs/one", chat_template="template.jinja")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/base").mkdir(parents=True)
+    adapter = out / "round-01/adapter"
+    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": "models/base", "r": 8})
+    (card_,) = card.write_cards(out.relative_to(tmp_path), {}, index=1)
+    text = card_.read_text(encoding="utf-8")
+    assert text.count('"../../../../models/base"') == 2
+    assert text.count('"../policy"') == 2  # the tokenizer with the run's own template
+    assert (adapter / "../../../../models/base").is_dir() and str(tmp_path) not in text
+    write_json(adapter / "tokenizer_config.json", {"chat_template": "x"})
+    card.write_cards(out, {}, index=1)
+    assert "../policy" not in card_.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("temperature", "drawn"), [(0.7, True), (0, False)])
+def test_transformers_and_vllm_draw_as_the_run_did(temperature, drawn, tmp_path):
+    """Also where the model brings along other settings, which the run left out."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig, TopPLogitsWarper
+
+    top_p = 0.9 if drawn else 1.0
+    out = write_run(tmp_path / "run", sample={"temperature": temperature, "top_p": top_p})
+    policy = out / "round-01/policy"
+    save_tiny(LLAMA, policy)
+    own = GenerationConfig(
+        do_sample=True, top_k=2, temperature=0.1, top_p=0.5, repetition_penalty=5.0, min_p=0.3
+    )
+    own.save_pretrained(policy)
+    (path,) = card.write_cards(out, {}, index=1)
+    for_transformers, for_vllm = code_of(path.read_text(encoding="utf-8"), "python")
+    lines = for_transformers.split("model.generate(\n    **inputs,\n")[1].split("\n)")[0]
+    (params,) = re.findall(r"SamplingParams\((.*)\)", for_vllm)
+    settings, given = (eval(f"dict({x})") for x in (lines, params))
+    assert settings["max_new_tokens"] == given.pop("max_tokens") == 40
+    assert given == ({"temperature": 0.7, "top_p": 0.9} if drawn else {"temperature": 0.0})
+    model: Any = AutoModelForCausalLM.from_pretrained(policy)
+    found = model.generate(
+        torch.tensor([[5, 6, 7]]), **settings | {"max_new_tokens": 1},
+        return_dict_in_generate=True, output_scores=True, output_logits=True,
+    )  # fmt: skip
+    wanted = found.logits[0]
+    if drawn:
+        wanted = TopPLogitsWarper(0.9)(None, wanted / 0.7)  # type: ignore[arg-type]
+    assert torch.equal(found.scores[0], wanted)
+
+
+def test_a_card_tells_of_text_only_where_there_was_some(folder, tmp_path):
+    """The pairs of the other cards are messages, though string_prompts is "text" there too."""
+    from fastdpo.cli.training import data_facts
+    from fastdpo.data.rows import preference_rows, read_rows
+    from fastdpo.data.tokenize import tokenize_dataset
+    from fastdpo.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder / "model"))
+    rows = [{"prompt": f"tell {i}", "chosen": "the weather", "rejected": "me"} for i in range(3)]
+    path, facts = tmp_path / "text.jsonl", {}
+    write_rows(path, rows)
+    for how in ("text", "chat"):
+        found = tokenize_dataset(
+            preference_rows(read_rows(str(path))),
+            tokenizer,
+            max_length=96,
+            string_prompts=how,
+            progress=False,
+        )
+        facts[how] = data_facts(found, [])
+    assert facts["text"]["prompts_as_text"] == 3 and "prompts_as_text" not in facts["chat"]
+    out = tmp_path / "run"
+    write_json(out / "run.json", {"string_prompts": "text"})
+    write_json(out / "policy/config.json", {})
+    write_json(out / "policy/tokenizer_config.json", {"chat_template": "x"})
+    for how, told in (("text", True), ("chat", False)):
+        write_json(out / "data.json", facts[how])
+        (path,) = card.write_cards(out, {})
+        assert ("trained on as they are" in path.read_text(encoding="utf-8")) == told
+        assert (
+            "Prompts without the chat template 3" in section_text(page_of(out), "pairs")
+        ) == told
 
 
 def test_a_card_is_one_of_the_hub(evaluated, adapters):
@@ -238,9 +328,12 @@ def test_a_card_is_one_of_the_hub(evaluated, adapters):
         assert "README" not in (path / "SHA256SUMS").read_text()
 
 
-def test_the_recipe_of_a_card_makes_the_same_policy_again(evaluated, tmp_path):
-    (recipe,) = code_of((evaluated / "policy/README.md").read_text(encoding="utf-8"), "yaml")
+def test_the_recipe_of_a_card_makes_the_same_policy_again(folder, evaluated, tmp_path, monkeypatch):
+    text = (evaluated / "policy/README.md").read_text(encoding="utf-8")
+    (recipe,) = code_of(text, "yaml")
     (tmp_path / "recipe.yaml").write_text(recipe)
+    assert str(folder) not in text and "once its paths are whole" in text
+    monkeypatch.chdir(folder)  # where what it names is
     argv = ["train", f"--config={tmp_path / 'recipe.yaml'}", f"--output_dir={tmp_path / 'again'}"]
     assert main(argv) == 0
     a, b = (load_file(x / "policy/model.safetensors") for x in (evaluated, tmp_path / "again"))
@@ -250,14 +343,15 @@ def test_the_recipe_of_a_card_makes_the_same_policy_again(evaluated, tmp_path):
 def test_an_edited_card_is_left_alone_and_hub_names_are_named(tmp_path):
     out = write_run(
         tmp_path / "run", model="org/Model-3.1-8B",
-        score={"scorer": ["judge:org/judge", "a`b | <c>"]}, train={"beta": 0.1, "alpha": 0},
+        score={"scorer": ["judge:org/judge", "judge:/home/me/judge-2", "a`b | <c>"]},
+        train={"beta": 0.1, "alpha": 0},
     )  # fmt: skip
     state = json.loads((out / "state.json").read_text())
     state["config"]["prompts"] = "org/prompts"
     write_json(out / "state.json", state)
     for name in ("policy", "extrapolated"):
         write_json(out / "round-01" / name / "config.json", {})
-    defaults = {"model": "", "prompts": "", "rounds": 3, "train.alpha": 0.01}
+    defaults = {"model": "", "prompts": "", "rounds": 3, "score.scorer": "", "train.alpha": 0.01}
     written = card.write_cards(out, defaults, index=1)
     assert [path.parent.name for path in written] == ["policy", "extrapolated"]
     text = written[0].read_text(encoding="utf-8")
@@ -265,13 +359,17 @@ def test_an_edited_card_is_left_alone_and_hub_names_are_named(tmp_path):
     assert data.base_model == "org/Model-3.1-8B" and data.datasets == ["org/prompts"]
     assert data.tags == ["fastdpo", "dpo", "iterative-dpo"]
     assert data.to_dict()["base_model_relation"] == "finetune"
-    assert "`judge:org/judge`, `` a`b | <c> ``" in text and "first: the policy of round 1" in text
+    assert "`judge:org/judge`, `judge:judge-2`, `` a`b | <c> ``" in text and "/home" not in text
+    assert "first: the policy of round 1" in text
     assert yaml.safe_load(code_of(text, "yaml")[0]) == {
-        "model": "org/Model-3.1-8B", "prompts": "org/prompts", "rounds": 1, "train": {"alpha": 0},
+        "model": "org/Model-3.1-8B", "prompts": "org/prompts", "rounds": 1,
+        "score": {"scorer": ["judge:org/judge", "judge:judge-2", "a`b | <c>"]},
+        "train": {"alpha": 0},
     }  # fmt: skip
     # The table ends with the card's own round, and has the page's numbers.
     assert "| Round 1 | 0.47 ± 0.20 (+0.240 ± 0.039) |" in text and "Round 2 |" not in text
     assert "95% interval" in text and "tokenizer(" in text  # without a template prompts are text
+    assert "once its paths are whole" in text and "KL from the start: the mean" in text
     written[0].write_text(text.replace(card.OURS, ""), encoding="utf-8")
     assert card.write_cards(out, defaults, index=1) == written[1:]
 
