@@ -297,8 +297,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes `path` if the block ends without an error; checksums of
     its files go with it.
 
-    A folder that is there is put aside whole, and goes when the new one is in its place. What lies in
-    it beside the files of its checksums, as a card, is of others and stays.
+    A folder that is there is put aside whole, and goes when the new one is in its place. What lies
+    in it beside the files of its checksums, as a card, is of others and stays.
 
     Raises DataError when safetensors can't write a file of it.
     """

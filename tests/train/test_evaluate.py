@@ -261,7 +261,7 @@ def test_epochs_added_to_a_finished_run_are_those_of_the_longer_one(
 ):
     """Killed on the way too; until then the policy is what it was."""
     run(model_path, tmp_path / "whole", num_train_epochs=3)
-    run(model_path, tmp_path / "more")
+    found = run(model_path, tmp_path / "more")
     shutil.copytree(tmp_path / "more", tmp_path / "before")
 
     def add():
@@ -269,9 +269,22 @@ def test_epochs_added_to_a_finished_run_are_those_of_the_longer_one(
 
     killed(monkeypatch, trainer, "take_step", 1, add)
     killed(monkeypatch, trainer, "take_step", 4, add)
+    assert len(rows_of(tmp_path / "more", False)) == 7
+    with monkeypatch.context() as patch:  # the finished run can be had back
+        patch.setattr(trainer, "_train", None)
+        assert run(model_path, tmp_path / "more") == found
+    assert "is finished, with num_train_epochs=1; of the 3 that" in capsys.readouterr().out
+    killed(monkeypatch, trainer, "take_step", 3, add)
+    assert same(tmp_path / "more", tmp_path / "before")
+    run(model_path, tmp_path / "more")
+    with pytest.raises(ConfigError, match=r"num_train_epochs=2 is 8 steps, .* is of step 10"):
+        run(model_path, tmp_path / "more", num_train_epochs=2)
     killed(monkeypatch, trainer, "_save", 1, add)
     assert same(tmp_path / "more", tmp_path / "before")
     killed(monkeypatch, trainer, "note_finished", 1, add)
+    for epochs in (1, 2):  # which policy is there is not known by now
+        with pytest.raises(ConfigError, match="is fewer than the 3 of the run"):
+            run(model_path, tmp_path / "more", num_train_epochs=epochs)
     add()
     assert same(tmp_path / "more", tmp_path / "whole")
     assert rows_of(tmp_path / "more", False) == rows_of(tmp_path / "whole", False)
