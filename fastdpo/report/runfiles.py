@@ -129,8 +129,9 @@ def _training(files: "_Files") -> Run:
         found = files.read(part, out / name, reader) if (out / name).exists() else None
         return otherwise if found is None else found
 
+    # What decides a training stands in run.json first.
     config = files.read("config", out / "run.json", _object) or {}
-    config |= read("config", "config.yaml", _options, {})
+    config = read("config", "config.yaml", _options, {}) | config
     for digest in ("pairs", "eval_pairs"):
         config.pop(digest, None)
     epochs = number(config.get("num_train_epochs"))
