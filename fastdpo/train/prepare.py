@@ -218,9 +218,11 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
     before = known | recorded
     asked, had = run["num_train_epochs"], before["num_train_epochs"]
     if asked < had and not _has_policy_of(setup, recorded, asked):
+        finished = recorded.get(_FINISHED) or had
+        back = f", {finished} to have its policy of so many back" if finished < had else ""
         raise ConfigError(
             f"num_train_epochs={asked} is fewer than the {had} of the run in {setup.out}; give "
-            f"{had} or more to go on, or another output_dir to start anew"
+            f"{had} or more to go on{back}, or another output_dir to start anew"
         )
     for name, value in {**run, "num_train_epochs": had}.items():
         if before.get(name) != value:
@@ -298,5 +300,5 @@ def _note(out: Path, facts: Mapping[str, Any]) -> None:
 def steps_and_end(out: Path) -> tuple[int | None, str | None]:
     """The steps of a run's policy, and the time at which it was saved, UTC in ISO 8601; None where
     an older run did not note them."""
-    run = read_json(out / _RUN)
+    run = read_json(out / _RUN) if (out / _RUN).is_file() else {}
     return run.get(_STEPS), run.get(_ENDED)

@@ -170,8 +170,7 @@ def _train(
 
     # Where an earlier run left off.
     adamw = optimizer.optimizer
-    done, state = load_checkpoint(out / "checkpoint", plain, adamw, scheduler)
-    _check_done(setup, done, len(steps))
+    done, state = _restore(setup, plain, adamw, scheduler, len(steps))
     if control is not None:
         control = _begin_control(setup, control, state, response_lengths, done / len(steps))
     alpha = float(config.alpha) if control is None else control.alpha
@@ -206,8 +205,7 @@ def _train(
         note_saving(setup)
     evaluator.finish(plain, len(steps))
     if log is not None:
-        _save(setup, plain, start, tokenizer, control)
-        note_finished(setup, len(steps))
+        _save(setup, plain, start, tokenizer, control, len(steps))
     accelerator.wait_for_everyone()
     if not isinstance(start, str | Path) and not config.use_peft:
         use_own_attention(plain.eval())  # the caller's model generates again
@@ -225,13 +223,20 @@ def _other_reference(
     return None, reference_logps(setup, reference, weights), setup
 
 
-def _check_done(setup: Setup, done: int, steps: int) -> None:
-    """Refuse fewer epochs than a run has done that went on to more, and was stopped."""
+def _restore(
+    setup: Setup, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, steps: int
+) -> tuple[int, Any]:
+    """As `load_checkpoint`; one that is beyond the last of the steps is refused.
+
+    A run has one that went on to more epochs and was stopped.
+    """
+    done, state = load_checkpoint(setup.out / "checkpoint", model, optimizer, scheduler)
     if done > steps:
         raise ConfigError(
             f"num_train_epochs={setup.config.num_train_epochs} is {steps} steps, and the "
             f"checkpoint in {setup.out} is of step {done}; give a larger num_train_epochs"
         )
+    return done, state
 
 
 def _begin_control(
@@ -280,7 +285,12 @@ def _warn_of_few_steps(setup: Setup, steps: int) -> None:
 
 
 def _save(
-    setup: Setup, model: Any, start: Any, tokenizer: Any, control: LengthController | None
+    setup: Setup,
+    model: Any,
+    start: Any,
+    tokenizer: Any,
+    control: LengthController | None,
+    steps: int,
 ) -> None:
     """Leave the policy as a whole model; adapters are merged in fp32 and kept beside it.
 
@@ -298,6 +308,7 @@ def _save(
             model = merged_in_place(model.cpu(), torch.float32)
     name = str(start if named else start.name_or_path)
     save_policy(model, tokenizer, setup.out / "policy", start=name)
+    note_finished(setup, steps)
 
 
 @contextmanager

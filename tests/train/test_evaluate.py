@@ -311,6 +311,8 @@ def test_epochs_added_to_a_finished_run_are_those_of_the_longer_one(
         patch.setattr(trainer, "_train", None)
         assert run(model_path, tmp_path / "more") == found
     killed(monkeypatch, trainer, "take_step", 5, add)
+    with pytest.raises(ConfigError, match=r"3 or more to go on, 1 to have its policy of so many"):
+        run(model_path, tmp_path / "more", num_train_epochs=2)
     assert same(tmp_path / "more", tmp_path / "before")
     run(model_path, tmp_path / "more")
     with pytest.raises(ConfigError, match=r"num_train_epochs=2 is 8 steps, .* is of step 10"):
