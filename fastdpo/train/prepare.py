@@ -300,5 +300,5 @@ def _note(out: Path, facts: Mapping[str, Any]) -> None:
 def steps_and_end(out: Path) -> tuple[int | None, str | None]:
     """The steps of a run's policy, and the time at which it was saved, UTC in ISO 8601; None where
     an older run did not note them."""
-    run = read_json(out / _RUN) if (out / _RUN).is_file() else {}
+    run = read_json(out / _RUN)
     return run.get(_STEPS), run.get(_ENDED)
