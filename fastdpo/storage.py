@@ -297,10 +297,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes `path` if the block ends without an error; checksums of
     its files go with it.
 
+    A folder that is there is put aside whole, and goes when the new one is in its place. What lies
+    in it beside the files of its checksums, as a card, is of others and stays.
+
     Raises DataError when safetensors can't write a file of it.
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name}.partial")
+    settle_directory(path)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     with told_when_full(path):
@@ -312,9 +316,41 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         sync(file)
     sync(scratch)
     if path.exists():
-        shutil.rmtree(path)
+        path.rename(_aside(path))
     scratch.rename(path)
     sync(path.parent)
+    settle_directory(path)
+
+
+def settle_directory(path: Path) -> None:
+    """End what a kill in `atomic_directory` left: where the new folder is not in its place, the old
+    one is put back; where it is, the old one goes."""
+    path, old = Path(path), _aside(Path(path))
+    if not old.is_dir():
+        return
+    if not path.exists():
+        old.rename(path)
+        sync(path.parent)
+        return
+    for file in _of_others(old):
+        place = path / file.relative_to(old)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(place)
+    shutil.rmtree(old)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _of_others(path: Path) -> list[Path]:
+    """The files of a folder that are not in its checksums; none where it has no checksums."""
+    if not (path / SUMS).is_file():
+        return []
+    lines = (path / SUMS).read_text().splitlines()
+    own = {path / line.partition("  ")[2] for line in lines} | {path / SUMS}
+    return [file for file in path.rglob("*") if file.is_file() and file not in own]
 
 
 @contextmanager

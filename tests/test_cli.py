@@ -72,6 +72,8 @@ def test_the_best_policy_of_an_evaluated_run(model, tmp_path, capsys):
     assert main([*argv, f"--eval_dataset={dataset}"]) == 2
     assert "all 6 pairs are trained on too" in capsys.readouterr().err
     argv += [f"--eval_dataset={held}", "--load_best_model_at_end=true"]
+    assert main([*argv, "--eval_split=test"]) == 2
+    assert "but eval_split='test' is given. Leave eval_split out" in capsys.readouterr().err
     for epochs in (2, 2, 3):  # the second time it is done already
         assert main([*argv, f"--num_train_epochs={epochs}"]) == 0
         out = capsys.readouterr().out
@@ -390,6 +392,17 @@ def test_bad_configs_are_typed_errors(bad):
     assert name.rpartition(".")[2] in str(error.value) and "\n" not in str(error.value)
 
 
+def in_two_processes(argv):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    done = subprocess.run(
+        [*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m",
+         "fastdpo.cli", *argv],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -410,13 +423,7 @@ def test_two_processes_train_like_one(model, tmp_path, options):
     more = ["--batch_size=4", "--learning_rate=1e-3", "--warmup_ratio=0", cache, *options]
     more += [f"--eval_dataset={held}", "--eval_steps=2"]
     assert main([*train_arguments(model, dataset, tmp_path / "one"), *more]) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
-    done = subprocess.run(
-        [*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m",
-         "fastdpo.cli", *train_arguments(model, dataset, tmp_path / "two"), *more],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes([*train_arguments(model, dataset, tmp_path / "two"), *more])
     assert len(list((tmp_path / "references").iterdir())) == 2  # of training and of evaluation
     one = load_file(tmp_path / "one/policy/model.safetensors")
     two = load_file(tmp_path / "two/policy/model.safetensors")
@@ -437,6 +444,49 @@ def test_two_processes_train_like_one(model, tmp_path, options):
         for name in ("loss", "rewards/margins", "logps/chosen", "lengths/chosen"):
             assert b[of + name] == pytest.approx(a[of + name], rel=1e-3, abs=1e-4), name
         assert of or b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_best_and_take_more_epochs(model, tmp_path, capsys):
+    """And leave the page and the card of one, which says each thing once."""
+    from safetensors.torch import load_file
+    from torch.testing import assert_close
+
+    rows = [{**ROW, "chosen": " nice" * (i % 4 + 1), "rejected": f" no {i}"} for i in range(8)]
+    dataset = write(tmp_path / "pairs.jsonl", rows)
+    held = write(tmp_path / "held.jsonl", [{**ROW, "chosen": " a" * i} for i in range(1, 4)])
+    more = ["--batch_size=4", "--learning_rate=1e-3", "--reference_cache=null"]
+    more += [f"--eval_dataset={held}", "--eval_steps=1", "--load_best_model_at_end"]
+    more += ["--metric_for_best_model=rewards/chosen"]
+    found = {}
+    for name, train in (("one", main), ("two", in_two_processes)):
+        argv = [*train_arguments(model, dataset, tmp_path / name), *more]
+        for epochs in (1, 2):
+            said = train([*argv, f"--num_train_epochs={epochs}"])
+            told = said if name == "two" else capsys.readouterr().out
+            assert told.count("prompts that are strings") == 2  # of either dataset
+            assert told.count("\n8 pairs, 0 truncated") == told.count("eval_dataset: 3 pairs") == 1
+        out = tmp_path / name
+        found[name] = {
+            file: json.loads((out / file).read_text()) for file in ("best.json", "train.json")
+        } | {
+            "weights": load_file(out / "policy" / "model.safetensors"),
+            "page": re.findall(r"Finished: \d+ optimizer steps", (out / "report.html").read_text()),
+            "card": re.findall(r"^\| *([^|]+) \|", (out / "policy/README.md").read_text(), re.M),
+            "files": sorted(x.relative_to(out).as_posix() for x in out.rglob("*")
+                            if x.is_file() and "events" not in x.name and ".lock" not in x.name),
+        }  # fmt: skip
+    one, two = found["one"], found["two"]
+    for name, value in one.pop("weights").items():
+        assert_close(two["weights"][name], value, rtol=1e-4, atol=1e-5)
+    assert one["best.json"]["global_step"] == 4 > one["best.json"]["best_global_step"]
+    for file in ("best.json", "train.json"):
+        wanted = {name: x for name, x in one.pop(file).items() if isinstance(x, int)}
+        assert wanted == {name: two[file][name] for name in wanted}
+    assert one["page"] == ["Finished: 4 optimizer steps"] and "After step" in one["card"]
+    assert [one[x] for x in ("page", "card", "files")] == [
+        two[x] for x in ("page", "card", "files")
+    ]
 
 
 def test_plan_says_what_fits(tmp_path, capsys):

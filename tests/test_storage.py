@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,50 @@ def test_parts_are_ordered_by_number(tmp_path):
     (tmp_path / ".part-00003.jsonl.1234.tmp").write_text("{")
     (tmp_path / "part-00003.jsonl.tmp").write_text("{")
     assert [row["a"] for row in storage.read_parts(tmp_path)] == [0, 1, 2]
+
+
+class Killed(BaseException):
+    """As KeyboardInterrupt, which no block takes for an error of its own."""
+
+
+def write_directory(path, text):
+    with storage.atomic_directory(path) as scratch:
+        (scratch / "weights").write_text(text)
+        (scratch / f"shard-{text}").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [(Path, "rename", 1), (Path, "rename", 2), (Path, "rename", 3), (storage.shutil, "rmtree", 2)],
+)
+def test_a_folder_is_replaced_whole_and_what_lies_beside_stays(
+    tmp_path, monkeypatch, owner, name, count
+):
+    """Killed at each rename, and where the old folder is removed."""
+    path, real, calls = tmp_path / "policy", getattr(owner, name), []
+    write_directory(path, "1")
+    for card in ("README.md", "more/notes.txt"):
+        (path / card).parent.mkdir(exist_ok=True)
+        (path / card).write_text("edited")
+
+    def deadly(*args, **options):
+        calls.append(args)
+        if len(calls) == count:
+            if name == "rmtree":  # in the middle of it
+                (args[0] / storage.SUMS).unlink()
+            raise Killed
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, deadly)
+        with pytest.raises(Killed):
+            write_directory(path, "2")
+    storage.settle_directory(path)
+    told = (path / "weights").read_text()
+    storage.check_directory(path)
+    assert told in "12" and (path / f"shard-{told}").is_file()
+    write_directory(path, "3")
+    storage.check_directory(path)
+    files = {x.relative_to(path).as_posix() for x in path.rglob("*") if x.is_file()}
+    assert files == {"weights", "shard-3", "README.md", "more/notes.txt", storage.SUMS}
+    assert [x.name for x in tmp_path.iterdir()] == ["policy"]

@@ -43,6 +43,7 @@ def trained_on(argv, monkeypatch):
     monkeypatch.setattr(
         stages, "train", lambda model, tok, pairs, *a, **k: found.extend(pairs) or {}
     )
+    monkeypatch.setattr(stages.TrainingPage, "finish", lambda *_: None)  # of no training
     assert main(argv) == 0
     return found
 
@@ -92,6 +93,7 @@ def test_all_commands_give_a_string_the_same_tokens(
 def test_training_says_once_how_strings_are_taken(model, rows, tmp_path, monkeypatch, capsys):
     def said(*more):
         monkeypatch.setattr(stages, "train", lambda *a, **k: {})
+        monkeypatch.setattr(stages.TrainingPage, "finish", lambda *_: None)
         argv = ["train", f"--model={model}", f"--dataset={rows}", f"--output_dir={tmp_path / 'o'}"]
         code = main([*argv, *more])
         return code, capsys.readouterr()

@@ -304,12 +304,13 @@ def run_train(config: TrainCommand) -> None:
     if config.reference is not None:
         check_start(config.reference, option="reference")
     tokenizer = load_tokenizer(config.model, config.chat_template)
-    out = Path(config.output_dir)
+    out, first = Path(config.output_dir), _is_first()
     with rendering_at(_rendered_at(out / RENDERED)) as clock:
         given = {"dataset": read_rows(config.dataset, config.split)}
         if config.eval_dataset is not None:
-            rows = read_rows(config.eval_dataset, config.eval_split, default="test")
-            given["eval_dataset"] = rows
+            given["eval_dataset"] = read_rows(
+                config.eval_dataset, config.eval_split, default="test", option="eval_split"
+            )
         texts = not all(map(_has_tokens, given.values()))
         require_used(config, "string_prompts", texts, f"dataset={config.dataset} have texts")
         found, *others = (_read_pairs(config, *each, tokenizer) for each in given.items())
@@ -320,7 +321,6 @@ def run_train(config: TrainCommand) -> None:
         LengthController.from_dict(read_json(Path(config.control))) if config.control else None
     )
     lengths = response_lengths(Path(config.candidates)) if config.candidates else None
-    first = int(os.environ.get("RANK", "0")) == 0
     shown = TrainingPage(config, found, held)
     with locked(out) if first else nullcontext():
         if first and clock.read:
@@ -339,6 +339,11 @@ def run_train(config: TrainCommand) -> None:
         print(f"report: {page}")
         print(f"policy: {out / 'policy'}{_best(out) if config.load_best_model_at_end else ''}")
         print(to_talk(out / "policy", config))
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of a launch, which alone writes and says things."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _best(out: Path) -> str:
@@ -368,8 +373,10 @@ def _read_pairs(config: TrainCommand, name: str, rows: Rows, tokenizer: Any) -> 
         overlong=config.overlong,
         stop_ids=stop_ids(config.model, tokenizer),
         string_prompts=config.string_prompts,
+        progress=_is_first(),
     )
-    print(found if name == "dataset" else f"{name}: {found}")
+    if _is_first():
+        print(found if name == "dataset" else f"{name}: {found}")
     return found
 
 
@@ -386,7 +393,7 @@ def _tell_of_strings(config: TrainCommand, rows: list[PreferenceRow], tokenizer:
         )
     strings = (x for x in rows if isinstance(x.prompt, str))
     first = next((x for x in strings if takes_as_chat(str(x.prompt), tokenizer)), None)
-    if first is not None:
+    if first is not None and _is_first():
         how, other = (
             ("messages of the user, as in sampling", "string_prompts=text takes them as text")
             if as_chat

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +13,7 @@ from fastdpo.data.tokenize import TokenizedPairs
 from fastdpo.report import card
 from fastdpo.report import summary as report
 from fastdpo.storage import write_json_atomic
+from fastdpo.train.prepare import steps_and_end
 
 _LEAST_SHARE = 50  # a page takes at most one part in so many of the time
 
@@ -50,9 +50,8 @@ class TrainingPage:
     def finish(self, metrics: dict[str, float]) -> Path:
         """Note that training ended, and write page and cards; returns the page."""
         self._begin()
-        path = self.out / "train.json"
-        if self.steps or not path.is_file():
-            ended = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}" if self.steps else None
+        path, (_, ended) = self.out / "train.json", steps_and_end(self.out)
+        if ended or not path.is_file():  # an older run noted its end there alone
             write_json_atomic(path, metrics | {"ended": ended}, checksum=True)
         page = report.html(self.out, self.defaults)
         card.write_cards(self.out, self.defaults)

@@ -74,7 +74,7 @@ def fit_to_budget(
     if not fitted.pairs:
         choice = ", or set overlong=truncate" if overlong == "drop" else ""
         raise DataError(
-            f"{_place(pairs, 0)} to {_place(pairs, len(pairs) - 1)}: no pair is left to train on: "
+            f"{_place(pairs, 0)} to {_place(pairs, len(pairs) - 1)}: no pair is left: "
             f"all {len(pairs)} take more than max_tokens = {max_tokens} tokens. "
             f"Raise max_tokens to at least {max(sizes)}, the longest pair{choice}."
         )

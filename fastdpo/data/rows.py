@@ -56,13 +56,18 @@ class Rows:
 
 
 def read_rows(
-    path_or_name: str | Path, split: str | None = None, *, default: str = "train"
+    path_or_name: str | Path,
+    split: str | None = None,
+    *,
+    default: str = "train",
+    option: str = "split",
 ) -> Rows:
     """Read all rows of a dataset.
 
     `path_or_name` is a `.jsonl`, `.json` (list of objects), `.csv` or `.parquet` file, a directory
     written by `datasets.save_to_disk`, or the name of a dataset on the Hugging Face hub. `split`
-    selects from a directory with several and from the hub, by default `default`.
+    selects from a directory with several and from the hub, by default `default`; errors call it
+    `option`.
 
     Arrow gives every struct the keys that any row has, with null for those that a row lacks. From
     Parquet, directories and the hub, keys of structs that are null are left out, so that rows are
@@ -75,15 +80,15 @@ def read_rows(
     name = str(path_or_name)
     path = Path(name).expanduser()
     if path.is_dir():
-        rows = Rows(name, _read_saved(path, split, default))
+        rows = Rows(name, _read_saved(path, split, default, option))
     elif path.exists():
         if split is not None:
-            raise DataError(_no_split(name, split, "a file"))
+            raise DataError(_no_split(name, split, "a file", option))
         rows = _read_file(path, name)
     elif _looks_like_a_path(name):
         raise DataError(f"{name}: no such file or directory. Check the path.")
     else:
-        rows = Rows(name, _read_hub(name, split or default))
+        rows = Rows(name, _read_hub(name, split or default, option))
     if not rows.rows:
         raise DataError(f"{name}: there are no rows in it. Write one object per row.")
     return rows
@@ -165,7 +170,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         return _arrow_rows(Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True))
 
 
-def _read_saved(path: Path, split: str | None, default: str) -> list[dict[str, Any]]:
+def _read_saved(path: Path, split: str | None, default: str, option: str) -> list[dict[str, Any]]:
     from datasets import DatasetDict, load_from_disk
 
     with _told(
@@ -176,19 +181,21 @@ def _read_saved(path: Path, split: str | None, default: str) -> list[dict[str, A
     if isinstance(dataset, DatasetDict):
         split = split or default
         if split not in dataset:
-            raise DataError(f"{path}: no split {split!r}. Choose one of {sorted(dataset)}.")
+            raise DataError(
+                f"{path}: no split {split!r}. Choose one of {sorted(dataset)} ({option})."
+            )
         dataset = dataset[split]
     elif split is not None:
-        raise DataError(_no_split(str(path), split, "a folder of one dataset"))
+        raise DataError(_no_split(str(path), split, "a folder of one dataset", option))
     return _arrow_rows(dataset)
 
 
-def _read_hub(name: str, split: str) -> list[dict[str, Any]]:
+def _read_hub(name: str, split: str, option: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     with _told(
         f"{name}: no such file, and split {split!r} can't be loaded from the Hugging Face hub",
-        "Check the name, the split and the network, or download the dataset and give a local file.",
+        f"Check the name, {option} and the network, or download the dataset and give a local file.",
     ):
         return _arrow_rows(load_dataset(name, split=split))
 
@@ -223,8 +230,8 @@ def _as_written(value: Any, feature: Any) -> Any:
     return value
 
 
-def _no_split(name: str, split: str, what: str) -> str:
-    return f"{name}: {what} has no splits, but split={split!r} is given. Leave split out."
+def _no_split(name: str, split: str, what: str, option: str) -> str:
+    return f"{name}: {what} has no splits, but {option}={split!r} is given. Leave {option} out."
 
 
 def preference_rows(rows: Rows) -> list[PreferenceRow]:

@@ -151,8 +151,7 @@ def tokenize_dataset(
         if result.dropped.keys() - _TOO_LONG:
             ways.append("Give pairs whose chosen and rejected differ and are not empty.")
         raise DataError(
-            f"{rows[0].where} to {rows[-1].where}: no pair is left to train on ({reasons}). "
-            + " ".join(ways)
+            f"{rows[0].where} to {rows[-1].where}: no pair is left ({reasons}). " + " ".join(ways)
         )
     warn_of_unread(kept, tokenizer)
     for message in (*notes.messages(len(kept), renderer), *_ends_that_do_not_stop(renderer)):

@@ -129,16 +129,22 @@ def _training(files: "_Files") -> Run:
         found = files.read(part, out / name, reader) if (out / name).exists() else None
         return otherwise if found is None else found
 
+    # What decides a training stands in run.json first.
     config = files.read("config", out / "run.json", _object) or {}
-    config |= read("config", "config.yaml", _options, {})
+    config = read("config", "config.yaml", _options, {}) | config
     for digest in ("pairs", "eval_pairs"):
         config.pop(digest, None)
     epochs = number(config.get("num_train_epochs"))
     # It has a policy of fewer epochs while it goes on to more.
     is_whole = config.pop("policy_epochs", epochs) == epochs and (out / "policy").is_dir()
+    last, saved = number(config.pop("policy_steps", None)), config.pop("policy_ended", None)
     whole = files.read("steps", out / "metrics" / "metrics.jsonl", _steps) or []
+    if is_whole and last is not None:  # more epochs may have been begun
+        whole = [row for row in whole if row.get("step", 0) <= last]
     steps, evaluations = _apart(whole)
     end = read("steps", "train.json", _object, {}) if is_whole else {}
+    if is_whole and saved not in (None, end.get("ended")):  # killed before it was written
+        end = {"ended": saved}
     best = read("steps", "best.json", _numbers, {}) if is_whole else {}
     numbers = _means(steps) | read("steps", "fitted.json", _numbers, {}) | _finite(end)
     pairing: Numbers = {}

@@ -56,8 +56,8 @@ def _save_weights(model: Any, folder: Path) -> None:
 
 
 def keep_newest(folder: Path) -> None:
-    """Remove all steps of a folder but the last."""
-    for old in sorted(folder.glob("step-*"))[:-1]:
+    """Remove all steps of a folder but the last, and what a kill left of others."""
+    for old in (*sorted(folder.glob("step-*"))[:-1], *folder.glob(".step-*")):
         shutil.rmtree(old)
 
 
@@ -73,7 +73,8 @@ def remove_checkpoint(folder: Path) -> None:
 def save_best(folder: Path, step: int, model: Any, value: float) -> None:
     """Save the weights after ``step`` steps, and the metric by which they are the best so far.
 
-    Earlier ones stay until `keep_newest`: a run that goes on from before this step needs them.
+    Earlier ones stay until `forget_best` and `keep_newest`: a run that goes on from before this
+    step needs that of its checkpoint.
     """
     with atomic_directory(folder / _STEP.format(step)) as scratch:
         _save_weights(model, scratch)
@@ -81,7 +82,8 @@ def save_best(folder: Path, step: int, model: Any, value: float) -> None:
 
 
 def forget_best(folder: Path, done: int) -> None:
-    """Remove what was the best after more than ``done`` steps, which are done again."""
+    """Remove what was the best after more than ``done`` steps: they are done again, or there is a
+    better one."""
     for path in folder.glob("step-*"):
         if path.name > _STEP.format(done):
             shutil.rmtree(path)

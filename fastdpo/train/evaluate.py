@@ -6,6 +6,7 @@ state stay as they are, so training goes on with the same bits.
 """
 
 import logging
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from itertools import accumulate
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdpo.data.batch import TokenizedPair
-from fastdpo.errors import DataError, require_used
+from fastdpo.errors import DataError, ModelError, require_used
 from fastdpo.progress import bar
 from fastdpo.storage import read_json, write_json_atomic
 from fastdpo.train.checkpoint import best_so_far, forget_best, keep_newest, load_best, save_best
@@ -26,7 +27,7 @@ from fastdpo.train.reference import pairs_digest, reference_logps
 from fastdpo.train.steps import Setup, measure, plan_epoch
 
 BEST = "best.json"  # which step the policy is of, where the best one is kept
-_FOLDER = "eval_dataset"  # what is kept of these pairs in the run's folder
+_FOLDER = "eval_dataset"  # what is kept of these pairs in the run's folder, and their name
 _log = logging.getLogger(__name__)
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
 
@@ -48,10 +49,11 @@ class Evaluator:
         _check_apart(setup, pairs)
         self.options, self.best = options, setup.out / "best"
         own = replace(setup.config, batch_size=max(len(pairs), 1))
-        self.setup = replace(setup, pairs=pairs, config=own, out=setup.out / _FOLDER)
+        self.setup = replace(setup, pairs=pairs, config=own, out=setup.out / _FOLDER, name=_FOLDER)
         self.ref_logp_P2: Tensor | None = None
         self.batches: list[list[int]] = []
         self.due: Collection[int] = ()
+        self.checkpoint = 0  # steps done at the last one
 
     def facts(self) -> dict[str, Any]:
         """What of an evaluation is part of what a run is."""
@@ -62,7 +64,7 @@ class Evaluator:
     def fit(self, model: nn.Module, aux_loss_coef: float = 0.0) -> None:
         """Bring the pairs within the budget of a model's layout."""
         if self.setup.pairs:
-            self.setup = replace(fit_pairs(self.setup, model, _FOLDER), aux_loss_coef=aux_loss_coef)
+            self.setup = replace(fit_pairs(self.setup, model), aux_loss_coef=aux_loss_coef)
 
     def refer(self, model: nn.Module, weights: str) -> None:
         """Compute their log-probs under the reference."""
@@ -80,6 +82,7 @@ class Evaluator:
         due = {*(range(0, ends[-1], every) if every else ends), ends[-1]}
         self.due = {step for step in due if step > done or done == 0}
         [self.batches] = plan_epoch(self.setup, 0)
+        self.checkpoint = done
         if self.setup.accelerator.is_main_process:
             forget_best(self.best, done)
         if self.setup.progress:
@@ -97,6 +100,9 @@ class Evaluator:
 
         Args:
             log: of the first process, None on the others.
+
+        Raises:
+            ModelError: a metric is not finite.
         """
         if step not in self.due:
             return
@@ -104,6 +110,7 @@ class Evaluator:
         evaluating = bar("evaluation", count, "batch", shown=self.setup.progress)
         with evaluating as shown, shown.part(count):
             row = measure(self.setup, model, self.batches, alpha, self.ref_logp_P2, reference)
+        _check_finite(self.setup, step, row)
         if log is None:
             return
         log.add({"step": step, **row})
@@ -114,10 +121,13 @@ class Evaluator:
         if step and self.options.load_best_model_at_end:
             value, best = row[self.options.best_metric], best_so_far(self.best)
             if best is None or self.options.is_better(value, best[1]):
+                # Killed, the run goes on from the checkpoint, with the best up to there.
+                forget_best(self.best, self.checkpoint)
                 save_best(self.best, step, model, value)
 
-    def saved(self) -> None:
+    def saved(self, step: int) -> None:
         """Called after a checkpoint: the run never goes on from before it."""
+        self.checkpoint = step
         if self.options.load_best_model_at_end:
             keep_newest(self.best)
 
@@ -139,14 +149,32 @@ class Evaluator:
             }
             write_json_atomic(self.best.parent / BEST, facts)
 
-    def of_policy(self) -> dict[str, float]:
-        """The metrics of the saved policy's evaluation, none without one."""
+    def of_policy(self, steps: int | None) -> dict[str, float]:
+        """The metrics of the saved policy's evaluation, none without one; ``steps`` are those of
+        the policy, where they are known."""
         out = self.best.parent
-        rows = [x for x in read_metrics(out / "metrics" / "metrics.jsonl") if "eval_loss" in x]
+        rows = read_metrics(out / "metrics" / "metrics.jsonl", steps)
+        rows = [row for row in rows if "eval_loss" in row]
         if rows and self.options.load_best_model_at_end:
             best = read_json(out / BEST)["best_global_step"]
             rows = [row for row in rows if row["step"] == best]
         return {name: x for name, x in rows[-1].items() if name != "step"} if rows else {}
+
+
+def _check_finite(setup: Setup, step: int, row: dict[str, float]) -> None:
+    bad = next((name for name, value in row.items() if not math.isfinite(value)), None)
+    if bad is None:
+        return
+    rate = setup.config.learning_rate
+    raise ModelError(
+        f"the {f'policy after step {step}' if step else 'start'} gives {_FOLDER} {bad}={row[bad]}: "
+        + (
+            f"training left the finite range; lower learning_rate ({rate}) or set bf16=false. The "
+            "last checkpoint is kept"
+            if step
+            else "the model is broken or overflows in bf16 (try bf16=false)"
+        )
+    )
 
 
 def _check_apart(setup: Setup, pairs: Sequence[TokenizedPair]) -> None:

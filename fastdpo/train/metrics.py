@@ -44,8 +44,12 @@ class MetricsLog:
             self.board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Complete rows of a metrics file; a last line cut off by a kill is left out."""
+def read_metrics(path: Path, steps: int | None = None) -> list[dict[str, Any]]:
+    """Complete rows of a metrics file; a last line cut off by a kill is left out.
+
+    Args:
+        steps: leave out what was logged after so many; by default nothing.
+    """
     if not path.exists():
         return []
     rows = []
@@ -54,12 +58,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return rows
+    return rows if steps is None else [row for row in rows if row["step"] <= steps]
 
 
-def mean_metrics(path: Path) -> dict[str, float]:
-    """Metrics of all steps, averaged over pairs."""
-    rows = [row for row in read_metrics(path) if "pairs" in row]
+def mean_metrics(path: Path, steps: int | None = None) -> dict[str, float]:
+    """Metrics of all steps, or of so many, averaged over pairs."""
+    rows = [row for row in read_metrics(path, steps) if "pairs" in row]
     total = sum(row["pairs"] for row in rows)
     names = [name for name in rows[0] if name not in {"step", "pairs"}] if rows else []
     return {name: sum(row[name] * row["pairs"] for row in rows) / total for name in names}

@@ -6,6 +6,7 @@ Whatever cannot be trained, in a model, its options or the pairs, is refused her
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from fastdpo.model.load import (
     weights_digest,
 )
 from fastdpo.model.prepare import check_range, layout_of, prepare_model
-from fastdpo.storage import read_json, write_json_atomic
+from fastdpo.storage import read_json, settle_directory, write_json_atomic
 from fastdpo.train.config import FREE, EvalConfig, TrainConfig
 from fastdpo.train.reference import pairs_digest
 from fastdpo.train.steps import Setup
 
 _RUN = "run.json"
-_FINISHED = "policy_epochs"  # in it: the epochs of the policy, where it is saved
+# In it: the epochs and steps of the policy, where it is saved, and when that was.
+_FINISHED, _STEPS, _ENDED = "policy_epochs", "policy_steps", "policy_ended"
 _PAIRS = {"pairs": "other pairs", "eval_pairs": "other pairs in eval_dataset"}
 FITTED = "fitted.json"  # how many pairs were too long
 # Of a subclass too: what it adds says nothing of the weights.
@@ -143,22 +145,19 @@ def load_reference(setup: Setup) -> tuple[nn.Module, str, Setup]:
     return model, weights, fit_pairs(setup, model)
 
 
-def fit_pairs(setup: Setup, model: nn.Module, name: str = "") -> Setup:
+def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
     """Bring every pair within the budget of a model's layout, by the rule of the config.
 
     It is called twice where the reference is another model: what fits that one is fitted to the
     policy.
-
-    Args:
-        name: of the pairs, where they are not those of training.
     """
-    config, before, layout = setup.config, setup.layout, layout_of(model)
+    config, name, before, layout = setup.config, setup.name, setup.layout, layout_of(model)
     fitted = fit_to_budget(setup.pairs, config.max_tokens, layout=layout, overlong=config.overlong)
     changed = bool(fitted.dropped_at or fitted.truncated_at)
     if before is not None and before.key != layout.key:
         _check_reference_layout(setup, before, layout, changed)
     found = {"pairs_dropped": fitted.dropped_at, "pairs_truncated": fitted.truncated_at}
-    too_long = {name: setup.too_long.get(name, 0) + len(at) for name, at in found.items()}
+    too_long = {why: setup.too_long.get(why, 0) + len(at) for why, at in found.items()}
     if setup.accelerator.is_main_process:
         write_json_atomic(setup.out / FITTED, too_long)
         if changed:
@@ -194,7 +193,8 @@ def _check_reference_layout(setup: Setup, reference: Layout, policy: Layout, cha
 def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> None:
     """Write what this run is, or refuse a folder that holds another one.
 
-    More epochs than the run had are no other run: it goes on.
+    More epochs than the run had are no other run: it goes on. Nor are those of its policy, where
+    more were begun: it is finished as it was.
 
     Args:
         facts: what else the run is; what is not given is None.
@@ -205,8 +205,11 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
     run["reference"] = None if setup.reference is None else str(setup.reference)
     run |= facts
     path = setup.out / _RUN
-    if setup.accelerator.is_main_process and not path.exists():
-        write_json_atomic(path, run)
+    if setup.accelerator.is_main_process:
+        for name in ("policy", "adapter"):
+            settle_directory(setup.out / name)
+        if not path.exists():
+            write_json_atomic(path, run)
     # Every process waits, whether or not it could already see the file.
     setup.accelerator.wait_for_everyone()
     # An option that is newer than the run had its default's meaning.
@@ -214,32 +217,41 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
     recorded = read_json(path)
     before = known | recorded
     asked, had = run["num_train_epochs"], before["num_train_epochs"]
-    for name, value in run.items():
-        if name == "num_train_epochs" and asked > had:
-            continue
-        if name == "num_train_epochs" and asked < had:
-            raise ConfigError(
-                f"num_train_epochs={asked} is fewer than the {had} of the run in {setup.out}; give "
-                f"{had} or more to go on, or another output_dir to start anew"
-            )
+    if asked < had and not _has_policy_of(setup, recorded, asked):
+        finished = recorded.get(_FINISHED) or had
+        back = f", {finished} to have its policy of so many back" if finished < had else ""
+        raise ConfigError(
+            f"num_train_epochs={asked} is fewer than the {had} of the run in {setup.out}; give "
+            f"{had} or more to go on{back}, or another output_dir to start anew"
+        )
+    for name, value in {**run, "num_train_epochs": had}.items():
         if before.get(name) != value:
             what = _PAIRS.get(name, f"{name}={before.get(name)}, not {value}")
             raise ConfigError(
                 f"{setup.out} holds a run with {what}; give the same options and data to go on, "
                 "or another output_dir to start anew"
             )
-    if asked > had:
-        _add_epochs(setup, {**recorded, **run}, had)
+    if asked != had:
+        _change_epochs(setup, {**recorded, **run}, had)
 
 
-def _add_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:
-    """Note that a run is to have more epochs than it had, ``run`` being what it is now.
+def _change_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:
+    """Note that a run is to have other epochs than it had, ``run`` being what it is now.
 
     Raises:
         ConfigError: it is finished, and what it would go on from is gone.
     """
     accelerator, more = setup.accelerator, run["num_train_epochs"]
-    if (setup.out / "policy").is_dir():
+    told = (
+        f"goes on to num_train_epochs={more}, after {before} before; from its last checkpoint on, "
+        f"the learning rate is that of the schedule of all {more}"
+    )
+    if more < before:
+        told = (
+            f"is finished, with num_train_epochs={more}; of the {before} that it was to go on to, "
+            f"what is done is kept: num_train_epochs={before} goes on"
+        )
+    elif (setup.out / "policy").is_dir():
         if not list((setup.out / "checkpoint").glob("step-*")):
             raise ConfigError(
                 f"num_train_epochs={more}, but {setup.out} holds a finished run of {before}, and "
@@ -251,21 +263,42 @@ def _add_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:
     if accelerator.is_main_process:
         write_json_atomic(setup.out / _RUN, run)
     if setup.progress:
-        print(
-            f"{setup.out} goes on to num_train_epochs={more}, after {before} before; from its last "
-            f"checkpoint on, the learning rate is that of the schedule of all {more}"
-        )
+        print(f"{setup.out} {told}")
     accelerator.wait_for_everyone()
+
+
+def _has_policy_of(setup: Setup, run: Mapping[str, Any], epochs: int) -> bool:
+    return (setup.out / "policy").is_dir() and run.get(_FINISHED) == epochs
 
 
 def is_finished(setup: Setup) -> bool:
     """Whether the policy is there, of all the epochs that are asked for."""
     epochs = setup.config.num_train_epochs
-    finished = read_json(setup.out / _RUN).get(_FINISHED, epochs)
-    return (setup.out / "policy").is_dir() and finished == epochs
+    return _has_policy_of(setup, {_FINISHED: epochs, **read_json(setup.out / _RUN)}, epochs)
 
 
-def note_finished(setup: Setup) -> None:
-    """Note that the policy is of all the epochs, where it was of fewer before."""
-    path = setup.out / _RUN
-    write_json_atomic(path, read_json(path) | {_FINISHED: setup.config.num_train_epochs})
+def note_saving(setup: Setup) -> None:
+    """Note that a policy of fewer epochs, where there is one, is about to be replaced.
+
+    Killed before `note_finished`, the folder does not say which of the two is there.
+    """
+    if (setup.out / "policy").is_dir():
+        _note(setup.out, {_FINISHED: None})
+
+
+def note_finished(setup: Setup, steps: int) -> None:
+    """Note that the policy is of all the epochs, how many steps they are, and when it was saved."""
+    ended = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    epochs = setup.config.num_train_epochs
+    _note(setup.out, {_FINISHED: epochs, _STEPS: steps, _ENDED: ended})
+
+
+def _note(out: Path, facts: Mapping[str, Any]) -> None:
+    write_json_atomic(out / _RUN, read_json(out / _RUN) | facts)
+
+
+def steps_and_end(out: Path) -> tuple[int | None, str | None]:
+    """The steps of a run's policy, and the time at which it was saved, UTC in ISO 8601; None where
+    an older run did not note them."""
+    run = read_json(out / _RUN)
+    return run.get(_STEPS), run.get(_ENDED)

@@ -82,7 +82,8 @@ def compute_reference(setup: Setup, model: nn.Module) -> Tensor:
 
     found: list[tuple[int, list[float]]] = []
     batches = list(chain.from_iterable(plan_epoch(setup, 0)))
-    with bar("reference", len(batches), "batch", shown=setup.progress):
+    purpose = f"reference of {setup.name}" if setup.name else "reference"
+    with bar(purpose, len(batches), "batch", shown=setup.progress):
         for index in batches:
             logp_S = reference_logp(setup, model, setup.batch(index))
             found += zip(index, logp_S.view(-1, 2).tolist())

@@ -46,6 +46,7 @@ class Setup:
         progress: whether this process shows how far it is.
         pairs: all pairs of the round; once a model is known, those that it gets.
         keep_checkpoint: whether the state after the last step is left, for more epochs.
+        name: of the pairs, where they are not those of training.
         layout: of the micro-batches; None until a model is known, as are the fields below.
         lengths: tokens of each pair in that layout.
         too_long: how many pairs were dropped and truncated.
@@ -59,6 +60,7 @@ class Setup:
     progress: bool
     pairs: Sequence[TokenizedPair]
     keep_checkpoint: bool = True
+    name: str = ""
     layout: Any = None
     lengths: Sequence[int] = ()
     too_long: dict[str, int] = field(default_factory=dict)
@@ -151,7 +153,12 @@ def take_step(
     step_pairs, all_tokens, all_batches = totals
     norm = accelerator.clip_grad_norm_(model.parameters(), setup.config.max_grad_norm)
     row["grad_norm"] = float(norm)
-    _check_finite(row, setup.config)
+    if not all(map(math.isfinite, row.values())):
+        raise ModelError(
+            f"training left the finite range (loss {row['loss']}, gradient norm "
+            f"{row['grad_norm']}); lower learning_rate ({setup.config.learning_rate}) or set "
+            "bf16=false. The last checkpoint is kept"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return {
@@ -171,17 +178,13 @@ def measure(
     ref_logp_P2: Tensor | None,
     reference: nn.Module | None,
 ) -> dict[str, float]:
-    """The metrics of `take_step`, without the step, and the seconds it took; names with "eval_".
-
-    Raises:
-        ModelError: one is not finite.
-    """
+    """The metrics of `take_step`, without the step, and the seconds it took; names with "eval_"."""
     started, plain = time.perf_counter(), setup.accelerator.unwrap_model(model)
     with random_state_kept():  # a model may draw, in training mode, to skip a layer
         row, totals = _over_pairs(setup, plain, batches, alpha, ref_logp_P2, reference, learn=False)
     del row[COVARIANCE]
-    _check_finite(row, setup.config)
-    row |= {"pairs": totals[0], "runtime": time.perf_counter() - started}
+    pairs, took = totals[0], time.perf_counter() - started
+    row |= {"pairs": pairs, "runtime": took, "samples_per_second": pairs / took}
     return {f"eval_{name}": value for name, value in row.items()}
 
 
@@ -249,15 +252,6 @@ def _over_pairs(
             sums[name] = sums.get(name, 0.0) + value * (0.0 if idle else share)
     values = accelerator.reduce(torch.stack([x.double() for x in sums.values()]), "sum")
     return dict(zip(sums, values.tolist())), (step_pairs, all_tokens, all_batches)
-
-
-def _check_finite(row: dict[str, float], config: TrainConfig) -> None:
-    if not all(map(math.isfinite, row.values())):
-        raise ModelError(
-            f"training left the finite range (loss {row['loss']}, gradient norm "
-            f"{row.get('grad_norm', 'not computed')}); lower learning_rate "
-            f"({config.learning_rate}) or set bf16=false. The last checkpoint is kept"
-        )
 
 
 def _covariance(result: PreferenceLoss, ref_logp_S: Tensor) -> Tensor:

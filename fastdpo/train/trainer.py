@@ -45,7 +45,9 @@ from fastdpo.train.prepare import (
     load_reference,
     load_start,
     note_finished,
+    note_saving,
     prepare_policy,
+    steps_and_end,
 )
 from fastdpo.train.reference import reference_logps
 from fastdpo.train.steps import COVARIANCE, Setup, plan_epoch, take_step
@@ -122,8 +124,9 @@ def train(
     if accelerator.is_main_process and not keep_checkpoint:
         remove_checkpoint(out / "checkpoint")
         remove_checkpoint(evaluator.best)
-    metrics = mean_metrics(out / "metrics" / "metrics.jsonl")
-    return metrics | read_json(out / FITTED) | evaluator.of_policy()
+    steps, _ = steps_and_end(out)
+    metrics = mean_metrics(out / "metrics" / "metrics.jsonl", steps)
+    return metrics | read_json(out / FITTED) | evaluator.of_policy(steps)
 
 
 def _train(
@@ -167,7 +170,7 @@ def _train(
 
     # Where an earlier run left off.
     adamw = optimizer.optimizer
-    done, state = load_checkpoint(out / "checkpoint", plain, adamw, scheduler)
+    done, state = _restore(setup, plain, adamw, scheduler, len(steps))
     if control is not None:
         control = _begin_control(setup, control, state, response_lengths, done / len(steps))
     alpha = float(config.alpha) if control is None else control.alpha
@@ -193,14 +196,16 @@ def _train(
             if due and accelerator.is_main_process:
                 extra = None if control is None else control.to_dict()
                 save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
-                evaluator.saved()
+                evaluator.saved(step)
             if on_step is not None:
                 on_step(row)
 
-    evaluator.finish(plain, len(steps))
     if log is not None:
         log.close()
-        _save(setup, plain, start, tokenizer, control)
+        note_saving(setup)
+    evaluator.finish(plain, len(steps))
+    if log is not None:
+        _save(setup, plain, start, tokenizer, control, len(steps))
     accelerator.wait_for_everyone()
     if not isinstance(start, str | Path) and not config.use_peft:
         use_own_attention(plain.eval())  # the caller's model generates again
@@ -216,6 +221,22 @@ def _other_reference(
         return reference, None, setup
     evaluator.refer(reference, weights)
     return None, reference_logps(setup, reference, weights), setup
+
+
+def _restore(
+    setup: Setup, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, steps: int
+) -> tuple[int, Any]:
+    """As `load_checkpoint`; one that is beyond the last of the steps is refused.
+
+    A run has one that went on to more epochs and was stopped.
+    """
+    done, state = load_checkpoint(setup.out / "checkpoint", model, optimizer, scheduler)
+    if done > steps:
+        raise ConfigError(
+            f"num_train_epochs={setup.config.num_train_epochs} is {steps} steps, and the "
+            f"checkpoint in {setup.out} is of step {done}; give a larger num_train_epochs"
+        )
+    return done, state
 
 
 def _begin_control(
@@ -264,7 +285,12 @@ def _warn_of_few_steps(setup: Setup, steps: int) -> None:
 
 
 def _save(
-    setup: Setup, model: Any, start: Any, tokenizer: Any, control: LengthController | None
+    setup: Setup,
+    model: Any,
+    start: Any,
+    tokenizer: Any,
+    control: LengthController | None,
+    steps: int,
 ) -> None:
     """Leave the policy as a whole model; adapters are merged in fp32 and kept beside it.
 
@@ -282,7 +308,7 @@ def _save(
             model = merged_in_place(model.cpu(), torch.float32)
     name = str(start if named else start.name_or_path)
     save_policy(model, tokenizer, setup.out / "policy", start=name)
-    note_finished(setup)
+    note_finished(setup, steps)
 
 
 @contextmanager

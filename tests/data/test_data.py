@@ -460,7 +460,7 @@ def test_no_pair_within_the_budget_is_an_error(overlong, choice):
     with pytest.raises(DataError) as caught:
         fit_to_budget([LONG, SHORT], 2, layout="shared", overlong=overlong)
     assert str(caught.value) == (
-        "pairs.jsonl:17 to pair 1 (counting from 0): no pair is left to train on: all 2 take "
+        "pairs.jsonl:17 to pair 1 (counting from 0): no pair is left: all 2 take "
         "more than max_tokens = 2 tokens. Raise max_tokens to at least 9, the longest pair"
         f"{choice}."
     )

@@ -135,6 +135,9 @@ def test_a_training_of_before_and_one_that_stopped(evaluated, tmp_path, capsys):
     shutil.copytree(evaluated, out)
     for name in ("config.yaml", "data.json", "train.json", "best.json"):
         (out / name).unlink()
+    noted = json.loads((out / "run.json").read_text())
+    old = {name: x for name, x in noted.items() if not name.startswith("policy_")}
+    write_json(out / "run.json", old)
     assert main(["report", f"--output_dir={out}"]) == 0
     assert f"report: {out / 'report.html'}" in capsys.readouterr().out
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -160,6 +163,7 @@ def test_damaged_files_of_a_training_give_a_page(name, evaluated, tmp_path):
     strange = [
         b'{"num_train_epochs": 0, "policy_epochs": [], "ended": 3, "best_global_step": 1e300}',
         b'{"pairs": "x", "dropped": {"a <b>": 2}, "num_train_epochs": 1e400, "ended": "<b>"}',
+        b'{"policy_steps": "a", "policy_ended": [3], "num_train_epochs": 1, "policy_epochs": 1}',
         b'{"step": 1e29, "eval_loss": 1, "pairs": 0}\n{"step": 2, "loss": 2}\n',
         b"a: [b\n", b"- 1\n",
     ]  # fmt: skip
@@ -196,6 +200,51 @@ def test_the_page_is_there_while_training_runs(folder, tmp_path, monkeypatch):
     assert "Finished: 5 optimizer steps, 20" in page
     assert main(arguments(folder, out)) == 0
     assert (out / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_added_epochs_keep_an_edited_card_and_their_numbers_are_those_of_the_policy(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """Killed while the policy is saved, and before the page is written."""
+    from fastdpo.cli import training
+    from fastdpo.train import trainer
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    def numbers():
+        return json.loads((out / "train.json").read_text())
+
+    out, held = tmp_path / "run", f"--eval_dataset={folder / 'held.jsonl'}"
+    argv = arguments(folder, out, held)
+    assert main(argv) == 0
+    page, before = (out / "report.html").read_text(encoding="utf-8"), numbers()
+    path = out / "policy" / card.NAME
+    path.write_text(path.read_text(encoding="utf-8").replace(card.OURS, "mine"), encoding="utf-8")
+    edited, files = path.read_text(encoding="utf-8"), sorted(x.name for x in path.parent.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_save", kill)
+        patch.setattr(trainer, "note_saving", lambda setup: None)  # killed right before it
+        assert main([*argv, "--num_train_epochs=2"]) == 130
+    assert "Unfinished: it is at step 10" in page_of(out)
+    capsys.readouterr()
+    assert main(argv) == 0  # the finished run is had back
+    told = capsys.readouterr().out
+    assert "is finished, with num_train_epochs=1; of the 2 that it was to go on to" in told
+    assert f"eval_loss {before['eval_loss']:.4g}" in told and numbers() == before
+    assert (out / "report.html").read_text(encoding="utf-8") == page
+    with monkeypatch.context() as patch:
+        patch.setattr(training.TrainingPage, "finish", kill)
+        assert main([*argv, "--num_train_epochs=2"]) == 130  # no step is left to take
+    assert "Finished: 10 optimizer steps, 20" in page_of(out)
+    assert main([*argv, "--num_train_epochs=2"]) == 0
+    rows = [json.loads(line) for line in (out / "metrics/metrics.jsonl").open()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 5, 10]
+    assert numbers()["eval_loss"] == rows[-1]["eval_loss"] != before["eval_loss"]
+    assert numbers()["ended"] >= before["ended"]
+    assert path.read_text(encoding="utf-8") == edited
+    assert sorted(x.name for x in path.parent.iterdir()) == files
+    storage.check_directory(path.parent)
 
 
 @pytest.mark.parametrize("name", ["policy", "adapter"])

@@ -10,7 +10,7 @@ import torch
 from test_trainer import CONFIG, one_by_one, random_pairs, read_metrics, run, weights
 from tiny import LLAMA, MIXTRAL, save_tiny
 
-from fastdpo.errors import ConfigError, DataError
+from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.loss import reference
 from fastdpo.model.load import load_causal_lm, load_tokenizer
 from fastdpo.train import evaluate, trainer
@@ -169,6 +169,43 @@ def test_killed_anywhere_the_best_policy_is_the_same(
     assert len(list((tmp_path / "killed" / "best").iterdir())) == 1
 
 
+def test_at_most_two_of_the_best_are_kept(model_path, tmp_path, evaluated, monkeypatch):
+    """That of the last checkpoint and the newest; and nothing that a kill left."""
+    evaluated |= dict(eval_pairs=HELD, evaluation=BEST)
+    kept, real = [], evaluate.save_best
+
+    def save(folder, *args):
+        real(folder, *args)
+        kept.append([int(path.name[-2:]) for path in sorted(folder.glob("step-*"))])
+
+    monkeypatch.setattr(evaluate, "save_best", save)
+    monkeypatch.setattr(EvalConfig, "is_better", lambda *_: True)
+    (tmp_path / "best" / ".step-00000099.partial").mkdir(parents=True)
+    run(model_path, tmp_path, num_train_epochs=2, save_steps=3)
+    assert kept == [[1], [2], [3], [3, 4], [3, 5], [3, 6], [6, 7], [6, 8]]
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["step-00000008"]
+
+
+def test_an_evaluation_that_is_not_finite_is_named(model_path, tmp_path, evaluated, monkeypatch):
+    evaluated |= dict(eval_pairs=HELD, evaluation=EvalConfig(eval_steps=1))
+    with pytest.raises(ModelError, match=r"the policy after step 1 gives eval_dataset eval_loss=n"):
+        run(model_path, tmp_path / "a", learning_rate=1e38)
+    monkeypatch.setattr(evaluate, "measure", lambda *_: {"eval_loss": float("inf")})
+    with pytest.raises(ModelError, match=r"the start gives .*=inf: the model is broken or .* bf16"):
+        run(model_path, tmp_path / "b")
+
+
+def test_bars_and_errors_name_the_pairs(model_path, tmp_path, evaluated, capsys):
+    evaluated |= dict(eval_pairs=HELD)
+    config = TrainConfig(**CONFIG)
+    trainer.train(model_path, load_tokenizer(model_path), random_pairs(14), config, tmp_path,
+                  **evaluated)  # fmt: skip
+    bars = capsys.readouterr().err
+    assert "reference: 100%" in bars and "reference of eval_dataset: 100%" in bars
+    row = next(row for row in read_metrics(tmp_path) if "eval_loss" in row)
+    assert row["eval_samples_per_second"] == pytest.approx(len(HELD) / row["eval_runtime"])
+
+
 def read_rows(folder):
     return rows_of(folder) + rows_of(folder, False)
 
@@ -257,11 +294,11 @@ def constant(monkeypatch):
 
 
 def test_epochs_added_to_a_finished_run_are_those_of_the_longer_one(
-    model_path, tmp_path, constant, monkeypatch, capsys
+    model_path, tmp_path, constant, monkeypatch
 ):
     """Killed on the way too; until then the policy is what it was."""
     run(model_path, tmp_path / "whole", num_train_epochs=3)
-    run(model_path, tmp_path / "more")
+    found = run(model_path, tmp_path / "more")
     shutil.copytree(tmp_path / "more", tmp_path / "before")
 
     def add():
@@ -269,9 +306,23 @@ def test_epochs_added_to_a_finished_run_are_those_of_the_longer_one(
 
     killed(monkeypatch, trainer, "take_step", 1, add)
     killed(monkeypatch, trainer, "take_step", 4, add)
+    assert len(rows_of(tmp_path / "more", False)) == 7
+    with monkeypatch.context() as patch:  # the finished run can be had back
+        patch.setattr(trainer, "_train", None)
+        assert run(model_path, tmp_path / "more") == found
+    killed(monkeypatch, trainer, "take_step", 5, add)
+    with pytest.raises(ConfigError, match=r"3 or more to go on, 1 to have its policy of so many"):
+        run(model_path, tmp_path / "more", num_train_epochs=2)
+    assert same(tmp_path / "more", tmp_path / "before")
+    run(model_path, tmp_path / "more")
+    with pytest.raises(ConfigError, match=r"num_train_epochs=2 is 8 steps, .* is of step 10"):
+        run(model_path, tmp_path / "more", num_train_epochs=2)
     killed(monkeypatch, trainer, "_save", 1, add)
     assert same(tmp_path / "more", tmp_path / "before")
     killed(monkeypatch, trainer, "note_finished", 1, add)
+    for epochs in (1, 2):  # which policy is there is not known by now
+        with pytest.raises(ConfigError, match="is fewer than the 3 of the run"):
+            run(model_path, tmp_path / "more", num_train_epochs=epochs)
     add()
     assert same(tmp_path / "more", tmp_path / "whole")
     assert rows_of(tmp_path / "more", False) == rows_of(tmp_path / "whole", False)
