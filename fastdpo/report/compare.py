@@ -24,7 +24,7 @@ from fastdpo.report.tables import (
     by_round,
     by_round_charts,
     cells_of,
-    other_sampling,
+    distance,
     rows_of,
 )
 from fastdpo.report.text import Told
@@ -73,6 +73,11 @@ def compare(folders: Mapping[str, Path]) -> Comparison:
             raise DataError(
                 f"{folders[name]}: its held-out prompts are not those of {next(iter(folders))}; "
                 "compare runs of the same prompts, evaluate.heldout and seed"
+            )
+        if distance(run) != distance(next(iter(runs.values()))):
+            raise DataError(
+                f"{folders[name]}: its answers were drawn otherwise than those of "
+                f"{next(iter(folders))}; compare runs of the same sample.temperature and top_p"
             )
         policies.setdefault(START, rows[0])
         policies[name] = rows[last]
@@ -142,7 +147,6 @@ def write_page(
         intro=intro,
         notes=notes,
         plots=charts,
-        other_sampling=other_sampling(run),
         **questions_of(held),
     )
     for name, content in (("report.html", text), ("picture.svg", picture(charts, steps=False))):
