@@ -463,7 +463,7 @@ def test_two_processes_keep_the_best_and_take_more_epochs(model, tmp_path, capsy
         argv = [*train_arguments(model, dataset, tmp_path / name), *more]
         for epochs in (1, 2):
             said = train([*argv, f"--num_train_epochs={epochs}"])
-            told = said if name == "two" else capsys.readouterr().out
+            told = str(said) if name == "two" else capsys.readouterr().out
             assert told.count("prompts that are strings") == 2  # of either dataset
             assert told.count("\n8 pairs, 0 truncated") == told.count("eval_dataset: 3 pairs") == 1
         out = tmp_path / name

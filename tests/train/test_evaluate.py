@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,8 @@ def test_an_evaluation_that_is_not_finite_is_named(model_path, tmp_path, evaluat
 
 def test_bars_and_errors_name_the_pairs(model_path, tmp_path, evaluated, capsys):
     evaluated |= dict(eval_pairs=HELD)
-    config = TrainConfig(**CONFIG)
+    options: dict[str, Any] = CONFIG
+    config = TrainConfig(**options)
     trainer.train(model_path, load_tokenizer(model_path), random_pairs(14), config, tmp_path,
                   **evaluated)  # fmt: skip
     bars = capsys.readouterr().err
