@@ -141,8 +141,8 @@ def _steps(config: IterateConfig) -> list[str]:
         f"{config.sample.num_samples} times each. The answers with the best and the worst score "
         "become a pair.",
         "2. Two models are trained to prefer the better answer of each pair. Plain DPO "
-        f"(alpha = 0) learns all that the scorer likes. With alpha = {config.train.alpha}, each "
-        "extra token has a price.",
+        "(alpha = 0) learns all that the scorer likes. With alpha, each extra token has a price, "
+        f"set in training (alpha = {config.train.alpha}) so that answers stay as long as they were.",
         f"3. Both answer {heldout} other questions, and are compared with the start, the model "
         "before training.",
     ]
