@@ -142,7 +142,7 @@ def _steps(config: IterateConfig) -> list[str]:
         "become a pair.",
         "2. Two models are trained to prefer the better answer of each pair. Plain DPO "
         "(alpha = 0) learns all that the scorer likes. With alpha, each extra token has a price, "
-        f"set in training (alpha = {config.train.alpha}) so that answers stay as long as they were.",
+        f"which training sets (alpha = {config.train.alpha}) to keep answers as long as they were.",
         f"3. Both answer {heldout} other questions, and are compared with the start, the model "
         "before training.",
     ]
