@@ -32,13 +32,13 @@ RECIPE = Path(fastdpo.__file__).parent / "recipes" / "demo.yaml"
 # Seconds of each part on two cores of a server, by which the bar knows how much is left.
 _SECONDS = {
     "start: held-out: sampling": 42.0,
-    "round 1 of 1: sampling": 116.0,
+    "round 1 of 1: sampling": 125.0,
     "round 1 of 1: reference": 12.0,
-    "round 1 of 1: training": 85.0,
-    "round 1 of 1: held-out: sampling": 50.0,
-    "round 1 of 1: distance from the start": 25.0,
+    "round 1 of 1: training": 95.0,
+    "round 1 of 1: held-out: sampling": 52.0,
+    "round 1 of 1: distance from the start": 27.0,
 }
-_MEMORY, _DISK = "5.4 GB", "1.1 GB"
+_MEMORY, _DISK = "6 GB", "1.1 GB"
 _OF_START = 3  # parts whose results the second run takes from the first
 
 
