@@ -22,7 +22,7 @@ from fastdpo.progress import overall, within
 from fastdpo.report import compare
 from fastdpo.report.compare import Comparison
 from fastdpo.report.evaluation import Estimate
-from fastdpo.report.text import fixed
+from fastdpo.report.text import fixed, short
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.rounds.folder import take_start
 from fastdpo.rounds.run import iterate
@@ -77,7 +77,7 @@ def run_demo(config: DemoCommand) -> None:
                 iterate(run)
             save_options(run.to_dict(), Path(run.output_dir))
     found = compare.compare({name: Path(run.output_dir) for name, run in runs.items()})
-    steps, notes = _steps(penalized), _notes(penalized)
+    steps, notes = _steps(penalized), _notes(penalized, found)
     print(f"\n{compare.text_table(found)}\n")
     print("\n".join(map(_filled, notes)))
     compare.write_page(
@@ -140,30 +140,33 @@ def _steps(config: IterateConfig) -> list[str]:
         f"1. {Path(config.model).name}, a small language model, answers {prompts} questions "
         f"{config.sample.num_samples} times each. The answers with the best and the worst score "
         "become a pair.",
-        "2. Two models are trained to prefer the better answer of each pair. Plain DPO "
-        "(alpha = 0) learns all that the scorer likes. With alpha, each extra token has a price, "
+        "2. Two models are trained to prefer the better answer of each pair. Plain DPO (direct "
+        "preference optimization, alpha = 0) learns all that the scorer likes. With alpha, each extra token has a price, "
         f"which training sets (alpha = {config.train.alpha}) to keep answers as long as they were.",
         f"3. Both answer {heldout} other questions, and are compared with the start, the model "
         "before training.",
     ]
 
 
-def _notes(config: IterateConfig) -> list[str]:
+def _notes(config: IterateConfig, found: Comparison) -> list[str]:
     """What the columns of the table mean."""
-    sample = config.sample
+    sample, alpha = config.sample, found.policies[PENALIZED]["alpha"].value
     return [
         f"Each ± is half a 95% interval over {config.evaluate.heldout} questions, with "
-        f"{config.evaluate.num_samples} answers to each.",
+        f"{config.evaluate.num_samples} answers to each. It does not say what another run would "
+        "give: --seed 1 is one.",
         "tokens: the mean length of an answer; a token is a word or a part of one. growth: how "
         "much longer than the start's answers to the same questions.",
         "score: how plainly an answer reads, from 0 to 1, without the 0.01 for each word. It is "
         "the product of reading ease, variety, and the share of the question's words that the "
         "answer takes up. It does not tell whether the answer is right.",
-        "win rate: how often an answer scores higher than one of the start to the same question; "
-        "50% is as often as not.",
-        f"KL: how far the model has moved from the start, in nats an answer (at temperature "
-        f"{sample.temperature:g}, at which answers are drawn). Where it is large, text degrades.",
+        "win rate: how often an answer has a higher score than one of the start to the same "
+        "question; 50% is as often as not.",
+        "KL: how far the model has moved from the start; 0 is not at all, and far away text "
+        f"degrades. In nats an answer, at temperature {sample.temperature:g}, at which answers "
+        "are drawn.",
         f"cut off: answers that were stopped at {sample.max_new_tokens} tokens, before their end.",
+        f"The price of a token, alpha, was {short(alpha)} in the mean over training.",
     ]
 
 
@@ -185,8 +188,9 @@ def _closing(found: Comparison, config: IterateConfig, out: Path) -> str:
         f"What happened: {_happened(found)}\n"
         f"Where to look: {out / 'report.html'}, charts and answers side by side; or ask both "
         f"models: fastdpo chat --model {after} --beside {beside} {drawn}\n"
-        "What next: your own questions and scorer: fastdpo iterate --model MODEL --prompts "
-        "FILE --score.scorer SCORER --train.alpha auto"
+        'What next: your own questions, a FILE with a line {"prompt": "..."} for each, and as '
+        "SCORER a reward model or module:function; fastdpo iterate --help says more: fastdpo "
+        "iterate --model MODEL --prompts FILE --score.scorer SCORER --train.alpha auto"
     )
 
 
