@@ -141,8 +141,9 @@ def _steps(config: IterateConfig) -> list[str]:
         f"{config.sample.num_samples} times each. The answers with the best and the worst score "
         "become a pair.",
         "2. Two models are trained to prefer the better answer of each pair. Plain DPO (direct "
-        "preference optimization, alpha = 0) learns all that the scorer likes. With alpha, each extra token has a price, "
-        f"which training sets (alpha = {config.train.alpha}) to keep answers as long as they were.",
+        "preference optimization, alpha = 0) learns all that the scorer likes. With alpha, each "
+        f"extra token has a price, which training sets (alpha = {config.train.alpha}) to keep "
+        "answers as long as they were.",
         f"3. Both answer {heldout} other questions, and are compared with the start, the model "
         "before training.",
     ]
