@@ -2,13 +2,12 @@
 
 found = compare({"plain DPO": Path("runs/plain"), "with alpha": Path("runs/alpha")})
 print(text_table(found))
-    write_page(found, Path("runs"), title="Two runs", facts=[], status="", intro=[], notes=[])
+write_page(found, Path("runs"), title="Two runs", facts=[], status="", intro=[], notes=[])
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastdpo.data.records import Scored, Text
 from fastdpo.errors import DataError
@@ -57,11 +56,11 @@ class Comparison:
 def compare(folders: Mapping[str, Path]) -> Comparison:
     """Read the runs in these folders, by the names that they shall have.
 
-    Raises DataError when one of them has no evaluated round, or not the prompts of the first.
+    Raises DataError when one of them has no evaluated round, or held-out prompts or sampling other
+    than the first's.
     """
     runs = {name: read_run(folder) for name, folder in folders.items()}
-    policies: dict[str, Row] = {}
-    prompts: dict[str, Any] = {}
+    first, policies = next(iter(runs.values())), dict[str, Row]()
     for name, run in runs.items():
         rows = rows_of(run)
         last = max(rows, default=0)
@@ -69,12 +68,12 @@ def compare(folders: Mapping[str, Path]) -> Comparison:
             raise DataError(
                 f"{folders[name]}: no round of it was evaluated, so it can't be compared"
             )
-        if prompts.setdefault(START, _prompts(run)) != _prompts(run):
+        if _prompts(run) != _prompts(first):
             raise DataError(
                 f"{folders[name]}: its held-out prompts are not those of {next(iter(folders))}; "
                 "compare runs of the same prompts, evaluate.heldout and seed"
             )
-        if distance(run) != distance(next(iter(runs.values()))):
+        if distance(run) != distance(first):
             raise DataError(
                 f"{folders[name]}: its answers were drawn otherwise than those of "
                 f"{next(iter(folders))}; compare runs of the same sample.temperature and top_p"

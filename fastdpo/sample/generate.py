@@ -92,7 +92,7 @@ class GenerateSampler(LoadedSampler):
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows])
 
         device = self.model.device
-        ends, ended = torch.tensor(self.ending.end_ids, device=device), 0
+        ends, ended = torch.tensor(self.ending.end_ids, dtype=torch.long, device=device), 0
         over = torch.zeros(len(rows), dtype=torch.bool, device=device)
 
         def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
