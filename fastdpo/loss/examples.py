@@ -1,0 +1,103 @@
+"""What an objective sees of some examples, and what every objective says of itself.
+
+An *example* is what one loss is made of: a pair of responses, a list of them, or a single one.  Its
+sequences follow one another: of a pair the chosen and the rejected response, of a list its
+responses in the order of the data.
+
+P examples, S sequences.  All tensors are fp64.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+Shape = Literal["pairs", "lists", "singles"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The numbers of P examples with S sequences.
+
+    Attributes:
+        logp_S: log-probs of each sequence under the policy, summed over its scored tokens; the
+            only one with a gradient, beside ``kl_S``.
+        ref_logp_S: those under the reference; zeros for an objective that needs none.
+        lengths_S: scored tokens, the end token included.
+        firsts: example p has the sequences ``firsts[p] : firsts[p + 1]``; P + 1 numbers.
+        margin_P: the example's own offset of z; 0 where none was given.
+        smoothing_P: probability that the example's label is flipped; 0 where none was given.
+        scores_S: score, win probability or rank of each sequence, as the objective asks; None
+            where the data have none.
+        desirable_P: 1.0 for a desirable single response, 0.0 for an undesirable one.
+        kl_S: KL(reference || policy) summed over the scored tokens' positions, with a gradient;
+            None unless the objective ``needs_kl``.
+        alignment_S: mean of ``logp - log sum p^2`` over the tokens (WPO), without a gradient; None
+            unless the objective ``needs_alignment``.
+        mean_chosen_length: mean length of the first sequences of all examples of the step: what
+            makes a sum over tokens of an example its share of a mean over the step's tokens.
+        shift: what a step's examples share: KTO's KL estimate, BCO's running mean.
+    """
+
+    logp_S: Tensor
+    ref_logp_S: Tensor
+    lengths_S: Tensor
+    firsts: tuple[int, ...]
+    margin_P: Tensor
+    smoothing_P: Tensor
+    scores_S: Tensor | None = None
+    desirable_P: Tensor | None = None
+    kl_S: Tensor | None = None
+    alignment_S: Tensor | None = None
+    mean_chosen_length: float | None = None
+    shift: float = 0.0
+
+    @property
+    def ratio_S(self) -> Tensor:
+        """``log pi(y|x) - log pi_ref(y|x)`` of each sequence."""
+        return self.logp_S - self.ref_logp_S
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sequences of each example."""
+        return [stop - start for start, stop in pairwise(self.firsts)]
+
+
+class BaseObjective:
+    """What every objective says of itself, and `losses`.
+
+    Attributes:
+        shape: which examples it takes.
+        needs_reference: whether it reads ``ref_logp_S``; if not, no reference is computed.
+        needs_scores: whether it reads ``scores_S``, which must then be there.
+        needs_kl: whether it reads ``kl_S``, which needs the reference as a model.
+        needs_alignment: whether it reads ``alignment_S``.
+        couples: whether the loss of an example depends on the other examples of the step, so that
+            `losses` must be given all of them.
+        takes_margin: whether margin and smoothing of an example mean something.
+        by_margin: whether a pair enters by its margin alone, so that the gradients of its tokens
+            are one unknown scalar times signs known beforehand.
+        code: its number in the pair kernel; None if PyTorch computes it.
+        beta: what rewards in the metrics are multiplied by.
+        alpha: length penalty per token.
+        ld_alpha: weight of the tokens of a pair's longer side beyond the length of the shorter one
+            (LD-DPO), in the sums of policy and reference; None counts all tokens alike.
+    """
+
+    shape: ClassVar[Shape] = "pairs"
+    needs_reference: bool = True
+    needs_scores: bool = False
+    needs_kl: bool = False
+    needs_alignment: bool = False
+    couples: bool = False
+    takes_margin: bool = False
+    by_margin: bool = False
+    code: int | None = None
+    beta: float = 1.0
+    alpha: float = 0.0
+    ld_alpha: float | None = None
+
+    def losses(self, x: Examples) -> Tensor:
+        """The loss of each example, (P,), differentiable by ``x.logp_S``."""
+        raise NotImplementedError
