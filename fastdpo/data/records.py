@@ -148,7 +148,7 @@ class PairRow:
         scores_chosen, scores_rejected: of several scorers, each one's own.
         stage: of a curriculum, from 0.
         flipped: whether the two sides were turned round.
-        smoothing, weight: of the pair's loss.
+        label_smoothing, weight, margin: of the pair's loss.
         source: "sampled" or "offline", where both are there.
         origin: of an offline pair, its prompt with all that sampling takes; not written.
     """
@@ -168,9 +168,10 @@ class PairRow:
     scores_rejected: list[float] | None = None
     stage: int | None = None
     flipped: bool | None = None
-    smoothing: float | None = None
+    label_smoothing: float | None = None
     source: str | None = None
     weight: float | None = None
+    margin: float | None = None
     origin: Prompt | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -217,6 +218,8 @@ class PairRow:
         column is missing, or a number is out of its range.
         """
         row = {"prompt": "", "chosen": "", "rejected": "", **row}
+        if _OLD_SMOOTHING in row:
+            row.setdefault("label_smoothing", row.pop(_OLD_SMOOTHING))
         names = [x.name for x in fields(cls) if x.name in row or x.name not in _OPTIONAL]
         for name in names:
             if name not in row:
@@ -233,12 +236,14 @@ _SIDES = {  # what a pair has of its two candidates, and the columns of chosen a
     "finish_reason": ("chosen_finish", "rejected_finish"),
     "scores": ("scores_chosen", "scores_rejected"),
 }
+_OLD_SMOOTHING = "smoothing"  # the name of label_smoothing in files of older runs
 _OPTIONAL = {x.name for x in fields(PairRow) if x.default is None}
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "score_chosen": lambda x: x is None or is_number(x),
     "score_rejected": lambda x: x is None or is_number(x),
     "weight": lambda x: is_number(x) and x >= 0,
-    "smoothing": lambda x: is_number(x) and 0 <= x <= 1,
+    "margin": is_number,
+    "label_smoothing": lambda x: is_number(x) and 0 <= x <= 1,
     "stage": lambda x: type(x) is int and x >= 0,
     "source": lambda x: x in ("sampled", "offline"),
 }

@@ -146,7 +146,7 @@ def tree_siblings(rows: Sequence[Scored], *, min_gap: float = 0.0) -> Pairing:
                 f"{visits[0]!r}. Give both a count, or none."
             )
         confidence = 1 / (1 + visits[1] / max(1, visits[0]))
-        return replace(result, smoothing=min(1 - confidence, 0.5))
+        return replace(result, label_smoothing=min(1 - confidence, 0.5))
 
     return _pairs(rows, _best_and_worst, min_gap, unit=family, finish=sibling_pair)
 

@@ -27,6 +27,7 @@ from fastdpo.pair.config import PairConfig
 from fastdpo.pair.transforms import References, shape, unshaped
 from fastdpo.storage import check_rows, write_json_atomic, write_jsonl_atomic
 
+_COUNTS = ("score_chosen", "score_rejected", "weight", "label_smoothing", "margin")
 _EXTRA = ("prompt_index", "score_chosen", "score_rejected", "chosen_finish", "rejected_finish",
           "stage", "source")  # fmt: skip
 Measure = Callable[[list[TokenizedPair]], filters.Measured]
@@ -287,9 +288,9 @@ def _summary(rows: list[Scored], pairs: list[PairRow], dropped: dict[str, int]) 
 
 
 def load_pairs(path: Path) -> list[TokenizedPair]:
-    """Read pairs that `pair` wrote, with weight and smoothing where they have them.
+    """Read pairs that `pair` wrote, with scores, weight and label smoothing where they have them.
 
-    Scores and finish reasons are in `extra`, and stage and source where a pair has them.
+    Scores and finish reasons are in `extra` too, and stage and source where a pair has them.
 
     Raises DataError, naming file and line, when a row isn't such a pair.
     """
@@ -299,11 +300,12 @@ def load_pairs(path: Path) -> list[TokenizedPair]:
     for i, row in enumerate(rows.rows):
         where = rows.where(i)
         found = PairRow.from_json(row, where)
-        counts = {name: row[name] for name in ("weight", "smoothing") if name in row}
+        known = {name: getattr(found, name) for name in _COUNTS}
+        counts = {name: value for name, value in known.items() if value is not None}
         extra = {name: row[name] for name in _EXTRA if name in row}
         ids = found.prompt_ids, found.chosen_ids, found.rejected_ids
         try:
-            pairs.append(TokenizedPair(*ids, extra, where, **counts))
+            pairs.append(TokenizedPair(*ids, extra=extra, where=where, **counts))
         except (TypeError, ValueError) as error:
             raise DataError(f"{where}: {error}. Pair again.") from error
     return pairs

@@ -165,14 +165,14 @@ def test_tree_siblings_are_paired_within_a_family():
     assert samples(pairs) == [(0, 1), (5, 4), (7, 6), (9, 8)]
     assert dropped == {"tie": 1, "fewer than two responses": 1}
     # 1 - 1 / (1 + 1/3); the worse one visited more often says nothing but 1/2.
-    assert [row.smoothing for row in pairs] == [None, pytest.approx(0.25), 0.5, None]
+    assert [row.label_smoothing for row in pairs] == [None, pytest.approx(0.25), 0.5, None]
 
 
 def test_visits_of_zero_and_bad_trees():
     for best, worst, smoothing in ((0, 0, 0.0), (8, 0, 0.0), (0, 1, 0.5), (9, 1, 0.1)):
         rows = [node(0, 2.0, "a", visits=best), node(1, 1.0, "a", visits=worst)]
         (row,), _ = tree_siblings(rows)
-        assert row.smoothing == pytest.approx(smoothing)
+        assert row.label_smoothing == pytest.approx(smoothing)
     good = node(0, 2.0, "a", visits=3)
     for bad, message in (
         (candidate(0, 1, 1.0), "prompt 0, sample 1.*parent is None"),
@@ -416,17 +416,17 @@ def test_reading_pairs_checks_what_the_loss_will_use(tmp_path):
     (row,), _ = best_worst(group([1.0, 2.0]))
     good = row.to_json()
     path = tmp_path / "pairs.jsonl"
-    more = {"weight": 0.5, "smoothing": 1.0, "stage": 2, "source": "offline"}
+    more = {"weight": 0.5, "label_smoothing": 1.0, "stage": 2, "source": "offline"}
     storage.write_jsonl_atomic(path, [{**good, **more}, good])
     loaded, plain = load_pairs(path)
-    assert (loaded.weight, loaded.smoothing) == (0.5, 1.0)
+    assert (loaded.weight, loaded.label_smoothing) == (0.5, 1.0)
     assert loaded.extra == {**plain.extra, "stage": 2, "source": "offline"}
-    assert (plain.weight, plain.smoothing) == (1.0, 0.0)
+    assert (plain.weight, plain.label_smoothing) == (1.0, 0.0)
     for key, value in (
         ("weight", -1.0),
         ("weight", "1"),
-        ("smoothing", 1.5),
-        ("smoothing", None),
+        ("label_smoothing", 1.5),
+        ("label_smoothing", None),
         ("stage", 1.0),
         ("stage", -1),
         ("source", "elsewhere"),
