@@ -7,6 +7,7 @@ responses in the order of the data.
 P examples, S sequences.  All tensors are fp64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -14,6 +15,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 Shape = Literal["pairs", "lists", "singles"]
+Shift = Literal["kl", "mean_reward"] | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Examples:
             unless the objective ``needs_alignment``.
         mean_chosen_length: mean length of the first sequences of all examples of the step: what
             makes a sum over tokens of an example its share of a mean over the step's tokens.
-        shift: what a step's examples share: KTO's KL estimate, BCO's running mean.
+        shift: what a step's examples share: KTO's KL estimate, BCO's running mean of the rewards.
     """
 
     logp_S: Tensor
@@ -75,6 +77,8 @@ class BaseObjective:
         needs_alignment: whether it reads ``alignment_S``.
         couples: whether the loss of an example depends on the other examples of the step, so that
             `losses` must be given all of them.
+        shift_is: what the step must give as ``shift``: the estimate of the KL from mismatched
+            completions, the running mean of the rewards, or nothing.
         takes_margin: whether margin and smoothing of an example mean something.
         by_margin: whether a pair enters by its margin alone, so that the gradients of its tokens
             are one unknown scalar times signs known beforehand.
@@ -91,12 +95,19 @@ class BaseObjective:
     needs_kl: bool = False
     needs_alignment: bool = False
     couples: bool = False
+    shift_is: Shift = None
     takes_margin: bool = False
     by_margin: bool = False
     code: int | None = None
     beta: float = 1.0
     alpha: float = 0.0
     ld_alpha: float | None = None
+
+    def problem(self, scores: Sequence[float] | None) -> str | None:
+        """Why an example with these scores cannot have this loss, in words to which the caller adds
+        the row; None if it can.
+        """
+        return None
 
     def losses(self, x: Examples) -> Tensor:
         """The loss of each example, (P,), differentiable by ``x.logp_S``."""
