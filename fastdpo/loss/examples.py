@@ -10,8 +10,9 @@ P examples, S sequences.  All tensors are fp64.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Shape = Literal["pairs", "lists", "singles"]
@@ -65,6 +66,13 @@ class Examples:
         """Sequences of each example."""
         return [stop - start for start, stop in pairwise(self.firsts)]
 
+    def nth(self, x_S: Tensor, k: int) -> Tensor:
+        """The numbers of sequence k of each example, (P,)."""
+        sizes = self.sizes
+        if len(set(sizes)) == 1:
+            return x_S[k :: sizes[0]]
+        return x_S[torch.tensor(self.firsts[:-1], device=x_S.device) + k]
+
 
 class BaseObjective:
     """What every objective says of itself, and `losses`.
@@ -81,7 +89,10 @@ class BaseObjective:
             completions, the running mean of the rewards, or nothing.
         takes_margin: whether margin and smoothing of an example mean something.
         by_margin: whether a pair enters by its margin alone, so that the gradients of its tokens
-            are one unknown scalar times signs known beforehand.
+            are one unknown scalar times signs known beforehand (`token_signs`).
+        length_normalized: whether those signs are divided by the lengths.
+        needs_prompt: whether a pair has a third sequence, the prompt's own tokens but the first
+            (ORPO), whose tokens ``mean_chosen_length`` counts with the first's.
         code: its number in the pair kernel; None if PyTorch computes it.
         beta: what rewards in the metrics are multiplied by.
         alpha: length penalty per token.
@@ -89,7 +100,7 @@ class BaseObjective:
             (LD-DPO), in the sums of policy and reference; None counts all tokens alike.
     """
 
-    shape: ClassVar[Shape] = "pairs"
+    shape: Shape = "pairs"
     needs_reference: bool = True
     needs_scores: bool = False
     needs_kl: bool = False
@@ -98,6 +109,8 @@ class BaseObjective:
     shift_is: Shift = None
     takes_margin: bool = False
     by_margin: bool = False
+    length_normalized: bool = False
+    needs_prompt: bool = False
     code: int | None = None
     beta: float = 1.0
     alpha: float = 0.0
@@ -112,3 +125,13 @@ class BaseObjective:
     def losses(self, x: Examples) -> Tensor:
         """The loss of each example, (P,), differentiable by ``x.logp_S``."""
         raise NotImplementedError
+
+    def token_signs(self, lengths_S: Any, S: int, device: torch.device) -> Tensor:
+        """Coefficient of each sequence's tokens up to a scalar: a pair's if ``by_margin``, else a
+        side's.  (S,) fp64; the lengths are read only where they count.
+        """
+        sign_S = torch.ones(S, dtype=torch.float64, device=device)
+        if not self.by_margin:
+            return sign_S
+        sign_S[1::2] = -1.0
+        return sign_S / lengths_S if self.length_normalized else sign_S
