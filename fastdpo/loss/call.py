@@ -90,6 +90,12 @@ class Call:
             return self.token_stats()["kl_ref"]
         return self.full(collect(self.blocks, "logp_N"))
 
+    def token_values_kl(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of an op of both: log-probs, KLs, the reference's log-probs."""
+        names = "logp_N", "ref_logp_N"
+        logp_N, ref_logp_N = (self.full(collect(self.blocks, name)) for name in names)
+        return logp_N, self.token_stats()["kl_ref"], ref_logp_N
+
     def token_stats(self) -> dict[str, Tensor]:
         return {
             name: self.full(join([block.stats[name] for block in self.blocks]))

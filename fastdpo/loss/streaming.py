@@ -58,6 +58,35 @@ class Tokens(NamedTuple):
     target_N: Tensor
 
 
+class Shares(NamedTuple):
+    """How the probabilities of policy and reference are mixed in a token's gradient.
+
+    That of a target's log-prob by the logits is ``onehot - p``, that of KL(reference || policy) is
+    ``p - p_ref``.  A combination of the two, ``coef_logp`` and ``coef_kl``, is therefore
+    ``unit * (onehot_part - own * p - ref * p_ref)``: two numbers a row, whatever the objective.
+    """
+
+    own_N: Tensor
+    ref_N: Tensor
+
+    @classmethod
+    def of(cls, coef_N: Tensor, kl_coef_N: Tensor) -> "tuple[Tensor, Shares]":
+        """The unit of each token and its shares, which are then at most 1."""
+        own_N, ref_N = coef_N - kl_coef_N, kl_coef_N
+        unit_N = torch.maximum(own_N.abs(), ref_N.abs())
+        safe_N = torch.where(unit_N == 0, 1.0, unit_N)
+        return unit_N, cls(own_N / safe_N, ref_N / safe_N)
+
+    @classmethod
+    def of_kl(cls, like_N: Tensor) -> "Shares":
+        """Those of a KL alone."""
+        ones_N = torch.ones_like(like_N)
+        return cls(-ones_N, ones_N)
+
+    def rows(self, start: int, stop: int) -> "Shares":
+        return Shares(self.own_N[start:stop], self.ref_N[start:stop])
+
+
 class TokenRows(NamedTuple):
     """Scored tokens: which hidden row predicts which target."""
 
@@ -195,7 +224,8 @@ class Stash:
 class Block:
     """The forward of the block of rows ``span``; ``stash`` holds what its backward reads.
 
-    ``own_N`` is the derivative of each log-prob by its target's uncapped logit.
+    ``own_N`` is the derivative of each log-prob by its target's uncapped logit, and ``ref_own_N``
+    what that would be with the reference's probability of the target.
     """
 
     span: tuple[int, int]
@@ -208,6 +238,14 @@ class Block:
     stats: dict[str, Tensor] = field(default_factory=dict)
     ref_logp_N: Tensor | None = None
     ref_lse_N: Tensor | None = None
+    ref_own_N: Tensor | None = None
+
+    def own(self, shares: Shares | None) -> Tensor:
+        """The target's entry of the gradient whose other ones ``shares`` mix."""
+        if shares is None:
+            return self.own_N
+        assert self.ref_own_N is not None
+        return shares.own_N * self.own_N + shares.ref_N * self.ref_own_N
 
     def free(self) -> None:
         """Let go of what only the backward reads and a whole call cannot keep."""
@@ -296,13 +334,18 @@ class Streamer:
                 e_NC.mul_(slope_NC)
         logp_N = fold.logp()
         own_N = -torch.expm1(logp_N)
+        target_slope_N = None
         if self.head.softcap is not None:
-            own_N *= self._slope(fold.target_z_N)
+            target_slope_N = self._slope(fold.target_z_N)
+            own_N *= target_slope_N
         kept = tokens if keep else None
         block = Block(span, kept, logp_N, fold.lse_N, fold.max_KN, stash, own_N)
         block.stats = fold.finish_stats(ref_fold, self.head.w_VD.shape[0])
         if ref:
             block.ref_logp_N, block.ref_lse_N = ref_fold.logp(), ref_fold.lse_N
+            block.ref_own_N = -torch.expm1(block.ref_logp_N)
+            if target_slope_N is not None:
+                block.ref_own_N *= target_slope_N
         return block
 
     def _dlogits(
@@ -313,19 +356,21 @@ class Streamer:
         ``e_NC`` is what the forward keeps of the chunk.  The targets' own entries are left zero for
         `_add_targets`.
         """
-        v0, v1 = self.chunks[k]
         row_N = (block.max_KN[k] - block.lse_N).exp_().mul_(coef_N).mul_(-self.head.scale)
-        g_NC = e_NC * row_N[:, None]
-        column_N1, hit_N1 = _columns(target_N, v0, v1)
+        return self._without_targets(e_NC * row_N[:, None], target_N, k)
+
+    def _without_targets(self, g_NC: Tensor, target_N: Tensor, k: int) -> Tensor:
+        """Chunk ``k`` of a gradient with zeros for the targets' own entries."""
+        column_N1, hit_N1 = _columns(target_N, *self.chunks[k])
         return g_NC.scatter_(1, column_N1, g_NC.gather(1, column_N1).masked_fill_(hit_N1, 0.0))
 
     def _add_targets(
-        self, block: Block, tokens: Tokens, coef_N: Tensor, dh_ND: Tensor | None, into: Grads
+        self, tokens: Tokens, own_N: Tensor, coef_N: Tensor, dh_ND: Tensor | None, into: Grads
     ) -> None:
         """The targets' own entries, in fp32: they are the largest of their rows, and tokens of one
         pair share a coefficient, so rounding them to bf16 first would be one coherent error.
         """
-        own_N = block.own_N * coef_N * self.head.scale
+        own_N = own_N * coef_N * self.head.scale
         index_N = tokens.target_N.clamp(min=0)
         if dh_ND is not None:
             dh_ND.addcmul_(self.head.w_VD[index_N].to(dh_ND.dtype), own_N[:, None])
@@ -389,7 +434,7 @@ class Streamer:
                 self.products.rounded_mm(g_NC.T, h_ND, dw_CD)
                 dw_CD = None
             self._add_chunk(g_NC, h_op_ND, k, into, dw_CD, dh_ND)
-        self._add_targets(block, tokens, coef_N, dh_ND, into)
+        self._add_targets(tokens, block.own_N, coef_N, dh_ND, into)
         if out_ND is not None and dh_ND is not None:
             return out_ND.copy_(dh_ND)
         return self.place(dh_ND, None) if whole and dh_ND is not None else dh_ND
@@ -399,14 +444,17 @@ class Streamer:
         blocks: list[Block],
         coef_N: Tensor,
         into: Grads,
-        ref: "Streamer | None" = None,
         upstream: Tensor | None = None,
+        *,
+        ref: "Streamer | None" = None,
+        shares: Shares | None = None,
+        targets: bool = True,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp, vocabulary chunks outermost.
 
         The weight's gradient of a chunk is complete before the next chunk begins, so its fp32
-        accumulator is one chunk high.  With ``ref`` the gradients are those of
-        ``sum coef * KL(ref || policy)``.
+        accumulator is one chunk high.  With ``shares`` the gradients are ``coef`` times those of
+        the mixtures with ``ref``; without ``targets`` no entry belongs to a target.
         """
         coef_N = coefficients(self.rows.target_N, coef_N, upstream, self.acc_dtype)
         if self.needs.h:
@@ -418,38 +466,47 @@ class Streamer:
             for block in blocks:
                 h_ND, target_N = self.tokens(block.span)
                 coef = coef_N[slice(*block.span)]
-                if ref is None:
+                if ref is None or shares is None:
                     e_NC = self._probs(h_ND, k, block.max_KN[k])
                     g_NC = self._dlogits(block, e_NC, target_N, coef, k)
                 else:
-                    g_NC = self._probs(h_ND, k, block.lse_N, (ref, block))
-                    g_NC *= (coef * self.head.scale)[:, None]
+                    g_NC = self._mixture(h_ND, k, block, ref, shares.rows(*block.span))
+                    g_NC *= (coef * -self.head.scale)[:, None]
+                    if targets:
+                        g_NC = self._without_targets(g_NC, target_N, k)
                 dh_ND = self._new_rows(h_ND)
                 self._add_chunk(g_NC, h_ND, k, into, dw_CD, dh_ND)
                 if into.h is not None and dh_ND is not None:
                     self.add_rows(into.h, block.span, dh_ND)
             if into.w is not None and dw_CD is not None:
                 into.w[v0:v1] = dw_CD
-        for block in blocks if ref is None else ():
+        for block in blocks if targets else ():
             tokens = self.tokens(block.span)
             dh_ND = self._new_rows(tokens.h_ND)
-            self._add_targets(block, tokens, coef_N[slice(*block.span)], dh_ND, into)
+            own_N = block.own(None if shares is None else shares.rows(*block.span))
+            self._add_targets(tokens, own_N, coef_N[slice(*block.span)], dh_ND, into)
             if into.h is not None and dh_ND is not None:
                 self.add_rows(into.h, block.span, dh_ND)
 
-    def _probs(
-        self, h_ND: Tensor, k: int, shift_N: Tensor, other: "tuple[Streamer, Block] | None" = None
-    ) -> Tensor:
-        """Exponentials of a chunk, less the reference's, times the cap's slope."""
-        v0, v1 = self.chunks[k]
-        z_NC = self._logits(self.products.inner_blocks(h_ND), v0, v1)
+    def _probs(self, h_ND: Tensor, k: int, shift_N: Tensor) -> Tensor:
+        """Exponentials of a chunk, times the cap's slope."""
+        z_NC = self._logits(self.products.inner_blocks(h_ND), *self.chunks[k])
         slope_NC = None if self.head.softcap is None else self._slope(z_NC)
         z_NC.sub_(shift_N[:, None]).exp_()
-        if other is not None:
-            ref, block = other
-            assert block.ref_lse_N is not None
-            ref_blocks = ref.products.inner_blocks(ref.tokens(block.span).h_ND)
-            z_NC -= ref._logits(ref_blocks, v0, v1).sub_(block.ref_lse_N[:, None]).exp_()
+        return z_NC if slope_NC is None else z_NC.mul_(slope_NC)
+
+    def _mixture(
+        self, h_ND: Tensor, k: int, block: Block, ref: "Streamer", shares: Shares
+    ) -> Tensor:
+        """``own * p + ref * p_ref`` of a chunk, times the slope of the policy's cap."""
+        assert block.ref_lse_N is not None
+        z_NC = self._logits(self.products.inner_blocks(h_ND), *self.chunks[k])
+        slope_NC = None if self.head.softcap is None else self._slope(z_NC)
+        z_NC.sub_(block.lse_N[:, None]).exp_().mul_(shares.own_N[:, None])
+        ref_blocks = ref.products.inner_blocks(ref.tokens(block.span).h_ND)
+        ref_z_NC = ref._logits(ref_blocks, *self.chunks[k])
+        ref_z_NC.sub_(block.ref_lse_N[:, None]).exp_()
+        z_NC.addcmul_(ref_z_NC, shares.ref_N[:, None])
         return z_NC if slope_NC is None else z_NC.mul_(slope_NC)
 
 
