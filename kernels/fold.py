@@ -335,6 +335,16 @@ class HeadShape(NamedTuple):
 PLAIN = HeadShape()
 
 
+class RefTile(NamedTuple):
+    """The reference's part of a mixture: its products, biases and log-sum-exps, and both shares."""
+
+    product_RC: Tensor
+    bias_C: Tensor | None
+    lse_R: Tensor
+    own_share_R: Tensor
+    ref_share_R: Tensor
+
+
 def fold(
     product_RC: Tensor,
     bias_C: Tensor | None,
@@ -371,18 +381,14 @@ def keep(
     lse_R: Tensor,
     first_column: int,
     stash_RC: Tensor,
-    ref: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor] | None = None,
+    ref: RefTile | None = None,
 ) -> None:
-    """Probabilities of a tile, or their mixtures with those of ``ref``.
-
-    It has the reference's products, bias and log-sum-exps, and the shares of policy and reference.
-    """
+    """Probabilities of a tile, or their mixtures with those of ``ref``."""
     R, C = product_RC.shape
-    ref_product, *others = ref or (None,) * 5
     grid, blocks = _launch(R, C)
     keep_kernel[grid](
-        product_RC, bias_C, target_R, lse_R, ref_product, *others, stash_RC, R, C,
-        first_column, product_RC.stride(0), 0 if ref_product is None else ref_product.stride(0),
+        product_RC, bias_C, target_R, lse_R, *(ref or (None,) * 5), stash_RC, R, C,
+        first_column, product_RC.stride(0), 0 if ref is None else ref.product_RC.stride(0),
         stash_RC.stride(0), *head, **blocks,
     )  # fmt: skip
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Block, Head, Needs, TokenRows
 from .checks import check_pair_losses
 from .objectives import Objective
 from .plan import Plan
-from .streaming import Block, Head, Needs, TokenRows
 
 
 class HeadInputs(NamedTuple):

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from . import checks
 from .autograd import LinearPreference, LinearTokens, LinearTokensKL, plainly, score_only
+from .blocks import Needs
 from .call import Call, HeadInputs, PairInputs, Pairs, join
 from .checks import IGNORE
 from .objectives import Objective, as_objective
 from .passes import forward_blocks
 from .plan import MIB, default_workspace_mib, make_plan
 from .result import PreferenceLoss, metrics_of
-from .streaming import Needs, Streamer
+from .streaming import Streamer
 
 
 # ------------------------------------------------------------------------------------------- tokens

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import fold, project, scatter
+from .blocks import Block, Grads, Head, Needs, Shares, TokenRows, Tokens
 from .call import collect
 from .checks import IGNORE
 from .gemm import fp32_product
 from .plan import Plan
-from .streaming import Block, Grads, Head, Needs, Shares, TokenRows, Tokens
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -395,9 +395,9 @@ class FusedStreamer:
                 product, bias = self._products(h_ND[rows], part)
                 ref_tile = None
                 if other is not None:
-                    ref_tile = (
+                    ref_tile = fold.RefTile(
                         *other.streamer._products(other.h_ND[rows], part), other.lse_N[rows],
-                        *(x_N[rows] for x_N in other.shares),
+                        other.shares.own_N[rows], other.shares.ref_N[rows],
                     )  # fmt: skip
                 kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
                 target_R = target_N[rows] if targets else None

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Block, Grads, Shares, coefficients
 from .call import Call, Pairs, collect, join
 from .plan import Group
-from .streaming import Block, Grads, Shares, coefficients
 
 # Gradients are made of whole rows, whatever the layout of what they belong to.
 _ROWS = torch.contiguous_format

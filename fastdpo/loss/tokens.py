@@ -53,12 +53,12 @@ class TokenObjective(BaseObjective):
     def losses(self, x: Examples) -> Tensor:
         """The loss of each pair, (P,), with a gradient by ``x.logp_S`` and ``x.kl_S``."""
         assert x.kl_S is not None
-        chosen_kl_P, rejected_kl_P = x.kl_S[0::2], x.kl_S[1::2]
-        d_P = x.ratio_S[0::2] - x.ratio_S[1::2]
+        chosen_kl_P, rejected_kl_P = x.nth(x.kl_S, 0), x.nth(x.kl_S, 1)
+        d_P = x.nth(x.ratio_S, 0) - x.nth(x.ratio_S, 1)
         d_P = d_P + self.kl_shares[0] * chosen_kl_P - self.kl_shares[1] * rejected_kl_P
         d_P = d_P + self.detached_chosen * chosen_kl_P.detach()
         z_P = self.beta * d_P + x.margin_P
-        z_P = z_P + self.alpha * (x.lengths_S[0::2] - x.lengths_S[1::2])
+        z_P = z_P + self.alpha * (x.nth(x.lengths_S, 0) - x.nth(x.lengths_S, 1))
         eps_P, f = x.smoothing_P, SIGMOID.f
         return (1 - eps_P) * f(z_P, self.beta) + eps_P * f(-z_P, self.beta)
 
@@ -74,8 +74,7 @@ def tdpo1(beta: float = 0.1, alpha: float = 0.0) -> TokenObjective:
 def tdpo2(beta: float = 0.1, alpha: float = 0.0, *, tdpo_alpha: float = 0.5) -> TokenObjective:
     """TDPO2 (arXiv 2404.11999): ``z = beta * (d - tdpo_alpha * (K_l - stopgrad(K_w)))``, likewise.
 
-    ``tdpo_alpha`` is the paper's alpha; ``alpha`` is the length penalty per token, which it does not
-    have.
+    ``tdpo_alpha`` is the paper's alpha; ``alpha`` is the length penalty per token.
 
     Raises:
         TypeError, ValueError: ``tdpo_alpha`` is not a number >= 0.
