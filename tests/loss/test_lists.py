@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastdpo.loss import lists, objectives
+from fastdpo.loss.choices import make_objective
 from fastdpo.loss.examples import Examples
 
 BETA, ALPHA = 0.1, 0.02
@@ -216,3 +217,22 @@ def test_refusals():
         lists.skip_ranknet(max_skip=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pro_sft_weight must be a finite number >= 0, got -1"):
         lists.pro(pro_sft_weight=-1)
+
+
+def test_by_name():
+    """Options reach the objective that reads them, and are refused where none does."""
+    x = some_lists([4, 3], spread=5.0)
+    for name, options in {
+        "lipo_lambda": {"alpha": ALPHA},
+        "skip_ranknet": {"alpha": ALPHA, "max_skip": 2},
+        "pro": {"pro_sft_weight": 0.05},
+    }.items():
+        found = make_objective(name, beta=BETA, **options)
+        assert torch.equal(found.losses(x), OBJECTIVES[name].losses(x))
+    both = make_objective(["ranknet", "pro"], [0.5, 2.0], beta=BETA, alpha=ALPHA)
+    wanted = 0.5 * OBJECTIVES["ranknet"].losses(x) + 2 * OBJECTIVES["pro"].losses(x)
+    torch.testing.assert_close(both.losses(x), wanted)
+    with pytest.raises(ValueError, match=r"alpha=0.02 means nothing to loss_type 'pro'"):
+        make_objective("pro", alpha=ALPHA)
+    with pytest.raises(ValueError, match="cannot be summed: they differ in shape"):
+        make_objective(["ranknet", "kto"])
