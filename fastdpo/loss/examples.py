@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-Shape = Literal["pairs", "lists", "singles"]
+Shape = Literal["pairs", "lists", "singles", "any"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class BaseObjective:
         by_margin: whether a pair enters by its margin alone, so that the gradients of its tokens
             are one unknown scalar times signs known beforehand.
         code: its number in the pair kernel; None if PyTorch computes it.
+        length_normalized: whether it divides a pair's log-ratios by their lengths before all else.
         beta: what rewards in the metrics are multiplied by.
         alpha: length penalty per token.
         ld_alpha: weight of the tokens of a pair's longer side beyond the length of the shorter one
@@ -94,6 +95,7 @@ class BaseObjective:
     takes_margin: bool = False
     by_margin: bool = False
     code: int | None = None
+    length_normalized: bool = False
     beta: float = 1.0
     alpha: float = 0.0
     ld_alpha: float | None = None

@@ -24,13 +24,14 @@ lengths are token counts, the end token included.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_objective, require_number
+from .examples import BaseObjective, Examples
 
 
 class Formula(NamedTuple):
@@ -46,7 +47,7 @@ class Formula(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(BaseObjective):
     """A formula with its parameters; call it with the six arguments above.
 
     A "margin" formula gives ``(1 - eps) * f(z) + eps * f(-z)`` with
@@ -90,15 +91,10 @@ class Objective:
         known = enumerate(KERNEL_FORMULAS)
         return next((i for i, formula in known if formula.f is self.formula.f), None)
 
-    def token_signs(self, lengths_S: Any, S: int, device: torch.device) -> Tensor:
-        """Coefficient of each sequence's tokens up to a scalar: a pair's if ``by_margin``, else a
-        side's.  (S,) fp64; the lengths are read only where they count.
-        """
-        sign_S = torch.ones(S, dtype=torch.float64, device=device)
-        if not self.by_margin:
-            return sign_S
-        sign_S[1::2] = -1.0
-        return sign_S / lengths_S if self.length_normalized else sign_S
+    def losses(self, x: Examples) -> Tensor:
+        ratio_S, lengths_S = x.ratio_S, x.lengths_S
+        sides = ratio_S[0::2], ratio_S[1::2], lengths_S[0::2], lengths_S[1::2]
+        return self(*sides, x.margin_P, x.smoothing_P)
 
     def __call__(
         self,
@@ -183,13 +179,13 @@ def nca_pair(beta: float = 0.1) -> Objective:
     return Objective(NCA_PAIR, beta)
 
 
-def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
-    """An `Objective` as it is; a function of the caller's own as one, in which `beta` is 1.
+def as_objective(objective: BaseObjective | Callable[..., Tensor]) -> BaseObjective:
+    """A `BaseObjective` as it is; a function of the caller's own as one, in which `beta` is 1.
 
     Raises:
         TypeError: it is no function of the six arguments.
     """
-    if isinstance(objective, Objective):
+    if isinstance(objective, BaseObjective):
         return objective
     check_objective(objective)
     return Objective(Formula("own", "own", objective))
