@@ -18,6 +18,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_kl",
     "linear_logp",
+    "linear_logp_kl",
     "linear_preference_loss",
     "objectives",
     "reference",

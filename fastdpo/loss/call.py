@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Block, Head, Needs, TokenRows
 from .checks import check_losses
 from .examples import BaseObjective, Examples
 from .plan import Plan
-from .streaming import Block, Head, Needs, TokenRows
 
 
 class HeadInputs(NamedTuple):
@@ -69,8 +69,7 @@ class Call:
     edges: list[int]
     fused: bool  # by the Triton kernels
     streamer: Any  # `streaming.Streamer` or `fused.FusedStreamer`
-    stats: frozenset[str] = frozenset()  # made of each token
-    returned: frozenset[str] = frozenset()  # of them, and "logp"
+    stats: frozenset[str] = frozenset()
     ref: tuple[Tensor, Tensor, Tensor | None] | None = None  # hidden rows, weight and bias
     of_kl: bool = False  # tokens have a KL to the reference, not a log-prob
     blocks: list[Block] = field(default_factory=list)
@@ -97,12 +96,17 @@ class Call:
             return self.token_stats()["kl_ref"]
         return self.full(collect(self.blocks, "logp_N"))
 
+    def token_values_kl(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of an op of both: log-probs, KLs, the reference's log-probs."""
+        names = "logp_N", "ref_logp_N"
+        logp_N, ref_logp_N = (self.full(collect(self.blocks, name)) for name in names)
+        return logp_N, self.token_stats()["kl_ref"], ref_logp_N
+
     def token_stats(self) -> dict[str, Tensor]:
-        found = {}
-        for name in sorted(self.returned):
-            parts = [b.logp_N if name == "logp" else b.stats[name] for b in self.blocks]
-            found[name] = self.full(join(parts)).detach()
-        return found
+        return {
+            name: self.full(join([block.stats[name] for block in self.blocks]))
+            for name in sorted(self.stats)
+        }
 
 
 class Sums(NamedTuple):
@@ -197,19 +201,6 @@ class Scoring:
                 )
             (slope_S,) = torch.autograd.grad(loss, leaf_S)
         return loss.detach(), slope_S
-
-
-def sizes_of(firsts: Sequence[int]) -> list[int]:
-    """Sequences of each example."""
-    return [stop - start for start, stop in pairwise(firsts)]
-
-
-def of_each(x_S: Tensor, firsts: Sequence[int], k: int) -> Tensor:
-    """Sequence ``k`` of each example, (P,), without a wait for the device."""
-    sizes = {*sizes_of(firsts)}
-    if len(sizes) == 1:
-        return x_S[k :: sizes.pop()]
-    return torch.stack([x_S[first + k] for first in firsts[:-1]])
 
 
 def join(parts: list[Tensor]) -> Tensor:

@@ -136,11 +136,11 @@ def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bo
         if rows.shape[0] != N:
             raise ValueError(f"rows_N has {rows.shape[0]} entries but target_N has {N}")
         if not (in_kernel and rows.device.type != "cpu"):
-            _check_values("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
+            require_values("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
     if in_kernel and target.device.type != "cpu":
         return
     valid = ((target >= 0) & (target < V)) | (target == IGNORE)
-    _check_values("target_N", target, valid, f"0 <= target < V={V} or -100")
+    require_values("target_N", target, valid, f"0 <= target < V={V} or -100")
 
 
 def check_tokens(name: str, x: Any, device: torch.device) -> None:
@@ -151,7 +151,7 @@ def check_tokens(name: str, x: Any, device: torch.device) -> None:
     require_device(name, x, device)
 
 
-def _check_values(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
+def require_values(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
     if x.device.type != "cpu":
         torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be {wanted}")
     elif not valid.all():
@@ -212,10 +212,6 @@ def check_bounds(bounds: Any, target: Tensor, *, pairs: bool) -> list[int]:
     return edges
 
 
-# How many sequences an example has.
-_SIZES = {"pairs": (2, 3), "lists": (2, sys.maxsize), "singles": (1, 1), "any": (1, sys.maxsize)}
-
-
 def check_firsts(firsts: Any, S: int, objective: Any) -> tuple[int, ...]:
     """The first sequence of each example and the end; examples of the objective's shape."""
     if not isinstance(firsts, range | tuple | list) or any(type(x) is not int for x in firsts):
@@ -225,9 +221,9 @@ def check_firsts(firsts: Any, S: int, objective: Any) -> tuple[int, ...]:
             f"firsts_P1 must run from 0 to S={S}, the number of sequences that bounds_S1 has, got "
             f"{_shortly(firsts)}"
         )
-    least, most = _SIZES[objective.shape]
-    if objective.shape == "pairs" and (objective.by_margin or objective.code is not None):
-        most = 2
+    pair = 2, 3 if objective.needs_prompt else 2
+    sizes = {"pairs": pair, "lists": (2, sys.maxsize), "singles": (1, 1)}
+    least, most = sizes[objective.shape]
     for p, (start, stop) in enumerate(pairwise(firsts)):
         if stop <= start:
             raise ValueError(f"firsts_P1 must increase, but goes from {start} to {stop} at {p + 1}")
@@ -310,7 +306,7 @@ def check_vector(
         return x
     valid = x.isfinite() & (x >= low) & (x <= high)
     wanted = "finite" + (f" and in [{low:g}, {high:g}]" if low > -1e300 else "")
-    _check_values(name, x, valid, wanted)
+    require_values(name, x, valid, wanted)
     return x
 
 

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import LinearPreference, LinearTokens, plainly, score_only
-from .call import Call, ExampleInputs, HeadInputs, Scoring, join, of_each, sizes_of
+from .autograd import LinearPreference, LinearTokens, LinearTokensKL, plainly, score_only
+from .blocks import Needs
+from .call import Call, ExampleInputs, HeadInputs, Scoring, collect, join
 from .checks import IGNORE
-from .examples import BaseObjective
+from .examples import BaseObjective, nth, sizes_of
 from .objectives import as_objective
 from .passes import forward_blocks, tail_weights
 from .plan import MIB, default_workspace_mib, make_plan
 from .result import PreferenceLoss, metrics_of
-from .streaming import Needs, Streamer
+from .streaming import Streamer
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -28,15 +29,24 @@ def logp(given: HeadInputs) -> Tensor:
     """`ops.linear_logp`."""
     given, fused = _check_head(given)
     _check_targets(given, fused)
-    # Where it costs no synchronization to know.
-    on_host = not fused and given.target_N.device.type == "cpu"
-    if on_host and bool((given.target_N == IGNORE).all()):
-        acc = torch.promote_types(given.h_TD.dtype, torch.float32)
-        anchors = [x[:0].sum() for x in given[:3] if x is not None]  # keep the graph connected
-        zeros = torch.zeros(given.target_N.shape[0], dtype=acc, device=given.h_TD.device)
-        return zeros + sum(anchors[1:], anchors[0]).to(acc)
+    if _nothing_scored(given, fused):
+        return _zeros(given)
     call = make_call(given, fused=fused)
     return _of_tokens(call, given)
+
+
+def _nothing_scored(given: HeadInputs, fused: bool) -> bool:
+    """Whether all targets are ignored, where it costs no synchronization to know."""
+    on_host = not fused and given.target_N.device.type == "cpu"
+    return on_host and bool((given.target_N == IGNORE).all())
+
+
+def _zeros(given: HeadInputs) -> Tensor:
+    """What an op of tokens returns if no target is scored; it keeps the graph connected."""
+    acc = torch.promote_types(given.h_TD.dtype, torch.float32)
+    anchors = [x[:0].sum() for x in given[:3] if x is not None]
+    zeros = torch.zeros(given.target_N.shape[0], dtype=acc, device=given.h_TD.device)
+    return zeros + sum(anchors[1:], anchors[0]).to(acc)
 
 
 def kl(given: HeadInputs) -> Tensor:
@@ -51,15 +61,43 @@ def kl(given: HeadInputs) -> Tensor:
     target_N = torch.zeros(N, dtype=torch.int64, device=given.h_TD.device)
     given = given._replace(target_N=target_N)
     _check_targets(given, fused)
-    if given.ref_h_TD is None:
-        raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
+    call = _of_both_heads(given, fused)
+    call.of_kl = True
+    return _of_tokens(call, given)
+
+
+def logp_kl(given: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.linear_logp_kl`."""
+    given, fused = _check_head(given)
+    _check_targets(given, fused)
+    if _nothing_scored(given, fused):
+        _require_reference(given)
+        return _zeros(given), _zeros(given), _zeros(given).detach()
+    call = _of_both_heads(given, fused)
+    if call.plan.route == "forward":
+        with torch.no_grad(), plainly(given.h_TD.device):
+            forward_blocks(call, *given[:3])
+            return call.token_values_kl()
+    return LinearTokensKL.apply(*given[:3], call)  # type: ignore[return-value]
+
+
+def _of_both_heads(given: HeadInputs, fused: bool) -> Call:
+    """A call of tokens that streams the reference's head beside the policy's."""
+    ref = _require_reference(given)
     call = make_call(given, fused=fused)
-    call.ref, call.of_kl = _reference_head(given), True
-    call.stats = call.returned = frozenset({"kl_ref"})
-    # Nothing is kept: the difference of two softmaxes needs both log-sum-exps first.
+    call.ref, call.stats = ref, frozenset({"kl_ref"})
+    # Nothing is kept: any upstream gradient may come, and a difference of two softmaxes needs both
+    # log-sum-exps first.
     route, plan = "recompute" if any(call.needs) else "forward", call.plan
     call.plan = replace(plan, route=route, grad_tile_bytes=plan.tile_bytes)
-    return _of_tokens(call, given)
+    return call
+
+
+def _require_reference(given: HeadInputs) -> Any:
+    """The reference's head of an op that can't do without."""
+    if given.ref_h_TD is None:
+        raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
+    return _reference_head(given)
 
 
 def _of_tokens(call: Call, given: HeadInputs) -> Tensor:
@@ -94,17 +132,15 @@ def preference(
         given, edges, firsts, fused=fused, splits=not objective.couples,
         unit_buffers=1 if objective.by_margin else min(2, max(sizes_of(firsts))),
     )  # fmt: skip
-    call.ref, call.returned, call.stats = ref, stats, stats - {"logp"}
-    if objective.needs_alignment:
-        call.stats |= {"log_sum_sq_probs"}
+    call.ref, call.stats = ref, stats - {"logp"} | _STATS_OF[objective.needs_alignment]
     weighs = objective.ld_alpha is not None
     bounds_S1, lengths_S = _lengths(call, not known or weighs or objective.length_normalized)
     ref_S = None if inputs.ref_logp_S is None else inputs.ref_logp_S.contiguous()
     scoring = Scoring(
         objective, call.edges, firsts, bounds_S1, lengths_S, ref_S, **values, shift=inputs.shift
     )
-    if scoring.mean_chosen_length is None and lengths_S is not None:
-        scoring.mean_chosen_length = of_each(lengths_S.double(), firsts, 0).mean()
+    if objective.needs_mean_length and scoring.mean_chosen_length is None:
+        scoring.mean_chosen_length = mean_length(scoring)
     if weighs:
         scoring.token_weight_N = tail_weights(call.target_N, scoring)
     run: Callable = score_only if call.plan.route == "forward" else _differentiably
@@ -113,11 +149,31 @@ def preference(
         scoring.lengths_S = join([result.lengths_S for result in scoring.results])
     entries = {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": scoring.lengths_S}
     metrics, counts = metrics_of(scoring, logp_S, ref_S)
-    return PreferenceLoss(entries, metrics, call.token_stats(), call.plan, counts)
+    return PreferenceLoss(entries, metrics, _stats(call, stats), call.plan, counts)
 
 
 def _differentiably(call: Call, scoring: Scoring, *tensors: Tensor | None) -> Any:
     return LinearPreference.apply(*tensors, call, scoring)
+
+
+# What objectives need of each token that are, or are not, about the policy's own responses.
+_STATS_OF = {True: frozenset({"log_sum_sq_probs"}), False: frozenset()}
+
+
+def _stats(call: Call, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """The statistics that the caller asked for."""
+    found = {name: x for name, x in call.token_stats().items() if name in wanted}
+    if "logp" in wanted:
+        found["logp"] = call.full(collect(call.blocks, "logp_N"))
+    return found
+
+
+def mean_length(scoring: Scoring) -> Tensor:
+    """Mean over the examples of the first's tokens, and of the prompt's if the objective does."""
+    lengths_S, firsts = scoring.lengths_S.double(), scoring.firsts
+    if scoring.objective.needs_prompt:  # all that are not the rejected one's
+        return (lengths_S.sum() - nth(lengths_S, firsts, 1).sum()) / scoring.count
+    return nth(lengths_S, firsts, 0).mean()
 
 
 def _lengths(call: Call, wanted: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Block, Grads, Shares, coefficients
 from .call import Call, Scoring, Sums, collect, join
 from .checks import IGNORE
 from .plan import Group
-from .streaming import Block, Grads, coefficients
 
 # Gradients are made of whole rows, whatever the layout of what they belong to.
 _ROWS = torch.contiguous_format
@@ -166,12 +166,14 @@ def token_backward(
     coef_N: Tensor,
     upstream: Tensor | None = None,
     *,
+    kl_coef_N: Tensor | None = None,
     reuse: bool = False,
 ) -> Gradients:
     """Gradients of ``upstream * sum coef * logp`` by the frozen, stash or recompute route.
 
     With ``reuse`` nobody will ask for them again, so what was kept may be overwritten.  Those of
-    ``sum coef * KL(ref || policy)`` are always recomputed.
+    ``sum coef * KL(ref || policy)``, or of ``sum coef * logp + kl_coef * KL``, are always
+    recomputed.
     """
     h_TD, w_VD, bias_V, unit_ND = saved
     assert h_TD is not None and w_VD is not None
@@ -185,8 +187,13 @@ def token_backward(
             call.blocks[0], coef_N, into, add=False, whole=True, upstream=upstream
         )
     else:
-        ref = call.open_reference() if call.of_kl else None
-        streamer.recompute_backward(call.blocks, coef_N, into, ref, upstream)
+        shares = Shares.of_kl(coef_N) if call.of_kl else None
+        if kl_coef_N is not None:
+            coef_N, shares = Shares.of(coef_N, kl_coef_N)
+        ref = call.open_reference() if shares is not None else None
+        streamer.recompute_backward(
+            call.blocks, coef_N, into, upstream, ref=ref, shares=shares, targets=not call.of_kl
+        )
     return rounded(call, into, h_TD.dtype)
 
 
@@ -266,7 +273,7 @@ def _unit_group(call: Call, scoring: Scoring, group: Group, streamer: Any, total
     """
     sizes, by_margin = scoring.sizes, scoring.objective.by_margin
     h_TD = streamer.rows.h_TD
-    sign_S = token_signs(scoring, h_TD.device)
+    sign_S = scoring.objective.token_signs(scoring.lengths_S, len(sizes), h_TD.device)
     sign_N = _per_token(sign_S, sizes)
     if scoring.token_weight_N is not None:
         sign_N = sign_N * scoring.token_weight_N
@@ -296,17 +303,6 @@ def _unit_group(call: Call, scoring: Scoring, group: Group, streamer: Any, total
         scalar_N = _per_token(scalar_S, sizes)
         streamer.add_rows(total.h, group.rows, unit_h.mul_(scalar_N[:, None]))
     return share
-
-
-def token_signs(scoring: Scoring, device: torch.device) -> Tensor:
-    """Coefficient of each sequence's tokens up to a scalar: a pair's if ``by_margin``, else a
-    sequence's.  (S,) fp64; the lengths are read only where they count.
-    """
-    sign_S = torch.ones(len(scoring.sizes), dtype=torch.float64, device=device)
-    if not scoring.objective.by_margin:
-        return sign_S
-    sign_S[1::2] = -1.0
-    return sign_S / scoring.lengths_S if scoring.objective.length_normalized else sign_S
 
 
 def _add_scaled(total: Tensor | None, unit: Tensor | None, scalar: Tensor) -> Tensor | None:

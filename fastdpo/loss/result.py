@@ -9,7 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import register_pytree_node
 
 from ..kernels.support import METRICS
-from .call import Scoring, of_each, sizes_of
+from .call import Scoring
+from .examples import nth, sizes_of
 from .plan import Plan
 
 
@@ -101,10 +102,10 @@ def metrics_of(
         return _of_singles(seen, scoring.desirable_P)
     shape, sizes = scoring.objective.shape, sizes_of(scoring.firsts)
     counts: dict[str, Tensor] = {}
-    if shape == "pairs" or (shape == "any" and set(sizes) == {2}):
-        best, worst = ([of_each(x_S, scoring.firsts, k) for x_S in seen] for k in (0, 1))
+    if shape == "pairs":
+        best, worst = ([nth(x_S, scoring.firsts, k) for x_S in seen] for k in (0, 1))
         right = (best[0] > worst[0]).double().mean()
-    elif shape == "lists" and scoring.scores_S is not None:
+    elif scoring.scores_S is not None:
         best, worst, right, ordered = _of_lists(seen, scoring.scores_S, sizes)
         counts["rewards/accuracies"] = ordered
     else:
