@@ -2,8 +2,8 @@
 
 `rows.py`: a file or dataset -> checked rows. `tokenize.py`: rows -> examples (`examples.py`: pairs,
 lists, single responses), through `rendering.py` and `lost.py`, which finds what a chat template
-loses. `budget.py`: examples that fit a number of tokens. `batch.py`: examples -> packed tensors, and
-which go into which batch. `records.py` has the rows that go from stage to stage, `clock.py` the
+loses. `budget.py`: examples that fit a number of tokens. `batch.py`: examples -> packed tensors,
+and which go into which batch. `records.py` has the rows that go from stage to stage, `clock.py` the
 time that templates see.
 """
 
