@@ -30,6 +30,28 @@ class TrainConfig:
             mean response length at `target_length`, see `fastdpo.train.control`.
         target_length: tokens that alpha="auto" holds; by default the mean length of the samples
             that the first round starts with.
+        loss_type: the objective, or several that are summed: TRL's names and others, in the table
+            of `fastdpo/loss/README.md`. The length penalty composes with those by margin.
+        loss_weights: factor of each of several; by default all 1.
+        label_smoothing: probability that a pair's label is flipped, where its row gives none.
+        f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence".
+        f_alpha_divergence_coef: of alpha_divergence.
+        discopop_tau: temperature of discopop.
+        ld_alpha: weight of the longer side's tokens beyond the shorter one's length, in [0, 1]
+            (LD-DPO); null counts all alike.
+        use_weighting: weigh a pair by how likely the policy is to write its responses (WPO).
+        reference_scale: factor on the reference's log-ratio (DPO^gamma; AIPO's 1 + alpha).
+        simpo_gamma: margin that simpo wants, not multiplied by beta; TRL's CPOTrainer's.
+        cpo_alpha: weight of the likelihood of chosen responses in cpo.
+        desirable_weight, undesirable_weight: of the two kinds of single responses.
+        tdpo_alpha: weight of the KL terms in tdpo2.
+        score_offset: what a pair's scores add to the margin that is wanted: "log_difference" and
+            "log_ratio" are ODPO's (arXiv 2402.10571), "difference" the adaptive margin of Secrets
+            of RLHF II (arXiv 2401.06080). "none" adds nothing.
+        score_offset_weight: factor on it, ODPO's alpha.
+        score_weight: multiply a pair's loss by the difference of its scores.
+        score_label: take sigmoid of the difference of a pair's scores as the probability that its
+            label is right, so that label_smoothing is one minus that.
         learning_rate: peak of the cosine schedule.
         warmup_ratio: share of the steps that warm up linearly.
         weight_decay: AdamW's.
@@ -74,6 +96,24 @@ class TrainConfig:
     beta: float = 0.1
     alpha: float | str = 0.01
     target_length: float | None = None
+    loss_type: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    reference_scale: float = 1.0
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    tdpo_alpha: float = 0.5
+    score_offset: str = "none"
+    score_offset_weight: float = 1.0
+    score_weight: bool = False
+    score_label: bool = False
     learning_rate: float = 1e-6
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
