@@ -24,13 +24,14 @@ lengths are token counts, the end token included.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_objective, require_number
+from .examples import BaseObjective, Examples
 
 
 class Formula(NamedTuple):
@@ -46,7 +47,7 @@ class Formula(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(BaseObjective):
     """A formula with its parameters; call it with the six arguments above.
 
     A "margin" formula gives ``(1 - eps) * f(z) + eps * f(-z)`` with
@@ -65,6 +66,7 @@ class Objective:
     beta: float = 1.0
     alpha: float = 0.0
     length_normalized: bool = False
+    ld_alpha: float | None = None
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, low=0, open_low=True)
@@ -90,15 +92,11 @@ class Objective:
         known = enumerate(KERNEL_FORMULAS)
         return next((i for i, formula in known if formula.f is self.formula.f), None)
 
-    def token_signs(self, lengths_S: Any, S: int, device: torch.device) -> Tensor:
-        """Coefficient of each sequence's tokens up to a scalar: a pair's if ``by_margin``, else a
-        side's.  (S,) fp64; the lengths are read only where they count.
-        """
-        sign_S = torch.ones(S, dtype=torch.float64, device=device)
-        if not self.by_margin:
-            return sign_S
-        sign_S[1::2] = -1.0
-        return sign_S / lengths_S if self.length_normalized else sign_S
+    def losses(self, x: Examples) -> Tensor:
+        """The loss of each pair, (P,)."""
+        ratio_S, lengths_S = x.ratio_S, x.lengths_S
+        sides = x.nth(ratio_S, 0), x.nth(ratio_S, 1), x.nth(lengths_S, 0), x.nth(lengths_S, 1)
+        return self(*sides, x.margin_P, x.smoothing_P)
 
     def __call__(
         self,
@@ -183,13 +181,41 @@ def nca_pair(beta: float = 0.1) -> Objective:
     return Objective(NCA_PAIR, beta)
 
 
-def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
-    """An `Objective` as it is; a function of the caller's own as one, in which `beta` is 1.
+def as_objective(objective: BaseObjective | Callable[..., Tensor]) -> BaseObjective:
+    """An objective as it is; a function of the caller's own as one, in which `beta` is 1.
 
     Raises:
         TypeError: it is no function of the six arguments.
     """
-    if isinstance(objective, Objective):
+    if isinstance(objective, BaseObjective):
         return objective
     check_objective(objective)
     return Objective(Formula("own", "own", objective))
+
+
+@dataclass(frozen=True)
+class _GivenSlopes(BaseObjective):
+    """`given_slopes`."""
+
+    like: BaseObjective
+    needs_scores = True
+
+    def __post_init__(self) -> None:
+        for name in ("shape", "needs_reference", "needs_prompt", "beta", "alpha", "ld_alpha"):
+            object.__setattr__(self, name, getattr(self.like, name))
+
+    def losses(self, x: Examples) -> Tensor:
+        """``sum scores_S * logp_S`` over the sequences of each example, (P,)."""
+        assert x.scores_S is not None
+        parts = (x.scores_S * x.logp_S).split(x.sizes)
+        return torch.stack([part.sum() for part in parts])
+
+
+def given_slopes(objective: BaseObjective) -> BaseObjective:
+    """An objective whose gradients are known beforehand: the slope of each sequence, as its score.
+
+    For one that ``couples`` the examples of a whole step: its slopes come from a first pass over
+    the step, and this one trains with them.  Beta and the other numbers of the metrics, what else
+    is needed and ``ld_alpha`` are those of ``objective``.
+    """
+    return _GivenSlopes(objective)
