@@ -207,7 +207,7 @@ def _plackett_luce(grid: ListGrid) -> Tensor:
     return (_log_sums_of_rest(ranked.reward_PL[:, None, :], ranked) - ranked.reward_PL).sum(1)
 
 
-def _pro(grid: ListGrid, *, sft_weight: float) -> Tensor:
+def _pro(grid: ListGrid, *, pro_sft_weight: float) -> Tensor:
     ranked = grid.take(grid.ranked(grid.score_PL))
     sizes_P = ranked.valid_PL.sum(1)
     p_PL = ranked.logp_PL / ranked.length_PL
@@ -217,7 +217,7 @@ def _pro(grid: ListGrid, *, sft_weight: float) -> Tensor:
     gap_PLL = gap_PLL + torch.diag_embed(own_PL)
     sums_PL = _log_sums_of_rest(p_PL[:, None, :] * gap_PLL, ranked)
     ranking_P = (sums_PL - p_PL * own_PL).sum(1)
-    return ranking_P - sft_weight * (sizes_P - 1).square() * ranked.logp_PL[:, 0]
+    return ranking_P - pro_sft_weight * (ranked.logp_PL[:, 0] * (sizes_P - 1).square())
 
 
 def _log_sums_of_rest(what_PLL: Tensor, ranked: ListGrid) -> Tensor:
@@ -282,21 +282,21 @@ def plackett_luce(beta: float = 0.1, alpha: float = 0.0) -> ListObjective:
     return ListObjective("plackett_luce", _plackett_luce, beta, alpha, needs_ranks=True)
 
 
-def pro(sft_weight: float = 0.05) -> ListObjective:
+def pro(pro_sft_weight: float = 0.05) -> ListObjective:
     """PRO, preference ranking optimization (arXiv 2306.17492), as its released code has it.
 
     With p the mean log-prob of a response's tokens, and the n responses in the order of their
     scores psi:
 
         - sum over k < n of log(exp(p_k T_kk) / (exp(p_k T_kk) + sum over i > k of exp(p_i T_ki)))
-        - sft_weight * (n - 1)^2 * log pi(y_1|x)
+        - pro_sft_weight * (n - 1)^2 * log pi(y_1|x)
 
     where ``T_ki = psi_k - psi_i`` and T_kk is the largest of them.  There is no reference, no beta.
 
     Raises:
-        TypeError, ValueError: ``sft_weight`` is no number >= 0.
+        TypeError, ValueError: ``pro_sft_weight`` is no number >= 0.
     """
-    require_number("sft_weight", sft_weight, low=0)
+    require_number("pro_sft_weight", pro_sft_weight, low=0)
     return ListObjective(
-        "pro", partial(_pro, sft_weight=sft_weight), needs_reference=False, needs_ranks=True
+        "pro", partial(_pro, pro_sft_weight=pro_sft_weight), needs_reference=False, needs_ranks=True
     )

@@ -178,11 +178,9 @@ def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
 
 def _laid_out(setup: Setup, examples: Sequence[Any], model: nn.Module) -> Setup:
     """The setup with these examples, in the layout of a model that has their tokens."""
-    sides = [
-        prompt + ids for x in examples for prompt, ids in zip(x.prompts, x.responses)
-    ]
+    ids = [ids for x in examples for ids in (*x.prompts, *x.responses)]
     what = "a response with its prompt"
-    check_range(model, max(map(max, sides)), max(map(len, sides)), "the pairs'", what)
+    check_range(model, max(map(max, ids)), max(x.longest for x in examples), "the pairs'", what)
     layout = layout_of(model)
     lengths = [x.num_tokens(layout) for x in examples]
     return replace(setup, pairs=examples, layout=layout, lengths=lengths)

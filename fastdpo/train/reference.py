@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo import __version__
+from fastdpo.data.examples import TokenizedExample, TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import has_flash_attn
 from fastdpo.progress import advance, bar
@@ -133,21 +134,25 @@ def _cache_path(setup: Setup, weights: str) -> Path:
     return cache_path(config.reference_cache or "") / f"{key}.safetensors"
 
 
-def pairs_digest(examples: Sequence[Any], *, tokens_only: bool = False) -> str:
+def pairs_digest(examples: Sequence[TokenizedExample], *, tokens_only: bool = False) -> str:
     """Digest of every token of every example, in order, and of what its loss reads beside them.
 
     ``tokens_only`` leaves the latter out: it is no matter of log-probs.
     """
     digest = hashlib.sha256()
     for example in examples:
-        first, *others = example.prompts
-        tokens: list[Any] = [first, *example.responses]
-        tokens += [{"prompts": others}] if any(x != first for x in others) else []
+        tokens: list[Any] = [example.shape, example.prompts[0], example.responses]
+        if isinstance(example, TokenizedPair):
+            # In an old file a pair of these tokens has nothing more.
+            tokens = [example.prompt_ids, example.chosen_ids, example.rejected_ids]
+            names = ("rejected_prompt_ids", "prompt_nll")
+            more = {x: value for x in names if (value := getattr(example, x))}
+            tokens += [more] if more else []
         digest.update(json.dumps([*tokens, *([] if tokens_only else _beside(example))]).encode())
     return digest.hexdigest()
 
 
-def _beside(example: Any) -> list[Any]:
+def _beside(example: TokenizedExample) -> list[Any]:
     """Numbers of an example that its loss reads, those that are not as usual."""
     found: list[Any] = []
     if (example.weight, example.label_smoothing) != (1.0, 0.0):
