@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedList, TokenizedPair
 from fastdpo.data.parts import read_scored
 from fastdpo.data.records import ListRow, PairRow, Scored, prompt_key
 from fastdpo.data.rows import read_rows
@@ -37,6 +37,7 @@ _SATURATED = "scores equal after shaping"
 Measure = Callable[[list[TokenizedPair]], filters.Measured]
 Fresh = Mapping[str, float]  # the score of a fresh sample by `Prompt.key`
 Chosen = TypeVar("Chosen", PairRow, ListRow)
+Example = TypeVar("Example", TokenizedPair, TokenizedList)
 
 
 def select(rows: Sequence[Scored], config: PairConfig) -> rules.Pairing:
@@ -361,21 +362,44 @@ def load_pairs(path: Path) -> list[TokenizedPair]:
 
     Raises DataError, naming file and line, when a row isn't such a pair.
     """
-    check_rows(path)
-    rows = read_rows(path)
-    pairs = []
-    for i, row in enumerate(rows.rows):
-        where = rows.where(i)
+
+    def tokenized(row: dict[str, Any], where: str) -> TokenizedPair:
         found = PairRow.from_json(row, where)
         known = {name: getattr(found, name) for name in _COUNTS}
         counts = {name: value for name, value in known.items() if value is not None}
         extra = {name: row[name] for name in _EXTRA if name in row}
         ids = found.prompt_ids, found.chosen_ids, found.rejected_ids
+        return TokenizedPair(*ids, extra=extra, where=where, **counts)
+
+    return _loaded(path, tokenized)
+
+
+def load_lists(path: Path) -> list[TokenizedList]:
+    """Read lists that `pair` wrote.
+
+    Raises DataError, naming file and line, when a row isn't such a list.
+    """
+
+    def tokenized(row: dict[str, Any], where: str) -> TokenizedList:
+        found = ListRow.from_json(row, where)
+        extra = {"prompt_index": found.prompt_index}
+        ids = found.prompt_ids, found.responses_ids
+        return TokenizedList(*ids, found.scores, extra=extra, where=where)
+
+    return _loaded(path, tokenized)
+
+
+def _loaded(path: Path, tokenized: Callable[[dict[str, Any], str], Example]) -> list[Example]:
+    check_rows(path)
+    rows, examples = read_rows(path), []
+    for i, row in enumerate(rows.rows):
         try:
-            pairs.append(TokenizedPair(*ids, extra=extra, where=where, **counts))
+            examples.append(tokenized(row, rows.where(i)))
+        except DataError:
+            raise
         except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: {error}. Pair again.") from error
-    return pairs
+            raise DataError(f"{rows.where(i)}: {error}. Pair again.") from error
+    return examples
 
 
 def split_stages(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
