@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 
 from fastdpo.data.batch import LAYOUTS
@@ -194,7 +193,8 @@ class TrainConfig:
         objective, named = self.objective, f"loss_type={self.loss_type}"
         for name in ("precompute_ref_log_probs", "reference_cache"):
             otherwise = f"another loss_type be given: {self.loss_type} needs no reference"
-            require_used(self, name, objective.needs_reference, otherwise)
+            used = objective.needs_reference or getattr(self, name) is None
+            require_used(self, name, used, otherwise)
         if objective.needs_kl and self.precompute_ref_log_probs:
             raise ConfigError(
                 f"precompute_ref_log_probs=True gives no KL of tokens, which {named} needs; set "
@@ -208,7 +208,7 @@ class TrainConfig:
                 )
         else:
             wanted = "another loss_type be given: the length penalty is of losses of the margin"
-            require_used(self, "alpha", self._takes_alpha, wanted)
+            require_used(self, "alpha", self._takes_alpha or self.alpha == 0, wanted)
         require(self, "score_offset", self.score_offset in OFFSETS, f"one of {', '.join(OFFSETS)}")
         for name in ("score_offset", "score_label"):
             wanted = f"another loss_type be given: {self.loss_type} has no margin of a pair"
@@ -226,7 +226,7 @@ class TrainConfig:
     def _takes_alpha(self) -> bool:
         """Whether the length penalty means something to one of the losses."""
         names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
-        return any("alpha" in signature(CHOICES[name].build).parameters for name in names)
+        return any("alpha" in CHOICES[name].options for name in names)
 
     @cached_property
     def objective(self) -> BaseObjective:
