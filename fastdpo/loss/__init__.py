@@ -5,16 +5,24 @@ for what there is to call, then `plan` for the ways through a head, and `objecti
 """
 
 from . import objectives, reference
-from .module import LinearDPOLoss
-from .ops import linear_dpo_loss, linear_kl, linear_logp, linear_preference_loss
+from .module import LinearDPOLoss, LinearPreferenceLoss
+from .ops import (
+    linear_dpo_loss,
+    linear_kl,
+    linear_logp,
+    linear_logp_kl,
+    linear_preference_loss,
+)
 from .result import PreferenceLoss
 
 __all__ = [
     "LinearDPOLoss",
+    "LinearPreferenceLoss",
     "PreferenceLoss",
     "linear_dpo_loss",
     "linear_kl",
     "linear_logp",
+    "linear_logp_kl",
     "linear_preference_loss",
     "objectives",
     "reference",
