@@ -1,20 +1,17 @@
 """Every objective in the trainer: TRL's trainers, whole steps, references, single responses."""
 
-import json
 from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
-from test_trainer import CONFIG, random_pairs, read_metrics, weights
+from test_trainer import CONFIG, read_metrics, weights
 from tiny import LLAMA, save_tiny
 
 from fastdpo.data.batch import plan_steps
-from fastdpo.data.examples import TokenizedList, TokenizedPair, TokenizedSingle
-from fastdpo.errors import ConfigError, DataError
-from fastdpo.loss.choices import CHOICES
+from fastdpo.data.examples import TokenizedList, TokenizedPair
 from fastdpo.model.load import load_tokenizer
-from fastdpo.train import prepare, trainer
+from fastdpo.train import trainer
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.trainer import train
 
