@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastdpo.data.batch import TokenizedPair, tokens_of_pair
+from fastdpo.data.examples import TokenizedExample, TokenizedList, TokenizedPair, tokens_of
 from fastdpo.errors import DataError
 
 OVERLONG = ("truncate", "drop", "stop")  # what can be done with a pair that is too long
@@ -28,14 +28,14 @@ def check_overlong(overlong: str) -> None:
 class Fitted:
     """What `fit_to_budget` made of pairs: `pairs[i]` was number `kept[i]` of those given."""
 
-    pairs: list[TokenizedPair]
+    pairs: list[TokenizedExample]
     kept: list[int]
     dropped_at: list[str]  # the rows left out
     truncated_at: list[str]  # rows kept with a response cut
 
 
 def fit_to_budget(
-    pairs: Sequence[TokenizedPair], max_tokens: int, *, layout: str, overlong: str
+    pairs: Sequence[TokenizedExample], max_tokens: int, *, layout: str, overlong: str
 ) -> Fitted:
     """Make every pair fit a micro-batch of `max_tokens` tokens in a layout, in order.
 
@@ -55,7 +55,7 @@ def fit_to_budget(
     sizes = [pair.num_tokens(layout) for pair in pairs]
     fitted = Fitted([], [], [], [])
     for i, pair in enumerate(pairs):
-        fitting: TokenizedPair | None = pair
+        fitting: TokenizedExample | None = pair
         if sizes[i] > max_tokens:
             if overlong == "stop":
                 raise DataError(
@@ -81,20 +81,33 @@ def fit_to_budget(
     return fitted
 
 
-def _place(pairs: Sequence[TokenizedPair], i: int) -> str:
+def _place(pairs: Sequence[TokenizedExample], i: int) -> str:
     return pairs[i].where or f"pair {i} (counting from 0)"
 
 
-def _cut(pair: TokenizedPair, max_tokens: int, layout: str) -> TokenizedPair | None:
-    """The pair within `max_tokens`, its responses under one cap; None if that leaves nothing."""
-    prompt, chosen, rejected = map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+def _cut(pair: TokenizedExample, max_tokens: int, layout: str) -> TokenizedExample | None:
+    """The example within `max_tokens`, its responses under one cap; None if that leaves nothing."""
+    prompts, lengths = pair.prompts[: pair.num_computed], [*map(len, pair.responses)]
+    lengths = lengths[: pair.num_computed]
 
     def fits(cap: int) -> bool:
-        return tokens_of_pair(prompt, min(chosen, cap), min(rejected, cap), layout) <= max_tokens
+        return tokens_of(prompts, [min(length, cap) for length in lengths], layout) <= max_tokens
 
-    # Not by halves: where both sides can't share the prompt, a longer cap may take fewer tokens.
-    cap = next(filter(fits, range(min(max(chosen, rejected), max_tokens), 0, -1)), 0)
-    chosen_ids, rejected_ids = pair.chosen_ids[:cap], pair.rejected_ids[:cap]
-    if chosen_ids == rejected_ids:  # also where both are empty
+    # Not by halves: where not all can share the prompt, a longer cap may take fewer tokens.
+    cap = next(filter(fits, range(min(max(lengths), max_tokens), 0, -1)), 0)
+    return cut_to(pair, cap)
+
+
+def cut_to(pair: TokenizedExample, cap: int) -> TokenizedExample | None:
+    """The example with its responses cut to `cap` tokens; None if that makes all of them alike."""
+    if cap < 1:
         return None
-    return replace(pair, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
+    if isinstance(pair, TokenizedPair):
+        chosen_ids, rejected_ids = pair.chosen_ids[:cap], pair.rejected_ids[:cap]
+        alike = pair.rejected_prompt_ids is None and chosen_ids == rejected_ids
+        return None if alike else replace(pair, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
+    if isinstance(pair, TokenizedList):
+        responses = [ids[:cap] for ids in pair.responses_ids]
+        alike = all(ids == responses[0] for ids in responses)
+        return None if alike else replace(pair, responses_ids=responses)
+    return replace(pair, response_ids=pair.response_ids[:cap])

@@ -331,4 +331,4 @@ def _truncate(split: _SplitPair, max_length: int | None) -> TokenizedPair | str:
         return "identical responses"
     if chosen == rejected:
         return "identical responses after truncation"
-    return TokenizedPair(split.prompt_ids, chosen, rejected, split.extra, split.where)
+    return TokenizedPair(split.prompt_ids, chosen, rejected, extra=split.extra, where=split.where)

@@ -7,13 +7,16 @@ responses in the order of the data.
 P examples, S sequences.  All tensors are fp64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Shape = Literal["pairs", "lists", "singles"]
+Shift = Literal["kl", "mean_reward"] | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Examples:
             unless the objective ``needs_alignment``.
         mean_chosen_length: mean length of the first sequences of all examples of the step: what
             makes a sum over tokens of an example its share of a mean over the step's tokens.
-        shift: what a step's examples share: KTO's KL estimate, BCO's running mean.
+        shift: what a step's examples share: KTO's KL estimate, BCO's running mean of the rewards.
     """
 
     logp_S: Tensor
@@ -63,11 +66,19 @@ class Examples:
         """Sequences of each example."""
         return [stop - start for start, stop in pairwise(self.firsts)]
 
+    def nth(self, x_S: Tensor, k: int) -> Tensor:
+        """The numbers of sequence k of each example, (P,)."""
+        sizes = self.sizes
+        if len(set(sizes)) == 1:
+            return x_S[k :: sizes[0]]
+        return x_S[torch.tensor(self.firsts[:-1], device=x_S.device) + k]
+
 
 class BaseObjective:
     """What every objective says of itself, and `losses`.
 
     Attributes:
+        name: its name, for messages and tables.
         shape: which examples it takes.
         needs_reference: whether it reads ``ref_logp_S``; if not, no reference is computed.
         needs_scores: whether it reads ``scores_S``, which must then be there.
@@ -75,9 +86,16 @@ class BaseObjective:
         needs_alignment: whether it reads ``alignment_S``.
         couples: whether the loss of an example depends on the other examples of the step, so that
             `losses` must be given all of them.
+        shift_is: what the step must give as ``shift``: the estimate of the KL from mismatched
+            completions, the running mean of the rewards, or nothing.
         takes_margin: whether margin and smoothing of an example mean something.
         by_margin: whether a pair enters by its margin alone, so that the gradients of its tokens
-            are one unknown scalar times signs known beforehand.
+            are one unknown scalar times signs known beforehand (`token_signs`).
+        length_normalized: whether those signs are divided by the lengths.
+        needs_prompt: whether a pair has a third sequence, the prompt's own tokens but the first
+            (ORPO), whose tokens ``mean_chosen_length`` counts with the first's.
+        needs_mean_length: whether it reads ``mean_chosen_length``; where that is None, it takes the
+            examples at hand for all.
         code: its number in the pair kernel; None if PyTorch computes it.
         beta: what rewards in the metrics are multiplied by.
         alpha: length penalty per token.
@@ -85,19 +103,40 @@ class BaseObjective:
             (LD-DPO), in the sums of policy and reference; None counts all tokens alike.
     """
 
-    shape: ClassVar[Shape] = "pairs"
+    name: str
+    shape: Shape = "pairs"
     needs_reference: bool = True
     needs_scores: bool = False
     needs_kl: bool = False
     needs_alignment: bool = False
     couples: bool = False
+    shift_is: Shift = None
     takes_margin: bool = False
     by_margin: bool = False
+    length_normalized: bool = False
+    needs_prompt: bool = False
+    needs_mean_length: bool = False
     code: int | None = None
     beta: float = 1.0
     alpha: float = 0.0
     ld_alpha: float | None = None
 
+    def problem(self, scores: Sequence[float] | None) -> str | None:
+        """Why an example with these scores cannot have this loss, in words to which the caller adds
+        the row; None if it can.
+        """
+        return None
+
     def losses(self, x: Examples) -> Tensor:
         """The loss of each example, (P,), differentiable by ``x.logp_S``."""
         raise NotImplementedError
+
+    def token_signs(self, lengths_S: Any, S: int, device: torch.device) -> Tensor:
+        """Coefficient of each sequence's tokens up to a scalar: a pair's if ``by_margin``, else a
+        side's.  (S,) fp64; the lengths are read only where they count.
+        """
+        sign_S = torch.ones(S, dtype=torch.float64, device=device)
+        if not self.by_margin:
+            return sign_S
+        sign_S[1::2] = -1.0
+        return sign_S / lengths_S if self.length_normalized else sign_S

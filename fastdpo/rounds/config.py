@@ -175,7 +175,7 @@ class IterateConfig:
                 "not run; give them to fastdpo pair"
             )
         with _in("pair"):
-            pair.check_scorers(len(scorers), offline=pair.replay is not None)
+            pair.check_scorers(len(scorers), offline=pair.replay is not None, read=False)
         if pair.fresh_threshold is None:
             return
         if pair.replay is None:

@@ -166,9 +166,9 @@ def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
                 f"{counted(fitted.dropped_at)} dropped, {counted(fitted.truncated_at)} truncated"
             )
     pairs = fitted.pairs
-    sides = [pair.prompt_ids + x for pair in pairs for x in (pair.chosen_ids, pair.rejected_ids)]
+    ids = [ids for pair in pairs for ids in (*pair.prompts, *pair.responses)]
     what = "a response with its prompt"
-    check_range(model, max(map(max, sides)), max(map(len, sides)), "the pairs'", what)
+    check_range(model, max(map(max, ids)), max(x.longest for x in pairs), "the pairs'", what)
     lengths = [pair.num_tokens(layout) for pair in pairs]
     return replace(setup, pairs=pairs, layout=layout, lengths=lengths, too_long=too_long)
 

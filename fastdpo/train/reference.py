@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdpo import __version__
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedExample, TokenizedPair, TokenizedSingle
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import has_flash_attn
 from fastdpo.progress import advance, bar
@@ -115,13 +115,30 @@ def _cache_path(setup: Setup, weights: str) -> Path:
     return cache_path(config.reference_cache or "") / f"{key}.safetensors"
 
 
-def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
-    """Digest of every token of every pair, in order, and of what a pair counts if not 1."""
+def pairs_digest(pairs: Sequence[TokenizedExample], *, scores: bool = False) -> str:
+    """Digest of every token of every example, in order, and of what it counts beside.
+
+    Args:
+        scores: whether the objective reads the scores of pairs, which then belong to it.
+    """
     digest = hashlib.sha256()
     for pair in pairs:
-        parts: list[Any] = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
-        if (pair.weight, pair.smoothing) != (1.0, 0.0):
-            parts.append([pair.weight, pair.smoothing])
+        parts: list[Any]
+        if isinstance(pair, TokenizedPair):
+            parts = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
+        else:
+            parts = [pair.shape, pair.prompt_ids, pair.responses, pair.scores]
+        if (pair.weight, pair.label_smoothing) != (1.0, 0.0):
+            parts.append([pair.weight, pair.label_smoothing])
+        more: dict[str, Any] = {"margin": pair.margin} if pair.margin else {}
+        if isinstance(pair, TokenizedSingle):
+            more["desirable"] = pair.desirable
+        if isinstance(pair, TokenizedPair):
+            # In an old file a pair of these tokens has nothing more.
+            names = ["rejected_prompt_ids", "prompt_nll"]
+            names += ["score_chosen", "score_rejected"] if scores else []
+            more |= {x: value for x in names if (value := getattr(pair, x)) not in (None, False)}
+        parts += [more] if more else []
         digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 

@@ -41,9 +41,7 @@ def fresh(model):
 
 
 def pairs_of(examples):
-    return [
-        TokenizedPair(x["prompt_ids"], x["chosen_ids"], x["rejected_ids"], {}) for x in examples
-    ]
+    return [TokenizedPair(x["prompt_ids"], x["chosen_ids"], x["rejected_ids"]) for x in examples]
 
 
 def reference_of(model, batch):

@@ -404,7 +404,7 @@ def test_consistency_compares_the_rewards_of_cream(inputs, tmp_path):
             agreed = agreement([now[i] for i in of_prompt], [before[i] for i in of_prompt])
             means.append(agreed)
             for row in (row for row in pairs if row["prompt_index"] == place):
-                assert row["smoothing"] == pytest.approx(1 - agreed)
+                assert row["label_smoothing"] == pytest.approx(1 - agreed)
                 best = max(of_prompt, key=lambda i: now[i])
                 assert row["chosen_ids"] == rows[best]["response_ids"]
         assert len(pairs) > 3 and len(set(means)) > 1  # or there is nothing to tell apart
