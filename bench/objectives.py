@@ -54,6 +54,7 @@ from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.storage import write_jsonl_atomic
 
+from .length_reward import fast_bf16
 from .rise import wilson
 from .rows import append, command_line, load, resume, this_device, where
 from .tables import build, commit, grouped, markdown_table
@@ -184,7 +185,7 @@ def command_of(args: argparse.Namespace, text: str, folder: Path) -> tuple[str, 
             "max_tokens": args.max_tokens,
             "reference_cache": str(args.out / "ref_logps"),
             "gradient_checkpointing": False,
-            "bf16": torch.cuda.is_available(),
+            "bf16": fast_bf16(),
             "save_steps": sys.maxsize,
             "seed": args.seed,
             **options,
@@ -214,7 +215,7 @@ def draw(
 ) -> list[Candidate]:
     """Responses of a policy to the held-out prompts, in their order."""
     prompts = prompt_rows(read_rows(args.out / "data" / "held.jsonl"))
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    dtype = "bfloat16" if fast_bf16() else "float32"
     settings = SampleConfig(
         max_new_tokens=args.max_new_tokens, batch_prompts=16, dtype=dtype, seed=args.seed, **how
     )
@@ -380,15 +381,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/objectives"))
     add("--results", type=Path, help="the rows' file (OUT/results.jsonl)")
     add("--objectives", nargs="+", default=DEFAULTS, metavar="NAME[:OPTION=VALUE,...]")
-    add("--prompts", type=int, default=96, help="prompts to train on")
+    add("--prompts", type=int, default=64, help="prompts to train on")
     add("--responses", type=int, default=4, help="responses of a prompt, in a list")
-    add("--heldout", type=int, default=48, help="prompts to measure on")
+    add("--heldout", type=int, default=32, help="prompts to measure on")
     add("--batch-size", type=int, default=8, help="prompts of a step")
     add("--epochs", type=int, default=1)
     add("--learning-rate", type=float, default=2e-5)
     add("--max-length", type=int, default=512, help="tokens of a prompt with a response")
     add("--max-tokens", type=int, default=1024, help="of a micro-batch")
-    add("--max-new-tokens", type=int, default=96, help="of a response that is drawn")
+    add("--max-new-tokens", type=int, default=64, help="of a response that is drawn")
     add("--samples", type=int, default=1, help="responses of a held-out prompt, for the KL")
     add("--instruction", default=INSTRUCTION, help="put after each prompt")
     add("--seed", type=int, default=0)
