@@ -7,8 +7,8 @@ Every prompt comes with scored responses. Of each prompt as many are taken as `-
 with different scores, from the best to the worst. An objective of lists is trained on all of them,
 one of pairs on the best and the worst, one of single responses on the same two, the best as
 desirable and the worst as not. So all see the same prompts, in the same number of optimizer steps,
-by `fastdpo train`; the files that it reads are left in OUT/data. An objective is a loss_type and, if
-its other options are not the trainer's defaults, those: `simpo:beta=2,simpo_gamma=1`.
+by `fastdpo train`; the files that it reads are left in OUT/data. An objective is a loss_type, with
+options that are not the trainer's defaults after it: `simpo:beta=2,simpo_gamma=1`.
 
 On prompts that none was trained on, each policy against the start:
 
@@ -224,7 +224,9 @@ def draw(
     return list(read_candidates(out).values())
 
 
-def greedy(args: argparse.Namespace, policy: str, tokenizer: Any, out: Path) -> tuple[Tensor, float]:
+def greedy(
+    args: argparse.Namespace, policy: str, tokenizer: Any, out: Path
+) -> tuple[Tensor, float]:
     """Tokens of each held-out prompt's greedy response, and the share that was cut off."""
     rows = draw(args, policy, tokenizer, out, num_samples=1, temperature=0.0)
     lengths = [float(len(row.response_ids)) for row in rows]
@@ -267,7 +269,9 @@ def start_of(args: argparse.Namespace) -> tuple[Start, dict[str, Any]]:
 def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what is missing; all rows, each on disk as soon as it is known."""
     rows, data = resume(args.results), args.out / "data"
-    train = choose(read_scored(args.data, args.instruction), args.responses, args.prompts, "--prompts")
+    train = choose(
+        read_scored(args.data, args.instruction), args.responses, args.prompts, "--prompts"
+    )
     seen = {row.prompt for row in train}
     others = [x for x in read_scored(args.held_out, args.instruction) if x.prompt not in seen]
     write_files(train, choose(others, 2, args.heldout, "--heldout"), data)

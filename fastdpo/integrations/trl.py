@@ -164,7 +164,7 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
         self,
         model: Any,
         inputs: dict[str, Any],
-        ref_logp_S: Tensor,
+        ref_logp_S: Tensor | None,
         loss_of: LinearPreferenceLoss,
     ) -> PreferenceLoss:
         """The loss of TRL's padded batch, all chosen first, run inside the model's head."""
@@ -209,7 +209,12 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
         else:
             reference_model = self.model if self.ref_model is None else self.ref_model
             reference = self.compute_ref_log_probs(reference_model, inputs)
-        result = self._fused(model, inputs, torch.cat(reference), self._preference_loss)
+        ref_logp_S = torch.cat(reference)
+        read_S = ref_logp_S if self.objective.needs_reference else None
+        result = self._fused(model, inputs, read_S, self._preference_loss)
+        metrics = result.metrics
+        if read_S is None:
+            metrics |= _rewards(self.beta * (result.logp_S - ref_logp_S).detach())
         trained: Any = self.model
         mode = "train" if trained.training else "eval"
         gather: Any = self.accelerator.gather
@@ -217,7 +222,7 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             of_batch: Any = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum())
             self._total_train_tokens += of_batch.sum().item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        for name, value in result.metrics.items():
+        for name, value in metrics.items():
             self._metrics[mode][name].append(gather(value).mean().item())
         if not return_outputs:
             return result.loss
@@ -234,6 +239,17 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             mask = inputs["attention_mask"]
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) * mask
         return given
+
+
+def _rewards(reward_S: Tensor) -> dict[str, Tensor]:
+    """TRL's metrics of the rewards, (2B,), which it logs of losses without a reference too."""
+    chosen_P, rejected_P = reward_S.chunk(2)
+    return {
+        "rewards/chosen": chosen_P.mean(),
+        "rewards/rejected": rejected_P.mean(),
+        "rewards/accuracies": (chosen_P > rejected_P).float().mean(),
+        "rewards/margins": (chosen_P - rejected_P).mean(),
+    }
 
 
 def _objective_of(args: Any, alpha: float) -> BaseObjective:
