@@ -123,8 +123,8 @@ def choose(rows: list[Scored], responses: int, count: int, option: str) -> list[
     chosen = []
     for row in sorted(known.values(), key=lambda row: len(row.prompt))[:count]:
         places = [round(i * (len(row.scores) - 1) / (responses - 1)) for i in range(responses)]
-        kept = [[column[i] for i in places] for column in (row.responses, row.scores)]
-        chosen.append(Scored(row.prompt, *kept))
+        kept = [row.responses[i] for i in places]
+        chosen.append(Scored(row.prompt, kept, [row.scores[i] for i in places]))
     return chosen
 
 

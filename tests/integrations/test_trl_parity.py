@@ -243,16 +243,16 @@ def test_alpha_composes_with_losses_of_the_margin(tmp_path):
 
 
 def test_log_probs_that_were_kept_are_of_the_same_weights_of_tokens(tmp_path):
-    """TRL keeps them by the model and the rows; another ld_alpha or length has its own here."""
+    """TRL keeps them by the model and the rows alone; here each ld_alpha has its own."""
     rows_of(4 * STEPS).save_to_disk(str(tmp_path / "rows"))
     data = load_from_disk(str(tmp_path / "rows"))
-    for options in ({}, {"ld_alpha": 0.2}, {"ld_alpha": 0.6}, {"max_length": 30}):
+    for ld_alpha in (None, 0.2, 0.6):
         trainer = make_trainer(
             Trainer, LLAMA, tmp_path, more={"alpha": 0.0, "train_dataset": data},
-            precompute_ref_log_probs=True, **options,
+            precompute_ref_log_probs=True, ld_alpha=ld_alpha, max_length=None,
         )  # fmt: skip
         (first, *_), _ = trl_options.train(trainer)
-        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), options
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), ld_alpha
 
 
 # -------------------------------------------------------------------------------------- refusals
