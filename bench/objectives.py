@@ -22,15 +22,14 @@ On prompts that none was trained on, each policy against the start:
 Intervals are 95%: the bootstrap's over prompts, and of accuracies Wilson's. An objective that moves
 further from the start has larger margins of either sign; compare them at a like KL.
 
-`--data` takes {prompt: {responses, rewards}} as .json, or what `fastdpo train` takes as lists, in
-which a prompt has `completions` and `scores`. The shortest prompts are taken, since this is meant
-for a CPU. Killed anywhere, the same command goes on: a row that is there is not run again.
+`--data` and `--held-out` take what `fastdpo train` takes as lists, with prompts as strings. The
+shortest prompts are taken, since this is meant for a CPU. Killed anywhere, the same command goes on:
+a row that is there is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -43,8 +42,8 @@ from torch import Tensor
 
 from fastdpo.cli.stages import TrainCommand, run_train
 from fastdpo.data.parts import read_candidates
-from fastdpo.data.records import Candidate
-from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
+from fastdpo.data.records import Candidate, RankedRow
+from fastdpo.data.rows import example_rows, preference_rows, prompt_rows, read_rows
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.loss.choices import make_objective
@@ -87,24 +86,15 @@ class Start(NamedTuple):
 
 def read_scored(path: Path, instruction: str) -> list[Scored]:
     """The prompts of a file, each with one response of each score, the first one that has it."""
-    if path.suffix == ".json":
-        whole = json.loads(path.read_text())
-        rows = whole if isinstance(whole, list) else [{"prompt": k, **v} for k, v in whole.items()]
-    else:
-        rows = read_rows(path).rows
     found = []
-    for i, row in enumerate(rows):
-        names = ("completions", "scores") if "completions" in row else ("responses", "rewards")
-        if not isinstance(row.get("prompt"), str) or any(name not in row for name in names):
-            raise DataError(
-                f"{path}, row {i}: it has {', '.join(row)}; give prompt, a string, with "
-                "completions and scores"
-            )
+    for row in example_rows(read_rows(path)):
+        if not isinstance(row, RankedRow) or not isinstance(row.prompt, str):
+            raise DataError(f"{row.where}: give lists, of a prompt that is a string with scores")
         by_score: dict[float, str] = {}
-        for response, score in zip(*(row[name] for name in names), strict=True):
-            by_score.setdefault(float(score), response.strip())
+        for response, score in zip(row.responses, row.scores, strict=True):
+            by_score.setdefault(score, str(response).strip())
         scores = sorted(by_score, reverse=True)
-        text = f"{row['prompt']}\n\n{instruction}".strip()
+        text = f"{row.prompt}\n\n{instruction}".strip()
         found.append(Scored(text, [by_score[x] for x in scores], scores))
     return found
 
@@ -146,7 +136,7 @@ def write_files(rows: list[Scored], held: list[Scored], folder: Path) -> None:
         for label in (True, False)
     ]
     lists = [
-        {**prompt, "completions": list(map(messages, row.responses)), "scores": row.scores}
+        {**prompt, "responses": list(map(messages, row.responses)), "scores": row.scores}
         for prompt, row in zip(prompts, rows)
     ]
     files = {"pairs": pairs, "singles": singles, "lists": lists, "held": list(map(pair, held))}
