@@ -105,9 +105,8 @@ class _Space(NamedTuple):
 
     def mixing(self, workspace_bytes: int) -> "_Space":
         """The same with a second stash of some rows: enough for products of a good size."""
-        row_bytes = self.stash_row_bytes
-        share = max(workspace_bytes // 8, min(workspace_bytes // 4, _MIXED_ROWS * row_bytes))
-        rows = max(1, share // row_bytes)
+        enough = min(workspace_bytes // 4, _MIXED_ROWS * self.row_bytes)
+        rows = max(1, max(workspace_bytes // 8, enough) // self.row_bytes)
         fixed_bytes = self.fixed_bytes + rows * self.row_bytes
         return self._replace(mixed_rows=rows, fixed_bytes=fixed_bytes)
 
