@@ -1,12 +1,13 @@
 """Log-probs with KL in one pass, and the objectives of them, against plain formulas in fp64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from checks import relative_error
+from checks import grad, relative_error
 from interpreter import needs_kernels
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +28,11 @@ HEADS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 20.0, "scale": 0.7},
     "negative": {"scale": -1.5},
 }
+
+
+def marked(cases: Iterable[tuple]) -> list[Any]:
+    """Those whose first argument is "triton" need the interpreter, or a GPU."""
+    return [pytest.param(*c, marks=needs_kernels if c[0] == "triton" else ()) for c in cases]
 
 
 # -------------------------------------------------------------------------------------- objectives
@@ -138,11 +144,15 @@ def run(op, policy, ref, target_N, upstream_2N, dtype, frozen=False, **options):
     return [x.detach() for x in values], [x.grad for x in leaves if x.grad is not None]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", EPS, ids=str)
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("workspace_mib", [1, 0.02], ids=["roomy", "tight"])
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+TOKEN_CASES = [
+    *(("torch", *x) for x in product(EPS, HEADS, (1, 0.02), (False, True))),
+    *(("triton", dtype, "softcap", 1, False) for dtype in EPS),
+    ("triton", torch.bfloat16, "plain", 0.02, False),
+    ("triton", torch.float32, "negative", 0.02, True),
+]
+
+
+@pytest.mark.parametrize("impl, dtype, head, workspace_mib, frozen", marked(TOKEN_CASES))
 def test_tokens_against_fp64(impl, dtype, head, workspace_mib, frozen):
     policy, ref = make(dtype)
     rows_N, target_N = torch.randint(T, (31,)), torch.randint(V, (31,))
@@ -164,9 +174,9 @@ def test_tokens_against_fp64(impl, dtype, head, workspace_mib, frozen):
     assert len(grads) == len(wanted) == (1 if frozen else 3)
     # As for a KL alone: the mixture, the scaled rows and the result are rounded once each.
     bound = 2 * EPS[dtype] if dtype != torch.float32 else 32 * EPS[dtype]
-    for grad, gold_grad in zip(grads, wanted):
-        assert grad.dtype == dtype
-        assert relative_error(grad, gold_grad) <= bound
+    for found, gold_grad in zip(grads, wanted):
+        assert found.dtype == dtype
+        assert relative_error(found, gold_grad) <= bound
 
 
 def test_gradcheck():
@@ -223,7 +233,7 @@ def test_bad_input(case):
 
 
 # ----------------------------------------------------------------------------------------- the loss
-SIZES = (9, 7, 30, 26, 4, 12)
+SIZES, LOSS_V = (9, 7, 30, 26, 4, 12), 101
 # What the plan must look like for each way of training the head.
 ROUTES: dict[str, Callable[[Plan], bool]] = {
     "stash": lambda plan: plan.route == "stash" and plan.mixed_rows < sum(SIZES) / 2,
@@ -241,28 +251,28 @@ def workspace_for(route: str, impl: str, dtype: torch.dtype) -> float:
     if impl == "torch":
         scored_N[4::9] = 0
     edges = [int(scored_N[:b].sum()) for b in edges]
-    for kib in range(1500, 1, -1):
+    for size in range(2**19, 2**10, -512):
         try:
             plan = make_plan(
-                edges, D, V, itemsize=8 if dtype == torch.float64 else 4,
-                workspace_bytes=kib * 2**10, need_head=route != "frozen", need_h=True,
+                edges, D, LOSS_V, itemsize=8 if dtype == torch.float64 else 4,
+                workspace_bytes=size, need_head=route != "frozen", need_h=True,
                 T=sum(SIZES), mixes=True, gathered=impl == "torch",
                 fused_itemsize=dtype.itemsize if impl == "triton" else None,
             )  # fmt: skip
         except ValueError:
             break
         if ROUTES[route](plan):
-            return kib / 2**10
+            return size / 2**20
     raise AssertionError(f"no workspace gives {route}")
 
 
 class Scored:
     """Pairs with a policy and a reference of another hidden size."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64, V: int = V) -> None:
-        N = sum(SIZES)
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        N, V = sum(SIZES), LOSS_V
         self.policy = [torch.randn(N, D), torch.randn(V, D) / 2, torch.randn(V)]
-        self.ref = {
+        self.ref: dict[str, Any] = {
             "ref_h_TD": torch.randn(N, REF_D), "ref_w_VD": torch.randn(V, REF_D) / 3,
             "ref_bias_V": torch.randn(V),
         }  # fmt: skip
@@ -272,7 +282,7 @@ class Scored:
         self.target_N[4::9] = reference.IGNORE
         self.bounds_S1 = torch.tensor([0, *SIZES]).cumsum(0)
         P = len(SIZES) // 2
-        self.options = {
+        self.options: dict[str, Any] = {
             "margin_P": torch.randn(P), "smoothing_P": torch.rand(P) / 2, "weight_P": torch.rand(P)
         }  # fmt: skip
 
@@ -303,19 +313,18 @@ class Scored:
         return loss.detach(), *(x.detach() for x in sums[:3]), *leaves
 
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
     *(("torch", dtype, head, route) for dtype in EPS for head in HEADS for route in ROUTES),
-    *(("triton", torch.bfloat16, head, "stash") for head in HEADS),
-    *(("triton", dtype, "softcap", "grouped") for dtype in EPS),
-    *(("triton", torch.bfloat16, "plain", route) for route in ("unit", "recompute", "frozen")),
-    ("triton", torch.float16, "softcap", "recompute"),
+    ("triton", BF16, "softcap", "stash"),
+    ("triton", FP16, "negative", "grouped"),
+    ("triton", BF16, "plain", "unit"),
+    ("triton", FP16, "softcap", "recompute"),
+    ("triton", FP32, "softcap", "frozen"),
 ]
 
 
-@pytest.mark.parametrize(
-    "impl, dtype, head, route",
-    [pytest.param(*c, marks=needs_kernels if c[0] == "triton" else ()) for c in CASES],
-)
+@pytest.mark.parametrize("impl, dtype, head, route", marked(CASES))
 @pytest.mark.parametrize("make", [tdpo1, tdpo2])
 def test_loss_against_fp64(impl, dtype, head, route, make):
     scored, frozen, objective = Scored(dtype), route == "frozen", make(0.3, 0.02)
@@ -331,21 +340,26 @@ def test_loss_against_fp64(impl, dtype, head, route, make):
     assert_values(result, gold, objective)
     result.loss.backward()
     # The policy's and the reference's exponentials, their mixture, the scaled rows and the result
-    # are rounded once each.
-    bound = 3 * EPS[dtype] if dtype != torch.float32 else 32 * EPS[dtype]
+    # are rounded once each.  In fp32 what rounds is logits of up to about 16 and sums of up to
+    # about 200, which move the pair's slope.
+    bound = 3 * EPS[dtype] if dtype != FP32 else 64 * EPS[dtype]
     for leaf, gold_leaf in zip(leaves, gold[4:]):
         assert (leaf.grad is None) == (gold_leaf.grad is None)
         if leaf.grad is not None:
-            assert relative_error(leaf.grad, gold_leaf.grad) <= bound
-    with torch.no_grad():
-        assert_values(
-            linear_preference_loss(
-                leaves[0], leaves[1], scored.target_N, scored.bounds_S1, None, objective,
-                bias_V=leaves[2], **scored.ref, **scored.options, impl=impl, **HEADS[head],
-            ),
-            gold,
-            objective,
-        )  # fmt: skip
+            assert relative_error(leaf.grad, grad(gold_leaf)) <= bound
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_without_gradients(impl):
+    scored, objective = Scored(FP32), tdpo2(0.3, 0.02)
+    gold = scored.gold(objective, frozen=False)
+    h_TD, w_VD, bias_V = scored.policy
+    result = linear_preference_loss(
+        h_TD, w_VD, scored.target_N, scored.bounds_S1, None, objective, bias_V=bias_V,
+        **scored.ref, **scored.options, impl=impl,
+    )  # fmt: skip
+    assert result.plan.route == "forward"
+    assert_values(result, gold, objective)
 
 
 def assert_values(result: PreferenceLoss, gold: tuple[Tensor, ...], objective: Any) -> None:
@@ -413,5 +427,5 @@ def test_a_reference_without_its_distribution(ref):
         h_TD, w_VD, _ = scored.policy
         linear_preference_loss(
             h_TD, w_VD, scored.target_N, scored.bounds_S1, ref_logp_S, tdpo1(),
-            **(scored.ref if ref == "both" else {}),
+            **(scored.ref if ref == "both" else {}),  # type: ignore[arg-type]
         )  # fmt: skip
