@@ -421,16 +421,16 @@ def _tokenized(
         raise DataError(f"{where}: {error}. Pair again.") from error
 
 
-def split_stages(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+def split_stages(examples: Sequence[Tokenized]) -> list[list[Tokenized]]:
     """The pairs of each stage of a curriculum in turn, stages without pairs left out.
 
-    Pairs without a stage belong to the first, so pairs of other rules are one stage.
+    Pairs without a stage belong to the first, so pairs of other rules are one stage, and lists.
     """
 
-    def stage(pair: TokenizedPair) -> int:
-        return pair.extra.get("stage", 0)
+    def stage(example: Tokenized) -> int:
+        return example.extra.get("stage", 0)
 
-    return [list(group) for _, group in groupby(sorted(pairs, key=stage), key=stage)]
+    return [list(group) for _, group in groupby(sorted(examples, key=stage), key=stage)]
 
 
 def scored_candidates(

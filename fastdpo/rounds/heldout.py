@@ -78,12 +78,14 @@ def _summarize(run: Run, index: int) -> None:
     if index:
         row |= read_json(folder / "train.json")
         summary = read_json(folder / "pairs.summary.json")
-        row |= {"pairs": summary["pairs"], "dropped": summary["dropped"]}
+        row |= {x: summary[x] for x in ("pairs", "lists", "dropped") if x in summary}
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "summary.json", row)
     rows = report.summarize(run.out)
-    title = f"{config.evaluated_by}, beta={config.train.beta:g}, alpha={config.train.alpha}"
-    report.plot(rows, run.out / "rounds.png", title=title)
+    loss = f"beta={config.train.beta:g}, alpha={config.train.alpha}"
+    if config.train.loss_type != "sigmoid":
+        loss = f"{config.loss_name}, {loss}"
+    report.plot(rows, run.out / "rounds.png", title=f"{config.evaluated_by}, {loss}")
 
 
 def against_start(scorer: Scorer, start: Path) -> Scorer:
