@@ -136,11 +136,11 @@ def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bo
         if rows.shape[0] != N:
             raise ValueError(f"rows_N has {rows.shape[0]} entries but target_N has {N}")
         if not (in_kernel and rows.device.type != "cpu"):
-            _check_values("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
+            require_values("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
     if in_kernel and target.device.type != "cpu":
         return
     valid = ((target >= 0) & (target < V)) | (target == IGNORE)
-    _check_values("target_N", target, valid, f"0 <= target < V={V} or -100")
+    require_values("target_N", target, valid, f"0 <= target < V={V} or -100")
 
 
 def check_tokens(name: str, x: Any, device: torch.device) -> None:
@@ -151,7 +151,7 @@ def check_tokens(name: str, x: Any, device: torch.device) -> None:
     require_device(name, x, device)
 
 
-def _check_values(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
+def require_values(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
     if x.device.type != "cpu":
         torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be {wanted}")
     elif not valid.all():
@@ -249,7 +249,7 @@ def check_vector(
         return x
     valid = x.isfinite() & (x >= low) & (x <= high)
     wanted = "finite" + (f" and in [{low:g}, {high:g}]" if low > -1e300 else "")
-    _check_values(name, x, valid, wanted)
+    require_values(name, x, valid, wanted)
     return x
 
 

@@ -78,6 +78,7 @@ class BaseObjective:
     """What every objective says of itself, and `losses`.
 
     Attributes:
+        name: its name, for messages and tables.
         shape: which examples it takes.
         needs_reference: whether it reads ``ref_logp_S``; if not, no reference is computed.
         needs_scores: whether it reads ``scores_S``, which must then be there.
@@ -93,6 +94,8 @@ class BaseObjective:
         length_normalized: whether those signs are divided by the lengths.
         needs_prompt: whether a pair has a third sequence, the prompt's own tokens but the first
             (ORPO), whose tokens ``mean_chosen_length`` counts with the first's.
+        needs_mean_length: whether it reads ``mean_chosen_length``; where that is None, it takes the
+            examples at hand for all.
         code: its number in the pair kernel; None if PyTorch computes it.
         beta: what rewards in the metrics are multiplied by.
         alpha: length penalty per token.
@@ -100,6 +103,7 @@ class BaseObjective:
             (LD-DPO), in the sums of policy and reference; None counts all tokens alike.
     """
 
+    name: str
     shape: Shape = "pairs"
     needs_reference: bool = True
     needs_scores: bool = False
@@ -111,6 +115,7 @@ class BaseObjective:
     by_margin: bool = False
     length_normalized: bool = False
     needs_prompt: bool = False
+    needs_mean_length: bool = False
     code: int | None = None
     beta: float = 1.0
     alpha: float = 0.0
