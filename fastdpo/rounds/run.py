@@ -13,6 +13,7 @@ import torch
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.parts import read_candidates
 from fastdpo.errors import ConfigError
+from fastdpo.loss.choices import CHOICES
 from fastdpo.model.load import combine, load_causal_lm
 from fastdpo.pair import filters
 from fastdpo.pair.stage import load_examples, pair, split_stages
@@ -74,7 +75,7 @@ def _write_cards(run: Run, index: int) -> None:
     """The model cards of what a round left, where one has none yet."""
     left = card.policies(run.folder(index))
     if not all((folder / card.NAME).is_file() for folder in left):
-        card.write_cards(run.out, defaults(), index=index)
+        card.write_cards(run.out, defaults(), index=index, losses=CHOICES)
 
 
 def _scorers_left(run: Run) -> list[str]:
