@@ -17,6 +17,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_kl",
     "linear_logp",
+    "linear_logp_kl",
     "linear_preference_loss",
     "objectives",
     "reference",

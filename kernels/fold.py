@@ -147,6 +147,8 @@ def keep_kernel(
     ref_product_ptr,
     ref_bias_ptr,
     ref_lse_ptr,
+    own_share_ptr,
+    ref_share_ptr,
     stash_ptr,
     R,
     C,
@@ -161,22 +163,23 @@ def keep_kernel(
 ):
     """Probabilities from products once the log-sum-exps are known, zero for the target.
 
-    With a reference's products, the difference ``p - p_ref`` instead: the gradient of
-    KL(reference || policy) by the policy's logits.
+    With a reference's products, the mixture ``own * p + ref * p_ref`` by the shares of the row.
     """
     n, c, row, inside = places(R, C, ROWS, BLOCK)
     z = load_logits(product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap)
     e = tl.exp(z - tl.load(lse_ptr + n, mask=row, other=0.0)[:, None])
+    if ref_product_ptr is not None:
+        ref_z = load_logits(
+            ref_product_ptr, ref_bias_ptr, n, c, inside, C, ref_stride, scale, softcap
+        )
+        ref_e = tl.exp(ref_z - tl.load(ref_lse_ptr + n, mask=row, other=0.0)[:, None])
+        e *= tl.load(own_share_ptr + n, mask=row, other=0.0)[:, None]
+        e += tl.load(ref_share_ptr + n, mask=row, other=0.0)[:, None] * ref_e
     scored = row
     if target_ptr is not None:
         target = tl.load(target_ptr + n, mask=row, other=-1)
         scored = target >= 0
         e = tl.where(c[None, :] == (target - first_column)[:, None], 0.0, e)
-    if ref_product_ptr is not None:
-        ref_z = load_logits(
-            ref_product_ptr, ref_bias_ptr, n, c, inside, C, ref_stride, scale, softcap
-        )
-        e -= tl.exp(ref_z - tl.load(ref_lse_ptr + n, mask=row, other=0.0)[:, None])
     e = kept(e, z, scored[:, None], softcap)
     at = stash_ptr + n.to(tl.int64)[:, None] * stash_stride + c[None, :]
     tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
@@ -332,6 +335,16 @@ class HeadShape(NamedTuple):
 PLAIN = HeadShape()
 
 
+class RefTile(NamedTuple):
+    """The reference's part of a mixture: its products, biases and log-sum-exps, and both shares."""
+
+    product_RC: Tensor
+    bias_C: Tensor | None
+    lse_R: Tensor
+    own_share_R: Tensor
+    ref_share_R: Tensor
+
+
 def fold(
     product_RC: Tensor,
     bias_C: Tensor | None,
@@ -368,15 +381,14 @@ def keep(
     lse_R: Tensor,
     first_column: int,
     stash_RC: Tensor,
-    ref: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    ref: RefTile | None = None,
 ) -> None:
-    """Probabilities of a tile, or their difference to those of ``ref`` (products, bias, lse)."""
+    """Probabilities of a tile, or their mixtures with those of ``ref``."""
     R, C = product_RC.shape
-    ref_product, ref_bias, ref_lse = ref or (None, None, None)
     grid, blocks = _launch(R, C)
     keep_kernel[grid](
-        product_RC, bias_C, target_R, lse_R, ref_product, ref_bias, ref_lse, stash_RC, R, C,
-        first_column, product_RC.stride(0), 0 if ref_product is None else ref_product.stride(0),
+        product_RC, bias_C, target_R, lse_R, *(ref or (None,) * 5), stash_RC, R, C,
+        first_column, product_RC.stride(0), 0 if ref is None else ref.product_RC.stride(0),
         stash_RC.stride(0), *head, **blocks,
     )  # fmt: skip
 

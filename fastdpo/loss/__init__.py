@@ -6,7 +6,13 @@ for what there is to call, then `plan` for the ways through a head, and `objecti
 
 from . import objectives, reference
 from .module import LinearDPOLoss
-from .ops import linear_dpo_loss, linear_kl, linear_logp, linear_preference_loss
+from .ops import (
+    linear_dpo_loss,
+    linear_kl,
+    linear_logp,
+    linear_logp_kl,
+    linear_preference_loss,
+)
 from .result import PreferenceLoss
 
 __all__ = [
@@ -15,6 +21,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_kl",
     "linear_logp",
+    "linear_logp_kl",
     "linear_preference_loss",
     "objectives",
     "reference",

@@ -105,6 +105,30 @@ class LinearTokens(torch.autograd.Function):
         return *grads, None
 
 
+class LinearTokensKL(torch.autograd.Function):
+    """Log-probs, KLs to the reference, and the reference's log-probs, which have no gradient."""
+
+    @staticmethod
+    @_plain_precision
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
+        ctx.call = call
+        _forward(ctx, call, h_TD, w_VD, bias_V)
+        logp_N, kl_N, ref_logp_N = call.token_values_kl()
+        ctx.mark_non_differentiable(ref_logp_N)
+        return logp_N, kl_N, ref_logp_N
+
+    @staticmethod
+    @_once
+    @_plain_precision
+    def backward(ctx, dlogp_N, dkl_N, _):
+        call: Call = ctx.call
+        if call.keep_N is not None:
+            dlogp_N, dkl_N = dlogp_N[call.keep_N], dkl_N[call.keep_N]
+        grads = token_backward(call, ctx.saved_tensors[:4], dlogp_N, kl_coef_N=dkl_N)
+        _free_unless_retained(ctx)
+        return *grads, None
+
+
 class LinearPreference(torch.autograd.Function):
     """Loss and both sums of each sequence; only the loss has a gradient."""
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Block, Head, Needs, TokenRows
 from .checks import check_pair_losses
 from .objectives import Objective
 from .plan import Plan
-from .streaming import Block, Head, Needs, TokenRows
 
 
 class HeadInputs(NamedTuple):
@@ -89,6 +89,12 @@ class Call:
         if self.of_kl:
             return self.token_stats()["kl_ref"]
         return self.full(collect(self.blocks, "logp_N"))
+
+    def token_values_kl(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of an op of both: log-probs, KLs, the reference's log-probs."""
+        names = "logp_N", "ref_logp_N"
+        logp_N, ref_logp_N = (self.full(collect(self.blocks, name)) for name in names)
+        return logp_N, self.token_stats()["kl_ref"], ref_logp_N
 
     def token_stats(self) -> dict[str, Tensor]:
         return {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
+from . import lists, singles
 from . import objectives as of
 from .checks import require_number
 from .combined import Sum
@@ -35,7 +36,11 @@ NOTATION = """\
 `c`, `r`: log-ratio `log π(y|x) - log π_ref(y|x)` of the chosen and of the rejected response, summed
 over its tokens; `nw`, `nl` their tokens; `d = c - r`; `z = β d + α (nw - nl) - target_margin + m`
 with the pair's own margin `m`; `ε` the probability that the label is flipped; `σ` the logistic
-function; `lw`, `ll` log-probs of the policy alone."""
+function; `lw`, `ll` log-probs of the policy alone.
+
+Of a list, in the order of its scores `ψ_1 ≥ ψ_2 ≥ ...`: `s_i = β · log-ratio + α · tokens`, `p_i`
+the mean log-prob of a response's tokens, `lp_1` the sum of the best one's. Of a single response:
+`c` if it is desirable, `r` if not."""
 
 _WEIGHING = ("ld_alpha", "use_weighting", "reference_scale")
 _MARGIN = (
@@ -44,6 +49,7 @@ _MARGIN = (
 _SMOOTHED = ("label_smoothing", *_MARGIN)
 _SORTED = ("label_smoothing", "ld_alpha")
 _CPO = ("cpo_alpha", "label_smoothing", "alpha")
+_KINDS = ("desirable_weight", "undesirable_weight")
 
 CHOICES: dict[str, Choice] = {
     "sigmoid": Choice(of.lr_dpo, _MARGIN, "-log σ(z)", "DPO, arXiv 2305.18290, eq. 7"),
@@ -113,6 +119,40 @@ CHOICES: dict[str, Choice] = {
         of.preference_score, ("ld_alpha",), "½ (c - sw/β)² + ½ (r - sl/β)², preference scores s",
         "our name; after GPO, arXiv 2410.02197",
     ),
+    "lipo_lambda": Choice(
+        lists.lipo_lambda, ("alpha",),
+        "-Σ_{ψi>ψj} Δij log σ(s_i - s_j), Δij = |2^ψi - 2^ψj| |1/log(1+τi) - 1/log(1+τj)|, "
+        "τ the rank by s",
+        "LiPO-λ, arXiv 2402.01878",
+    ),
+    "ranknet": Choice(
+        lists.ranknet, ("alpha",), "-Σ_{ψi>ψj} log σ(s_i - s_j); half of both ways if tied",
+        "RankNet, Burges et al. 2005",
+    ),
+    "skip_ranknet": Choice(
+        lists.skip_ranknet, ("alpha", "max_skip"), "-Σ_{i<j≤i+max_skip} log σ(s_i - s_j)",
+        "our name; after RankList, arXiv 2508.09826",
+    ),
+    "plackett_luce": Choice(
+        lists.plackett_luce, ("alpha",), "-Σ_k (s_k - log Σ_{j≥k} exp s_j)",
+        "DPO, arXiv 2305.18290, appendix A.3",
+    ),
+    "pro": Choice(
+        lists.pro, ("pro_sft_weight",),
+        "-Σ_k log(exp(p_k T_kk) / Σ_{i≥k} exp(p_i T_ki)) - pro_sft_weight (n-1)² lp_1, "
+        "T_ki = ψ_k - ψ_i, T_kk their largest",
+        "PRO, arXiv 2306.17492, its code",
+    ),
+    "kto": Choice(
+        singles.kto, _KINDS, "w σ(-β(c - KL)); w σ(β(r - KL))", "KTO, arXiv 2402.01306, eq. 7"
+    ),
+    "apo_zero_unpaired": Choice(
+        singles.apo_zero_unpaired, _KINDS, "w σ(-βc); w σ(βr)", "APO, arXiv 2408.06266; TRL's name"
+    ),
+    "bco": Choice(
+        singles.bco, (), "-log σ(βc - δ); -log σ(δ - βr), δ the running mean of rewards",
+        "BCO, arXiv 2404.04656",
+    ),
 }  # fmt: skip
 
 
@@ -136,6 +176,7 @@ def make_objective(
     undesirable_weight: float = 1.0,
     tdpo_alpha: float = 0.5,
     pro_sft_weight: float = 0.05,
+    max_skip: int = 1,
 ) -> BaseObjective:
     """The objective of one name, or the weighted sum of several.
 
@@ -161,6 +202,7 @@ def make_objective(
         desirable_weight, undesirable_weight: of the two kinds of single responses.
         tdpo_alpha: weight of the difference of the two sides' KL in tdpo2.
         pro_sft_weight: weight of the best response's negative log-likelihood in pro.
+        max_skip: places in the ranking between which skip_ranknet compares, at most.
 
     Raises:
         TypeError, ValueError: an unknown name, weights of another number, a number outside its

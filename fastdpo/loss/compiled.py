@@ -159,6 +159,11 @@ def kl(given: HeadInputs) -> Tensor:
     return _outside(eager.kl)(given)
 
 
+def logp_kl(given: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """`eager.logp_kl`, outside the graph."""
+    return _outside(eager.logp_kl)(given)
+
+
 # -------------------------------------------------------------------------------------------- pairs
 @torch.library.custom_op(
     f"{_NAMESPACE}::preference_loss", mutates_args=(), tags=(_HOST,),

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import LinearPreference, LinearTokens, plainly, score_only
+from .autograd import LinearPreference, LinearTokens, LinearTokensKL, plainly, score_only
+from .blocks import Needs
 from .call import Call, HeadInputs, PairInputs, Pairs, join
 from .checks import IGNORE
 from .objectives import Objective, as_objective
 from .passes import forward_blocks
 from .plan import MIB, default_workspace_mib, make_plan
 from .result import PreferenceLoss, metrics_of
-from .streaming import Needs, Streamer
+from .streaming import Streamer
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -27,15 +28,24 @@ def logp(given: HeadInputs) -> Tensor:
     """`ops.linear_logp`."""
     given, fused = _check_head(given)
     _check_targets(given, fused)
-    # Where it costs no synchronization to know.
-    on_host = not fused and given.target_N.device.type == "cpu"
-    if on_host and bool((given.target_N == IGNORE).all()):
-        acc = torch.promote_types(given.h_TD.dtype, torch.float32)
-        anchors = [x[:0].sum() for x in given[:3] if x is not None]  # keep the graph connected
-        zeros = torch.zeros(given.target_N.shape[0], dtype=acc, device=given.h_TD.device)
-        return zeros + sum(anchors[1:], anchors[0]).to(acc)
+    if _nothing_scored(given, fused):
+        return _zeros(given)
     call = make_call(given, fused=fused)
     return _of_tokens(call, given)
+
+
+def _nothing_scored(given: HeadInputs, fused: bool) -> bool:
+    """Whether all targets are ignored, where it costs no synchronization to know."""
+    on_host = not fused and given.target_N.device.type == "cpu"
+    return on_host and bool((given.target_N == IGNORE).all())
+
+
+def _zeros(given: HeadInputs) -> Tensor:
+    """What an op of tokens returns if no target is scored; it keeps the graph connected."""
+    acc = torch.promote_types(given.h_TD.dtype, torch.float32)
+    anchors = [x[:0].sum() for x in given[:3] if x is not None]
+    zeros = torch.zeros(given.target_N.shape[0], dtype=acc, device=given.h_TD.device)
+    return zeros + sum(anchors[1:], anchors[0]).to(acc)
 
 
 def kl(given: HeadInputs) -> Tensor:
@@ -50,14 +60,43 @@ def kl(given: HeadInputs) -> Tensor:
     target_N = torch.zeros(N, dtype=torch.int64, device=given.h_TD.device)
     given = given._replace(target_N=target_N)
     _check_targets(given, fused)
-    if given.ref_h_TD is None:
-        raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
+    call = _of_both_heads(given, fused)
+    call.of_kl = True
+    return _of_tokens(call, given)
+
+
+def logp_kl(given: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.linear_logp_kl`."""
+    given, fused = _check_head(given)
+    _check_targets(given, fused)
+    if _nothing_scored(given, fused):
+        _require_reference(given)
+        return _zeros(given), _zeros(given), _zeros(given).detach()
+    call = _of_both_heads(given, fused)
+    if call.plan.route == "forward":
+        with torch.no_grad(), plainly(given.h_TD.device):
+            forward_blocks(call, *given[:3])
+            return call.token_values_kl()
+    return LinearTokensKL.apply(*given[:3], call)  # type: ignore[return-value]
+
+
+def _of_both_heads(given: HeadInputs, fused: bool) -> Call:
+    """A call of tokens that streams the reference's head beside the policy's."""
+    ref = _require_reference(given)
     call = make_call(given, fused=fused)
-    call.ref, call.stats, call.of_kl = _reference_head(given), frozenset({"kl_ref"}), True
-    # Nothing is kept: the difference of two softmaxes needs both log-sum-exps first.
+    call.ref, call.stats = ref, frozenset({"kl_ref"})
+    # Nothing is kept: any upstream gradient may come, and a difference of two softmaxes needs both
+    # log-sum-exps first.
     route, plan = "recompute" if any(call.needs) else "forward", call.plan
     call.plan = replace(plan, route=route, grad_tile_bytes=plan.tile_bytes)
-    return _of_tokens(call, given)
+    return call
+
+
+def _require_reference(given: HeadInputs) -> Any:
+    """The reference's head of an op that can't do without."""
+    if given.ref_h_TD is None:
+        raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
+    return _reference_head(given)
 
 
 def _of_tokens(call: Call, given: HeadInputs) -> Tensor:

@@ -14,16 +14,17 @@ T hidden rows.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import fold, project, scatter
+from .blocks import Block, Grads, Head, Needs, Shares, TokenRows, Tokens
 from .call import collect
 from .checks import IGNORE
 from .gemm import fp32_product
 from .plan import Plan
-from .streaming import Block, Grads, Head, Needs, TokenRows, Tokens
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -54,6 +55,15 @@ class _Factors:
     own_N: Tensor | None  # None where no target has an entry of its own
     scaled_ND: Tensor | None  # ``row * h``, in fp16 over `gain`, which keeps it in range
     gain: Tensor | None
+
+
+class _Other(NamedTuple):
+    """The reference beside finished rows, and how its probabilities are mixed with theirs."""
+
+    streamer: "FusedStreamer"
+    h_ND: Tensor
+    lse_N: Tensor
+    shares: Shares
 
 
 class FusedStreamer:
@@ -89,6 +99,7 @@ class FusedStreamer:
         other = (ref, ref.tokens(span)) if ref and "kl_ref" in stats else None
         partials, ref_partials, cross_KN = self._partials(tokens, stats, stash_NV, other=other)
         merged = fold.merge(partials, target_N, self.V, self.shape, stash_NV)
+        target_z_N = partials.target_z_N
         del partials  # before the reference's are made
         block = Block(
             span, tokens if keep else None, merged.logp_N, merged.lse_N, merged.shift_N, stash_NV,
@@ -103,7 +114,12 @@ class FusedStreamer:
         if cross_KN is not None:
             down_KN = (ref_partials.shift_KN - ref_merged.lse_N).exp()
             kl_N = (down_KN * cross_KN).sum(0) - ref_merged.lse_N + merged.lse_N
-            block.stats["kl_ref"] = torch.where(target_N == IGNORE, 0.0, kl_N)
+            ignored_N = target_N == IGNORE
+            block.stats["kl_ref"] = torch.where(ignored_N, 0.0, kl_N)
+            block.ref_own_N = ref_merged.own_N
+            if self.head.softcap is not None:
+                slope_N = 1.0 - (target_z_N / self.head.softcap).square()
+                block.ref_own_N = torch.where(ignored_N, 0.0, ref_merged.own_N * slope_N)
         return block
 
     def projects(self, h_ND: Tensor) -> bool:
@@ -240,13 +256,12 @@ class FusedStreamer:
         into: Grads,
         shift_lse: tuple[Tensor | None, Tensor | None],
         own_N: Tensor | None,
-        sign: float = 1.0,
     ) -> _Factors:
         h_ND, target_N = tokens
         in_range = h_ND.dtype != torch.float16
         row_N, own_N, scaled_ND = scatter.factors(
             target_N, coef_N.float().contiguous(), upstream, *shift_lse, own_N,
-            sign * self.head.scale, h_ND if into.w is not None and in_range else None,
+            self.head.scale, h_ND if into.w is not None and in_range else None,
         )  # fmt: skip
         gain = by_target = None
         if into.w is not None and not in_range:
@@ -316,30 +331,36 @@ class FusedStreamer:
         blocks: list[Block],
         coef_N: Tensor,
         into: Grads,
-        ref: "FusedStreamer | None" = None,
         upstream: Tensor | None = None,
+        *,
+        ref: "FusedStreamer | None" = None,
+        shares: Shares | None = None,
+        targets: bool = True,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp.
 
-        Whole columns at a time, whose gradient is then complete at once.  With ``ref`` they are
-        those of ``sum coef * KL(ref || policy)``.
+        Whole columns at a time, whose gradient is then complete at once.  With ``shares`` they are
+        ``coef`` times those of the mixtures with ``ref``; without ``targets`` no entry belongs to
+        a target.
         """
         span = 0, coef_N.shape[0]
         tokens = self.tokens(span)
         h_ND, lse_N = tokens.h_ND, collect(blocks, "lse_N")
-        own_N, sign, other = None, -1.0, None
-        if ref is None:
-            own_N, sign = collect(blocks, "own_N"), 1.0
-        else:
-            other = ref, ref.tokens(span).h_ND, collect(blocks, "ref_lse_N")
-        factors = self._factors(tokens, coef_N, upstream, into, (None, None), own_N, sign)
+        own_N, other = None, None
+        if targets:
+            own_N = collect(blocks, "own_N")
+        if ref is not None and shares is not None:
+            other = _Other(ref, ref.tokens(span).h_ND, collect(blocks, "ref_lse_N"), shares)
+            if own_N is not None:
+                own_N = shares.own_N * own_N + shares.ref_N * collect(blocks, "ref_own_N")
+        factors = self._factors(tokens, coef_N, upstream, into, (None, None), own_N)
         dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if self.needs.h else None
         width = self.plan.vocab_chunk
         stash_NC = matrix(len(h_ND), width, h_ND.dtype, h_ND.device)
         for v0 in range(0, self.V, width):
             columns = slice(v0, min(v0 + width, self.V))
             kept_NC = stash_NC[:, : columns.stop - v0]
-            self._keep(tokens, lse_N, columns, kept_NC, other)
+            self._keep(tokens, lse_N, columns, kept_NC, other, targets=targets)
             self._head_grads(kept_NC, columns, factors, into, add=False)
             if dh_ND is not None:
                 fp32_product(kept_NC, self.head.w_VD[columns], dh_ND, add=v0 > 0)
@@ -352,11 +373,13 @@ class FusedStreamer:
         lse_N: Tensor,
         columns: slice,
         kept_NC: Tensor,
-        other: "tuple[FusedStreamer, Tensor, Tensor] | None",
+        other: "_Other | None",
+        *,
+        targets: bool,
     ) -> None:
-        """Probabilities of some columns of finished rows, or less those of the reference.
+        """Probabilities of some columns of finished rows, or mixtures with the reference's.
 
-        ``other`` is its head, hidden rows and log-sum-exps.
+        Zero for the rows' targets, if they have ``targets``.
         """
         h_ND, target_N = tokens
         if other is None and self.projects(h_ND):
@@ -370,12 +393,14 @@ class FusedStreamer:
             for v0 in range(columns.start, columns.stop, width):
                 part = slice(v0, min(v0 + width, columns.stop))
                 product, bias = self._products(h_ND[rows], part)
-                target_R, ref_tile = target_N[rows], None
+                ref_tile = None
                 if other is not None:
-                    ref, ref_h_ND, ref_lse_N = other
-                    target_R = None
-                    ref_tile = (*ref._products(ref_h_ND[rows], part), ref_lse_N[rows])
+                    ref_tile = fold.RefTile(
+                        *other.streamer._products(other.h_ND[rows], part), other.lse_N[rows],
+                        other.shares.own_N[rows], other.shares.ref_N[rows],
+                    )  # fmt: skip
                 kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
+                target_R = target_N[rows] if targets else None
                 fold.keep(product, bias, self.shape, target_R, lse_N[rows], v0, kept_RC, ref_tile)
                 del product, ref_tile
 

@@ -190,10 +190,15 @@ def _lipo_lambda(grid: ListGrid) -> Tensor:
     return _sum_of(weight_PLL * _softplus_of_minus(grid.gap_PLL), grid.better_PLL)
 
 
+def sum_over_better(grid: ListGrid) -> Tensor:
+    """DPO's loss of each pair of a list whose scores differ, summed; (P,)."""
+    return _sum_of(_softplus_of_minus(grid.gap_PLL), grid.better_PLL)
+
+
 def _ranknet(grid: ListGrid) -> Tensor:
     losses_PLL = _softplus_of_minus(grid.gap_PLL)
     even_PLL = 0.5 * (losses_PLL + losses_PLL.transpose(1, 2))
-    return _sum_of(losses_PLL, grid.better_PLL) + _sum_of(even_PLL, grid.tied_PLL)
+    return sum_over_better(grid) + _sum_of(even_PLL, grid.tied_PLL)
 
 
 def _skip_ranknet(grid: ListGrid, *, max_skip: int) -> Tensor:
@@ -282,7 +287,7 @@ def plackett_luce(beta: float = 0.1, alpha: float = 0.0) -> ListObjective:
     return ListObjective("plackett_luce", _plackett_luce, beta, alpha, needs_ranks=True)
 
 
-def pro(pro_sft_weight: float = 0.05) -> ListObjective:
+def pro(beta: float = 0.1, pro_sft_weight: float = 0.05) -> ListObjective:
     """PRO, preference ranking optimization (arXiv 2306.17492), as its released code has it.
 
     With p the mean log-prob of a response's tokens, and the n responses in the order of their
@@ -291,12 +296,12 @@ def pro(pro_sft_weight: float = 0.05) -> ListObjective:
         - sum over k < n of log(exp(p_k T_kk) / (exp(p_k T_kk) + sum over i > k of exp(p_i T_ki)))
         - pro_sft_weight * (n - 1)^2 * log pi(y_1|x)
 
-    where ``T_ki = psi_k - psi_i`` and T_kk is the largest of them.  There is no reference, no beta.
+    where ``T_ki = psi_k - psi_i`` and T_kk is the largest of them.  There is no reference; ``beta``
+    is of the rewards in the metrics alone.
 
     Raises:
         TypeError, ValueError: ``pro_sft_weight`` is no number >= 0.
     """
     require_number("pro_sft_weight", pro_sft_weight, low=0)
-    return ListObjective(
-        "pro", partial(_pro, pro_sft_weight=pro_sft_weight), needs_reference=False, needs_ranks=True
-    )
+    loss = partial(_pro, pro_sft_weight=pro_sft_weight)
+    return ListObjective("pro", loss, beta, needs_reference=False, needs_ranks=True)

@@ -106,6 +106,48 @@ def linear_kl(
     return _route().kl(given)
 
 
+def linear_logp_kl(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    target_N: Tensor,
+    ref_h_TD: Tensor,
+    ref_w_VD: Tensor,
+    *,
+    rows_N: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    ref_bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    workspace_mib: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_logp` of policy and reference and `linear_kl`, in one pass over both heads.
+
+    It takes as many products as `linear_kl` alone: two in the forward, and in the backward, which
+    knows both upstream gradients, two again and one for each gradient.  Under torch.compile it
+    breaks the graph.
+
+    Args:
+        h_TD, w_VD, target_N, rows_N, bias_V, scale, softcap, workspace_mib, impl: as in
+            `linear_logp`.
+        ref_h_TD, ref_w_VD, ref_bias_V: as in `linear_kl`.
+
+    Returns:
+        Log-prob of each target under the policy, KL(reference || policy) at its position, and its
+        log-prob under the reference, each (N,) fp32 (fp64 for fp64 inputs); zeros where the target
+        is -100.  The first two have a gradient, the policy's.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+    """
+    tensors = h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V
+    h_TD, w_VD, bias_V, *ref = autocast(*tensors)
+    given = HeadInputs(
+        h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, impl, (), *ref
+    )
+    return _route().logp_kl(given)
+
+
 def linear_preference_loss(
     h_TD: Tensor,
     w_VD: Tensor,

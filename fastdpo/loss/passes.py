@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Block, Grads, Shares, coefficients
 from .call import Call, Pairs, collect, join
 from .plan import Group
-from .streaming import Block, Grads, coefficients
 
 # Gradients are made of whole rows, whatever the layout of what they belong to.
 _ROWS = torch.contiguous_format
@@ -102,12 +102,14 @@ def token_backward(
     coef_N: Tensor,
     upstream: Tensor | None = None,
     *,
+    kl_coef_N: Tensor | None = None,
     reuse: bool = False,
 ) -> Gradients:
     """Gradients of ``upstream * sum coef * logp`` by the frozen, stash or recompute route.
 
     With ``reuse`` nobody will ask for them again, so what was kept may be overwritten.  Those of
-    ``sum coef * KL(ref || policy)`` are always recomputed.
+    ``sum coef * KL(ref || policy)``, or of ``sum coef * logp + kl_coef * KL``, are always
+    recomputed.
     """
     h_TD, w_VD, bias_V, unit_ND = saved
     assert h_TD is not None and w_VD is not None
@@ -121,8 +123,13 @@ def token_backward(
             call.blocks[0], coef_N, into, add=False, whole=True, upstream=upstream
         )
     else:
-        ref = call.open_reference() if call.of_kl else None
-        streamer.recompute_backward(call.blocks, coef_N, into, ref, upstream)
+        shares = Shares.of_kl(coef_N) if call.of_kl else None
+        if kl_coef_N is not None:
+            coef_N, shares = Shares.of(coef_N, kl_coef_N)
+        ref = call.open_reference() if shares is not None else None
+        streamer.recompute_backward(
+            call.blocks, coef_N, into, upstream, ref=ref, shares=shares, targets=not call.of_kl
+        )
     return rounded(call, into, h_TD.dtype)
 
 

@@ -205,7 +205,10 @@ def launch_keep(
     ref: bool = False,
     target: bool = True,
 ) -> None:
-    reference = (meta(N, C), optional(bias, C, dtype=dtype), meta(N)) if ref else None
+    reference = None
+    if ref:
+        bias_C, rows = optional(bias, C, dtype=dtype), (meta(N) for _ in range(3))
+        reference = fold.RefTile(meta(N, C), bias_C, *rows)
     fold.keep(
         meta(N, C), optional(bias, C, dtype=dtype), head(softcap), targets() if target else None,
         meta(N), 2 * C, meta(N, V, dtype=dtype)[:, :C], reference,

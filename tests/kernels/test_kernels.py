@@ -506,7 +506,7 @@ def test_merge_of_many_tiles():
 @pytest.mark.parametrize("has_target", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_keep_against_fp64(name, has_target, has_ref):
-    """Probabilities of some columns, or their difference to a reference's."""
+    """Probabilities of some columns, or their mixtures with a reference's."""
     shape, (N, V, first), dtype = SHAPES[name], (70, 101, 40), torch.float16
     product_NV, bias_V, target_N, z_NV = tile_problem(shape, dtype, N, V)
     ref_product_NV, ref_bias_V, _, ref_z_NV = tile_problem(shape, dtype, N, V)
@@ -517,16 +517,19 @@ def test_keep_against_fp64(name, has_target, has_ref):
     def part(x: Tensor | None) -> Any:
         return None if x is None else x[..., columns]
 
-    ref = (part(ref_product_NV), part(ref_bias_V), ref_lse_N) if has_ref else None
+    ref, shares_2N = None, 2 * torch.rand(2, N) - 1
+    if has_ref:
+        ref = fold.RefTile(part(ref_product_NV), part(ref_bias_V), ref_lse_N, *shares_2N)
     target = target_N if has_target else None
     fold.keep(part(product_NV), part(bias_V), shape.head, target, lse_N, first, stash_NC, ref)
-    p_NV = (z_NV - lse_N.double()[:, None]).exp()
-    kept_NV, both_NV = p_NV, p_NV
-    if has_target:
-        kept_NV = p_NV.scatter(1, target_N.clamp(min=0)[:, None], 0.0)
+    kept_NV = both_NV = (z_NV - lse_N.double()[:, None]).exp()
     if has_ref:
         ref_p_NV = (ref_z_NV - ref_lse_N.double()[:, None]).exp()
-        kept_NV, both_NV = kept_NV - ref_p_NV, p_NV + ref_p_NV
+        own_N1, ref_N1 = shares_2N.double()[:, :, None]
+        kept_NV = own_N1 * kept_NV + ref_N1 * ref_p_NV
+        both_NV = own_N1.abs() * both_NV + ref_N1.abs() * ref_p_NV
+    if has_target:
+        kept_NV = kept_NV.scatter(1, target_N.clamp(min=0)[:, None], 0.0)
     kept_NV = kept_NV * slope_of(z_NV, shape.head)
     if has_target:
         kept_NV[target_N == IGNORE] = 0.0

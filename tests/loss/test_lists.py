@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastdpo.loss import lists, objectives
+from fastdpo.loss.choices import make_objective
 from fastdpo.loss.examples import Examples
 
 BETA, ALPHA = 0.1, 0.02
@@ -17,7 +18,7 @@ OBJECTIVES = {
     "ranknet": lists.ranknet(BETA, ALPHA),
     "skip_ranknet": lists.skip_ranknet(BETA, ALPHA, max_skip=2),
     "plackett_luce": lists.plackett_luce(BETA, ALPHA),
-    "pro": lists.pro(0.05),
+    "pro": lists.pro(pro_sft_weight=0.05),
 }
 
 
@@ -126,10 +127,10 @@ def test_values_by_hand():
 def test_pro_by_hand():
     """Mean log-probs log 1/2 and log 1/4 of lengths 1 and 2, scores 3 and 2: T is 1."""
     logp = [math.log(1 / 2), 2 * math.log(1 / 4)]
-    found = by_hand(lists.pro(0.5), logp, [3.0, 2.0], [1.0, 2.0])
+    found = by_hand(lists.pro(1.0, 0.5), logp, [3.0, 2.0], [1.0, 2.0])
     assert found == pytest.approx(-math.log((1 / 2) / (1 / 2 + 1 / 4)) + 0.5 * math.log(2))
     # Scores 2 apart square what is compared: 1/4 against 1/16.
-    found = by_hand(lists.pro(0.0), logp, [3.0, 1.0], [1.0, 2.0])
+    found = by_hand(lists.pro(1.0, 0.0), logp, [3.0, 1.0], [1.0, 2.0])
     assert found == pytest.approx(-math.log((1 / 4) / (1 / 4 + 1 / 16)))
 
 
@@ -215,4 +216,23 @@ def test_refusals():
     with pytest.raises(TypeError, match="max_skip must be an integer, got float"):
         lists.skip_ranknet(max_skip=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pro_sft_weight must be a finite number >= 0, got -1"):
-        lists.pro(-1)
+        lists.pro(pro_sft_weight=-1)
+
+
+def test_by_name():
+    """Options reach the objective that reads them, and are refused where none does."""
+    x = some_lists([4, 3], spread=5.0)
+    for name, options in {
+        "lipo_lambda": {"alpha": ALPHA},
+        "skip_ranknet": {"alpha": ALPHA, "max_skip": 2},
+        "pro": {"pro_sft_weight": 0.05},
+    }.items():
+        found = make_objective(name, beta=BETA, **options)
+        assert torch.equal(found.losses(x), OBJECTIVES[name].losses(x))
+    both = make_objective(["ranknet", "pro"], [0.5, 2.0], beta=BETA, alpha=ALPHA)
+    wanted = 0.5 * OBJECTIVES["ranknet"].losses(x) + 2 * OBJECTIVES["pro"].losses(x)
+    torch.testing.assert_close(both.losses(x), wanted)
+    with pytest.raises(ValueError, match=r"alpha=0.02 means nothing to loss_type 'pro'"):
+        make_objective("pro", alpha=ALPHA)
+    with pytest.raises(ValueError, match="cannot be summed: they differ in shape"):
+        make_objective(["ranknet", "kto"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastdpo.loss import singles
+from fastdpo.loss.choices import make_objective
 from fastdpo.loss.examples import Examples
 
 KTO_LOSSES = {"kto": singles.kto, "apo_zero_unpaired": singles.apo_zero_unpaired}
@@ -160,3 +161,12 @@ def test_refusals():
         singles.kto(desirable_weight=-1.0)
     with pytest.raises(ValueError, match="beta must be a finite number > 0"):
         singles.bco(0.0)
+
+
+def test_by_name():
+    x = some_singles(8, 5.0, shift=0.4)
+    found = make_objective("kto", beta=0.2, desirable_weight=1.5, undesirable_weight=0.5)
+    assert torch.equal(found.losses(x), singles.kto(0.2, 1.5, 0.5).losses(x))
+    assert found.shift_is == "kl" and make_objective("bco").shift_is == "mean_reward"
+    with pytest.raises(ValueError, match=r"desirable_weight=2.0 means nothing to loss_type 'bco'"):
+        make_objective("bco", desirable_weight=2.0)
