@@ -102,9 +102,7 @@ def _is_edited(folder: Path) -> bool:
     return bool(summed) or OURS not in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _write(
-    run: Run, folder: Path, defaults: Mapping[str, Any], losses: Mapping[str, Any]
-) -> None:
+def _write(run: Run, folder: Path, defaults: Mapping[str, Any], losses: Mapping[str, Any]) -> None:
     rows = rows_of(run)
     figures = by_step_charts(run)[0][:3] if run.alone else by_round_charts({"": (run, rows)})
     if figures:
