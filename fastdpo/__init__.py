@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LinearDPOLoss",
+    "LinearPreferenceLoss",
     "PreferenceLoss",
     "__version__",
     "linear_dpo_loss",

@@ -1,5 +1,7 @@
 """One launch for the pairs: sums, reference log-ratios, length penalty, loss, metrics, slopes.
 
+And one for the sums alone of any sequences, whose objective PyTorch computes.
+
 P pairs, S = 2P sequences (2i chosen, 2i+1 rejected), N tokens.
 """
 
@@ -226,6 +228,34 @@ def pair_kernel(
     tl.store(loss_ptr, loss.to(tl.float32))
 
 
+@triton.jit
+def sums_kernel(
+    logp_ptr,
+    ref_token_ptr,
+    ref_ptr,
+    gap_ptr,
+    target_ptr,
+    bounds_ptr,
+    logp_sum_ptr,
+    ref_sum_ptr,
+    gap_mean_ptr,
+    BLOCK: tl.constexpr,
+):
+    """One sequence in a program: its sums, and the mean of its gaps, in fp64 and in order."""
+    s = tl.program_id(0)
+    start = tl.load(bounds_ptr + s)
+    stop = tl.load(bounds_ptr + s + 1)
+    total, ref, length = _sequence(logp_ptr, ref_token_ptr, target_ptr, start, stop, BLOCK)
+    if ref_ptr is not None:
+        ref = tl.load(ref_ptr + s).to(tl.float64)
+        tl.device_assert(tl.abs(ref) < float("inf"), "ref_logp_S must be finite")
+    tl.store(logp_sum_ptr + s, total.to(logp_sum_ptr.dtype.element_ty))
+    tl.store(ref_sum_ptr + s, ref.to(ref_sum_ptr.dtype.element_ty))
+    if gap_ptr is not None:
+        gaps, _, _ = _sequence(gap_ptr, None, target_ptr, start, stop, BLOCK)
+        tl.store(gap_mean_ptr + s, gaps / length.to(tl.float64))
+
+
 def _two(x: float) -> tuple[float, float]:
     """A number as the sum of two fp32 ones, the type in which Triton passes it."""
     if abs(x) > 3e38:
@@ -270,7 +300,7 @@ def pair_losses(
     """Score the pairs.
 
     ``objective`` has numbers ``beta`` and ``alpha``, flags ``length_normalized`` and ``by_margin``,
-    and its place in `KINDS` as ``code``; with None only the sums of the sequences mean something.
+    and its place in `KINDS` as ``code``.
     ``bounds_S1`` lies on the device and counts from the first token of ``logp_N``; ``margin_P``,
     ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference.  A sequence
     without a scored token, and a reference that is no number, trip a device assert.
@@ -288,7 +318,41 @@ def pair_losses(
         logp_N, ref_logp_N, ref_logp_S, target_N, bounds_S1, lengths_S, margin_P, smoothing_P,
         weight_P, logp_S, ref_S, slope_S, coef_N, totals, loss, means, S // 2,
         *_two(objective.beta), *_two(objective.alpha), *_two(num_pairs),
-        KIND=objective.code or 0, BY_MARGIN=objective.code is None or objective.by_margin,
+        KIND=objective.code, BY_MARGIN=objective.by_margin,
         NORMALIZED=objective.length_normalized, BLOCK=1024, num_warps=4, **ASSERTING,
     )  # fmt: skip
     return PairResult(loss, means, lengths_S, totals, logp_S, ref_S, slope_S, coef_N)
+
+
+@dataclass
+class SequenceSums:
+    """Sums of each sequence; ``gap_S`` has the means of its gaps in fp64, None without them."""
+
+    logp_S: Tensor
+    ref_logp_S: Tensor
+    gap_S: Tensor | None
+
+
+def sequence_sums(
+    logp_N: Tensor,
+    target_N: Tensor,
+    bounds_S1: Tensor,
+    dtype: torch.dtype,
+    *,
+    ref_logp_S: Tensor | None = None,
+    ref_logp_N: Tensor | None = None,
+    gap_N: Tensor | None = None,
+) -> SequenceSums:
+    """The sums that `pair_losses` takes, of any number of sequences, rounded once to ``dtype``.
+
+    ``gap_N`` are numbers whose mean over the scored tokens is wanted; they are zero elsewhere.
+    Without a reference its sums are zero.  Errors as in `pair_losses`.
+    """
+    S, device = bounds_S1.shape[0] - 1, logp_N.device
+    logp_S, ref_S = (torch.empty(S, dtype=dtype, device=device) for _ in range(2))
+    gap_S = None if gap_N is None else torch.empty(S, dtype=torch.float64, device=device)
+    sums_kernel[(S,)](
+        logp_N, ref_logp_N, ref_logp_S, gap_N, target_N, bounds_S1, logp_S, ref_S, gap_S,
+        BLOCK=1024, num_warps=4, **ASSERTING,
+    )  # fmt: skip
+    return SequenceSums(logp_S, ref_S, gap_S)

@@ -5,7 +5,7 @@ for what there is to call, then `plan` for the ways through a head, and `objecti
 """
 
 from . import objectives, reference
-from .module import LinearDPOLoss
+from .module import LinearDPOLoss, LinearPreferenceLoss
 from .ops import (
     linear_dpo_loss,
     linear_kl,
@@ -17,6 +17,7 @@ from .result import PreferenceLoss
 
 __all__ = [
     "LinearDPOLoss",
+    "LinearPreferenceLoss",
     "PreferenceLoss",
     "linear_dpo_loss",
     "linear_kl",

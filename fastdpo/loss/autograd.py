@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Pairs
+from .call import Call, Scoring
 from .passes import (
     forward_blocks,
     frozen_forward,
@@ -134,17 +134,17 @@ class LinearPreference(torch.autograd.Function):
 
     @staticmethod
     @_plain_precision
-    def forward(ctx, h_TD, w_VD, bias_V, call: Call, pairs: Pairs):  # type: ignore[override]
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call, scoring: Scoring):  # type: ignore[override]
         ctx.call, ctx.grads, ctx.coef_N = call, None, None
         if call.plan.route == "grouped":
-            loss, logp_S, ref_S, ctx.grads = grouped_pass(call, pairs, h_TD, w_VD, bias_V)
+            loss, logp_S, ref_S, ctx.grads = grouped_pass(call, scoring, h_TD, w_VD, bias_V)
             ctx.save_for_backward(h_TD, w_VD, bias_V)
         else:
             _forward(ctx, call, h_TD, w_VD, bias_V)
-            loss, logp_S, ref_S, _, ctx.coef_N = score(call, pairs, call.blocks)
+            loss, logp_S, ref_S, _, ctx.coef_N = score(call, scoring, call.blocks)
         ctx.mark_non_differentiable(logp_S, ref_S)
         ctx.set_materialize_grads(False)  # the sums' would be cleared for nothing
-        return _returned(loss, h_TD, pairs), logp_S, ref_S
+        return _returned(loss, h_TD, scoring), logp_S, ref_S
 
     @staticmethod
     @_once
@@ -162,19 +162,19 @@ class LinearPreference(torch.autograd.Function):
 
 
 def score_only(
-    call: Call, pairs: Pairs, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
+    call: Call, scoring: Scoring, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `LinearPreference` returns, where no gradient is wanted."""
     with torch.no_grad(), plainly(h_TD.device):
         forward_blocks(call, h_TD, w_VD, bias_V)
         # Slopes only for their check of the objective; inference mode has none.
         slopes = not torch.is_inference_mode_enabled()
-        share = score(call, pairs, call.blocks, slopes=slopes)
-        return _returned(share.loss, h_TD, pairs), share.logp_S, share.ref_logp_S
+        share = score(call, scoring, call.blocks, slopes=slopes)
+        return _returned(share.loss, h_TD, scoring), share.logp_S, share.ref_logp_S
 
 
-def _returned(loss: Tensor, h_TD: Tensor, pairs: Pairs) -> Tensor:
+def _returned(loss: Tensor, h_TD: Tensor, scoring: Scoring) -> Tensor:
     """The loss in the accumulator's dtype, as the kernel left it where it made all of it."""
-    if pairs.by_kernel and len(pairs.results) == 1:
-        return pairs.results[0].loss
+    if len(scoring.results) == 1:
+        return scoring.results[0].loss
     return loss.to(torch.promote_types(h_TD.dtype, torch.float32))

@@ -14,10 +14,11 @@ from torch import Tensor
 from . import checks
 from .autograd import LinearPreference, LinearTokens, LinearTokensKL, plainly, score_only
 from .blocks import Needs
-from .call import Call, HeadInputs, PairInputs, Pairs, join
+from .call import Call, ExampleInputs, HeadInputs, Scoring, collect, join
 from .checks import IGNORE
-from .objectives import Objective, as_objective
-from .passes import forward_blocks
+from .examples import BaseObjective, nth, sizes_of
+from .objectives import as_objective
+from .passes import forward_blocks, tail_weights
 from .plan import MIB, default_workspace_mib, make_plan
 from .result import PreferenceLoss, metrics_of
 from .streaming import Streamer
@@ -107,41 +108,72 @@ def _of_tokens(call: Call, given: HeadInputs) -> Tensor:
     return LinearTokens.apply(*given[:3], call)  # type: ignore[return-value]
 
 
-# -------------------------------------------------------------------------------------------- pairs
-def preference(given: HeadInputs, of_pairs: PairInputs, objective: Any) -> PreferenceLoss:
+# ----------------------------------------------------------------------------------------- examples
+def preference(
+    given: HeadInputs, inputs: ExampleInputs, objective: BaseObjective | Callable
+) -> PreferenceLoss:
     """`ops.linear_preference_loss`."""
     given, fused = _check_head(given)
     _check_targets(given, fused)
-    edges = checks.check_bounds(of_pairs.bounds_S1, given.target_N)
+    objective, firsts = as_objective(objective), inputs.firsts_P1
+    pairs = firsts is None and objective.shape != "singles"
+    edges = checks.check_bounds(inputs.bounds_S1, given.target_N, pairs=pairs)
+    S = len(edges) - 1
+    if firsts is None:
+        firsts = range(0, S + 1, 2 if pairs else 1)
+    firsts = checks.check_firsts(firsts, S, objective)
     stats = checks.check_stats(given.stats, given.ref_h_TD is not None)
-    objective = as_objective(objective)
-    ref = _check_reference(given, of_pairs.ref_logp_S, len(edges) - 1, fused)
+    ref = _check_reference(given, inputs.ref_logp_S, S, objective, fused)
     # What the kernel would read and what is left out need not be made.
     known = fused and objective.code is not None
-    margin_P, smoothing_P, weight_P = _check_pair_values(
-        objective, of_pairs, len(edges) // 2, given.h_TD.device, not known
+    P = len(firsts) - 1
+    values = _check_values(objective, inputs, S, P, given.h_TD.device, not known)
+    call = make_call(
+        given, edges, firsts, fused=fused, splits=not objective.couples,
+        unit_buffers=1 if objective.by_margin else min(2, max(sizes_of(firsts))),
+    )  # fmt: skip
+    call.ref, call.stats = ref, stats - {"logp"} | _STATS_OF[objective.needs_alignment]
+    weighs = objective.ld_alpha is not None
+    bounds_S1, lengths_S = _lengths(call, not known or weighs or objective.length_normalized)
+    ref_S = None if inputs.ref_logp_S is None else inputs.ref_logp_S.contiguous()
+    scoring = Scoring(
+        objective, call.edges, firsts, bounds_S1, lengths_S, ref_S, **values, shift=inputs.shift
     )
-    count = float(len(edges) // 2)
-    if of_pairs.num_pairs is not None:
-        count = checks.require_number("num_pairs", of_pairs.num_pairs, low=0, open_low=True)
-    call = make_call(given, edges, fused=fused, unit_buffers=1 if objective.by_margin else 2)
-    call.stats, call.ref = stats, ref
-    bounds_S1, lengths_S = _lengths(call, not known or objective.length_normalized)
-    ref_S = None if of_pairs.ref_logp_S is None else of_pairs.ref_logp_S.contiguous()
-    pairs = Pairs(
-        objective, call.edges, bounds_S1, lengths_S, ref_S, margin_P, smoothing_P, weight_P, count
-    )
+    if objective.needs_mean_length and scoring.mean_chosen_length is None:
+        scoring.mean_chosen_length = mean_length(scoring)
+    if weighs:
+        scoring.token_weight_N = tail_weights(call.target_N, scoring)
     run: Callable = score_only if call.plan.route == "forward" else _differentiably
-    loss, logp_S, ref_S = run(call, pairs, *given[:3])
-    if fused:
-        pairs.lengths_S = join([result.lengths_S for result in pairs.results])
-    entries = {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": pairs.lengths_S}
-    metrics = metrics_of(pairs, logp_S, ref_S)
-    return PreferenceLoss(entries, metrics, call.token_stats(), call.plan)
+    loss, logp_S, ref_S = run(call, scoring, *given[:3])
+    if scoring.results:
+        scoring.lengths_S = join([result.lengths_S for result in scoring.results])
+    entries = {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": scoring.lengths_S}
+    metrics, counts = metrics_of(scoring, logp_S, ref_S)
+    return PreferenceLoss(entries, metrics, _stats(call, stats), call.plan, counts)
 
 
-def _differentiably(call: Call, pairs: Pairs, *tensors: Tensor | None) -> Any:
-    return LinearPreference.apply(*tensors, call, pairs)
+def _differentiably(call: Call, scoring: Scoring, *tensors: Tensor | None) -> Any:
+    return LinearPreference.apply(*tensors, call, scoring)
+
+
+# What objectives need of each token that are, or are not, about the policy's own responses.
+_STATS_OF = {True: frozenset({"log_sum_sq_probs"}), False: frozenset()}
+
+
+def _stats(call: Call, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """The statistics that the caller asked for."""
+    found = {name: x for name, x in call.token_stats().items() if name in wanted}
+    if "logp" in wanted:
+        found["logp"] = call.full(collect(call.blocks, "logp_N"))
+    return found
+
+
+def mean_length(scoring: Scoring) -> Tensor:
+    """Mean over the examples of the first's tokens, and of the prompt's if the objective does."""
+    lengths_S, firsts = scoring.lengths_S.double(), scoring.firsts
+    if scoring.objective.needs_prompt:  # all that are not the rejected one's
+        return (lengths_S.sum() - nth(lengths_S, firsts, 1).sum()) / scoring.count
+    return nth(lengths_S, firsts, 0).mean()
 
 
 def _lengths(call: Call, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -187,8 +219,19 @@ def _check_targets(given: HeadInputs, fused: bool) -> None:
     checks.check_targets(given.h_TD, V, given.target_N, given.rows_N, in_kernel=fused)
 
 
-def _check_reference(given: HeadInputs, ref_logp_S: Any, S: int, fused: bool) -> Any:
-    """Exactly one form of reference."""
+def _check_reference(
+    given: HeadInputs, ref_logp_S: Any, S: int, objective: BaseObjective, fused: bool
+) -> Any:
+    """Exactly one form of reference, or none."""
+    ref_names = ("ref_logp_S", ref_logp_S), *zip(HeadInputs._fields[-3:], given[-3:])
+    if not objective.needs_reference:
+        for name, x in ref_names:
+            if x is not None:
+                raise ValueError(
+                    f"{name} is given, but objective {checks.name_of(objective)} needs no "
+                    "reference; leave it out"
+                )
+        return None
     if (ref_logp_S is None) == (given.ref_h_TD is None):
         raise ValueError("pass the reference either as ref_logp_S or as ref_h_TD with ref_w_VD")
     if given.ref_h_TD is not None:
@@ -205,39 +248,60 @@ def _reference_head(given: HeadInputs) -> Any:
     return tuple(None if x is None else x.detach() for x in given[-3:])
 
 
-def _check_pair_values(
-    objective: Objective, given: PairInputs, P: int, device: torch.device, neutral: bool
-) -> Any:
-    """Margin, smoothing and weight of each pair as fp64; ``neutral`` values for None if wanted."""
+def _check_values(
+    objective: BaseObjective,
+    given: ExampleInputs,
+    S: int,
+    P: int,
+    device: torch.device,
+    neutral: bool,
+) -> dict[str, Any]:
+    """Numbers of each example and sequence as fp64; ``neutral`` ones for None if wanted."""
     named = given.margin_P is not None or given.smoothing_P is not None
     if named and not objective.takes_margin:
         raise ValueError(
             "margin_P and smoothing_P need an objective of the margin (lr_dpo, hinge, ipo, ...)"
         )
+    checks.check_asked(objective, given.scores_S, given.desirable_P)
     inf = float("inf")
     ranges = (
-        ("margin_P", given.margin_P, -inf, inf, 0.0),
-        ("smoothing_P", given.smoothing_P, 0.0, 1.0, 0.0),
-        ("weight_P", given.weight_P, 0.0, inf, 1.0),
+        ("margin_P", P, -inf, inf, 0.0),
+        ("smoothing_P", P, 0.0, 1.0, 0.0),
+        ("weight_P", P, 0.0, inf, 1.0),
+        ("scores_S", S, -inf, inf, None),
+        ("desirable_P", P, 0.0, 1.0, None),
     )
-    values: list[Tensor | None] = []
-    for name, x, low, high, value in ranges:
+    values: dict[str, Any] = {}
+    for name, count, low, high, value in ranges:
+        x = getattr(given, name)
         if x is not None:
-            checks.check_vector(name, x, P, "P", device, low=low, high=high)
+            checks.check_vector(name, x, count, name[-1], device, low=low, high=high)
             x = x.double().contiguous()
-        elif neutral:
-            x = torch.full((P,), value, dtype=torch.float64, device=device)
-        values.append(x)
+        elif neutral and value is not None:
+            x = torch.full((count,), value, dtype=torch.float64, device=device)
+        values[name] = x
+    values["num_pairs"] = float(P)
+    for name in ("num_pairs", "mean_chosen_length"):
+        x = getattr(given, name)
+        if x is not None:
+            values[name] = checks.require_number(name, x, low=0, open_low=True)
+    checks.require_number("shift", given.shift)
     return values
 
 
 def make_call(
-    given: HeadInputs, edges: list[int] | None = None, *, fused: bool, unit_buffers: int = 1
+    given: HeadInputs,
+    edges: list[int] | None = None,
+    firsts: tuple[int, ...] | None = None,
+    *,
+    fused: bool,
+    splits: bool = True,
+    unit_buffers: int = 1,
 ) -> Call:
     """Leave ignored targets out where that costs no synchronization, and plan the call.
 
-    ``edges`` are the bounds of the sequences, None for tokens without; ``unit_buffers`` as in
-    `make_plan`.
+    ``edges`` are the bounds of the sequences, None for tokens without; ``firsts``, ``splits`` and
+    ``unit_buffers`` as in `make_plan`.
     """
     h_TD, w_VD, bias_V, target_N, rows_N = given[:5]
     assert given.workspace_mib is not None
@@ -250,7 +314,8 @@ def make_call(
         target_N = target_N[keep_N]
         rows_N = keep_N if rows_N is None else rows_N[keep_N]
     if on_host and edges is not None:
-        checks.check_lengths([b - a for a, b in pairwise(edges)])
+        assert firsts is not None
+        checks.check_lengths([b - a for a, b in pairwise(edges)], firsts)
     streamer: Any = Streamer
     if fused:  # the kernels read neighbouring elements
         from .fused import FusedStreamer
@@ -269,6 +334,8 @@ def make_call(
         need_head=needs.w or needs.bias,
         need_h=needs.h,
         T=h_TD.shape[0],
+        firsts=firsts,
+        splits=splits,
         unit_buffers=unit_buffers,
         fused_itemsize=h_TD.itemsize if fused else None,
         gathered=rows_N is not None,

@@ -64,14 +64,24 @@ class Examples:
     @property
     def sizes(self) -> list[int]:
         """Sequences of each example."""
-        return [stop - start for start, stop in pairwise(self.firsts)]
+        return sizes_of(self.firsts)
 
     def nth(self, x_S: Tensor, k: int) -> Tensor:
         """The numbers of sequence k of each example, (P,)."""
-        sizes = self.sizes
-        if len(set(sizes)) == 1:
-            return x_S[k :: sizes[0]]
-        return x_S[torch.tensor(self.firsts[:-1], device=x_S.device) + k]
+        return nth(x_S, self.firsts, k)
+
+
+def sizes_of(firsts: Sequence[int]) -> list[int]:
+    """Sequences of each example."""
+    return [stop - start for start, stop in pairwise(firsts)]
+
+
+def nth(x_S: Tensor, firsts: Sequence[int], k: int) -> Tensor:
+    """The numbers of sequence k of each example, (P,), without a wait for the device."""
+    sizes = {*sizes_of(firsts)}
+    if len(sizes) == 1:
+        return x_S[k :: sizes.pop()]
+    return torch.stack([x_S[first + k] for first in firsts[:-1]])
 
 
 class BaseObjective:

@@ -7,22 +7,24 @@ One matrix product over a call is G = 2*N*D*V operations.
 | forward   | 1G       | nothing                              | no gradient is wanted         |
 | frozen    | 2G       | d logp / d h of each token, (N, D)   | the head has no gradient      |
 | stash     | 3G       | exponentials of all tokens, (N, V)   | they fit the workspace        |
-| grouped   | 3G       | the finished gradients               | pairs, too many for one stash |
+| grouped   | 3G       | the finished gradients               | examples, too many for one    |
 | recompute | 4G       | log-sum-exp of each token            | otherwise (3G, frozen head)   |
 
-`grouped` takes as many whole pairs at a time as the workspace holds; a pair longer than the
-workspace streams through it in blocks and has its unit gradient scaled at the end, which needs fp32
-buffers of the head's size beside the workspace.  They, and what `frozen` keeps, may take up to
-`ACCUMULATOR_SHARE` workspaces; beyond that the call recomputes.  Only the kernels' `frozen` never
-does: where tokens name their rows it keeps more, since the sum into those rows would need as much,
-and elsewhere it keeps the unit gradients in the memory of the gradient, rounded to the gradient's
-dtype, so that a result is rounded twice.
+`grouped` takes as many whole examples at a time as the workspace holds; a pair, or a single
+response, longer than the workspace streams through it in blocks and has its unit gradient scaled at
+the end, which needs fp32 buffers of the head's size beside the workspace.  They, and what `frozen`
+keeps, may take up to `ACCUMULATOR_SHARE` workspaces; beyond that the call recomputes.  So it does
+for a longer list, and where the loss of an example depends on the others.
+
+Only the kernels' `frozen` never recomputes: where tokens name their rows it keeps more, since the
+sum into those rows would need as much, and elsewhere it keeps the unit gradients in the memory of
+the gradient, rounded to the gradient's dtype, so that a result is rounded twice.
 
 The blocks of rows (`spans`) depend on the sizes alone, not on what needs a gradient, so a policy
 and a reference evaluated on the same packed rows run the same instructions and agree to the bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -46,12 +48,12 @@ def default_workspace_mib(memory_bytes: int) -> float:
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive pairs that are scored together, and their blocks of rows.
+    """Consecutive examples that are scored together, and their blocks of rows.
 
-    ``unit`` is true for a single pair longer than the workspace.
+    ``unit`` is true for one example longer than the workspace that has a unit gradient.
     """
 
-    pairs: tuple[int, int]
+    examples: tuple[int, int]
     spans: tuple[tuple[int, int], ...]
     unit: bool
 
@@ -140,18 +142,23 @@ def make_plan(
     need_head: bool,
     need_h: bool,
     T: int,
+    firsts: Sequence[int] | None = None,
+    splits: bool = True,
     unit_buffers: int = 1,
     fused_itemsize: int | None = None,
     gathered: bool = True,
 ) -> Plan:
-    """Plan a call on sequences ``bounds[s] : bounds[s + 1]``; two bounds are one plain token list.
+    """Plan a call on sequences ``bounds[s] : bounds[s + 1]``.
 
     Args:
+        firsts: first sequence of each example, and the end; default: pairs, and two bounds are one
+            plain list of tokens.
+        splits: whether examples may be scored apart.
         itemsize: bytes of an accumulated number, 4 or 8.
         need_head, need_h: whether the head's (weight or bias) and the hidden rows' gradients are
             wanted.
         T: hidden rows, the size of their fp32 gradient.
-        unit_buffers: head-sized buffers a long pair needs: 1 for margin objectives, else 2.
+        unit_buffers: head-sized buffers a long example needs: 1 for margin objectives, else 2.
         fused_itemsize: bytes of an operand where the kernels run the call, None for PyTorch.
         gathered: whether tokens name their hidden rows, whose gradients are then summed at the end.
 
@@ -163,12 +170,13 @@ def make_plan(
     else:
         space = _fused_space(D, V, fused_itemsize, workspace_bytes)
     capacity = _capacity(space, V, workspace_bytes)
-    groups = _groups(bounds, capacity)
+    groups = _groups(bounds, firsts, capacity)
+    splits = splits and all(g.examples != (0, 0) and (g.unit or len(g.spans) == 1) for g in groups)
     rows, head_bytes, h_bytes = bounds[-1], itemsize * V * D, itemsize * T * D
     tokens_bytes = itemsize * rows * D
-    long_pairs = sum(group.unit for group in groups)
-    buffers = 1 + (unit_buffers - 1 if long_pairs == 1 == len(groups) else unit_buffers)
-    buffers = buffers if long_pairs else 1
+    units = sum(group.unit for group in groups)
+    buffers = 1 + (unit_buffers - 1 if units == 1 == len(groups) else unit_buffers)
+    buffers = buffers if units else 1
     grouped_bytes = buffers * head_bytes
     affordable = ACCUMULATOR_SHARE * workspace_bytes
     sums_h = not space.fused  # an fp32 gradient of all hidden rows, on every route
@@ -183,7 +191,7 @@ def make_plan(
         route, accumulators = "frozen", kept_bytes + scratch_bytes + h_bytes * sums_h
     elif need_head and rows <= capacity:
         route, accumulators = "stash", scratch_bytes + h_bytes * sums_h
-    elif need_head and len(bounds) > 2 and grouped_bytes <= affordable:
+    elif need_head and splits and grouped_bytes <= affordable:
         in_groups = [stop - start for start, stop in (g.rows for g in groups if g.unit)]
         unit_bytes = itemsize * D * max(in_groups, default=0)
         route, accumulators = "grouped", grouped_bytes + scratch_bytes + h_bytes + unit_bytes
@@ -206,30 +214,31 @@ def make_plan(
     )
 
 
-def _groups(bounds: list[int], capacity: int) -> tuple[Group, ...]:
-    """Consecutive pairs of at most ``capacity`` rows; longer ones alone, split by sequence."""
-    if len(bounds) == 2:
-        return (Group((0, 0), tuple(_even_blocks(0, bounds[1], capacity)), unit=False),)
+def _groups(bounds: list[int], firsts: Sequence[int] | None, capacity: int) -> tuple[Group, ...]:
+    """Consecutive examples of at most ``capacity`` rows; longer ones alone, split by sequence."""
+    if firsts is None and len(bounds) > 2:
+        firsts = range(0, len(bounds), 2)
+    if firsts is None:
+        return (Group((0, 0), tuple(_even_blocks(0, bounds[-1], capacity)), unit=False),)
     groups: list[Group] = []
     first = 0
 
     def close(stop: int) -> None:
         if stop > first:
-            span = (bounds[2 * first], bounds[2 * stop])
+            span = (bounds[firsts[first]], bounds[firsts[stop]])
             groups.append(Group((first, stop), (span,), unit=False))
 
-    for pair in range(len(bounds) // 2):
-        start, stop = bounds[2 * pair], bounds[2 * pair + 2]
-        if stop - start > capacity:
-            close(pair)
-            sides = pairwise(bounds[2 * pair : 2 * pair + 3])
-            spans = [block for side in sides for block in _even_blocks(*side, capacity)]
-            groups.append(Group((pair, pair + 1), tuple(spans), unit=True))
-            first = pair + 1
-        elif stop - bounds[2 * first] > capacity:
-            close(pair)
-            first = pair
-    close(len(bounds) // 2)
+    for example, (s0, s1) in enumerate(pairwise(firsts)):
+        if bounds[s1] - bounds[s0] > capacity:
+            close(example)
+            parts = pairwise(bounds[s0 : s1 + 1])
+            spans = [block for part in parts for block in _even_blocks(*part, capacity)]
+            groups.append(Group((example, example + 1), tuple(spans), unit=s1 - s0 <= 2))
+            first = example + 1
+        elif bounds[s1] - bounds[firsts[first]] > capacity:
+            close(example)
+            first = example
+    close(len(firsts) - 1)
     return tuple(groups)
 
 
