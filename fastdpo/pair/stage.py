@@ -140,7 +140,7 @@ def pair(
     response, or when no pair or list is left; then nothing is written. ConfigError when an option
     lacks what it needs or can do nothing.
     """
-    out_path, config = Path(out_path), config or PairConfig()
+    out_path, config = Path(out_path), (config or PairConfig()).named()
     if out_path.suffix != ".jsonl":
         raise ConfigError(f"out_path={out_path} must end in .jsonl")
     folders, before = _folders(scores_dirs), _folders(previous_scores)

@@ -147,17 +147,17 @@ class IterateConfig:
         with _in("train"):
             betas = self.round_betas or []
             *_, objective = (self.training(i).objective for i in range(1, max(len(betas), 1) + 1))
-        lists, loss, rule = objective.shape == "lists", self._loss, self.pair.rule
+        lists, rule = objective.shape == "lists", self.pair.rule
+        loss = f"train.loss_type={self.loss}"
         if rule is not None and lists != (rule == "listwise"):
             raise ConfigError(
                 f"pair.rule={rule} makes {'pairs' if lists else 'lists'}, but {loss} takes "
                 f"{objective.shape}; leave pair.rule out"
             )
-        changes: dict[str, Any] = {"rule": rule or ("listwise" if lists else "best_worst")}
-        if lists and objective.problem([0.0, 1.0, 1.0]):  # it can take no list with a tie
-            changes["drop_ties"] = True
         with _in("pair"):
-            self.pair = replace(self.pair, **changes)
+            self.pair = self.pair.named("listwise" if lists else "best_worst")
+        if lists and objective.problem([0.0, 1.0, 1.0]):  # it can take no list with a tie
+            self.pair = replace(self.pair, drop_ties=True)
         if self.reference != "round" and not objective.needs_reference:
             raise ConfigError(
                 f"reference={self.reference} must be left out, or another loss be chosen: {loss} "
@@ -182,7 +182,8 @@ class IterateConfig:
         from fastdpo.score.load import kind_of
 
         pair, train = self.pair, self.train
-        reads = next((f"train.{x}" for x in _SCORE_OPTIONS if train.uses(x)), self._loss)
+        reads = next((f"train.{x}" for x in _SCORE_OPTIONS if train.uses(x)), "")
+        reads = reads or f"train.loss_type={self.loss}"
         shaped = [
             f"pair.{x}={getattr(pair, x)}"
             for x in ("transform", "combine", "length_penalty")
@@ -283,9 +284,10 @@ class IterateConfig:
                 )
 
     @property
-    def _loss(self) -> str:
+    def loss(self) -> str:
+        """The names of the losses."""
         names = self.train.loss_type
-        return f"train.loss_type={names if isinstance(names, str) else ','.join(names)}"
+        return names if isinstance(names, str) else ",".join(names)
 
     @property
     def reads_scores(self) -> bool:

@@ -82,10 +82,10 @@ def _summarize(run: Run, index: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "summary.json", row)
     rows = report.summarize(run.out)
-    loss = f"beta={config.train.beta:g}, alpha={config.train.alpha}"
-    if config.train.loss_type != "sigmoid":
-        loss = f"{config.loss_name}, {loss}"
-    report.plot(rows, run.out / "rounds.png", title=f"{config.evaluated_by}, {loss}")
+    train = config.train
+    alpha = f"alpha={train.alpha}" if train.loss_type == "sigmoid" else f"loss {config.loss}"
+    title = f"{config.evaluated_by}, beta={train.beta:g}, {alpha}"
+    report.plot(rows, run.out / "rounds.png", title=title)
 
 
 def against_start(scorer: Scorer, start: Path) -> Scorer:

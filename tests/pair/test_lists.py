@@ -138,9 +138,12 @@ def test_what_is_of_pairs_is_refused_for_lists(name, value):
         PairConfig(rule="listwise", **{name: value})
 
 
-def test_ties_are_no_matter_of_pairs():
+def test_ties_are_no_matter_of_pairs(tmp_path):
     with pytest.raises(ConfigError, match=r"drop_ties=True must be left out.*rule be listwise"):
-        PairConfig(drop_ties=True)
+        PairConfig(rule="all_ranked", drop_ties=True)
+    folders = write_stage(tmp_path, group([3.0, 1.0]))
+    with pytest.raises(ConfigError, match=r"drop_ties=True must be left out.*rule be listwise"):
+        pair(*folders, tmp_path / "pairs.jsonl", PairConfig(drop_ties=True))
 
 
 def test_a_pair_of_equal_scores_after_shaping_can_be_dropped(tmp_path):
