@@ -24,7 +24,7 @@ from fastdpo.data.clock import KEY, now, rendering_at
 from fastdpo.data.records import STRING_PROMPTS, PairRow, PreferenceRow
 from fastdpo.data.rendering import takes_as_chat
 from fastdpo.data.rows import Rows, preference_rows, prompt_rows, read_rows
-from fastdpo.data.tokenize import TokenizedPairs, tokenize_dataset
+from fastdpo.data.tokenize import Tokenized, tokenize_dataset
 from fastdpo.errors import ConfigError, is_default, require, require_used
 from fastdpo.model.load import check_start, load_causal_lm, load_tokenizer, stop_ids
 from fastdpo.pair import filters
@@ -361,10 +361,10 @@ def _has_tokens(rows: Rows) -> bool:
     return {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys()
 
 
-def _read_pairs(config: TrainCommand, name: str, rows: Rows, tokenizer: Any) -> TokenizedPairs:
+def _read_pairs(config: TrainCommand, name: str, rows: Rows, tokenizer: Any) -> Tokenized:
     """The pairs of ``dataset`` or ``eval_dataset``, which are tokenized or to be."""
     if _has_tokens(rows):
-        return TokenizedPairs(_tokenized(config, name), {}, [])
+        return Tokenized(_tokenized(config, name), {}, [])
     given = preference_rows(rows)
     _tell_of_strings(config, given, tokenizer)
     found = tokenize_dataset(

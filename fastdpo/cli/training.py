@@ -9,7 +9,7 @@ from typing import Any
 
 from fastdpo.cli.commands import save_options
 from fastdpo.data.batch import TokenizedPair
-from fastdpo.data.tokenize import TokenizedPairs
+from fastdpo.data.tokenize import Tokenized
 from fastdpo.loss.choices import CHOICES
 from fastdpo.report import card
 from fastdpo.report import summary as report
@@ -30,7 +30,7 @@ class TrainingPage:
         held: those to evaluate on.
     """
 
-    def __init__(self, config: Any, found: TokenizedPairs, held: Sequence[TokenizedPair]) -> None:
+    def __init__(self, config: Any, found: Tokenized, held: Sequence[TokenizedPair]) -> None:
         self.config, self.out = config, Path(config.output_dir)
         self.data = data_facts(found, held)
         self.defaults = defaults(type(config))
@@ -70,7 +70,7 @@ def defaults(config: type) -> dict[str, Any]:
     }
 
 
-def data_facts(found: TokenizedPairs, held: Sequence[TokenizedPair]) -> dict[str, Any]:
+def data_facts(found: Tokenized, held: Sequence[TokenizedPair]) -> dict[str, Any]:
     """Numbers and mean lengths of pairs, in tokens, as `pairs.summary.json` of a round has them."""
     pairs = found.pairs
     facts = {

@@ -1,7 +1,8 @@
-"""Pairs within a number of tokens: what happens to those that are too long."""
+"""Examples within a number of tokens: what happens to those that are too long."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastdpo.data.examples import TokenizedExample, TokenizedList, TokenizedPair, tokens_of
 from fastdpo.errors import DataError
@@ -28,7 +29,7 @@ def check_overlong(overlong: str) -> None:
 class Fitted:
     """What `fit_to_budget` made of pairs: `pairs[i]` was number `kept[i]` of those given."""
 
-    pairs: list[TokenizedExample]
+    pairs: list[Any]  # of the kind of those given
     kept: list[int]
     dropped_at: list[str]  # the rows left out
     truncated_at: list[str]  # rows kept with a response cut
@@ -37,17 +38,18 @@ class Fitted:
 def fit_to_budget(
     pairs: Sequence[TokenizedExample], max_tokens: int, *, layout: str, overlong: str
 ) -> Fitted:
-    """Make every pair fit a micro-batch of `max_tokens` tokens in a layout, in order.
+    """Make every pair, list or single response fit a micro-batch of `max_tokens` tokens in a
+    layout, in order.
 
     One that fits is returned as it is, the same object. `overlong` says what happens to any other:
 
-    - "truncate": both responses are cut at the end to one common cap, the largest at which the pair
-      fits; a response within the cap stays whole. The pair is dropped when not even one token of
-      each fits, or when both are the same tokens after the cut.
-    - "drop": the pair is dropped.
-    - "stop": the first such pair raises DataError.
+    - "truncate": its responses are cut at the end to one common cap, the largest at which it fits;
+      a response within the cap stays whole. It is dropped when not even one token of each response
+      fits, or when all its sequences are the same tokens after the cut.
+    - "drop": it is dropped.
+    - "stop": the first such one raises DataError.
 
-    Raises DataError when no pair is left, and ValueError when `overlong` is none of the three.
+    Raises DataError when none is left, and ValueError when `overlong` is none of the three.
     """
     check_overlong(overlong)
     if not pairs:
@@ -59,9 +61,9 @@ def fit_to_budget(
         if sizes[i] > max_tokens:
             if overlong == "stop":
                 raise DataError(
-                    f"{_place(pairs, i)}: the pair takes {sizes[i]} tokens, max_tokens is "
-                    f"{max_tokens}. Raise max_tokens to at least {max(sizes)}, the longest pair, "
-                    "or set overlong=truncate or overlong=drop."
+                    f"{_place(pairs, i)}: the {pair.name} takes {sizes[i]} tokens, max_tokens is "
+                    f"{max_tokens}. Raise max_tokens to at least {max(sizes)}, the longest "
+                    f"{pair.name}, or set overlong=truncate or overlong=drop."
                 )
             fitting = _cut(pair, max_tokens, layout) if overlong == "truncate" else None
         if fitting is None:
@@ -74,15 +76,15 @@ def fit_to_budget(
     if not fitted.pairs:
         choice = ", or set overlong=truncate" if overlong == "drop" else ""
         raise DataError(
-            f"{_place(pairs, 0)} to {_place(pairs, len(pairs) - 1)}: no pair is left: "
+            f"{_place(pairs, 0)} to {_place(pairs, len(pairs) - 1)}: no {pairs[0].name} is left: "
             f"all {len(pairs)} take more than max_tokens = {max_tokens} tokens. "
-            f"Raise max_tokens to at least {max(sizes)}, the longest pair{choice}."
+            f"Raise max_tokens to at least {max(sizes)}, the longest {pairs[0].name}{choice}."
         )
     return fitted
 
 
 def _place(pairs: Sequence[TokenizedExample], i: int) -> str:
-    return pairs[i].where or f"pair {i} (counting from 0)"
+    return pairs[i].where or f"{pairs[i].name} {i} (counting from 0)"
 
 
 def _cut(pair: TokenizedExample, max_tokens: int, layout: str) -> TokenizedExample | None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from fastdpo.errors import is_number
 from fastdpo.loss.examples import Shape
 
+NAMES: dict[str, str] = {"pairs": "pair", "lists": "list", "singles": "response"}  # of one
 LAYOUTS = ("shared", "packed", "padded")
 
 
@@ -159,6 +160,11 @@ class _Example:
     def responses(self) -> list[list[int]]:
         """The scored tokens of each sequence."""
         raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return NAMES[self.shape]
 
     @property
     def num_computed(self) -> int:

@@ -9,9 +9,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastdpo.errors import DataError, is_number
+
+if TYPE_CHECKING:
+    from fastdpo.loss.examples import Shape  # which loads torch
 
 Text = str | list[dict[str, Any]]  # a string, or messages
 # What a prompt that is a string is taken as: a message of the user, or text without a template.
@@ -35,20 +38,108 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class PreferenceRow:
-    """A preference pair with an explicit prompt: all three are strings or all are messages.
+class Prompted:
+    """A prompt and responses to it by the names of their columns: what a chat template renders.
 
-    Without `append_eos` the responses are unfinished and needn't end in an end token.
+    With a `prefix` the responses go on after it, in a message of the assistant that it begins; they
+    are strings then, which no template sees.
+    """
+
+    where: str
+    prompt: Text
+    responses: dict[str, Text]
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    append_eos: bool = True
+    prefix: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TextRow:
+    """What a row has beside its prompt and its responses.
+
+    Without `append_eos` the responses are unfinished and needn't end in an end token.  `numbers`
+    are those that an example counts beside its tokens, by their names in `fastdpo.data.examples`.
+    """
+
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    append_eos: bool = True
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def _prompted(self, prompt: Text, **responses: Text) -> Prompted:
+        names = ("where", "tools", "chat_template_kwargs", "append_eos", "prefix")
+        rest = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return Prompted(prompt=prompt, responses=responses, **rest)
+
+
+@dataclass(frozen=True)
+class PreferenceRow(_TextRow):
+    """A preference pair with an explicit prompt: all texts are strings or all are messages.
+
+    Attributes:
+        rejected_prompt: another prompt of the rejected response; None: the same.
+        prefix: what is right of the answer so far, of which the responses are the next step
+            (Step-DPO).  The prompt may be messages then, and the responses are strings.
     """
 
     where: str
     prompt: Text
     chosen: Text
     rejected: Text
-    tools: list[Any] | None = None
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-    append_eos: bool = True
+    rejected_prompt: Text | None = field(default=None, kw_only=True)
+    prefix: str | None = field(default=None, kw_only=True)
+
+    shape: ClassVar["Shape"] = "pairs"
+
+    @property
+    def prompted(self) -> list[Prompted]:
+        """Its prompts, each with the responses to it."""
+        if self.rejected_prompt is None:
+            return [self._prompted(self.prompt, chosen=self.chosen, rejected=self.rejected)]
+        return [
+            self._prompted(self.prompt, chosen=self.chosen),
+            self._prompted(self.rejected_prompt, rejected=self.rejected),
+        ]
+
+
+@dataclass(frozen=True)
+class RankedRow(_TextRow):
+    """Responses to one prompt with their scores: all texts are strings or all are messages."""
+
+    where: str
+    prompt: Text
+    responses: list[Text]
+    scores: list[float]
+
+    shape: ClassVar["Shape"] = "lists"
+
+    @property
+    def prompted(self) -> list[Prompted]:
+        """Its prompt with all responses."""
+        responses = {f"responses[{i}]": text for i, text in enumerate(self.responses)}
+        return [self._prompted(self.prompt, **responses)]
+
+
+@dataclass(frozen=True)
+class LabeledRow(_TextRow):
+    """A response that is desirable (label true) or not: both texts are strings or messages."""
+
+    where: str
+    prompt: Text
+    completion: Text
+    label: bool
+
+    shape: ClassVar["Shape"] = "singles"
+
+    @property
+    def prompted(self) -> list[Prompted]:
+        """Its prompt with the response."""
+        return [self._prompted(self.prompt, completion=self.completion)]
+
+
+TextRow = PreferenceRow | RankedRow | LabeledRow
 
 
 @dataclass(frozen=True)

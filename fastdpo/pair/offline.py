@@ -18,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.data.lost import is_empty
 from fastdpo.data.parts import read_scored
 from fastdpo.data.records import PairRow, PreferenceRow, Prompt, Scored, prompt_key
-from fastdpo.data.rendering import is_empty, last_token, render_row, special_ids
+from fastdpo.data.rendering import last_token, render_row, special_ids
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
