@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastdpo.data.examples import TokenizedList, TokenizedPair
+from fastdpo.data.examples import TokenizedExample, TokenizedList, TokenizedPair
 from fastdpo.data.parts import read_scored
 from fastdpo.data.records import ListRow, PairRow, Scored, prompt_key
 from fastdpo.data.rows import read_rows
@@ -38,6 +38,7 @@ Measure = Callable[[list[TokenizedPair]], filters.Measured]
 Fresh = Mapping[str, float]  # the score of a fresh sample by `Prompt.key`
 Chosen = TypeVar("Chosen", PairRow, ListRow)
 Tokenized = TypeVar("Tokenized", TokenizedPair, TokenizedList)
+Example = TypeVar("Example", bound=TokenizedExample)
 
 
 def select(rows: Sequence[Scored], config: PairConfig) -> rules.Pairing:
@@ -398,10 +399,10 @@ def load_lists(path: Path) -> list[TokenizedList]:
     return lists
 
 
-def load_examples(path: Path) -> list[TokenizedPair] | list[TokenizedList]:
+def load_examples(path: Path) -> list[TokenizedExample]:
     """Read what `pair` wrote, pairs or lists by the first row. Raises DataError as these two do."""
     first, _ = next(_rows_of(path))
-    return load_lists(path) if "responses_ids" in first else load_pairs(path)
+    return [*(load_lists(path) if "responses_ids" in first else load_pairs(path))]
 
 
 def _rows_of(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -421,13 +422,13 @@ def _tokenized(
         raise DataError(f"{where}: {error}. Pair again.") from error
 
 
-def split_stages(examples: Sequence[Tokenized]) -> list[list[Tokenized]]:
+def split_stages(examples: Sequence[Example]) -> list[list[Example]]:
     """The pairs of each stage of a curriculum in turn, stages without pairs left out.
 
     Pairs without a stage belong to the first, so pairs of other rules are one stage, and lists.
     """
 
-    def stage(example: Tokenized) -> int:
+    def stage(example: Example) -> int:
         return example.extra.get("stage", 0)
 
     return [list(group) for _, group in groupby(sorted(examples, key=stage), key=stage)]
