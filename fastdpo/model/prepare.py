@@ -75,10 +75,10 @@ def packed_loss(
     Raises:
         TypeError: both an objective and the numbers of another are given, or neither.
     """
-    if (objective is None) == (beta is None) or (objective is not None and alpha is not None):
+    if objective is None and beta is not None:
+        objective, beta, alpha = lr_dpo(beta, 0.0 if alpha is None else alpha), None, None
+    if objective is None or beta is not None or alpha is not None:
         raise TypeError("give packed_loss beta and alpha, or an objective, which has its own")
-    if objective is None:
-        objective = lr_dpo(beta, 0.0 if alpha is None else alpha)
     loss = partial(
         linear_preference_loss,
         target_N=batch.target_N,

@@ -23,9 +23,8 @@ from fastdpo.storage import read_json, write_json_atomic
 from fastdpo.train.checkpoint import best_so_far, forget_best, keep_newest, load_best, save_best
 from fastdpo.train.config import EvalConfig
 from fastdpo.train.metrics import MetricsLog, read_metrics
-from fastdpo.train.logps import LogProbs
 from fastdpo.train.prepare import fit_pairs
-from fastdpo.train.reference import known_logps, pairs_digest
+from fastdpo.train.reference import known_reference, pairs_digest
 from fastdpo.train.steps import Reference, Setup, plan_epoch
 from fastdpo.train.update import measure
 
@@ -53,7 +52,7 @@ class Evaluator:
         self.options, self.best = options, setup.out / "best"
         own = replace(setup.config, batch_size=max(len(pairs), 1))
         self.setup = replace(setup, pairs=pairs, config=own, out=setup.out / _FOLDER, name=_FOLDER)
-        self.logps: dict[str, LogProbs] = {}
+        self.reference = Reference()
         self.batches: list[list[int]] = []
         self.due: Collection[int] = ()
         self.checkpoint = 0  # steps done at the last one
@@ -72,7 +71,7 @@ class Evaluator:
     def refer(self, model: nn.Module, weights: str) -> None:
         """Compute their log-probs under the reference."""
         if self.setup.pairs:
-            self.logps = known_logps(self.setup, model, weights)
+            self.reference = known_reference(self.setup, model, weights)
 
     def begin(self, epochs: Sequence[int], done: int) -> None:
         """Plan the evaluations of epochs of so many steps, of which ``done`` are done.
@@ -114,7 +113,7 @@ class Evaluator:
         count = len(self.batches)
         evaluating = bar("evaluation", count, "batch", shown=self.setup.progress)
         with evaluating as shown, shown.part(count):
-            given = Reference(**self.logps, model=reference)
+            given = replace(self.reference, model=reference)
             row = measure(self.setup, model, self.batches, objective, given, running)
         _check_finite(self.setup, step, row)
         if log is None:

@@ -102,9 +102,7 @@ def _as_trained(example: Any, config: TrainConfig, objective: BaseObjective) -> 
         example = _with_scores(example, config)
     scores = example.scores
     if objective.needs_scores and scores is None:
-        raise ValueError(
-            f"{named} needs scores; give columns score_chosen and score_rejected"
-        )
+        raise ValueError(f"{named} needs scores; give columns score_chosen and score_rejected")
     problem = objective.problem(scores) if objective.needs_scores else None
     if problem is not None:
         raise ValueError(f"{named}: {problem}")

@@ -12,13 +12,13 @@ import json
 import logging
 from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdpo import __version__
 from fastdpo.data.examples import TokenizedExample, TokenizedPair
@@ -27,17 +27,18 @@ from fastdpo.model.attention import has_flash_attn
 from fastdpo.progress import advance, bar
 from fastdpo.storage import cache_path
 from fastdpo.train.logps import LogProbs, load, places_of, save
-from fastdpo.train.steps import Setup, plan_epoch, reference_logps_of
+from fastdpo.train.steps import Reference, Setup, plan_epoch, reference_logps_of
 
 _log = logging.getLogger(__name__)
 
 
-def known_logps(setup: Setup, model: nn.Module, weights: str) -> dict[str, LogProbs]:
-    """`reference_logps` of the examples and of what else a step needs: fields of `Reference`."""
-    found = {"logps": reference_logps(setup, model, weights)}
-    if setup.mismatched is not None:
-        found["mismatched"] = reference_logps(setup.mismatched, model, weights)
-    return found
+def known_reference(setup: Setup, model: nn.Module, weights: str) -> Reference:
+    """`reference_logps` of the examples, and of the mismatched ones where there are any."""
+    others = setup.mismatched
+    return Reference(
+        reference_logps(setup, model, weights),
+        None if others is None else reference_logps(others, model, weights),
+    )
 
 
 def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
@@ -110,7 +111,7 @@ def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:
         start, stop = firsts[i : i + 2]
         logp_S[start:stop] = torch.from_numpy(sums)
         logp_N[bounds_S1[start] : bounds_S1[stop]] = torch.from_numpy(tokens)
-    for i, (start, stop) in enumerate(zip(firsts, firsts[1:])):
+    for i, (start, stop) in enumerate(pairwise(firsts)):
         if not logp_S[start:stop].isfinite().all():
             raise ModelError(
                 f"the reference gives pair {i} ({setup.pairs[i].where}) a log-prob that is not "

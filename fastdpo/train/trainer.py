@@ -50,7 +50,7 @@ from fastdpo.train.prepare import (
     prepare_policy,
     steps_and_end,
 )
-from fastdpo.train.reference import known_logps
+from fastdpo.train.reference import known_reference
 from fastdpo.train.steps import Reference, Setup, plan_epoch
 from fastdpo.train.update import COVARIANCE, take_step
 
@@ -170,7 +170,7 @@ def _train(
     model, optimizer = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(model)
     if needed and start_is_reference and not in_steps:
-        reference = Reference(**known_logps(setup, model, weights))
+        reference = known_reference(setup, model, weights)
         evaluator.refer(model, weights)
 
     # Where an earlier run left off.
@@ -227,7 +227,7 @@ def _other_reference(setup: Setup, evaluator: Evaluator) -> tuple[Reference, Set
     if not setup.config.precompute_ref_log_probs:
         return Reference(model=reference), setup
     evaluator.refer(reference, weights)
-    return Reference(**known_logps(setup, reference, weights)), setup
+    return known_reference(setup, reference, weights), setup
 
 
 def _restore(

@@ -161,9 +161,9 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
         if not name.endswith(_COUNT) and counts.get(name, 1) > 0:
             row[name] = value / counts.get(name, 1)
     if "rewards/chosen" in counts and "rewards/margins" not in row:
-        sides = [row.get(f"rewards/{side}") for side in ("chosen", "rejected")]
-        if None not in sides:
-            row["rewards/margins"] = sides[0] - sides[1]
+        chosen, rejected = row.get("rewards/chosen"), row.get("rewards/rejected")
+        if chosen is not None and rejected is not None:
+            row["rewards/margins"] = chosen - rejected
     return row
 
 
