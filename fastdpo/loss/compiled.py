@@ -2,8 +2,8 @@
 
 Inside a node `eager` runs, with its routes and its kernels.  A node cannot hand a stash to its
 backward: `logp` computes it again there, and a preference loss finishes its gradients in the
-forward, whose product with the upstream gradient is rounded once more.  A KL and an objective of
-the caller's own are left to Python.
+forward, whose product with the upstream gradient is rounded once more.  A KL, and an objective
+that is not of the pair kernel, are left to Python.
 
 A node takes the fields of the bundles one after the other, the differentiable tensors first.
 Legend as in `ops`.
@@ -227,9 +227,14 @@ def _backward_preference(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
 _preference.register_autograd(_backward_preference, setup_context=_save_preference)
 
 
+def _fits_a_node(objective: Objective) -> bool:
+    """Whether `_Numbers` say all of it."""
+    return objective.code is not None and objective.ld_alpha is None
+
+
 def preference(given: HeadInputs, inputs: ExampleInputs, objective: Any) -> PreferenceLoss:
     """`eager.preference` as a node of a compiled graph; its result has no plan."""
-    if not isinstance(objective, Objective) or objective.code is None:
+    if not isinstance(objective, Objective) or not _fits_a_node(objective):
         return _outside(eager.preference)(given, inputs, objective)
     numbers = objective.code, objective.beta, objective.alpha, objective.length_normalized
     grad, names = torch.is_grad_enabled(), sorted(given.stats)

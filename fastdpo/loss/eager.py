@@ -276,6 +276,8 @@ def _check_values(
         x = getattr(given, name)
         if x is not None:
             checks.check_vector(name, x, count, name[-1], device, low=low, high=high)
+            if name == "desirable_P":
+                checks.require_values(name, x, (x == 0) | (x == 1), "0.0 or 1.0")
             x = x.double().contiguous()
         elif neutral and value is not None:
             x = torch.full((count,), value, dtype=torch.float64, device=device)

@@ -55,6 +55,7 @@ from fastdpo.train.steps import Reference, Setup, plan_epoch
 from fastdpo.train.update import COVARIANCE, take_step
 
 CONTROL = "control.json"  # the state of alpha=auto at the end
+_SHOWN = {"loss": "loss", "rewards/margins": "margin"}
 _FEW_STEPS = 5  # fewer are too few to learn from
 _log = logging.getLogger(__name__)
 
@@ -143,17 +144,15 @@ def _train(
 ) -> None:
     """From the start to the saved policy; ``control`` is None where alpha is a number."""
     config, accelerator, out = setup.config, setup.accelerator, setup.out
-    reference, start_is_reference = Reference(), setup.reference is None
-    needed = config.objective.needs_reference
-
-    # Another reference comes first, so that its memory is free again.
-    if not start_is_reference:
+    reference = Reference()
+    if setup.reference is not None:  # it comes first, so that its memory is free again
         reference, setup = _other_reference(setup, evaluator)
 
     # The policy, and the plan of its steps.
     model = load_start(start, config, accelerator.device)
-    of_start = needed and start_is_reference and accelerator.is_main_process
-    weights = weights_digest(model) if of_start else ""  # before there are adapters
+    of_start = setup.reference is None and config.objective.needs_reference
+    digested = of_start and accelerator.is_main_process  # before there are adapters
+    weights = weights_digest(model) if digested else ""
     model = prepare_policy(model, config)
     coefficient = balance.coefficient(model, config.router_aux_loss_coef)
     setup = replace(fit_pairs(setup, model), aux_loss_coef=coefficient)
@@ -164,23 +163,20 @@ def _train(
     optimizer, scheduler = _optimizer(model, config, len(steps))
 
     # The start as the reference: its log-probs, its copy, or the model without its adapters.
-    in_steps = needed and start_is_reference and not config.precompute_ref_log_probs
-    if in_steps and not config.use_peft:
+    if of_start and not config.precompute_ref_log_probs and not config.use_peft:
         reference = Reference(model=copy.deepcopy(model).requires_grad_(False).eval())
     model, optimizer = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(model)
-    if needed and start_is_reference and not in_steps:
+    if of_start and config.precompute_ref_log_probs:
         reference = known_reference(setup, model, weights)
         evaluator.refer(model, weights)
 
     # Where an earlier run left off.
     adamw = optimizer.optimizer
     done, state = _restore(setup, plain, adamw, scheduler, len(steps))
-    running = RunningMean()
+    running = RunningMean(**(state or {})) if control is None else RunningMean()
     if control is not None:
         control = _begin_control(setup, control, state, response_lengths, done / len(steps))
-    elif state is not None:
-        running = RunningMean(**state)
     objective = config.objective if control is None else config.objective_at(control.alpha)
     log = MetricsLog(out / "metrics", done) if accelerator.is_main_process else None
     evaluator.begin([len(epoch) for epoch in epochs], done)
@@ -197,13 +193,11 @@ def _train(
             scheduler.step()
             if log is not None:
                 log.add({"step": step, **row})
-            margin = row.get("rewards/margins", math.nan)
-            shown.note(f"loss {row['loss']:.4f}, margin {margin:.4f}")
+            shown.note(", ".join(f"{name} {row[x]:.4f}" for x, name in _SHOWN.items() if x in row))
             evaluator.after(step, plain, objective, reference.model, running, log)
             due = setup.keep_checkpoint if step == len(steps) else step % config.save_steps == 0
             if due and accelerator.is_main_process:
-                extra = None if control is None else control.to_dict()
-                extra = running.state() if running.count else extra
+                extra = _state(control, running)
                 save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
                 evaluator.saved(step)
             if on_step is not None:
@@ -228,6 +222,13 @@ def _other_reference(setup: Setup, evaluator: Evaluator) -> tuple[Reference, Set
         return Reference(model=reference), setup
     evaluator.refer(reference, weights)
     return known_reference(setup, reference, weights), setup
+
+
+def _state(control: LengthController | None, running: RunningMean) -> dict[str, Any] | None:
+    """What a checkpoint keeps for the next step, beside weights and optimizer."""
+    if control is not None:
+        return control.to_dict()
+    return running.state() if running.count else None
 
 
 def _restore(

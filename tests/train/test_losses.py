@@ -117,9 +117,7 @@ def test_three_steps_are_those_of_trls_trainer(name, model_path, tmp_path, monke
     from trl_options import make_trainer
 
     options = OF_TRL[name]
-    theirs = make_trainer(
-        sequential(trl.DPOTrainer), LLAMA, tmp_path, max_grad_norm=1.0, **options
-    )
+    theirs = make_trainer(sequential(trl.DPOTrainer), LLAMA, tmp_path, max_grad_norm=1.0, **options)
     pairs = [
         TokenizedPair(x["prompt_ids"], x["chosen_ids"], x["rejected_ids"])
         for x in theirs.train_dataset
