@@ -116,7 +116,8 @@ PAIRING = {
     "mean_length_rejected": "Length of rejected, tokens",
     "mean_length_best": "Length of the best, tokens",
     "mean_length_worst": "Length of the worst, tokens",
-    "responses": "Responses in lists",
+    "responses": "Responses",
+    "mean_length_response": "Length of responses, tokens",
     "score_length_correlation": "Correlation of score and length",
     "length_penalty": "Length penalty, score/token",
     "length_gap_before": "Best − worst before the penalty, tokens",
@@ -166,7 +167,7 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
         evaluations=evaluation_table(run),
         drops=drops,
         kept=kept,
-        offline=run.offline and _drops([run.offline[0]], [run.offline[1]]),
+        offline=run.offline and _drops([run.offline[0]], [run.offline[1]], "Kept"),
         sampling=_sampling(run),
         rates=_rates(run),
         changed=changed,
@@ -370,10 +371,12 @@ def pairs_tables(run: Run) -> tuple[Table | None, Table | None]:
     return ((names, drops) if names else None), ((names, facts) if facts else None)
 
 
-def _drops(kept: list[dict[str, float]], dropped: list[dict[str, int]]) -> list[list[str]]:
+def _drops(
+    kept: list[dict[str, float]], dropped: list[dict[str, int]], first: str | None = None
+) -> list[list[str]]:
     """Rows of the pairs or lists that were kept, and of those dropped, by reason."""
     keys = [key for key in KEPT if any(key in x for x in kept)] or ["pairs"]
-    rows = [[f"{KEPT[key]} kept", *entries(kept, key, 0)] for key in keys]
+    rows = [[first or f"{KEPT[key]} kept", *entries(kept, key, 0)] for key in keys]
     for why in sorted({why for found in dropped for why in found}):
         rows.append([f"Dropped: {why[:200]}", *(count(found.get(why, 0)) for found in dropped)])
     return rows
