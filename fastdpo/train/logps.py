@@ -100,7 +100,8 @@ def load(
             if "logp_P2" in file.keys():  # noqa: SIM118, it is no dict
                 logp_S, logp_N = file.get_tensor("logp_P2").reshape(-1), None
             else:
-                logp_S, logp_N = file.get_tensor("logp_S"), file.get_tensor("logp_N")
+                logp_S = file.get_tensor("logp_S")
+                logp_N = file.get_tensor("logp_N") if "logp_N" in file.keys() else None  # noqa: SIM118
     except (SafetensorError, OSError, KeyError) as error:
         problem = str(error)
     else:
@@ -128,10 +129,9 @@ def load(
 
 def save(path: Path, found: LogProbs, weights: str) -> None:
     """Write log-probs, whole or not at all, also where runs share a cache."""
-    assert found.logp_N is not None
-    tensors = {
-        "logp_S": found.logp_S, "logp_N": found.logp_N, "bounds_S1": torch.tensor(found.bounds)
-    }  # fmt: skip
+    tensors = {"logp_S": found.logp_S, "bounds_S1": torch.tensor(found.bounds)}
+    if found.logp_N is not None:
+        tensors["logp_N"] = found.logp_N
     digests = f"{weights} {_digest(found.logp_S, found.logp_N)}"
     with atomic_file(path) as scratch:
         save_file(tensors, scratch, {_DIGESTS: digests})
