@@ -100,8 +100,7 @@ def load(
             if "logp_P2" in file.keys():  # noqa: SIM118, it is no dict
                 logp_S, logp_N = file.get_tensor("logp_P2").reshape(-1), None
             else:
-                logp_S = file.get_tensor("logp_S")
-                logp_N = file.get_tensor("logp_N") if "logp_N" in file.keys() else None  # noqa: SIM118
+                logp_S, logp_N = file.get_tensor("logp_S"), file.get_tensor("logp_N")
     except (SafetensorError, OSError, KeyError) as error:
         problem = str(error)
     else:
@@ -129,9 +128,11 @@ def load(
 
 def save(path: Path, found: LogProbs, weights: str) -> None:
     """Write log-probs, whole or not at all, also where runs share a cache."""
-    tensors = {"logp_S": found.logp_S, "bounds_S1": torch.tensor(found.bounds)}
-    if found.logp_N is not None:
-        tensors["logp_N"] = found.logp_N
+    if found.logp_N is None:  # of a cache of before
+        tensors = {"logp_P2": found.logp_S.view(-1, 2)}
+    else:
+        bounds_S1 = torch.tensor(found.bounds)
+        tensors = {"logp_S": found.logp_S, "logp_N": found.logp_N, "bounds_S1": bounds_S1}
     digests = f"{weights} {_digest(found.logp_S, found.logp_N)}"
     with atomic_file(path) as scratch:
         save_file(tensors, scratch, {_DIGESTS: digests})
