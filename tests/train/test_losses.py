@@ -515,6 +515,8 @@ def test_alpha_is_found_for_every_loss_of_the_margin(model_path, tmp_path):
         (dict(loss_type="nca_pair", alpha=0.1), "alpha=0.1 must be left out, .*of the margin"),
         (dict(loss_type="nca_pair", alpha="auto"), "alpha=auto needs a loss of the margin"),
         (dict(loss_type="simpo", alpha="auto"), "alpha=auto needs a loss of the margin to the ref"),
+        (dict(loss_type="ranknet", alpha="auto"), "alpha=auto needs .* of pairs, not loss_type=r"),
+        (dict(loss_type=["sigmoid", "orpo"], alpha="auto"), "alpha=auto needs .* of pairs, not"),
         (dict(loss_type="simpo", precompute_ref_log_probs=False), "precompute_ref.*no reference"),
         (dict(loss_type="orpo", reference_cache="x"), "reference_cache=x.*orpo needs no reference"),
         (dict(loss_type="kto", score_label=True), "score_label=True.*has no margin of a pair"),
