@@ -294,12 +294,26 @@ def launch_pair(
     """``ref_dtype`` of the reference's sums, None for log-probs of its tokens."""
     P = 8
     per_pair = meta(P, dtype=torch.float64) if options else None
+    alpha = 0.02 if kind in MARGIN_KINDS else 0.0
     pair.pair_losses(
         meta(N), targets(), meta(2 * P + 1, dtype=torch.int64),
-        Objective(KERNEL_FORMULAS[pair.KINDS.index(kind)], 0.1, 0.02, normalized),
+        Objective(KERNEL_FORMULAS[pair.KINDS.index(kind)], 0.1, alpha, normalized),
         ref_logp_S=None if ref_dtype is None else meta(2 * P, dtype=ref_dtype),
         ref_logp_N=meta(N) if ref_dtype is None else None, margin_P=per_pair,
         smoothing_P=per_pair, weight_P=per_pair, num_pairs=float(P), want_coef=coef,
+    )  # fmt: skip
+
+
+def launch_sums(
+    ref_dtype: torch.dtype | None = None, *, ref: bool = True, gap: bool = True
+) -> None:
+    """``ref_dtype`` of the reference's sums, None for log-probs of its tokens."""
+    S = 7
+    pair.sequence_sums(
+        meta(N), targets(), meta(S + 1, dtype=torch.int64), ref_dtype or FP32,
+        ref_logp_S=None if ref_dtype is None else meta(S, dtype=ref_dtype),
+        ref_logp_N=meta(N) if ref and ref_dtype is None else None,
+        gap_N=meta(N, dtype=torch.float64) if gap else None,
     )  # fmt: skip
 
 
@@ -325,6 +339,7 @@ def main_launches(target: str) -> None:
     launch_factors(BF16)
     for kind in ("sigmoid", "nca_pair"):
         launch_pair(kind, options=kind in MARGIN_KINDS)
+    launch_sums(FP32)
 
 
 def further_launches(target: str) -> None:
@@ -356,6 +371,9 @@ def further_launches(target: str) -> None:
         launch_pair(kind, normalized=normalized, ref_dtype=None, coef=False)
     for kind in set(pair.KINDS) - set(MARGIN_KINDS):
         launch_pair(kind, options=False, ref_dtype=torch.float64)
+    launch_sums(torch.float64, gap=False)
+    for ref in (False, True):
+        launch_sums(ref=ref, gap=ref)
 
 
 # ------------------------------------------------------------------------------------------ checks
