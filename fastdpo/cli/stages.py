@@ -161,6 +161,7 @@ class PairCommand(PairConfig):
         if (measures or replays) and self.model is None:
             raise ConfigError("ches_keep, max_difficulty and replay need model, the policy")
         for name, used, otherwise in (
+            ("drop_ties", self.makes_lists, "rule be listwise: the others pair no tie"),
             ("previous_scores", compares, "consistency be given"),
             ("model", measures or replays, "ches_keep, max_difficulty or replay be given"),
             ("max_length", replays, "replay be given"),

@@ -215,7 +215,7 @@ def test_the_defaults_are_trls():
     )
     assert cpo["simpo_gamma"] == defaults["simpo_gamma"]
     assert cpo["beta"] == orpo["beta"] == defaults["beta"]
-    assert make_objective("cpo") == make_objective("cpo", cpo_alpha=cpo["cpo_alpha"])
+    assert make_objective("cpo") == make_objective("cpo", cpo_alpha=float(cpo["cpo_alpha"]))
 
 
 # ------------------------------------------------------------------------------ CPO, SimPO and ORPO
