@@ -233,14 +233,9 @@ def _backward_preference(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
 _preference.register_autograd(_backward_preference, setup_context=_save_preference)
 
 
-def _fits_a_node(objective: Objective) -> bool:
-    """Whether `_Numbers` say all of it."""
-    return objective.code is not None and objective.ld_alpha is None
-
-
 def preference(given: HeadInputs, inputs: ExampleInputs, objective: Any) -> PreferenceLoss:
     """`eager.preference` as a node of a compiled graph; its result has no plan."""
-    if not isinstance(objective, Objective) or not _fits_a_node(objective):
+    if not isinstance(objective, Objective) or objective.code is None:
         return _outside(eager.preference)(given, inputs, objective)
     numbers = _Numbers(*(getattr(objective, name) for name in _Numbers._fields))
     grad, names = torch.is_grad_enabled(), sorted(given.stats)

@@ -316,6 +316,19 @@ def launch_pair(
     )  # fmt: skip
 
 
+def launch_sums(
+    ref_dtype: torch.dtype | None = None, *, ref: bool = True, gap: bool = True
+) -> None:
+    """``ref_dtype`` of the reference's sums, None for log-probs of its tokens."""
+    S = 7
+    pair.sequence_sums(
+        meta(N), targets(), meta(S + 1, dtype=torch.int64), ref_dtype or FP32,
+        ref_logp_S=None if ref_dtype is None else meta(S, dtype=ref_dtype),
+        ref_logp_N=meta(N) if ref and ref_dtype is None else None,
+        gap_N=meta(N, dtype=torch.float64) if gap else None,
+    )  # fmt: skip
+
+
 def main_launches(target: str) -> None:
     """What a default call launches, with the arguments that cost registers."""
     for options in ({}, {"lse": True}, {"stats": True}):
@@ -338,6 +351,7 @@ def main_launches(target: str) -> None:
     launch_factors(BF16)
     for kind in ("sigmoid", "nca_pair", "robust", "discopop"):
         launch_pair(kind, options=kind in MARGIN_KINDS)
+    launch_sums(FP32)
 
 
 def further_launches(target: str) -> None:
@@ -371,6 +385,9 @@ def further_launches(target: str) -> None:
     for kind in set(pair.KINDS) - set(MARGIN_KINDS):
         launch_pair(kind, options=False, ref_dtype=torch.float64)
         launch_pair(kind, options=False, numbers=True)
+    launch_sums(torch.float64, gap=False)
+    for ref in (False, True):
+        launch_sums(ref=ref, gap=ref)
 
 
 # ------------------------------------------------------------------------------------------ checks

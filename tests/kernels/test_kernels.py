@@ -1138,6 +1138,34 @@ def test_pair_of_extreme_margins(name, z):
     assert_pairs(found, objective, tokens, 1.0, lost)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("given", ["sums", "tokens", "nothing"])
+def test_sums_of_an_odd_number_of_sequences(given, dtype):
+    """Those that the kernel of pairs takes, rounded once; means of what is given beside them."""
+    lengths = PAIR_LENGTHS[:7]
+    logp_N, ref_N, target_N, bounds_S1, lengths_S = pair_tokens(lengths, True)
+    gap_N = torch.where(target_N == IGNORE, 0.0, torch.randn(len(target_N)).double())
+    ref_S = reference.sequence_sums(ref_N.double(), bounds_S1)
+    options: dict[str, Any] = {
+        "sums": {"ref_logp_S": ref_S.to(dtype)},
+        "tokens": {"ref_logp_N": ref_N},
+    }
+    found = pair.sequence_sums(
+        logp_N, target_N, bounds_S1, dtype, gap_N=None if given == "nothing" else gap_N,
+        **options.get(given, {}),
+    )  # fmt: skip
+    gold_S = reference.sequence_sums(logp_N.double(), bounds_S1)
+    for sums, gold in ((found.logp_S, gold_S), (found.ref_logp_S, ref_S * (given != "nothing"))):
+        assert sums.dtype == dtype and sums.shape == (7,)
+        unit = 1.0001 * U if dtype == torch.float32 else 1e-14
+        assert_within(sums, gold, unit * gold.abs())
+    if given == "nothing":
+        assert found.gap_S is None
+        return
+    means_S = reference.sequence_sums(gap_N, bounds_S1) / lengths_S
+    torch.testing.assert_close(found.gap_S, means_S, rtol=1e-12, atol=1e-14)
+
+
 # ---------------------------------------------------------------------------------------------- ops
 # dtype, and whether the projection is fused, or tiles of it are folded.
 WAYS = {

@@ -523,6 +523,16 @@ KERNELS = {
             sign("(ratio_w > ratio_l)", "(ratio_w < ratio_l)"),
         ],
     ),
+    "sums_kernel": Kernel(
+        "pair.py",
+        "test_sums_",
+        [
+            mask("stop = tl.load(bounds_ptr + s + 1)", "stop = tl.load(bounds_ptr + s + 1) - 1"),
+            scale("gaps / length.to(tl.float64)", "gaps"),
+            sign("ref = tl.load(ref_ptr + s).to(tl.float64)", "ref = -tl.load(ref_ptr + s)"),
+            sign("logp_sum_ptr + s, total.to", "logp_sum_ptr + s, -total.to"),
+        ],
+    ),
 }
 MUTATIONS = [
     pytest.param(kernel, mutation, id=f"{name}-{mutation.kind}-{i}")
