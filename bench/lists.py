@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdpo.data.batch import TokenizedList, TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
+from fastdpo.data.examples import TokenizedList, TokenizedPair
 from fastdpo.loss.examples import BaseObjective
 from fastdpo.loss.lists import ListObjective, lipo_lambda, plackett_luce, sum_over_better
 from fastdpo.loss.objectives import lr_dpo

@@ -266,20 +266,25 @@ def _padded(pairs: Sequence[TokenizedExample], layout: str) -> dict[str, Any]:
 
 
 def plan_batches(
-    lengths: Sequence[int], *, max_tokens: int, padded: bool = False
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    padded: bool = False,
+    sequences: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Distribute whole pairs over batches of at most `max_tokens` tokens.
+    """Distribute whole examples over batches of at most `max_tokens` tokens.
 
     First-fit decreasing, equal lengths by index: the same lengths always give the same plan.
-    `lengths[i]` is the tokens of pair i (`TokenizedPair.num_tokens` in its layout). `padded` says
-    that every pair of a batch takes the tokens of its longest; such batches are filled in order of
-    length. Returns the pair indices of each batch in ascending order; the batch with the longest
-    pair comes first.
+    `lengths[i]` is the tokens of example i (`num_tokens` in its layout). `padded` says that every
+    sequence of a batch takes the tokens of its longest; such batches are filled in order of the
+    examples' longest sequences. `sequences[i]` says how many example i has then (`num_computed`);
+    None: all have as many. Returns the indices of each batch in ascending order; the batch with the
+    longest comes first.
 
     Raises ValueError when a length is below 1 or above `max_tokens`.
     """
     _check_lengths(lengths, max_tokens)
-    return _fill(range(len(lengths)), lengths, max_tokens, padded)
+    return _fill(range(len(lengths)), lengths, max_tokens, padded, sequences)
 
 
 def plan_steps(
@@ -290,10 +295,11 @@ def plan_steps(
     seed: int,
     epoch: int = 0,
     padded: bool = False,
+    sequences: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
-    """Plan an epoch: `plan[step][micro_batch]` lists pair indices.
+    """Plan an epoch: `plan[step][micro_batch]` lists indices of examples.
 
-    All pairs are shuffled by `seed` and `epoch`, every step takes the next `batch_pairs` of them
+    All examples are shuffled by `seed` and `epoch`, every step takes the next `batch_pairs` of them
     (the last step what is left), and `plan_batches` splits a step into micro-batches. The plan
     depends on nothing but the arguments, so a run resumes by its step number.
 
@@ -310,14 +316,19 @@ def plan_steps(
     for _ in range(epoch + 1):
         order = torch.randperm(len(lengths), generator=generator).tolist()
     groups = [order[start : start + batch_pairs] for start in range(0, len(order), batch_pairs)]
-    return [_fill(group, lengths, max_tokens, padded) for group in groups]
+    return [_fill(group, lengths, max_tokens, padded, sequences) for group in groups]
+
+
+def padded_tokens(lengths: Sequence[int], sequences: Sequence[int]) -> int:
+    """Tokens of a padded batch of examples of these lengths and numbers of sequences."""
+    return sum(sequences) * max(length // count for length, count in zip(lengths, sequences))
 
 
 def share_step(indices: Sequence[int], lengths: Sequence[int], world: int) -> list[list[int]]:
-    """Deal a step's pairs to `world` processes so that their tokens come out even.
+    """Deal a step's examples to `world` processes so that their tokens come out even.
 
-    Longest first, each to the process with the fewest tokens so far; which pairs a step has does
-    not depend on `world`. A process gets none only when there are fewer pairs than processes.
+    Longest first, each to the process with the fewest tokens so far; which examples a step has does
+    not depend on `world`. A process gets none only when there are fewer examples than processes.
     """
     shares: list[list[int]] = [[] for _ in range(world)]
     tokens = [0] * world
@@ -331,24 +342,32 @@ def share_step(indices: Sequence[int], lengths: Sequence[int], world: int) -> li
 def _check_lengths(lengths: Sequence[int], max_tokens: int) -> None:
     for i, length in enumerate(lengths):
         if length < 1:
-            raise ValueError(f"pair {i} has {length} tokens; every length must be at least 1")
+            raise ValueError(f"example {i} has {length} tokens; every length must be at least 1")
         if length > max_tokens:
             raise ValueError(
-                f"pair {i} takes {length} packed tokens, more than max_tokens={max_tokens}: "
+                f"example {i} takes {length} packed tokens, more than max_tokens={max_tokens}: "
                 f"raise max_tokens to at least {max(lengths)}, or truncate to a smaller max_length"
             )
 
 
 def _fill(
-    indices: Sequence[int], lengths: Sequence[int], max_tokens: int, padded: bool
+    indices: Sequence[int],
+    lengths: Sequence[int],
+    max_tokens: int,
+    padded: bool,
+    sequences: Sequence[int] | None,
 ) -> list[list[int]]:
     if not padded:
         return _first_fit_decreasing(indices, lengths, max_tokens)
+    counts = sequences or [1] * len(lengths)
     batches: list[list[int]] = []
-    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+    rows = longest = 0  # of the last batch
+    for i in sorted(indices, key=lambda i: (-(lengths[i] // counts[i]), i)):
+        if not batches or (rows + counts[i]) * longest > max_tokens:
             batches.append([])
+            rows, longest = 0, lengths[i] // counts[i]
         batches[-1].append(i)
+        rows += counts[i]
     return [sorted(batch) for batch in batches]
 
 

@@ -20,7 +20,7 @@ OFFSETS = ("none", "log_difference", "log_ratio", "difference")
 _OF_OBJECTIVE = (
     "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau",
     "ld_alpha", "use_weighting", "reference_scale", "target_margin", "simpo_gamma", "cpo_alpha",
-    "desirable_weight", "undesirable_weight", "tdpo_alpha", "pro_sft_weight",
+    "desirable_weight", "undesirable_weight", "tdpo_alpha", "pro_sft_weight", "max_skip",
 )  # fmt: skip
 _CHOICES = {
     "overlong": OVERLONG,
@@ -58,6 +58,7 @@ class TrainConfig:
         desirable_weight, undesirable_weight: of the two kinds of single responses.
         tdpo_alpha: weight of the KL terms in tdpo2.
         pro_sft_weight: weight of the best response's likelihood in pro.
+        max_skip: places in the ranking of a list between which skip_ranknet compares, at most.
         score_offset: what a pair's scores add to the margin that is wanted: "log_difference" and
             "log_ratio" are ODPO's (arXiv 2402.10571), "difference" the adaptive margin of Secrets
             of RLHF II (arXiv 2401.06080). "none" adds nothing.
@@ -125,6 +126,7 @@ class TrainConfig:
     undesirable_weight: float = 1.0
     tdpo_alpha: float = 0.5
     pro_sft_weight: float = 0.05
+    max_skip: int = 1
     score_offset: str = "none"
     score_offset_weight: float = 1.0
     score_weight: bool = False
@@ -201,10 +203,11 @@ class TrainConfig:
                 "precompute_ref_log_probs=false, and the reference is computed in each step"
             )
         if self.alpha == "auto":
-            if not (self._takes_alpha and objective.needs_reference):
+            of_pairs = objective.shape == "pairs" and not objective.needs_prompt
+            if not (self._takes_alpha and objective.needs_reference and of_pairs):
                 raise ConfigError(
-                    f"alpha=auto needs a loss of the margin to the reference, not {named}; give "
-                    "alpha a number, or leave it out"
+                    "alpha=auto needs a loss of the margin to the reference of pairs, not "
+                    f"{named}; give alpha a number, or leave it out"
                 )
         else:
             wanted = "another loss_type be given: the length penalty is of losses of the margin"

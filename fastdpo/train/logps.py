@@ -128,10 +128,11 @@ def load(
 
 def save(path: Path, found: LogProbs, weights: str) -> None:
     """Write log-probs, whole or not at all, also where runs share a cache."""
-    assert found.logp_N is not None
-    tensors = {
-        "logp_S": found.logp_S, "logp_N": found.logp_N, "bounds_S1": torch.tensor(found.bounds)
-    }  # fmt: skip
+    if found.logp_N is None:  # of a cache of before
+        tensors = {"logp_P2": found.logp_S.view(-1, 2)}
+    else:
+        bounds_S1 = torch.tensor(found.bounds)
+        tensors = {"logp_S": found.logp_S, "logp_N": found.logp_N, "bounds_S1": bounds_S1}
     digests = f"{weights} {_digest(found.logp_S, found.logp_N)}"
     with atomic_file(path) as scratch:
         save_file(tensors, scratch, {_DIGESTS: digests})

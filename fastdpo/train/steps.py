@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdpo.data.batch import (
     PackedPairs,
     pack_pairs,
+    padded_tokens,
     plan_batches,
     plan_steps,
     share_step,
@@ -66,7 +67,9 @@ class Setup:
     def tokens(self, index: list[int]) -> int:
         """Tokens that a micro-batch of these examples computes."""
         lengths = [self.lengths[i] for i in index]
-        return len(lengths) * max(lengths) if self.layout == "padded" else sum(lengths)
+        if self.layout != "padded":
+            return sum(lengths)
+        return padded_tokens(lengths, [self.pairs[i].num_computed for i in index])
 
     def routed(self, index: list[int]) -> int:
         """Tokens that a micro-batch sends through routers, padding left out."""
@@ -86,14 +89,17 @@ def plan_epoch(setup: Setup, epoch: int) -> list[list[list[int]]]:
     """
     config, lengths, world = setup.config, setup.lengths, setup.accelerator.num_processes
     fit = {"max_tokens": config.max_tokens, "padded": setup.layout == "padded"}
-    steps = plan_steps(lengths, batch_pairs=config.batch_size, seed=config.seed, epoch=epoch, **fit)
+    counts = [pair.num_computed for pair in setup.pairs]
+    size, seed = config.batch_size, config.seed
+    steps = plan_steps(lengths, batch_pairs=size, seed=seed, epoch=epoch, sequences=counts, **fit)
     if world == 1:
         return steps
     own = []
     for step in steps:
         pairs = list(chain.from_iterable(step))
         mine = share_step(pairs, lengths, world)[setup.accelerator.process_index]
-        plan = plan_batches([lengths[i] for i in mine], **fit)
+        of_mine = [lengths[i] for i in mine], [counts[i] for i in mine]
+        plan = plan_batches(of_mine[0], sequences=of_mine[1], **fit)
         own.append([[mine[i] for i in batch] for batch in plan])
     return own
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.loss import lists, objectives
+from fastdpo import linear_preference_loss
+from fastdpo.loss import lists, objectives, reference
 from fastdpo.loss.choices import make_objective
 from fastdpo.loss.examples import Examples
 
@@ -236,3 +237,41 @@ def test_by_name():
         make_objective("pro", alpha=ALPHA)
     with pytest.raises(ValueError, match="cannot be summed: they differ in shape"):
         make_objective(["ranknet", "kto"])
+
+
+def a_batch(sizes, D=6, V=17):
+    """Hidden rows, a head, targets and bounds of lists; and the tokens that are scored."""
+    lengths = torch.randint(1, 5, (sum(sizes),))
+    bounds_S1 = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    N = int(bounds_S1[-1])
+    h_ND = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    w_VD = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    return h_ND, w_VD, torch.randint(V, (N,)), bounds_S1
+
+
+@pytest.mark.parametrize("workspace_mib", [None, 0.02])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_through_the_head(name, workspace_mib):
+    """The loss from hidden states is that of the log-probs, and so are its gradients."""
+    sizes = [3, 2, 4]
+    h_ND, w_VD, target_N, bounds_S1 = a_batch(sizes)
+    x = some_lists(sizes)
+    objective = OBJECTIVES[name]
+    ref_logp_S = x.ref_logp_S if objective.needs_reference else None
+
+    def loss(h_ND, w_VD):
+        return linear_preference_loss(
+            h_ND, w_VD, target_N, bounds_S1, ref_logp_S, objective,
+            firsts_P1=x.firsts, scores_S=x.scores_S, workspace_mib=workspace_mib,
+        ).loss  # fmt: skip
+
+    logp_S = reference.sequence_sums(reference.linear_logp(h_ND, w_VD, target_N), bounds_S1)
+    x = replace(x, logp_S=logp_S, lengths_S=bounds_S1.diff().double())
+    wanted = objective.losses(x).mean()
+    found = loss(h_ND, w_VD)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    for leaf, want in zip((h_ND, w_VD), torch.autograd.grad(wanted, (h_ND, w_VD)), strict=True):
+        (grad,) = torch.autograd.grad(loss(h_ND, w_VD), leaf)
+        torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-12)
+    if workspace_mib is None:
+        assert torch.autograd.gradcheck(loss, (h_ND, w_VD))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.loss import singles
+from fastdpo import linear_preference_loss
+from fastdpo.loss import reference, singles
 from fastdpo.loss.choices import make_objective
 from fastdpo.loss.examples import Examples
 
@@ -170,3 +171,25 @@ def test_by_name():
     assert found.shift_is == "kl" and make_objective("bco").shift_is == "mean_reward"
     with pytest.raises(ValueError, match=r"desirable_weight=2.0 means nothing to loss_type 'bco'"):
         make_objective("bco", desirable_weight=2.0)
+
+
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired", "bco"])
+def test_through_the_head(name):
+    """The loss from hidden states, its weights included, and its gradients."""
+    lengths = torch.tensor([2, 1, 3, 2])
+    bounds_S1 = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    h_ND = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    w_VD = torch.randn(17, 6, dtype=torch.float64, requires_grad=True)
+    target_N, x = torch.randint(17, (8,)), some_singles(4, 5.0, shift=0.3)
+    objective, weight_P = getattr(singles, name)(0.2), torch.rand(4).double()
+
+    def loss(h_ND, w_VD):
+        return linear_preference_loss(
+            h_ND, w_VD, target_N, bounds_S1, x.ref_logp_S, objective, desirable_P=x.desirable_P,
+            firsts_P1=range(5), weight_P=weight_P, shift=x.shift, num_pairs=10,
+        ).loss  # fmt: skip
+
+    logp_S = reference.sequence_sums(reference.linear_logp(h_ND, w_VD, target_N), bounds_S1)
+    wanted = (objective.losses(replace(x, logp_S=logp_S)) * weight_P).sum() / 10
+    torch.testing.assert_close(loss(h_ND, w_VD), wanted, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(loss, (h_ND, w_VD))
