@@ -380,9 +380,7 @@ class FusedStreamer:
         span = 0, coef_N.shape[0]
         tokens = self.tokens(span)
         h_ND, lse_N = tokens.h_ND, collect(blocks, "lse_N")
-        own_N, other = None, None
-        if targets:
-            own_N = collect(blocks, "own_N")
+        own_N, other = collect(blocks, "own_N") if targets else None, None
         if ref is not None and shares is not None:
             other = _Other(ref, ref.tokens(span).h_ND, collect(blocks, "ref_lse_N"), shares)
             if own_N is not None:
