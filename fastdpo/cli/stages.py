@@ -161,6 +161,7 @@ class PairCommand(PairConfig):
         if (measures or replays) and self.model is None:
             raise ConfigError("ches_keep, max_difficulty and replay need model, the policy")
         for name, used, otherwise in (
+            ("drop_ties", self.makes_lists, "rule be listwise: the others pair no tie"),
             ("previous_scores", compares, "consistency be given"),
             ("model", measures or replays, "ches_keep, max_difficulty or replay be given"),
             ("max_length", replays, "replay be given"),
@@ -303,7 +304,8 @@ def run_pair(config: PairCommand) -> None:
     )
     for reason, count in summary["dropped"].items():
         print(f"dropped {count}: {reason}")
-    print(f"{summary['pairs']} pairs: {config.output}")
+    what = "lists" if config.makes_lists else "pairs"
+    print(f"{summary[what]} {what}: {config.output}")
 
 
 def run_train(config: TrainCommand) -> None:

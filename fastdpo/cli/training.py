@@ -10,6 +10,7 @@ from typing import Any
 from fastdpo.cli.commands import save_options
 from fastdpo.data.examples import TokenizedExample
 from fastdpo.data.tokenize import Tokenized
+from fastdpo.loss.choices import CHOICES
 from fastdpo.report import card
 from fastdpo.report import summary as report
 from fastdpo.storage import write_json_atomic
@@ -54,7 +55,7 @@ class TrainingPage:
         if ended or not path.is_file():  # an older run noted its end there alone
             write_json_atomic(path, metrics | {"ended": ended}, checksum=True)
         page = report.html(self.out, self.defaults)
-        card.write_cards(self.out, self.defaults)
+        card.write_cards(self.out, self.defaults, losses=CHOICES)
         return page
 
     def _begin(self) -> None:

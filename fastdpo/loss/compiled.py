@@ -39,12 +39,17 @@ _TYPES: dict[Any, str] = {
 
 
 class _Numbers(NamedTuple):
-    """An objective of the pair kernel."""
+    """An objective of the pair kernel: its number, and the fields of an `Objective`."""
 
     code: int
     beta: float
     alpha: float
     length_normalized: bool
+    label_smoothing: float
+    target_margin: float
+    reference_scale: float
+    parameter: float
+    ld_alpha: float | None
 
 
 def _schema(*bundles: Any) -> str:
@@ -206,7 +211,8 @@ def _(*fields):
 def _bundles(fields: tuple) -> tuple[HeadInputs, ExampleInputs, Objective, list[bool]]:
     """The arguments of `_preference` again."""
     inputs, numbers = fields[_HEAD : _HEAD + _EXAMPLES], _Numbers(*fields[_HEAD + _EXAMPLES : -1])
-    objective = Objective(KERNEL_FORMULAS[numbers.code], *numbers[1:])
+    own = {name: x for name, x in numbers._asdict().items() if name != "code"}
+    objective = Objective(KERNEL_FORMULAS[numbers.code], **own)
     return HeadInputs(*fields[:_HEAD]), ExampleInputs(*inputs), objective, fields[-1]
 
 
@@ -227,16 +233,11 @@ def _backward_preference(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
 _preference.register_autograd(_backward_preference, setup_context=_save_preference)
 
 
-def _fits_a_node(objective: Objective) -> bool:
-    """Whether `_Numbers` say all of it."""
-    return objective.code is not None and objective.ld_alpha is None
-
-
 def preference(given: HeadInputs, inputs: ExampleInputs, objective: Any) -> PreferenceLoss:
     """`eager.preference` as a node of a compiled graph; its result has no plan."""
-    if not isinstance(objective, Objective) or not _fits_a_node(objective):
+    if not isinstance(objective, Objective) or objective.code is None:
         return _outside(eager.preference)(given, inputs, objective)
-    numbers = objective.code, objective.beta, objective.alpha, objective.length_normalized
+    numbers = _Numbers(*(getattr(objective, name) for name in _Numbers._fields))
     grad, names = torch.is_grad_enabled(), sorted(given.stats)
     wanted = [grad and x is not None and x.requires_grad for x in given[:3]]
     given = HeadInputs(*given[:9], tuple(names), *given[10:])

@@ -98,7 +98,10 @@ BCO_PAIR = Formula("bco_pair", "sides", _bco_pair)
 SPPO_HARD = Formula("sppo_hard", "sides", _sppo_hard)
 APO_DOWN = Formula("apo_down", "sides", _apo_down)
 # Those that the pair kernel knows, by number.
-KERNEL_FORMULAS = (SIGMOID, HINGE, IPO, APO_ZERO, NCA_PAIR)
+KERNEL_FORMULAS = (
+    SIGMOID, HINGE, IPO, APO_ZERO, NCA_PAIR, EXO_PAIR, ROBUST, DISCOPOP, BCO_PAIR, SPPO_HARD,
+    APO_DOWN,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- f-divergence

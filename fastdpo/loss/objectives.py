@@ -176,10 +176,7 @@ class Objective(BaseObjective):
     @property
     def code(self) -> int | None:
         """Its number in the pair kernel; None if PyTorch computes it."""
-        if (
-            self.use_weighting or self.f_divergence_type != "reverse_kl"
-            or self.label_smoothing or self.target_margin or self.reference_scale != 1
-        ):  # fmt: skip
+        if self.use_weighting or self.f_divergence_type != "reverse_kl":
             return None
         known = enumerate(KERNEL_FORMULAS)
         return next((i for i, formula in known if formula.f is self.formula.f), None)

@@ -1,6 +1,6 @@
 """The options of pairing: of ``fastdpo pair``, and the section ``pair`` of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastdpo.errors import ConfigError, is_default, is_number, require, require_used
 
@@ -120,7 +120,8 @@ class PairConfig:
             ("equal_prompts", self.makes_several,
              "rule be all_ranked, curriculum (with max_pairs other than 1) or tree_siblings: "
              "otherwise a prompt has one pair and all weigh the same"),
-            ("drop_ties", self.makes_lists, "rule be listwise: the others pair no tie"),
+            ("drop_ties", self.rule in (None, "listwise"),
+             "rule be listwise: the others pair no tie"),
             *((name, not self.makes_lists, f"rule not be listwise: {why}")
               for name, why in _OF_PAIRS.items()),
         ):  # fmt: skip
@@ -133,6 +134,10 @@ class PairConfig:
         chosen = [name for name, on in smoothing.items() if on]
         if len(chosen) > 1:
             raise ConfigError(f"{' and '.join(chosen)} each say how far a label holds; choose one")
+
+    def named(self, rule: str = "best_worst") -> "PairConfig":
+        """With this rule where none was given. Raises ConfigError as these options together do."""
+        return self if self.rule is not None else replace(self, rule=rule)
 
     @property
     def makes_lists(self) -> bool:

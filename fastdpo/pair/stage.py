@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastdpo.data.examples import TokenizedList, TokenizedPair
+from fastdpo.data.examples import TokenizedExample, TokenizedList, TokenizedPair
 from fastdpo.data.parts import read_scored
 from fastdpo.data.records import ListRow, PairRow, Scored, prompt_key
 from fastdpo.data.rows import read_rows
@@ -32,12 +32,13 @@ from fastdpo.storage import check_rows, write_json_atomic, write_jsonl_atomic
 
 _COUNTS = ("score_chosen", "score_rejected", "weight", "label_smoothing", "margin")
 _EXTRA = ("prompt_index", "score_chosen", "score_rejected", "chosen_finish", "rejected_finish",
-          "stage", "source")  # fmt: skip
+          "finish_reasons", "stage", "source")  # fmt: skip
 _SATURATED = "scores equal after shaping"
 Measure = Callable[[list[TokenizedPair]], filters.Measured]
 Fresh = Mapping[str, float]  # the score of a fresh sample by `Prompt.key`
 Chosen = TypeVar("Chosen", PairRow, ListRow)
-Example = TypeVar("Example", TokenizedPair, TokenizedList)
+Tokenized = TypeVar("Tokenized", TokenizedPair, TokenizedList)
+Example = TypeVar("Example", bound=TokenizedExample)
 
 
 def select(rows: Sequence[Scored], config: PairConfig) -> rules.Pairing:
@@ -104,7 +105,7 @@ def pair(
     replay: Sequence[PairRow] = (),
     fresh: Sequence[Fresh] = (),
     measure: Measure | None = None,
-    distinct: bool = False,
+    ordered: bool = False,
 ) -> dict[str, Any]:
     """Join candidates with their scores, pair them and write the pairs, or the lists.
 
@@ -122,8 +123,9 @@ def pair(
             scorers for flip_share and soft_label to change them.
         fresh: for `fresh_threshold`, `offline.fresh_scores` of each round so far.
         measure: for `ches_keep` and `max_difficulty`, `filters.measure` with its model.
-        distinct: drop pairs whose scores shaping rounded to the same value, for a loss that takes
-            the logarithm of their difference; counted as "scores equal after shaping".
+        ordered: drop pairs whose chosen response doesn't score higher, for a loss that takes the
+            logarithm of the difference: sampled ones whose scores shaping rounded to the same
+            value, and offline ones, whose label comes with the data.
 
     Pairs are selected, then voted on by the scorers, then measured the way round they now are, then
     offline pairs are added, themselves voted on: so their share holds in what is written.
@@ -139,7 +141,7 @@ def pair(
     response, or when no pair or list is left; then nothing is written. ConfigError when an option
     lacks what it needs or can do nothing.
     """
-    out_path, config = Path(out_path), config or PairConfig()
+    out_path, config = Path(out_path), (config or PairConfig()).named()
     if out_path.suffix != ".jsonl":
         raise ConfigError(f"out_path={out_path} must end in .jsonl")
     folders, before = _folders(scores_dirs), _folders(previous_scores)
@@ -155,8 +157,9 @@ def pair(
         made, found = lists, _of_lists(lists)
     else:
         pairs, work.dropped = select(rows, config)
-        if distinct:
-            pairs = work.distinct(pairs)
+        if ordered:
+            pairs = work.ordered(pairs, _SATURATED)
+            replay = work.ordered(replay, "offline: chosen scores no higher")
         if config.consistency != "none" and pairs:
             pairs = work.smoothed(pairs, rows, candidates_dir, before)
         pairs = work.voted(pairs)
@@ -247,10 +250,21 @@ class _Work:
         """Whether all scorers scored the pair."""
         return len(row.scores_chosen or ()) == len(self.weights)
 
-    def distinct(self, pairs: list[PairRow]) -> list[PairRow]:
-        """The pairs whose scores differ, as they are written."""
-        kept = [row for row in pairs if row.score_chosen != row.score_rejected]
-        self.dropped |= filters.counted(_SATURATED, len(pairs) - len(kept))
+    def ordered(self, pairs: Sequence[PairRow], reason: str) -> list[PairRow]:
+        """The pairs whose chosen response has the higher score, as both are written.
+
+        Raises DataError when one has no scores.
+        """
+        kept = []
+        for row in pairs:
+            if row.score_chosen is None or row.score_rejected is None:
+                raise DataError(
+                    f"offline pair {row.prompt_index} has no scores, which the loss reads. Score "
+                    "the offline pairs by the scorers of the run."
+                )
+            if row.score_chosen > row.score_rejected:
+                kept.append(row)
+        self.dropped |= filters.counted(reason, len(pairs) - len(kept))
         return kept
 
     def smoothed(
@@ -362,56 +376,62 @@ def load_pairs(path: Path) -> list[TokenizedPair]:
 
     Raises DataError, naming file and line, when a row isn't such a pair.
     """
-
-    def tokenized(row: dict[str, Any], where: str) -> TokenizedPair:
+    pairs = []
+    for row, where in _rows_of(path):
         found = PairRow.from_json(row, where)
+        ids = found.prompt_ids, found.chosen_ids, found.rejected_ids
         known = {name: getattr(found, name) for name in _COUNTS}
         counts = {name: value for name, value in known.items() if value is not None}
-        extra = {name: row[name] for name in _EXTRA if name in row}
-        ids = found.prompt_ids, found.chosen_ids, found.rejected_ids
-        return TokenizedPair(*ids, extra=extra, where=where, **counts)
-
-    return _loaded(path, tokenized)
+        pairs.append(_tokenized(TokenizedPair, ids, row, where, **counts))
+    return pairs
 
 
 def load_lists(path: Path) -> list[TokenizedList]:
-    """Read lists that `pair` wrote.
+    """Read lists that `pair` wrote; prompt_index and finish reasons are in `extra`.
 
     Raises DataError, naming file and line, when a row isn't such a list.
     """
-
-    def tokenized(row: dict[str, Any], where: str) -> TokenizedList:
+    lists = []
+    for row, where in _rows_of(path):
         found = ListRow.from_json(row, where)
-        extra = {"prompt_index": found.prompt_index}
-        ids = found.prompt_ids, found.responses_ids
-        return TokenizedList(*ids, found.scores, extra=extra, where=where)
-
-    return _loaded(path, tokenized)
+        columns = found.prompt_ids, found.responses_ids, found.scores
+        lists.append(_tokenized(TokenizedList, columns, row, where))
+    return lists
 
 
-def _loaded(path: Path, tokenized: Callable[[dict[str, Any], str], Example]) -> list[Example]:
+def load_examples(path: Path) -> list[TokenizedExample]:
+    """Read what `pair` wrote, pairs or lists by the first row. Raises DataError as these two do."""
+    first, _ = next(_rows_of(path))
+    return [*(load_lists(path) if "responses_ids" in first else load_pairs(path))]
+
+
+def _rows_of(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of a file, each with its place."""
     check_rows(path)
-    rows, examples = read_rows(path), []
-    for i, row in enumerate(rows.rows):
-        try:
-            examples.append(tokenized(row, rows.where(i)))
-        except DataError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{rows.where(i)}: {error}. Pair again.") from error
-    return examples
+    rows = read_rows(path)
+    return ((row, rows.where(i)) for i, row in enumerate(rows.rows))
 
 
-def split_stages(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+def _tokenized(
+    kind: Callable[..., Tokenized], columns: Any, row: dict[str, Any], where: str, **counts: float
+) -> Tokenized:
+    extra = {name: row[name] for name in _EXTRA if name in row}
+    try:
+        return kind(*columns, extra=extra, where=where, **counts)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: {error}. Pair again.") from error
+
+
+def split_stages(examples: Sequence[Example]) -> list[list[Example]]:
     """The pairs of each stage of a curriculum in turn, stages without pairs left out.
 
-    Pairs without a stage belong to the first, so pairs of other rules are one stage.
+    Pairs without a stage belong to the first, so pairs of other rules are one stage, and lists.
     """
 
-    def stage(pair: TokenizedPair) -> int:
-        return pair.extra.get("stage", 0)
+    def stage(example: Example) -> int:
+        return example.extra.get("stage", 0)
 
-    return [list(group) for _, group in groupby(sorted(pairs, key=stage), key=stage)]
+    return [list(group) for _, group in groupby(sorted(examples, key=stage), key=stage)]
 
 
 def scored_candidates(

@@ -88,7 +88,8 @@ class Evaluator:
         if self.setup.accelerator.is_main_process:
             forget_best(self.best, done)
         if self.setup.progress:
-            print(f"{len(self.setup.pairs)} pairs to evaluate on, {len(self.due)} times")
+            pairs = self.setup.pairs
+            print(f"{len(pairs)} {pairs[0].name}s to evaluate on, {len(self.due)} times")
 
     def after(
         self,

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from test_pairing import candidate, group, on_disk, write_stage
 
+from fastdpo import storage
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.pair.config import PairConfig
 from fastdpo.pair.rules import listwise
-from fastdpo.pair.stage import pair, select_lists
+from fastdpo.pair.stage import load_examples, load_lists, pair, select_lists
 from fastdpo.pair.transforms import transform
 
 
@@ -94,6 +95,30 @@ def test_lists_are_written_with_a_summary(tmp_path):
     assert found[0] == pytest.approx([sigmoid[:2].mean() - 0.3, sigmoid[2:].mean() - 0.3])
 
 
+def test_lists_are_read_back(tmp_path):
+    out = tmp_path / "pairs.jsonl"
+    pair(*write_stage(tmp_path, group([1.0, 4.0, 2.0])), out, PairConfig(rule="listwise"))
+    [found] = load_lists(out)
+    assert load_examples(out) == [found]
+    assert found.responses_ids == [[7, 0, 1], [7, 0, 2], [7, 0, 0]]
+    assert found.prompt_ids == [1, 0] and found.scores == [4.0, 2.0, 1.0]
+    assert found.extra == {"prompt_index": 0, "finish_reasons": ["stop"] * 3}
+    [row] = storage.read_jsonl(out)
+    for bad, message in (
+        ({"responses_ids": [[7]]}, "responses_ids must be at least two lists"),
+        ({"responses_ids": None}, "responses_ids must be at least two lists"),
+        ({"scores": [1.0]}, "scores must be a list of 3 numbers, one for each of responses_ids"),
+        ({"scores": [1.0, 2.0, "3"]}, "scores must be 3 finite numbers"),
+        ({"responses_ids": [[7], [], [8]]}, r"responses_ids\[1\] is empty"),
+    ):
+        storage.write_jsonl_atomic(out, [row, row | bad])
+        with pytest.raises(DataError, match=rf"pairs\.jsonl:2: {message}.* Pair again"):
+            load_lists(out)
+    storage.write_jsonl_atomic(out, [{x: row[x] for x in row if x != "scores"}])
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: 'scores' is missing"):
+        load_examples(out)
+
+
 def test_no_list_left_is_an_error(tmp_path):
     folders = write_stage(tmp_path, group([3.0, 3.0]))
     with pytest.raises(DataError, match=r"no list is left \(tie: 1\).*responses are equal"):
@@ -113,9 +138,12 @@ def test_what_is_of_pairs_is_refused_for_lists(name, value):
         PairConfig(rule="listwise", **{name: value})
 
 
-def test_ties_are_no_matter_of_pairs():
+def test_ties_are_no_matter_of_pairs(tmp_path):
     with pytest.raises(ConfigError, match=r"drop_ties=True must be left out.*rule be listwise"):
-        PairConfig(drop_ties=True)
+        PairConfig(rule="all_ranked", drop_ties=True)
+    folders = write_stage(tmp_path, group([3.0, 1.0]))
+    with pytest.raises(ConfigError, match=r"drop_ties=True must be left out.*rule be listwise"):
+        pair(*folders, tmp_path / "pairs.jsonl", PairConfig(drop_ties=True))
 
 
 def test_a_pair_of_equal_scores_after_shaping_can_be_dropped(tmp_path):
@@ -131,9 +159,9 @@ def test_a_pair_of_equal_scores_after_shaping_can_be_dropped(tmp_path):
     start.mkdir()
     references = on_disk(start, [*group([0.0], 0), *group([0.0], 1)], [0.0, 0.0])
     config = PairConfig(rule="all_ranked", transform="par", transform_reference="start")
-    for distinct, count in ((False, 6), (True, 5)):
+    for ordered, count in ((False, 6), (True, 5)):
         summary = pair(
-            candidates, scores, out, config, reference_scores=references, distinct=distinct
+            candidates, scores, out, config, reference_scores=references, ordered=ordered
         )
         assert summary["pairs"] == count
     assert summary["dropped"] == {"scores equal after shaping": 1}

@@ -47,6 +47,34 @@ IDLE: list[tuple[tuple[type, ...], dict[str, Any], str, dict[str, Any]]] = [
         "reference_cache",
         dict(precompute_ref_log_probs=True),
     ),
+    (TRAIN, dict(loss_weights=[1.0, 2.0]), "loss_weights", dict(loss_type=["sigmoid", "sft"])),
+    (TRAIN, dict(label_smoothing=0.1), "label_smoothing", dict(loss_type="robust")),
+    (TRAIN, dict(f_divergence_type="js_divergence", loss_type="nca_pair"), "f_divergence_type",
+     dict(loss_type="hinge")),
+    (TRAIN, dict(f_alpha_divergence_coef=0.3), "f_alpha_divergence_coef",
+     dict(f_divergence_type="alpha_divergence")),
+    (TRAIN, dict(discopop_tau=0.1), "discopop_tau", dict(loss_type="discopop")),
+    *(
+        (TRAIN, {name: value, "loss_type": loss}, name, dict(loss_type="sigmoid"))
+        for name, value, loss in (
+            ("ld_alpha", 0.5, "sft"), ("use_weighting", True, "aot"),
+            ("reference_scale", 0.5, "aot"),
+            ("target_margin", 0.5, "nca_pair"), ("score_offset", "difference", "nca_pair"),
+            ("score_label", True, "nca_pair"), ("score_weight", True, "kto"),
+            ("precompute_ref_log_probs", False, "simpo"), ("reference_cache", "x", "simpo"),
+            ("alpha", 0.5, "kto"), ("alpha", "auto", "kto"),
+        )
+    ),
+    (TRAIN, dict(simpo_gamma=0.1), "simpo_gamma", dict(loss_type="simpo")),
+    (TRAIN, dict(cpo_alpha=0.1), "cpo_alpha", dict(loss_type="cpo")),
+    (TRAIN, dict(desirable_weight=2.0), "desirable_weight", dict(loss_type="kto")),
+    (TRAIN, dict(undesirable_weight=2.0), "undesirable_weight", dict(loss_type="kto")),
+    (TRAIN, dict(tdpo_alpha=0.1), "tdpo_alpha",
+     dict(loss_type="tdpo2", precompute_ref_log_probs=False)),
+    (TRAIN, dict(pro_sft_weight=0.1), "pro_sft_weight", dict(loss_type="pro")),
+    (TRAIN, dict(max_skip=2), "max_skip", dict(loss_type="skip_ranknet")),
+    (TRAIN, dict(score_offset_weight=2.0), "score_offset_weight",
+     dict(score_offset="difference")),
     ((TrainCommand,), dict(candidates="c"), "candidates", dict(alpha="auto")),
     ((TrainCommand,), dict(control="c"), "control", dict(alpha="auto")),
     *(
@@ -170,6 +198,8 @@ ALWAYS = {
     "server_url", "scorer", "reference", "extrapolation", "round_learning_rates",
     "round_betas", "rule", "length_penalty", "min_gap", "drop_truncated", "drop_duplicates",
     "ches_keep", "max_difficulty", "chat_template", "string_prompts",
+    "loss_type", "combine",
+    "prompt_in_likelihood", "from_first_difference",  # depend on the dataset, which says so
     "router_aux_loss_coef",  # depends on the model, which says so
 }  # fmt: skip
 
