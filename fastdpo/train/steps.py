@@ -18,6 +18,7 @@ from fastdpo.data.batch import (
     plan_steps,
     share_step,
 )
+from fastdpo.data.examples import NAMES
 from fastdpo.loss.examples import BaseObjective
 from fastdpo.loss.objectives import given_slopes, lr_dpo
 from fastdpo.loss.ops import PreferenceLoss
@@ -63,6 +64,11 @@ class Setup:
     too_long: dict[str, int] = field(default_factory=dict)
     aux_loss_coef: float = 0.0
     mismatched: "Setup | None" = None
+
+    @property
+    def noun(self) -> str:
+        """What examples of the objective's shape are called, in the plural."""
+        return f"{NAMES[self.config.objective.shape]}s"
 
     def tokens(self, index: list[int]) -> int:
         """Tokens that a micro-batch of these examples computes."""
