@@ -23,8 +23,8 @@ Intervals are 95%: the bootstrap's over prompts, and of accuracies Wilson's. An 
 further from the start has larger margins of either sign; compare them at a like KL.
 
 `--data` and `--held-out` take what `fastdpo train` takes as lists, with prompts as strings. The
-shortest prompts are taken, since this is meant for a CPU. Killed anywhere, the same command goes on:
-a row that is there is not run again.
+shortest prompts are taken, since this is meant for a CPU. Killed anywhere, the same command goes
+on: a row that is there is not run again.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     trainer = LengthRegularizedDPOTrainer(
         model=args.model,
         args=DPOConfig(
-            args.output_dir, loss_type=args.loss_type, beta=0.1, learning_rate=1e-6, max_steps=args.max_steps,
-            per_device_train_batch_size=4, logging_steps=1, report_to="none",
+            args.output_dir, loss_type=args.loss_type, beta=0.1, learning_rate=1e-6,
+            max_steps=args.max_steps, per_device_train_batch_size=4, logging_steps=1,
+            report_to="none",
             model_init_kwargs={"dtype": "float32"}, bf16=torch.cuda.is_available(),
         ),
         train_dataset=load_dataset("json", data_files=args.dataset, split="train"),

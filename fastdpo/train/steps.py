@@ -18,7 +18,6 @@ from fastdpo.data.batch import (
     plan_steps,
     share_step,
 )
-from fastdpo.data.examples import NAMES
 from fastdpo.loss.examples import BaseObjective
 from fastdpo.loss.objectives import given_slopes, lr_dpo
 from fastdpo.loss.ops import PreferenceLoss
@@ -67,8 +66,8 @@ class Setup:
 
     @property
     def noun(self) -> str:
-        """What examples of the objective's shape are called, in the plural."""
-        return f"{NAMES[self.config.objective.shape]}s"
+        """What the examples are called."""
+        return f"{self.pairs[0].name}s"
 
     def tokens(self, index: list[int]) -> int:
         """Tokens that a micro-batch of these examples computes."""
