@@ -134,7 +134,8 @@ def preference(
     )  # fmt: skip
     call.ref, call.stats = ref, stats - {"logp"} | _STATS_OF[objective.needs_alignment]
     weighs = objective.ld_alpha is not None
-    bounds_S1, lengths_S = _lengths(call, not known or weighs or objective.length_normalized)
+    in_signs = objective.length_normalized and any(group.unit for group in call.plan.groups)
+    bounds_S1, lengths_S = _lengths(call, not known or weighs or in_signs)
     ref_S = None if inputs.ref_logp_S is None else inputs.ref_logp_S.contiguous()
     scoring = Scoring(
         objective, call.edges, firsts, bounds_S1, lengths_S, ref_S, **values, shift=inputs.shift

@@ -26,6 +26,7 @@ from torch import Tensor
 from fastdpo import LinearPreferenceLoss, reference
 from fastdpo.loss import objectives as of
 from fastdpo.loss.blocks import Stash
+from fastdpo.loss.choices import CHOICES
 from fastdpo.loss.examples import BaseObjective, Examples
 from fastdpo.loss.lists import lipo_lambda, plackett_luce
 from fastdpo.loss.plan import Plan
@@ -218,6 +219,40 @@ def test_gradcheck(name):
     def op(h_TD, w_VD, bias_V):
         moved = replace(q, h_TD=h_TD, w_VD=w_VD, bias_V=bias_V)
         return preference(moved, case.objective, workspace_mib=0.002).loss
+
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+OF_PAIRS = [
+    name
+    for name, choice in CHOICES.items()
+    if (made := choice.build()).shape == "pairs" and not (made.needs_kl or made.needs_prompt)
+]
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_gradcheck_of_every_loss_of_pairs(name):
+    """With a pair longer than the workspace, and where pairs are coupled all of them at once."""
+    objective = CHOICES[name].build()
+    p = make_problem((2, 1, 4, 3), 2, 11, bias=True)
+    p.extra = {"weight_P": torch.rand(2).double() + 0.5}
+    if objective.needs_scores:
+        p.extra["scores_S"] = torch.rand(4).double()
+    if not objective.needs_reference:
+        p.extra["ref_logp_S"] = None
+    case = Case(objective, (), (0, 2, 4))
+    route = "stash" if objective.couples else "unit"
+    mib = workspace(case, p, route, "torch")
+    q = p.leaves()
+    leaves: Any = (q.h_TD, q.w_VD, q.bias_V)
+    # Losses of squares are large where beta is small.
+    size = max(1.0, abs(float(preference(p, objective).loss)))
+
+    def op(h_TD, w_VD, bias_V):
+        moved = replace(q, h_TD=h_TD, w_VD=w_VD, bias_V=bias_V)
+        result = preference(moved, objective, workspace_mib=mib)
+        assert PLANS[route](result.plan)
+        return result.loss / size
 
     assert torch.autograd.gradcheck(op, leaves)
 

@@ -22,6 +22,13 @@ pytestmark = interpreter.needs_kernels
 
 N, PAIRS = 8192, 4
 HEADS = {"Llama-3-8B": (4096, 128_256), "Llama-3.2-1B": (2048, 128_256), "SmolLM2": (576, 49_152)}
+# Losses of pairs by their names, and options that a kernel takes as numbers.
+OF_PAIRS: dict[str, dict[str, Any]] = {
+    "sigmoid": {"target_margin": 0.2, "reference_scale": 1.1}, "sigmoid_norm": {}, "hinge": {},
+    "ipo": {}, "cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1},
+    "exo_pair": {"label_smoothing": 0.1}, "discopop": {}, "nca_pair": {}, "bco_pair": {},
+    "sppo_hard": {}, "apo_zero": {}, "apo_down": {}, "simpo": {},
+}  # fmt: skip
 # What makes a view or memory without content, or asks for a dtype.
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "promote_types",
@@ -114,7 +121,8 @@ def call(
     **options: Any,
 ) -> tuple[Any, list[str]]:
     """The plan of a call and what it launched, backward included."""
-    from fastdpo import linear_dpo_loss
+    from fastdpo import linear_preference_loss
+    from fastdpo.loss.objectives import lr_dpo
 
     D, V = HEADS[head] if isinstance(head, str) else head
     bounds_S1 = torch.arange(0, tokens + 1, tokens // (2 * pairs))
@@ -123,14 +131,18 @@ def call(
     ref = {"ref_logp_S": meta(2 * pairs, dtype=torch.float32)}
     if options.pop("ref_head", False):
         ref = {"ref_h_TD": meta(tokens, D, dtype=dtype), "ref_w_VD": meta(V, D, dtype=dtype)}
+    objective = options.pop("objective", lr_dpo(0.1))
+    if not objective.needs_reference:
+        ref = {"ref_logp_S": None}
     upstream = meta(dtype=torch.float32)
     target_N = meta(tokens, dtype=torch.int64)
     edges = bounds_S1.tolist()
     bounds_S1.tolist = lambda: edges  # reading them is no launch
     with counted(launches) as names:
-        result = linear_dpo_loss(
-            h_TD, w_VD, target_N, bounds_S1, rows_N=rows_N, impl="triton", **ref, **options
-        )
+        result = linear_preference_loss(
+            h_TD, w_VD, target_N, bounds_S1, objective=objective, rows_N=rows_N, impl="triton",
+            **{"ref_logp_S": None, **ref}, **options,
+        )  # fmt: skip
         result.loss.backward(upstream)
     assert h_TD.grad is not None and (w_VD.grad is not None) == train_head
     return result.plan, names
@@ -193,3 +205,30 @@ def test_other_dtypes(launches, dtype, monkeypatch):
     else:
         tiles = names.count("fold_kernel")
         assert len(names) <= 2 * tiles + 8 and "project_kernel" not in names, names
+
+
+@pytest.mark.parametrize("workspace_mib", [2560, 1024], ids=["stash", "grouped"])
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_a_loss_of_pairs_is_launched_as_dpo_is(launches, name, workspace_mib):
+    from fastdpo.loss.choices import make_objective
+
+    wanted_plan, wanted = call(launches, "Llama-3-8B", workspace_mib=workspace_mib)
+    objective = make_objective(name, **OF_PAIRS[name])
+    plan, names = call(launches, "Llama-3-8B", objective=objective, workspace_mib=workspace_mib)
+    assert plan == wanted_plan and "pair_kernel" in names
+    assert names == wanted
+
+
+def test_lists_are_summed_in_one_launch(launches):
+    """Then PyTorch computes their loss from a number a sequence, without a wait for them."""
+    from fastdpo.loss.lists import lipo_lambda
+
+    _, pairs = call(launches, "Llama-3-8B", workspace_mib=2560)
+    given = {"scores_S": meta(2 * PAIRS, dtype=torch.float32), "firsts_P1": (0, 3, 2 * PAIRS)}
+    plan, names = call(
+        launches, "Llama-3-8B", objective=lipo_lambda(0.1), workspace_mib=2560, **given
+    )
+    assert plan.route == "stash" and names.count("sums_kernel") == 1
+    assert not {"pair_kernel", "nonzero", "_local_scalar_dense"} & {*names}
+    kernels = [name for name in names if name.endswith("_kernel")]
+    assert kernels == [name.replace("pair", "sums") for name in pairs if name.endswith("_kernel")]
