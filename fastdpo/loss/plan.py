@@ -129,6 +129,18 @@ def _fused_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
     return _Space(V, stash + sums, stash, tile, (4 + itemsize) * D, fused=True)
 
 
+def _space(
+    D: int, V: int, itemsize: int, workspace_bytes: int, fused_itemsize: int | None, mixes: bool
+) -> tuple[_Space, int]:
+    """How a call divides its workspace, and the kernels' part of it for tiles."""
+    if fused_itemsize is None:
+        space, tile_bytes = _torch_space(D, V, itemsize, workspace_bytes), 0
+    else:
+        space = _fused_space(D, V, fused_itemsize, workspace_bytes)
+        tile_bytes = space.fixed_bytes
+    return space.mixing(workspace_bytes) if mixes else space, tile_bytes
+
+
 def _capacity(space: _Space, V: int, workspace_bytes: int) -> int:
     """Rows that a workspace holds."""
     capacity = (workspace_bytes - space.fixed_bytes) // space.row_bytes
@@ -180,13 +192,8 @@ def make_plan(
     Raises:
         ValueError: the workspace does not hold one row of logits.
     """
-    if fused_itemsize is None:
-        space = _torch_space(D, V, itemsize, workspace_bytes)
-    else:
-        space = _fused_space(D, V, fused_itemsize, workspace_bytes)
-    tile_bytes = grad_tile_bytes = space.fixed_bytes
-    if mixes:
-        space = space.mixing(workspace_bytes)
+    space, tile_bytes = _space(D, V, itemsize, workspace_bytes, fused_itemsize, mixes)
+    grad_tile_bytes, chunk = tile_bytes, space.chunk
     capacity = _capacity(space, V, workspace_bytes)
     groups = _groups(bounds, firsts, capacity)
     splits = splits and all(g.examples != (0, 0) and (g.unit or len(g.spans) == 1) for g in groups)
@@ -217,17 +224,13 @@ def make_plan(
         route, accumulators = "recompute", h_bytes + itemsize * space.chunk * D
     else:
         route, accumulators = "recompute", tokens_bytes + space.scratch_row_bytes * rows
-    if not space.fused:
-        return Plan(
-            route, groups, space.chunk, workspace_bytes, accumulators, mixed_rows=space.mixed_rows
-        )
-    assert fused_itemsize is not None
-    # Tiles of logits come from the sizes alone, so that every route folds the same ones; those of
-    # the gradient take what its stash leaves.
-    columns = (workspace_bytes - tile_bytes) // (fused_itemsize * rows)
-    chunk = min(V, columns // 256 * 256 or max(64, columns // 64 * 64))
-    if route != "recompute":
-        grad_tile_bytes = workspace_bytes - longest * space.stash_row_bytes
+    if fused_itemsize is not None:
+        # Tiles of logits come from the sizes alone, so that every route folds the same ones; those
+        # of the gradient take what its stash leaves.
+        columns = (workspace_bytes - tile_bytes) // (fused_itemsize * rows)
+        chunk = min(V, columns // 256 * 256 or max(64, columns // 64 * 64))
+        if route != "recompute":
+            grad_tile_bytes = workspace_bytes - longest * space.stash_row_bytes
     return Plan(
         route, groups, chunk, workspace_bytes, accumulators, tile_bytes, grad_tile_bytes, in_place,
         space.mixed_rows,

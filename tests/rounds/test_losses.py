@@ -188,7 +188,12 @@ def test_a_loss_of_lists_trains_on_all_samples_of_a_prompt(inputs, plain, tmp_pa
     assert "Lists trained on" in page and "lipo_lambda" in page and "Lists kept" in page
     card = (folder / "policy" / "README.md").read_text()
     assert "The loss is `lipo_lambda`" in card and "arXiv 2402.01878" in card
-    # The file is what the command for training takes, to the same weights.
+    # By the stages as commands it is the same file, and the same weights.
+    command = ["pair", f"--candidates={folder / 'candidates'}", f"--scores=[{folder / 'scores'}]"]
+    out = tmp_path / "lists.jsonl"
+    argv = [*command, "--rule=listwise", "--transform=mean_std", f"--output={out}"]
+    assert main(argv) == 0
+    assert out.read_bytes() == (folder / "pairs.jsonl").read_bytes()
     alone = train_alone(
         inputs, folder / "pairs.jsonl", tmp_path / "alone", "--loss_type=lipo_lambda"
     )
