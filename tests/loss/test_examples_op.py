@@ -336,6 +336,20 @@ def test_tails_of_sides_alike_weigh_nothing():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_policy_that_is_its_reference_has_no_margin_with_weighted_tails(impl):
+    """To the bit, whether the reference is a head or sums of weighted tokens in fp64."""
+    p = make_problem(masked=True, dtype=torch.float32)
+    objective = of.lr_dpo(BETA, ld_alpha=0.3)
+    head = {"ref_logp_S": None, "ref_h_TD": p.h_TD, "ref_w_VD": p.w_VD}
+    found = preference(p.leaves(), objective, impl=impl, **head)
+    assert found.logp_S.dtype == torch.float32 and torch.equal(found.logp_S, found.ref_logp_S)
+    assert torch.equal(found.loss.detach(), torch.tensor(2.0).log())
+    seen = preference(p, objective, impl=impl, ref_logp_S=p.ref_logp_S.double())
+    again = preference(p.leaves(), objective, impl=impl, ref_logp_S=seen.logp_S)
+    assert torch.equal(again.loss.detach(), torch.tensor(2.0).log())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_log_probs_of_tokens_are_a_statistic(impl):
     p = make_problem(masked=True, dtype=torch.float32)
     for objective in (of.lr_dpo(BETA), of.lr_dpo(BETA, use_weighting=True)):

@@ -16,19 +16,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdpo.loss.choices import CHOICES, make_objective
 from fastdpo.loss.plan import default_workspace_mib
 
 pytestmark = interpreter.needs_kernels
 
 N, PAIRS = 8192, 4
 HEADS = {"Llama-3-8B": (4096, 128_256), "Llama-3.2-1B": (2048, 128_256), "SmolLM2": (576, 49_152)}
-# Losses of pairs by their names, and options that a kernel takes as numbers.
-OF_PAIRS: dict[str, dict[str, Any]] = {
-    "sigmoid": {"target_margin": 0.2, "reference_scale": 1.1}, "sigmoid_norm": {}, "hinge": {},
-    "ipo": {}, "cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1},
-    "exo_pair": {"label_smoothing": 0.1}, "discopop": {}, "nca_pair": {}, "bco_pair": {},
-    "sppo_hard": {}, "apo_zero": {}, "apo_down": {}, "simpo": {},
-}  # fmt: skip
 # What makes a view or memory without content, or asks for a dtype.
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "promote_types",
@@ -118,30 +112,30 @@ def call(
     pairs: int = PAIRS,
     train_head: bool = True,
     named_rows: bool = False,
+    objective: Any = None,
     **options: Any,
 ) -> tuple[Any, list[str]]:
     """The plan of a call and what it launched, backward included."""
     from fastdpo import linear_preference_loss
-    from fastdpo.loss.objectives import lr_dpo
 
     D, V = HEADS[head] if isinstance(head, str) else head
     bounds_S1 = torch.arange(0, tokens + 1, tokens // (2 * pairs))
     rows_N = meta(tokens, dtype=torch.int64) if named_rows else None
     h_TD, w_VD = meta(tokens, D, dtype=dtype, grad=True), meta(V, D, dtype=dtype, grad=train_head)
-    ref = {"ref_logp_S": meta(2 * pairs, dtype=torch.float32)}
+    objective = objective or make_objective()
+    ref = {}
+    if objective.needs_reference:
+        ref = {"ref_logp_S": meta(2 * pairs, dtype=torch.float32)}
     if options.pop("ref_head", False):
         ref = {"ref_h_TD": meta(tokens, D, dtype=dtype), "ref_w_VD": meta(V, D, dtype=dtype)}
-    objective = options.pop("objective", lr_dpo(0.1))
-    if not objective.needs_reference:
-        ref = {"ref_logp_S": None}
     upstream = meta(dtype=torch.float32)
     target_N = meta(tokens, dtype=torch.int64)
     edges = bounds_S1.tolist()
     bounds_S1.tolist = lambda: edges  # reading them is no launch
     with counted(launches) as names:
         result = linear_preference_loss(
-            h_TD, w_VD, target_N, bounds_S1, objective=objective, rows_N=rows_N, impl="triton",
-            **{"ref_logp_S": None, **ref}, **options,
+            h_TD, w_VD, target_N, bounds_S1, ref.pop("ref_logp_S", None), objective, rows_N=rows_N,
+            impl="triton", **ref, **options,
         )  # fmt: skip
         result.loss.backward(upstream)
     assert h_TD.grad is not None and (w_VD.grad is not None) == train_head
@@ -156,6 +150,17 @@ def test_a_stash_of_all_rows_takes_at_most_16(launches, head, workspace_mib):
     assert len(names) <= 16, names
     assert names.count("project_kernel") == 1 and names.count("shift_kernel") == 1
     assert not {"sort", "cumsum", "_assert_async", "zeros", "cat"} & {*names}
+
+
+KERNEL_LOSSES = [name for name, choice in CHOICES.items() if choice.build().code is not None]
+
+
+@pytest.mark.parametrize("name", KERNEL_LOSSES)
+def test_an_objective_of_the_kernel_launches_what_dpo_does(launches, name):
+    _, plain = call(launches, "SmolLM2", workspace_mib=2560)
+    _, names = call(launches, "SmolLM2", workspace_mib=2560, objective=CHOICES[name].build())
+    assert names == plain
+    assert {"sigmoid_norm", "ipo", "robust", "discopop", "exo_pair", "simpo"} <= {*KERNEL_LOSSES}
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -207,28 +212,14 @@ def test_other_dtypes(launches, dtype, monkeypatch):
         assert len(names) <= 2 * tiles + 8 and "project_kernel" not in names, names
 
 
-@pytest.mark.parametrize("workspace_mib", [2560, 1024], ids=["stash", "grouped"])
-@pytest.mark.parametrize("name", OF_PAIRS)
-def test_a_loss_of_pairs_is_launched_as_dpo_is(launches, name, workspace_mib):
-    from fastdpo.loss.choices import make_objective
-
-    wanted_plan, wanted = call(launches, "Llama-3-8B", workspace_mib=workspace_mib)
-    objective = make_objective(name, **OF_PAIRS[name])
-    plan, names = call(launches, "Llama-3-8B", objective=objective, workspace_mib=workspace_mib)
-    assert plan == wanted_plan and "pair_kernel" in names
-    assert names == wanted
-
-
 def test_lists_are_summed_in_one_launch(launches):
     """Then PyTorch computes their loss from a number a sequence, without a wait for them."""
-    from fastdpo.loss.lists import lipo_lambda
-
     _, pairs = call(launches, "Llama-3-8B", workspace_mib=2560)
-    given = {"scores_S": meta(2 * PAIRS, dtype=torch.float32), "firsts_P1": (0, 3, 2 * PAIRS)}
     plan, names = call(
-        launches, "Llama-3-8B", objective=lipo_lambda(0.1), workspace_mib=2560, **given
-    )
-    assert plan.route == "stash" and names.count("sums_kernel") == 1
-    assert not {"pair_kernel", "nonzero", "_local_scalar_dense"} & {*names}
+        launches, "Llama-3-8B", objective=make_objective("lipo_lambda"), workspace_mib=2560,
+        scores_S=meta(2 * PAIRS, dtype=torch.float32), firsts_P1=(0, 3, 2 * PAIRS),
+    )  # fmt: skip
+    assert plan.route == "stash" and "pair_kernel" not in names
+    assert not {"nonzero", "_local_scalar_dense"} & {*names}
     kernels = [name for name in names if name.endswith("_kernel")]
-    assert kernels == [name.replace("pair", "sums") for name in pairs if name.endswith("_kernel")]
+    assert kernels == [x.replace("pair", "sums") for x in pairs if x.endswith("_kernel")]
