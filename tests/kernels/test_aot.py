@@ -409,8 +409,8 @@ def further_pairs() -> None:
         launch_pair(kind, options=False, ref_dtype=torch.float64)
         launch_pair(kind, options=False, numbers=True)
     launch_sums(torch.float64, gap=False)
-    for ref in (False, True):
-        launch_sums(ref=ref, gap=ref)
+    launch_sums()
+    launch_sums(ref=False, gap=False)
 
 
 # ------------------------------------------------------------------------------------------ checks
