@@ -82,15 +82,15 @@ def cross(
     head: HeadShape,
     ref_shift_R: Tensor,
     cross_R: Tensor,
-    target_R: Tensor | None = None,
-    first_column: int = 0,
-    stash_RC: Tensor | None = None,
+    kept: tuple[Tensor, int, Tensor] | None = None,
 ) -> None:
     """Each row's share of the cross term of KL(reference || policy) from two tiles.
 
-    ``stash_RC`` takes the reference's exponentials if given.
+    To keep the reference's exponentials, ``kept`` has the targets, the tile's first column and the
+    stash that takes them.
     """
     R, C = product_RC.shape
+    target_R, first_column, stash_RC = kept or (None, 0, None)
     grid, blocks = launch(R, C)
     cross_kernel[grid](
         product_RC, bias_C, ref_product_RC, ref_bias_C, ref_shift_R, cross_R, target_R, stash_RC,

@@ -143,7 +143,10 @@ def preference(
     elif objective.needs_kl:
         _keep_nothing(call)
     weighs = objective.ld_alpha is not None
-    bounds_S1, lengths_S = _lengths(call, not known or weighs or objective.length_normalized)
+    # A long example's tokens have their signs before the kernel has seen their number.
+    units = call.plan.route == "grouped" and any(group.unit for group in call.plan.groups)
+    by_length = objective.length_normalized and units
+    bounds_S1, lengths_S = _lengths(call, not known or weighs or by_length)
     ref_S = None if inputs.ref_logp_S is None else inputs.ref_logp_S.contiguous()
     scoring = Scoring(
         objective, call.edges, firsts, bounds_S1, lengths_S, ref_S, **values, shift=inputs.shift

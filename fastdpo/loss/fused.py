@@ -224,8 +224,8 @@ class FusedStreamer:
                 )  # fmt: skip
                 kl.cross(
                     product, bias, ref_product, ref_bias, self.shape,
-                    ref_partials.shift_KN[k, rows], cross_KN[k, rows], target_N[rows], v0,
-                    None if ref_stash_NV is None else ref_stash_NV[rows, columns],
+                    ref_partials.shift_KN[k, rows], cross_KN[k, rows],
+                    None if ref_stash_NV is None else (target_N[rows], v0, ref_stash_NV[rows, columns]),
                 )  # fmt: skip
                 del product, ref_product
         return partials, ref_partials, cross_KN

@@ -223,10 +223,10 @@ def launch_cross(
     softcap: bool = False,
     stash: bool = False,
 ) -> None:
-    kept = (targets(), 2 * C, meta(N, V, dtype=dtype)[:, :C]) if stash else ()
+    kept = (targets(), 2 * C, meta(N, V, dtype=dtype)[:, :C]) if stash else None
     kl.cross(
         meta(N, C), optional(bias, C, dtype=dtype), meta(N, C), optional(bias, C, dtype=dtype),
-        head(softcap), meta(N), meta(N), *kept,
+        head(softcap), meta(N), meta(N), kept,
     )  # fmt: skip
 
 
@@ -394,6 +394,11 @@ def further_launches(target: str) -> None:
     for dtype in DTYPES:
         launch_merge(frozenset(), dtype)
         launch_mix(dtype)
+    further_pairs()
+
+
+def further_pairs() -> None:
+    """Every objective of the pair kernel."""
     for kind, normalized in product(MARGIN_KINDS, (False, True)):
         launch_pair(kind, normalized=normalized)
         launch_pair(kind, normalized=normalized, numbers=True, options=False)

@@ -568,7 +568,7 @@ def test_cross_against_fp64(name, size, keeps):
         kl.cross(
             product_NV[:, c], None if bias_V is None else bias_V[c], ref_product_NV[:, c],
             None if ref_bias_V is None else ref_bias_V[c], shape.head, partials.shift_KN[k],
-            cross_KN[k], *((target_N, v0, stash_NV[:, c]) if keeps else ()),
+            cross_KN[k], (target_N, v0, stash_NV[:, c]) if keeps else None,
         )  # fmt: skip
     e_NV = (ref_z_NV - partials.shift_KN.repeat_interleave(width, 0)[:V].T.double()).exp()
     terms_NV = torch.where(e_NV > 0, e_NV * (ref_z_NV - z_NV), 0.0)

@@ -210,6 +210,7 @@ def test_the_defaults_are_trls():
     defaults = {name: x.default for name, x in signature(make_objective).parameters.items()}
     for name in (*USED, "loss_weights", "discopop_tau"):
         assert DEFAULTS[name] == defaults[name], name
+    cpo: dict[str, Any]
     cpo, orpo = (
         {x.name: x.default for x in dataclasses.fields(config)}
         for config in (CPOConfig, ORPOConfig)
