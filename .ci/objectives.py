@@ -1,11 +1,14 @@
 """The tables of objectives in ``fastdpo/loss/README.md``, from what they say of themselves."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+from bench.losses import newest_costs
 from fastdpo.loss.choices import CHOICES, NOTATION, make_objective
 from fastdpo.loss.examples import BaseObjective
 
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 # What a method of the literature is here, where that is more than a name.
 METHODS: list[tuple[str, dict[str, Any], str]] = [
     ("R-DPO, iLR-DPO", {"alpha": 0.01}, "arXiv 2403.19159, eq. 9; 2406.11817"),
@@ -94,11 +97,14 @@ def rows(cells: list[list[str]]) -> str:
 def tables() -> str:
     """Markdown: notation, objectives, methods."""
     head = ["objective", "of", "formula", "source", "needs", "route", "options beside `beta`"]
+    costs = newest_costs(sorted(RESULTS.glob("*losses*.jsonl")))
+    head += ["x DPO"] if costs else []
     cells = [head, ["---"] * len(head)]
     for name, choice in CHOICES.items():
         objective = choice.build()
         options = ", ".join(shortened(choice.options))
         facts = [choice.formula, choice.source, needs(objective), route(objective), options]
+        facts += [f"{costs[name]:.2f}" if name in costs else ""] if costs else []
         cells.append([f"`{name}`", objective.shape, *facts])
     methods = [["method", "options", "source"], ["---"] * 3]
     for name, options, source in METHODS:
