@@ -46,7 +46,7 @@ from fastdpo.data.records import Candidate, RankedRow
 from fastdpo.data.rows import example_rows, preference_rows, prompt_rows, read_rows
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, DataError
-from fastdpo.loss.choices import make_objective
+from fastdpo.loss.choices import CHOICES, make_objective
 from fastdpo.model.load import load_tokenizer
 from fastdpo.model.logps import load_packed, pair_logps, response_logps
 from fastdpo.sample.config import SampleConfig
@@ -159,7 +159,11 @@ def read_run(text: str) -> tuple[str, dict[str, Any]]:
 def command_of(args: argparse.Namespace, text: str, folder: Path) -> tuple[str, TrainCommand]:
     """The shape of an objective's examples, and its options of `fastdpo train`."""
     name, options = read_run(text)
-    shape = make_objective(name).shape
+    known = CHOICES[name].options if name in CHOICES else ()
+    objective = make_objective(name, **{x: options[x] for x in options if x in known})
+    shape, cache = objective.shape, {}
+    if objective.needs_reference and not objective.needs_kl:  # which has no sums to keep
+        cache["reference_cache"] = str(args.out / "ref_logps")
     per_prompt = 2 if shape == "singles" else 1
     return shape, TrainCommand(
         **{
@@ -173,11 +177,11 @@ def command_of(args: argparse.Namespace, text: str, folder: Path) -> tuple[str, 
             "batch_size": args.batch_size * per_prompt,
             "max_length": args.max_length,
             "max_tokens": args.max_tokens,
-            "reference_cache": str(args.out / "ref_logps"),
             "gradient_checkpointing": False,
             "bf16": fast_bf16(),
             "save_steps": sys.maxsize,
             "seed": args.seed,
+            **cache,
             **options,
         }
     )
