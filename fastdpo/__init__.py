@@ -20,6 +20,7 @@ __all__ = [
     "linear_logp",
     "linear_logp_kl",
     "linear_preference_loss",
+    "make_objective",
     "objectives",
     "reference",
 ]

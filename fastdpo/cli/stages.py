@@ -304,7 +304,8 @@ def run_pair(config: PairCommand) -> None:
     )
     for reason, count in summary["dropped"].items():
         print(f"dropped {count}: {reason}")
-    print(f"{summary['pairs']} pairs: {config.output}")
+    what = "lists" if config.makes_lists else "pairs"
+    print(f"{summary[what]} {what}: {config.output}")
 
 
 def run_train(config: TrainCommand) -> None:

@@ -18,10 +18,15 @@ COUNTS = ("weight", "label_smoothing", "margin")
 _RANGES = {"weight": (0.0, float("inf")), "label_smoothing": (0.0, 1.0)}
 
 
-def text_column(row: dict[str, Any], column: str, *, may_be_empty: bool = False) -> Text:
-    """A string or list of messages."""
+def require_column(row: dict[str, Any], column: str) -> None:
+    """Refuse a row without the column."""
     if column not in row:
         raise DataError(f"column {column!r} is missing; it has {sorted(row)}. Add it.")
+
+
+def text_column(row: dict[str, Any], column: str, *, may_be_empty: bool = False) -> Text:
+    """A string or list of messages."""
+    require_column(row, column)
     return _text(row[column], column, may_be_empty=may_be_empty)
 
 
@@ -168,6 +173,7 @@ def _message_problem(message: Any) -> str | None:
 
 def _list_column(row: dict[str, Any], column: str) -> list[Any]:
     """A list, as it is or as JSON."""
+    require_column(row, column)
     value = _parsed(row, column)
     if not isinstance(value, list):
         raise DataError(f"{column} is {_kind(value)}. Write a list, or a list as JSON.")

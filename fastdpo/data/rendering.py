@@ -146,14 +146,19 @@ class Renderer:
         """Tokens known to end a response, and the first row that ends in each."""
         return {x: "" for x in [self.tokenizer.eos_token_id] if x is not None}
 
-    def ids(self, text: Text, options: dict[str, Any], **extra: bool) -> list[int]:
+    def ids(
+        self, text: Text, options: dict[str, Any], *, rendered: bool = False, **extra: bool
+    ) -> list[int]:
         """Ids of a string, or of messages through the chat template with `options`.
 
-        One beginning token at most; of a string no end token but its own.
+        One beginning token at most, and of a `rendered` string its own; of a string no end token
+        but its own.
         """
         if isinstance(text, str):
             encoded = self._call(lambda: self.tokenizer(text=text, add_special_tokens=False))
             ids = encoded["input_ids"]
+            if rendered:
+                return self._begun_once(ids)
             return ids if starts_with(ids, self.prefix) else self.prefix + ids
         encoded = self._template(text, options, tokenize=True, return_dict=True, **extra)
         ids = self._begun_once(encoded["input_ids"])
@@ -167,23 +172,16 @@ class Renderer:
                 )
         return ids
 
-    def continued(self, row: Prompted) -> tuple[list[int], list[list[int]]]:
-        """Ids of a prompt with the `prefix` of its answer, and of that with each response.
+    def opened(self, row: Prompted) -> Prompted:
+        """A row whose responses go on after a `prefix`, with all before them as one text.
 
-        What a template renders of the prompt is text before the prefix, as it is when a model goes
-        on with its own answer: no turn ends in between, and the template changes nothing of it.
+        A template renders the prompt alone, as it does before a model goes on with its own answer:
+        no turn ends in between, and the template changes nothing of the answer.
         """
-        chat, opening = isinstance(row.prompt, list), row.prompt
-        if chat:
-            opening = self._text(row, row.prompt, add_generation_prompt=True)
-        opened = replace(row, prompt=f"{opening}{row.prefix}")
-        texts = [opened.prompt, *(self.join(opened, x) for x in row.responses.values())]
-        if not chat:
-            ids = [self.ids(text, {}) for text in texts]
-        else:  # begun as the template does, if at all
-            encoded = self._call(lambda: self.tokenizer(text=texts, add_special_tokens=False))
-            ids = [self._begun_once(x) for x in encoded["input_ids"]]
-        return ids[0], ids[1:]
+        opening = row.prompt
+        if isinstance(opening, list):
+            opening = self._text(row, opening, add_generation_prompt=True)
+        return replace(row, prompt=f"{opening}{row.prefix}")
 
     def _begun_once(self, ids: list[int]) -> list[int]:
         """Rendered ids with one beginning token, where template and message bring one each."""

@@ -39,6 +39,7 @@ from fastdpo.data.columns import (
     flag,
     numbers,
     others,
+    require_column,
     scores_column,
     text_column,
     texts_column,
@@ -345,8 +346,7 @@ def _labeled_row(row: dict[str, Any], where: str) -> LabeledRow:
     prompt = text_column(row, "prompt")
     completion = text_column(row, "completion", may_be_empty=True)
     _check_format(prompt, completion, "completion")
-    if "label" not in row:
-        raise DataError(f"column 'label' is missing; it has {sorted(row)}. Add it.")
+    require_column(row, "label")
     return LabeledRow(
         where, prompt, completion, flag(row, "label"), **_rest(row, "completion", "label")
     )

@@ -302,10 +302,10 @@ def _split(row: TextRow, renderer: Renderer, *, as_chat: bool) -> _Split | str:
     for given in row.prompted:
         asked = _as_chat(given, renderer.tokenizer) if as_chat else given
         with placed(row.where):
-            prompt, sides = _rendered(asked, renderer)
+            whole, prompt, sides = _rendered(asked, renderer)
             start = min(common_prefix_length(prompt, side) for side in sides)
             found = [
-                renderer.checked(asked, name, prompt, side[start:])
+                renderer.checked(whole, name, prompt, side[start:])
                 for name, side in zip(asked.responses, sides)
             ]
         responses = [ids for ids, _ in found]
@@ -321,13 +321,15 @@ def _split(row: TextRow, renderer: Renderer, *, as_chat: bool) -> _Split | str:
     return split
 
 
-def _rendered(row: Prompted, renderer: Renderer) -> tuple[list[int], list[list[int]]]:
-    """The ids of a prompt alone, and those of it with each of its responses."""
+def _rendered(row: Prompted, renderer: Renderer) -> tuple[Prompted, list[int], list[list[int]]]:
+    """What is rendered, the ids of its prompt alone, and those of it with each of its responses."""
+    rendered, options = False, options_of(row)
     if row.prefix is not None:
-        return renderer.continued(row)
-    options, texts = options_of(row), row.responses.values()
-    prompt = renderer.ids(row.prompt, options, add_generation_prompt=True)
-    return prompt, [renderer.ids(renderer.join(row, text), options) for text in texts]
+        rendered = isinstance(row.prompt, list)
+        row = renderer.opened(row)
+    texts = [renderer.join(row, text) for text in row.responses.values()]
+    prompt = renderer.ids(row.prompt, options, rendered=rendered, add_generation_prompt=True)
+    return row, prompt, [renderer.ids(text, options, rendered=rendered) for text in texts]
 
 
 def _as_chat(row: Prompted, tokenizer: "PreTrainedTokenizerBase") -> Prompted:

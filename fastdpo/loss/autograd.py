@@ -135,13 +135,14 @@ class LinearPreference(torch.autograd.Function):
     @staticmethod
     @_plain_precision
     def forward(ctx, h_TD, w_VD, bias_V, call: Call, scoring: Scoring):  # type: ignore[override]
-        ctx.call, ctx.grads, ctx.coef_N = call, None, None
+        ctx.call, ctx.grads, ctx.share = call, None, None
         if call.plan.route == "grouped":
             loss, logp_S, ref_S, ctx.grads = grouped_pass(call, scoring, h_TD, w_VD, bias_V)
             ctx.save_for_backward(h_TD, w_VD, bias_V)
         else:
             _forward(ctx, call, h_TD, w_VD, bias_V)
-            loss, logp_S, ref_S, _, ctx.coef_N = score(call, scoring, call.blocks)
+            ctx.share = score(call, scoring, call.blocks)
+            loss, logp_S, ref_S = ctx.share[:3]
         ctx.mark_non_differentiable(logp_S, ref_S)
         ctx.set_materialize_grads(False)  # the sums' would be cleared for nothing
         return _returned(loss, h_TD, scoring), logp_S, ref_S
@@ -156,7 +157,10 @@ class LinearPreference(torch.autograd.Function):
         if ctx.grads is not None:
             grads = rounded(call, ctx.grads, saved[0].dtype, dloss)
         else:
-            grads = token_backward(call, saved[:4], ctx.coef_N, dloss, reuse=_is_last_backward())
+            coef_N, kl_coef_N = ctx.share.coef_N, ctx.share.kl_coef_N
+            grads = token_backward(
+                call, saved[:4], coef_N, dloss, kl_coef_N=kl_coef_N, reuse=_is_last_backward()
+            )
         _free_unless_retained(ctx)
         return *grads, None, None
 

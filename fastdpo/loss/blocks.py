@@ -5,7 +5,7 @@ Legend: N rows of a block, T hidden rows, D hidden, V vocabulary, C a vocabulary
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -46,6 +46,10 @@ class Tokens(NamedTuple):
     h_ND: Tensor
     target_N: Tensor
 
+    def rows(self, rows: slice) -> "Tokens":
+        """Some of them."""
+        return Tokens(self.h_ND[rows], self.target_N[rows])
+
 
 class Shares(NamedTuple):
     """How the probabilities of policy and reference are mixed in a token's gradient.
@@ -72,8 +76,9 @@ class Shares(NamedTuple):
         ones_N = torch.ones_like(like_N)
         return cls(-ones_N, ones_N)
 
-    def rows(self, start: int, stop: int) -> "Shares":
-        return Shares(self.own_N[start:stop], self.ref_N[start:stop])
+    def rows(self, rows: slice) -> "Shares":
+        """Those of some tokens."""
+        return Shares(self.own_N[rows], self.ref_N[rows])
 
 
 class TokenRows(NamedTuple):
@@ -152,6 +157,7 @@ class Block:
     ref_logp_N: Tensor | None = None
     ref_lse_N: Tensor | None = None
     ref_own_N: Tensor | None = None
+    ref_max_KN: Tensor | None = None  # until a stash is mixed
 
     def own(self, shares: Shares | None) -> Tensor:
         """The target's entry of the gradient whose other ones ``shares`` mix."""
@@ -159,6 +165,16 @@ class Block:
             return self.own_N
         assert self.ref_own_N is not None
         return shares.own_N * self.own_N + shares.ref_N * self.ref_own_N
+
+    @classmethod
+    def joined(cls, parts: "list[Block]", tokens: Tokens, stash: Any) -> "Block":
+        """Blocks that follow one another as one, with the stash that they share."""
+        span = parts[0].span[0], parts[-1].span[1]
+        names = [f.name for f in fields(cls) if f.name not in ("span", "tokens", "stash", "stats")]
+        columns = ([getattr(part, name) for part in parts] for name in names)
+        joined = {n: None if x[0] is None else torch.cat(x, -1) for n, x in zip(names, columns)}
+        stats = {n: torch.cat([part.stats[n] for part in parts]) for n in parts[0].stats}
+        return cls(span=span, tokens=tokens, stash=stash, stats=stats, **joined)  # type: ignore[arg-type]
 
     def free(self) -> None:
         """Let go of what only the backward reads and a whole call cannot keep."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import Block, Head, Needs, TokenRows
+from .blocks import Block, Head, Needs, Shares, TokenRows
 from .checks import check_losses
 from .examples import BaseObjective, Examples
 from .plan import Plan
@@ -72,6 +72,7 @@ class Call:
     stats: frozenset[str] = frozenset()
     ref: tuple[Tensor, Tensor, Tensor | None] | None = None  # hidden rows, weight and bias
     of_kl: bool = False  # tokens have a KL to the reference, not a log-prob
+    shares: Shares | None = None  # of a log-prob and a known multiple of the KL, a token
     blocks: list[Block] = field(default_factory=list)
 
     def open(self, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Any:
@@ -190,17 +191,20 @@ class Scoring:
         check_losses(loss_P, self.count)
         return (loss_P * self.weight_P).sum() / self.num_pairs
 
-    def loss_and_slope(self, sums: Sums) -> tuple[Tensor, Tensor]:
-        """The loss, and its derivative by each sequence's sum of log-probs."""
+    def loss_and_slopes(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss, and its derivatives by each sequence's sums of log-probs and of KLs."""
         with torch.enable_grad():
-            leaf_S = sums.logp_S.detach().double().requires_grad_()
-            loss = self.loss(sums._replace(logp_S=leaf_S))
+            leaf_S, kl_S = sums.logp_S.detach().double().requires_grad_(), sums.kl_S
+            if kl_S is not None:
+                kl_S = kl_S.detach().double().requires_grad_()
+            loss = self.loss(sums._replace(logp_S=leaf_S, kl_S=kl_S))
             if not loss.requires_grad:
                 raise ValueError(
                     "objective must return a function of the log-ratios; it has no gradient"
                 )
-            (slope_S,) = torch.autograd.grad(loss, leaf_S)
-        return loss.detach(), slope_S
+            leaves = [leaf_S] if kl_S is None else [leaf_S, kl_S]
+            slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return loss.detach(), slopes[0], None if kl_S is None else slopes[1]
 
 
 def join(parts: list[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
-from . import lists, singles
+from . import lists, singles, tokens
 from . import objectives as of
 from .checks import require_number
 from .combined import Sum
@@ -36,7 +36,8 @@ NOTATION = """\
 `c`, `r`: log-ratio `log π(y|x) - log π_ref(y|x)` of the chosen and of the rejected response, summed
 over its tokens; `nw`, `nl` their tokens; `d = c - r`; `z = β d + α (nw - nl) - target_margin + m`
 with the pair's own margin `m`; `ε` the probability that the label is flipped; `σ` the logistic
-function; `lw`, `ll` log-probs of the policy alone.
+function; `lw`, `ll` log-probs of the policy alone; `Kw`, `Kl` the sums of `KL(π_ref ‖ π)` of the
+next token at each token of a response.
 
 Of a list, in the order of its scores `ψ_1 ≥ ψ_2 ≥ ...`: `s_i = β · log-ratio + α · tokens`, `p_i`
 the mean log-prob of a response's tokens, `lp_1` the sum of the best one's. Of a single response:
@@ -118,6 +119,14 @@ CHOICES: dict[str, Choice] = {
     "preference_score": Choice(
         of.preference_score, ("ld_alpha",), "½ (c - sw/β)² + ½ (r - sl/β)², preference scores s",
         "our name; after GPO, arXiv 2410.02197",
+    ),
+    "tdpo1": Choice(
+        tokens.tdpo1, ("alpha",), "-log σ(z), d = c - r - (Kl - Kw)", "TDPO, arXiv 2404.11999"
+    ),
+    "tdpo2": Choice(
+        tokens.tdpo2, ("alpha", "tdpo_alpha"),
+        "-log σ(z), d = c - r - tdpo_alpha (Kl - Kw), Kw without a gradient",
+        "TDPO, arXiv 2404.11999",
     ),
     "lipo_lambda": Choice(
         lists.lipo_lambda, ("alpha",),

@@ -53,12 +53,13 @@ class Sum(BaseObjective):
         shifts = {shift for shift in self._all("shift_is") if shift is not None}
         if len(shifts) > 1 or (self.needs_prompt and not self._same_mean()):
             raise ValueError(f"{self.name} cannot be summed: their losses share different means")
-        normalized = set(self._all("length_normalized"))
+        normalized, shares = (set(self._all(x)) for x in ("length_normalized", "kl_shares"))
         _set(
             self,
             shift_is=next(iter(shifts), None),
             by_margin=all(self._all("by_margin")) and len(normalized) == 1,
             length_normalized=normalized == {True},
+            kl_shares=shares.pop() if len(shares) == 1 else None,
             alpha=max(self._all("alpha"), key=abs),
         )
 

@@ -5,7 +5,7 @@ Legend as in `ops`.
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from . import checks
 from .autograd import LinearPreference, LinearTokens, LinearTokensKL, plainly, score_only
-from .blocks import Needs
+from .blocks import Needs, Shares
 from .call import Call, ExampleInputs, HeadInputs, Scoring, collect, join
 from .checks import IGNORE
 from .examples import BaseObjective, nth, sizes_of
 from .objectives import as_objective
-from .passes import forward_blocks, tail_weights
+from .passes import forward_blocks, sequence_sums, tail_weights
 from .plan import MIB, default_workspace_mib, make_plan
-from .result import PreferenceLoss, metrics_of
+from .result import PreferenceLoss, kl_metrics, metrics_of
 from .streaming import Streamer
 
 
@@ -86,11 +86,14 @@ def _of_both_heads(given: HeadInputs, fused: bool) -> Call:
     ref = _require_reference(given)
     call = make_call(given, fused=fused)
     call.ref, call.stats = ref, frozenset({"kl_ref"})
-    # Nothing is kept: any upstream gradient may come, and a difference of two softmaxes needs both
-    # log-sum-exps first.
+    _keep_nothing(call)
+    return call
+
+
+def _keep_nothing(call: Call) -> None:
+    """Let the backward recompute: a row is a mixture of two distributions with unknown shares."""
     route, plan = "recompute" if any(call.needs) else "forward", call.plan
     call.plan = replace(plan, route=route, grad_tile_bytes=plan.tile_bytes)
-    return call
 
 
 def _require_reference(given: HeadInputs) -> Any:
@@ -128,13 +131,22 @@ def preference(
     known = fused and objective.code is not None
     P = len(firsts) - 1
     values = _check_values(objective, inputs, S, P, given.h_TD.device, not known)
+    shares = objective.kl_shares
+    mixes = shares is not None and set(sizes_of(firsts)) == {len(shares)}
     call = make_call(
         given, edges, firsts, fused=fused, splits=not objective.couples,
-        unit_buffers=1 if objective.by_margin else min(2, max(sizes_of(firsts))),
+        unit_buffers=1 if objective.by_margin else min(2, max(sizes_of(firsts))), mixes=mixes,
     )  # fmt: skip
-    call.ref, call.stats = ref, stats - {"logp"} | _STATS_OF[objective.needs_alignment]
+    call.ref, call.stats = ref, stats - {"logp"} | _stats_of(objective)
+    if mixes:
+        call.shares = _known_shares(call, objective, given.h_TD.dtype)
+    elif objective.needs_kl:
+        _keep_nothing(call)
     weighs = objective.ld_alpha is not None
-    bounds_S1, lengths_S = _lengths(call, not known or weighs or objective.length_normalized)
+    # A long example's tokens have their signs before the kernel has seen their number.
+    units = call.plan.route == "grouped" and any(group.unit for group in call.plan.groups)
+    by_length = objective.length_normalized and units
+    bounds_S1, lengths_S = _lengths(call, not known or weighs or by_length)
     ref_S = None if inputs.ref_logp_S is None else inputs.ref_logp_S.contiguous()
     scoring = Scoring(
         objective, call.edges, firsts, bounds_S1, lengths_S, ref_S, **values, shift=inputs.shift
@@ -149,6 +161,9 @@ def preference(
         scoring.lengths_S = join([result.lengths_S for result in scoring.results])
     entries = {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": scoring.lengths_S}
     metrics, counts = metrics_of(scoring, logp_S, ref_S)
+    if objective.needs_kl:
+        kl_N = join([block.stats["kl_ref"] for block in call.blocks])
+        metrics |= kl_metrics(scoring, sequence_sums(kl_N, scoring, torch.float64))
     return PreferenceLoss(entries, metrics, _stats(call, stats), call.plan, counts)
 
 
@@ -156,8 +171,20 @@ def _differentiably(call: Call, scoring: Scoring, *tensors: Tensor | None) -> An
     return LinearPreference.apply(*tensors, call, scoring)
 
 
-# What objectives need of each token that are, or are not, about the policy's own responses.
-_STATS_OF = {True: frozenset({"log_sum_sq_probs"}), False: frozenset()}
+def _stats_of(objective: BaseObjective) -> set[str]:
+    """Statistics of each token that an objective needs."""
+    needs = {"log_sum_sq_probs": objective.needs_alignment, "kl_ref": objective.needs_kl}
+    return {name for name, needed in needs.items() if needed}
+
+
+def _known_shares(call: Call, objective: BaseObjective, dtype: torch.dtype) -> Shares:
+    """How policy and reference are mixed in each token's gradient, without a synchronization."""
+    assert objective.kl_shares is not None
+    acc = torch.promote_types(dtype, torch.float32)
+    ref_N = torch.empty(call.target_N.shape, dtype=acc, device=call.target_N.device)
+    for (start, stop), share in zip(pairwise(call.edges), cycle(objective.kl_shares)):
+        ref_N[start:stop].fill_(share)
+    return Shares(1 - ref_N, ref_N)
 
 
 def _stats(call: Call, wanted: frozenset[str]) -> dict[str, Tensor]:
@@ -232,6 +259,12 @@ def _check_reference(
                     "reference; leave it out"
                 )
         return None
+    if objective.needs_kl and (ref_logp_S is not None or given.ref_h_TD is None):
+        raise ValueError(
+            f"objective {checks.name_of(objective)} reads the KL to the reference over the whole "
+            "vocabulary, which ref_logp_S, sums of log-probs, cannot give: pass the reference's "
+            "hidden rows and head as ref_h_TD and ref_w_VD, without ref_logp_S"
+        )
     if (ref_logp_S is None) == (given.ref_h_TD is None):
         raise ValueError("pass the reference either as ref_logp_S or as ref_h_TD with ref_w_VD")
     if given.ref_h_TD is not None:
@@ -299,6 +332,7 @@ def make_call(
     fused: bool,
     splits: bool = True,
     unit_buffers: int = 1,
+    mixes: bool = False,
 ) -> Call:
     """Leave ignored targets out where that costs no synchronization, and plan the call.
 
@@ -341,6 +375,7 @@ def make_call(
         unit_buffers=unit_buffers,
         fused_itemsize=h_TD.itemsize if fused else None,
         gathered=rows_N is not None,
+        mixes=mixes,
     )
     return Call(
         given.scale, given.softcap, rows_N, target_N, keep_N, num_targets, needs, plan,

@@ -93,6 +93,8 @@ class BaseObjective:
         needs_reference: whether it reads ``ref_logp_S``; if not, no reference is computed.
         needs_scores: whether it reads ``scores_S``, which must then be there.
         needs_kl: whether it reads ``kl_S``, which needs the reference as a model.
+        kl_shares: what a unit of KL counts beside one of log-prob in the gradient, for the
+            sequences of an example in turn; None if that is not known beforehand.
         needs_alignment: whether it reads ``alignment_S``.
         couples: whether the loss of an example depends on the other examples of the step, so that
             `losses` must be given all of them.
@@ -118,6 +120,7 @@ class BaseObjective:
     needs_reference: bool = True
     needs_scores: bool = False
     needs_kl: bool = False
+    kl_shares: tuple[float, ...] | None = None
     needs_alignment: bool = False
     couples: bool = False
     shift_is: Shift = None

@@ -86,6 +86,7 @@ class ListObjective(BaseObjective):
 
     Attributes:
         needs_ranks: whether scores must rank the list, without ties.
+        by_order: whether scores enter by their order alone.
         max_score: the largest score whose gain is of use.
     """
 
@@ -95,6 +96,7 @@ class ListObjective(BaseObjective):
     alpha: float = 0.0
     needs_reference: bool = True
     needs_ranks: bool = False
+    by_order: bool = False
     max_score: float = math.inf
     needs_scores: bool = True
     shape: ClassVar[Shape] = "lists"
@@ -257,7 +259,7 @@ def ranknet(beta: float = 0.1, alpha: float = 0.0) -> ListObjective:
     ``sum over psi_i > psi_j of log(1 + exp(-(r_i - r_j)))``, and for tied scores the cross-entropy
     with a target of 1/2, which draws their rewards together.
     """
-    return ListObjective("ranknet", _ranknet, beta, alpha)
+    return ListObjective("ranknet", _ranknet, beta, alpha, by_order=True)
 
 
 def skip_ranknet(beta: float = 0.1, alpha: float = 0.0, max_skip: int = 1) -> ListObjective:
@@ -274,8 +276,9 @@ def skip_ranknet(beta: float = 0.1, alpha: float = 0.0, max_skip: int = 1) -> Li
     if max_skip < 1:
         raise ValueError(f"max_skip must be >= 1, got {max_skip}")
     return ListObjective(
-        "skip_ranknet", partial(_skip_ranknet, max_skip=max_skip), beta, alpha, needs_ranks=True
-    )
+        "skip_ranknet", partial(_skip_ranknet, max_skip=max_skip), beta, alpha,
+        needs_ranks=True, by_order=True,
+    )  # fmt: skip
 
 
 def plackett_luce(beta: float = 0.1, alpha: float = 0.0) -> ListObjective:
@@ -284,7 +287,8 @@ def plackett_luce(beta: float = 0.1, alpha: float = 0.0) -> ListObjective:
     ``- sum over k < n of log(exp(r_k) / sum over j >= k of exp(r_j))``, with the responses in the
     order of their scores.
     """
-    return ListObjective("plackett_luce", _plackett_luce, beta, alpha, needs_ranks=True)
+    options = {"needs_ranks": True, "by_order": True}
+    return ListObjective("plackett_luce", _plackett_luce, beta, alpha, **options)
 
 
 def pro(beta: float = 0.1, pro_sft_weight: float = 0.05) -> ListObjective:

@@ -31,6 +31,7 @@ class Share(NamedTuple):
     ref_logp_S: Tensor
     slope_S: Tensor | None
     coef_N: Tensor | None
+    kl_coef_N: Tensor | None = None  # where it is not a known multiple of the other
 
 
 def score(call: Call, scoring: Scoring, blocks: list[Block], *, slopes: bool = True) -> Share:
@@ -46,8 +47,10 @@ def score(call: Call, scoring: Scoring, blocks: list[Block], *, slopes: bool = T
         sums = _sums(call, scoring, blocks, logp_N, ref_logp_N)
         if not slopes:
             return Share(scoring.loss(sums), *sums[:2], None, None)
-        loss, slope_S = scoring.loss_and_slope(sums)
+        loss, slope_S, kl_slope_S = scoring.loss_and_slopes(sums)
         share = Share(loss, *sums[:2], slope_S, _per_token(slope_S, scoring.sizes))
+        if kl_slope_S is not None and call.shares is None:
+            share = share._replace(kl_coef_N=_per_token(kl_slope_S, scoring.sizes))
     if weight_N is not None and share.coef_N is not None:
         share = share._replace(coef_N=share.coef_N * weight_N)
     return share
@@ -73,7 +76,9 @@ def _sums(
 ) -> Sums:
     """What the objective reads of each sequence, by a kernel in one launch."""
     dtype, ref_S = scoring.sum_dtype(logp_N.dtype), scoring.ref_logp_S
-    gap_N = None
+    gap_N = kl_S = None
+    if scoring.objective.needs_kl:
+        kl_S = sequence_sums(join([block.stats["kl_ref"] for block in blocks]), scoring, dtype)
     if scoring.objective.needs_alignment:  # zero where a target is ignored
         squares_N = join([block.stats["log_sum_sq_probs"] for block in blocks])
         gap_N = collect(blocks, "logp_N").double() - squares_N
@@ -84,12 +89,18 @@ def _sums(
             logp_N, _targets(call, scoring), _bounds(scoring), dtype, ref_logp_S=ref_S,
             ref_logp_N=ref_logp_N, gap_N=gap_N,
         )  # fmt: skip
-        return Sums(found.logp_S, found.ref_logp_S, None, found.gap_S)
-    logp_S = _sum(logp_N, scoring, dtype)
+        return Sums(found.logp_S, found.ref_logp_S, kl_S, found.gap_S)
+    logp_S = sequence_sums(logp_N, scoring, dtype)
     if ref_S is None:
-        ref_S = torch.zeros_like(logp_S) if ref_logp_N is None else _sum(ref_logp_N, scoring, dtype)
-    alignment_S = None if gap_N is None else _sum(gap_N, scoring, gap_N.dtype) / scoring.lengths_S
-    return Sums(logp_S, ref_S, None, alignment_S)
+        ref_S = (
+            torch.zeros_like(logp_S)
+            if ref_logp_N is None
+            else sequence_sums(ref_logp_N, scoring, dtype)
+        )
+    alignment_S = (
+        None if gap_N is None else sequence_sums(gap_N, scoring, gap_N.dtype) / scoring.lengths_S
+    )
+    return Sums(logp_S, ref_S, kl_S, alignment_S)
 
 
 def tail_weights(target_N: Tensor, scoring: Scoring) -> Tensor:
@@ -118,7 +129,7 @@ def _bounds(scoring: Scoring) -> Tensor:
     return scoring.bounds_S1 - start if start else scoring.bounds_S1
 
 
-def _sum(x_N: Tensor, scoring: Scoring, dtype: torch.dtype) -> Tensor:
+def sequence_sums(x_N: Tensor, scoring: Scoring, dtype: torch.dtype) -> Tensor:
     """Over each sequence."""
     return torch.stack([part.sum(dtype=dtype) for part in x_N.split(scoring.sizes)])
 
@@ -132,7 +143,8 @@ def _per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
 def _run_block(call: Call, streamer: Any, span: tuple[int, int], *, keep: bool) -> Block:
     """Forward of one block, which is left in ``call``."""
     ref = call.open_reference()
-    block = streamer.forward(span, keep=keep, stats=call.stats, ref=ref)
+    shares = None if call.shares is None else call.shares.rows(slice(*span))
+    block = streamer.forward(span, keep=keep, stats=call.stats, ref=ref, shares=shares)
     call.blocks.append(block)
     return block
 
@@ -187,7 +199,7 @@ def token_backward(
             call.blocks[0], coef_N, into, add=False, whole=True, upstream=upstream
         )
     else:
-        shares = Shares.of_kl(coef_N) if call.of_kl else None
+        shares = Shares.of_kl(coef_N) if call.of_kl else call.shares
         if kl_coef_N is not None:
             coef_N, shares = Shares.of(coef_N, kl_coef_N)
         ref = call.open_reference() if shares is not None else None

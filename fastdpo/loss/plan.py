@@ -34,6 +34,7 @@ ACCUMULATOR_SHARE = 4
 _VOCAB_CHUNK = 1024
 # An fp32 tile: smaller ones make slow products, and their folds are launches more than work.
 _TILE_BYTES = 64 * MIB
+_MIXED_ROWS = 512
 _TILE_SHARE = 4  # at most one part in so many of the workspace
 
 
@@ -72,6 +73,8 @@ class Plan:
     recompute.  ``tile_bytes`` of the workspace are the kernels' fp32 tiles of logits, and
     ``grad_tile_bytes`` those of the head's gradient, which is made when there are no others.
     ``in_place`` says that a frozen head's unit gradients lie in the memory of the gradient.
+    ``mixed_rows`` at a time have a stash of the reference beside their own, where the two are mixed
+    into one; 0 where they are not.
     """
 
     route: str
@@ -82,6 +85,7 @@ class Plan:
     tile_bytes: int = 0
     grad_tile_bytes: int = 0
     in_place: bool = False
+    mixed_rows: int = 0
 
     @property
     def spans(self) -> Iterator[tuple[int, int]]:
@@ -97,6 +101,14 @@ class _Space(NamedTuple):
     fixed_bytes: int  # of the workspace, whatever the rows
     scratch_row_bytes: int  # in the backward, beside the workspace
     fused: bool
+    mixed_rows: int = 0  # that have a second stash for a moment
+
+    def mixing(self, workspace_bytes: int) -> "_Space":
+        """The same with a second stash of some rows: enough for products of a good size."""
+        enough = min(workspace_bytes // 4, _MIXED_ROWS * self.row_bytes)
+        rows = max(1, max(workspace_bytes // 8, enough) // self.row_bytes)
+        fixed_bytes = self.fixed_bytes + rows * self.row_bytes
+        return self._replace(mixed_rows=rows, fixed_bytes=fixed_bytes)
 
 
 def _torch_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
@@ -117,6 +129,18 @@ def _fused_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
     return _Space(V, stash + sums, stash, tile, (4 + itemsize) * D, fused=True)
 
 
+def _space(
+    D: int, V: int, itemsize: int, workspace_bytes: int, fused_itemsize: int | None, mixes: bool
+) -> tuple[_Space, int]:
+    """How a call divides its workspace, and the kernels' part of it for tiles."""
+    if fused_itemsize is None:
+        space, tile_bytes = _torch_space(D, V, itemsize, workspace_bytes), 0
+    else:
+        space = _fused_space(D, V, fused_itemsize, workspace_bytes)
+        tile_bytes = space.fixed_bytes
+    return space.mixing(workspace_bytes) if mixes else space, tile_bytes
+
+
 def _capacity(space: _Space, V: int, workspace_bytes: int) -> int:
     """Rows that a workspace holds."""
     capacity = (workspace_bytes - space.fixed_bytes) // space.row_bytes
@@ -124,7 +148,8 @@ def _capacity(space: _Space, V: int, workspace_bytes: int) -> int:
         capacity -= capacity % 128  # whole tiles of a matrix product
     if capacity < 1:
         share = _TILE_SHARE / (_TILE_SHARE - 1) if space.fused else 1.0
-        needed = max(space.row_bytes + space.fixed_bytes, share * space.row_bytes) / MIB
+        rows_bytes = space.row_bytes * (2 if space.mixed_rows else 1)
+        needed = max(space.row_bytes + space.fixed_bytes, share * rows_bytes) / MIB
         raise ValueError(
             f"workspace_mib={workspace_bytes / MIB:g} is too small: one row of V={V} logits with "
             f"its tile of the head needs {needed:.3g} MiB"
@@ -147,6 +172,7 @@ def make_plan(
     unit_buffers: int = 1,
     fused_itemsize: int | None = None,
     gathered: bool = True,
+    mixes: bool = False,
 ) -> Plan:
     """Plan a call on sequences ``bounds[s] : bounds[s + 1]``.
 
@@ -161,14 +187,13 @@ def make_plan(
         unit_buffers: head-sized buffers a long example needs: 1 for margin objectives, else 2.
         fused_itemsize: bytes of an operand where the kernels run the call, None for PyTorch.
         gathered: whether tokens name their hidden rows, whose gradients are then summed at the end.
+        mixes: whether what is kept of the policy is mixed with that of the reference.
 
     Raises:
         ValueError: the workspace does not hold one row of logits.
     """
-    if fused_itemsize is None:
-        space = _torch_space(D, V, itemsize, workspace_bytes)
-    else:
-        space = _fused_space(D, V, fused_itemsize, workspace_bytes)
+    space, tile_bytes = _space(D, V, itemsize, workspace_bytes, fused_itemsize, mixes)
+    grad_tile_bytes, chunk = tile_bytes, space.chunk
     capacity = _capacity(space, V, workspace_bytes)
     groups = _groups(bounds, firsts, capacity)
     splits = splits and all(g.examples != (0, 0) and (g.unit or len(g.spans) == 1) for g in groups)
@@ -199,19 +224,17 @@ def make_plan(
         route, accumulators = "recompute", h_bytes + itemsize * space.chunk * D
     else:
         route, accumulators = "recompute", tokens_bytes + space.scratch_row_bytes * rows
-    if not space.fused:
-        return Plan(route, groups, space.chunk, workspace_bytes, accumulators)
-    assert fused_itemsize is not None
-    # Tiles of logits come from the sizes alone, so that every route folds the same ones; those of
-    # the gradient take what its stash leaves.
-    tile_bytes = grad_tile_bytes = space.fixed_bytes
-    columns = (workspace_bytes - tile_bytes) // (fused_itemsize * rows)
-    chunk = min(V, columns // 256 * 256 or max(64, columns // 64 * 64))
-    if route != "recompute":
-        grad_tile_bytes = workspace_bytes - longest * space.stash_row_bytes
+    if fused_itemsize is not None:
+        # Tiles of logits come from the sizes alone, so that every route folds the same ones; those
+        # of the gradient take what its stash leaves.
+        columns = (workspace_bytes - tile_bytes) // (fused_itemsize * rows)
+        chunk = min(V, columns // 256 * 256 or max(64, columns // 64 * 64))
+        if route != "recompute":
+            grad_tile_bytes = workspace_bytes - longest * space.stash_row_bytes
     return Plan(
-        route, groups, chunk, workspace_bytes, accumulators, tile_bytes, grad_tile_bytes, in_place
-    )
+        route, groups, chunk, workspace_bytes, accumulators, tile_bytes, grad_tile_bytes, in_place,
+        space.mixed_rows,
+    )  # fmt: skip
 
 
 def _groups(bounds: list[int], firsts: Sequence[int] | None, capacity: int) -> tuple[Group, ...]:
@@ -219,7 +242,7 @@ def _groups(bounds: list[int], firsts: Sequence[int] | None, capacity: int) -> t
     if firsts is None and len(bounds) > 2:
         firsts = range(0, len(bounds), 2)
     if firsts is None:
-        return (Group((0, 0), tuple(_even_blocks(0, bounds[-1], capacity)), unit=False),)
+        return (Group((0, 0), tuple(even_blocks(0, bounds[-1], capacity)), unit=False),)
     groups: list[Group] = []
     first = 0
 
@@ -232,7 +255,7 @@ def _groups(bounds: list[int], firsts: Sequence[int] | None, capacity: int) -> t
         if bounds[s1] - bounds[s0] > capacity:
             close(example)
             parts = pairwise(bounds[s0 : s1 + 1])
-            spans = [block for part in parts for block in _even_blocks(*part, capacity)]
+            spans = [block for part in parts for block in even_blocks(*part, capacity)]
             groups.append(Group((example, example + 1), tuple(spans), unit=s1 - s0 <= 2))
             first = example + 1
         elif bounds[s1] - bounds[firsts[first]] > capacity:
@@ -242,7 +265,7 @@ def _groups(bounds: list[int], firsts: Sequence[int] | None, capacity: int) -> t
     return tuple(groups)
 
 
-def _even_blocks(start: int, stop: int, capacity: int) -> list[tuple[int, int]]:
+def even_blocks(start: int, stop: int, capacity: int) -> list[tuple[int, int]]:
     count = max(1, -(-(stop - start) // capacity))
     edges = [start + (stop - start) * i // count for i in range(count + 1)]
     return list(pairwise(edges))

@@ -124,6 +124,15 @@ def metrics_of(
     return {name: x.float() for name, x in zip(METRICS, values)}, counts
 
 
+@torch.no_grad()
+def kl_metrics(scoring: Scoring, kl_S: Tensor) -> dict[str, Tensor]:
+    """Means of the sequences' KL to the reference: ``kl/chosen`` and ``kl/rejected`` of pairs."""
+    if scoring.objective.shape != "pairs":
+        return {"kl/mean": kl_S.mean().float()}
+    sides = ("chosen", 0), ("rejected", 1)
+    return {f"kl/{side}": nth(kl_S, scoring.firsts, k).mean().float() for side, k in sides}
+
+
 class _Seen(NamedTuple):
     """What metrics say of each sequence, (S,) fp64."""
 

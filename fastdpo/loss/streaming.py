@@ -30,7 +30,7 @@ from .blocks import (
 )
 from .checks import IGNORE
 from .gemm import Products
-from .plan import Plan
+from .plan import Plan, even_blocks
 
 
 def _columns(target_N: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ class Streamer:
     """Runs a head over blocks of rows with the products and the chunk size of one call."""
 
     def __init__(self, head: Head, rows: TokenRows, needs: Needs, plan: Plan) -> None:
-        self.head, self.rows, self.needs = head, rows, needs
+        self.head, self.rows, self.needs, self.mixed_rows = head, rows, needs, plan.mixed_rows
         V, size = head.w_VD.shape[0], plan.vocab_chunk
         self.chunks = [(v0, min(v0 + size, V)) for v0 in range(0, V, size)]
         self.products = Products(head.w_VD.dtype, head.w_VD.device)
@@ -161,18 +161,60 @@ class Streamer:
         keep: bool,
         stats: frozenset[str] = frozenset(),
         ref: "Streamer | None" = None,
+        shares: Shares | None = None,
     ) -> Block:
         """Log-probs of a block; with ``keep`` also the stash its backward reads.
 
-        ``ref`` is the reference, streamed beside the policy.
+        ``ref`` is the reference, streamed beside the policy.  With ``shares`` the stash is that of
+        the mixtures, and a row's gradient that of ``logp + ref share * KL``.
         """
         tokens = self.tokens(span)
+        stash = Stash(tokens.target_N, self.chunks, self.acc_dtype) if keep else None
+        chunks = None if stash is None else stash.chunks
+        if chunks is None or shares is None or ref is None:
+            block = self._forward(span, tokens, stats, ref, chunks)
+        else:
+            parts = []
+            for start, stop in even_blocks(*span, self.mixed_rows):
+                rows = slice(start - span[0], stop - span[0])
+                own = [chunk[rows] for chunk in chunks]
+                some = tokens.rows(rows)
+                other = Stash(some.target_N, self.chunks, self.acc_dtype).chunks
+                part = self._forward((start, stop), some, stats, ref, own, other)
+                self._mix(part, shares.rows(rows), own, other)
+                parts.append(part)
+            block = Block.joined(parts, tokens, stash)
+        block.tokens, block.stash = (tokens, stash) if keep else (None, None)
+        return block
+
+    def _mix(
+        self, block: Block, shares: Shares, chunks: list[Tensor], ref_chunks: list[Tensor]
+    ) -> None:
+        """Turn what was kept of the policy's rows into mixtures of finished probabilities."""
+        assert block.ref_max_KN is not None and block.ref_lse_N is not None
+        own_KN = (block.max_KN - block.lse_N).exp_().mul_(shares.own_N)
+        ref_KN = (block.ref_max_KN - block.ref_lse_N).exp_().mul_(shares.ref_N)
+        for k, (kept_NC, ref_NC) in enumerate(zip(chunks, ref_chunks)):
+            kept_NC.mul_(own_KN[k][:, None]).addcmul_(ref_NC, ref_KN[k][:, None])
+        block.own_N, block.ref_max_KN = block.own(shares), None
+        block.max_KN = block.lse_N.expand_as(block.max_KN)  # what is kept has no shift
+
+    def _forward(
+        self,
+        span: tuple[int, int],
+        tokens: Tokens,
+        stats: frozenset[str],
+        ref: "Streamer | None",
+        chunks: list[Tensor] | None,
+        ref_chunks: list[Tensor] | None = None,
+    ) -> Block:
+        """The forward of some rows; exponentials are left in the chunks that are given."""
         target_N, K = tokens.target_N, len(self.chunks)
         h_blocks = self.products.inner_blocks(tokens.h_ND)
         ref_blocks = ref.products.inner_blocks(ref.tokens(span).h_ND) if ref else []
         fold = _Fold(target_N, K, self.acc_dtype, stats)
         ref_fold = _Fold(target_N, K if ref else 0, self.acc_dtype, frozenset())
-        stash = Stash(target_N, self.chunks, self.acc_dtype) if keep else None
+        keep = chunks is not None
         for k, (v0, v1) in enumerate(self.chunks):
             z_NC = self._logits(h_blocks, v0, v1)
             ref_z_NC = ref._logits(ref_blocks, v0, v1) if ref else None
@@ -180,13 +222,16 @@ class Streamer:
             if ref_z_NC is not None and "kl_ref" in stats:
                 difference_NC = ref_z_NC - z_NC
             slope_NC = self._slope(z_NC) if keep and self.head.softcap is not None else None
-            e_NC = fold.add(k, v0, z_NC, None if stash is None else stash.chunks[k])
+            e_NC = fold.add(k, v0, z_NC, None if chunks is None else chunks[k])
             if ref_z_NC is not None:
-                e_ref_NC = ref_fold.add(k, v0, ref_z_NC)
+                ref_kept = None if ref_chunks is None else ref_chunks[k]
+                e_ref_NC = ref_fold.add(k, v0, ref_z_NC, ref_kept)
                 if difference_NC is not None:
                     # Both logits of a padded token may be -inf, whose difference is NaN.
                     terms_NC = torch.where(e_ref_NC > 0, e_ref_NC * difference_NC, 0.0)
                     fold.part["kl_ref"][k] = terms_NC.sum(1)
+                if ref_kept is not None and slope_NC is not None:
+                    e_ref_NC.mul_(slope_NC)
             if slope_NC is not None:
                 e_NC.mul_(slope_NC)
         logp_N = fold.logp()
@@ -195,14 +240,15 @@ class Streamer:
         if self.head.softcap is not None:
             target_slope_N = self._slope(fold.target_z_N)
             own_N *= target_slope_N
-        kept = tokens if keep else None
-        block = Block(span, kept, logp_N, fold.lse_N, fold.max_KN, stash, own_N)
+        block = Block(span, None, logp_N, fold.lse_N, fold.max_KN, None, own_N)
         block.stats = fold.finish_stats(ref_fold, self.head.w_VD.shape[0])
         if ref:
             block.ref_logp_N, block.ref_lse_N = ref_fold.logp(), ref_fold.lse_N
             block.ref_own_N = -torch.expm1(block.ref_logp_N)
             if target_slope_N is not None:
                 block.ref_own_N *= target_slope_N
+            if ref_chunks is not None:
+                block.ref_max_KN = ref_fold.max_KN
         return block
 
     def _dlogits(
@@ -327,7 +373,7 @@ class Streamer:
                     e_NC = self._probs(h_ND, k, block.max_KN[k])
                     g_NC = self._dlogits(block, e_NC, target_N, coef, k)
                 else:
-                    g_NC = self._mixture(h_ND, k, block, ref, shares.rows(*block.span))
+                    g_NC = self._mixture(h_ND, k, block, ref, shares.rows(slice(*block.span)))
                     g_NC *= (coef * -self.head.scale)[:, None]
                     if targets:
                         g_NC = self._without_targets(g_NC, target_N, k)
@@ -340,7 +386,7 @@ class Streamer:
         for block in blocks if targets else ():
             tokens = self.tokens(block.span)
             dh_ND = self._new_rows(tokens.h_ND)
-            own_N = block.own(None if shares is None else shares.rows(*block.span))
+            own_N = block.own(None if shares is None else shares.rows(slice(*block.span)))
             self._add_targets(tokens, own_N, coef_N[slice(*block.span)], dh_ND, into)
             if into.h is not None and dh_ND is not None:
                 self.add_rows(into.h, block.span, dh_ND)

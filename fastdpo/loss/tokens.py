@@ -8,13 +8,12 @@ P pairs, S = 2P sequences (2i chosen, 2i+1 rejected).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from .checks import require_number
 from .examples import BaseObjective, Examples
-from .objectives import SIGMOID
+from .formulas import softplus
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,9 @@ class TokenObjective(BaseObjective):
     kl_shares: tuple[float, float] = (1.0, 1.0)
     detached_chosen: float = 0.0
 
-    needs_kl: ClassVar[bool] = True  # type: ignore[misc]
-    takes_margin: ClassVar[bool] = True  # type: ignore[misc]
+    needs_kl = True
+    takes_margin = True
+    by_margin = True
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, low=0, open_low=True)
@@ -59,8 +59,7 @@ class TokenObjective(BaseObjective):
         d_P = d_P + self.detached_chosen * chosen_kl_P.detach()
         z_P = self.beta * d_P + x.margin_P
         z_P = z_P + self.alpha * (x.nth(x.lengths_S, 0) - x.nth(x.lengths_S, 1))
-        eps_P, f = x.smoothing_P, SIGMOID.f
-        return (1 - eps_P) * f(z_P, self.beta) + eps_P * f(-z_P, self.beta)
+        return (1 - x.smoothing_P) * softplus(-z_P) + x.smoothing_P * softplus(z_P)
 
 
 def tdpo1(beta: float = 0.1, alpha: float = 0.0) -> TokenObjective:

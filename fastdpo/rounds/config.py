@@ -238,6 +238,12 @@ class IterateConfig:
                 "evaluate.scorer=implicit would be another function every round; name another "
                 "evaluate.scorer, or set evaluate.heldout=0"
             )
+        compared = [spec for spec in scorers if spec.startswith("judge:")]
+        if compared and pair.transform == "win_rate":
+            raise ConfigError(
+                f"pair.transform=win_rate makes win rates of scores, but those of score.scorer="
+                f"{compared[0]} are win rates as they are; leave it out"
+            )
         if implicit and pair.transform_reference == "start":
             raise ConfigError(
                 "pair.transform_reference=start compares scores of several rounds, but "
@@ -291,8 +297,10 @@ class IterateConfig:
 
     @property
     def reads_scores(self) -> bool:
-        """Whether the loss reads the scores, and not only which response is the better one."""
-        return self.train.objective.needs_scores or any(map(self.train.uses, _SCORE_OPTIONS))
+        """Whether the loss reads the scores, and not only their order."""
+        objective = self.train.objective
+        by_value = objective.needs_scores and not getattr(objective, "by_order", False)
+        return by_value or any(map(self.train.uses, _SCORE_OPTIONS))
 
     @property
     def needs_order(self) -> bool:

@@ -203,10 +203,11 @@ class TrainConfig:
                 "precompute_ref_log_probs=false, and the reference is computed in each step"
             )
         if self.alpha == "auto":
-            if not (self._takes_alpha and objective.needs_reference):
+            of_pairs = objective.shape == "pairs" and not objective.needs_prompt
+            if not (self._takes_alpha and objective.needs_reference and of_pairs):
                 raise ConfigError(
-                    f"alpha=auto needs a loss of the margin to the reference, not {named}; give "
-                    "alpha a number, or leave it out"
+                    "alpha=auto needs a loss of the margin to the reference of pairs, not "
+                    f"{named}; give alpha a number, or leave it out"
                 )
         else:
             wanted = "another loss_type be given: the length penalty is of losses of the margin"

@@ -88,7 +88,9 @@ class Evaluator:
         if self.setup.accelerator.is_main_process:
             forget_best(self.best, done)
         if self.setup.progress:
-            print(f"{len(self.setup.pairs)} pairs to evaluate on, {len(self.due)} times")
+            print(
+                f"{len(self.setup.pairs)} {self.setup.noun} to evaluate on, {len(self.due)} times"
+            )
 
     def after(
         self,
@@ -205,11 +207,11 @@ def _check_apart(setup: Setup, pairs: Sequence[Any]) -> None:
     both = [pair for pair in pairs if key(pair) in trained]
     if len(both) == len(pairs):
         raise DataError(
-            f"eval_dataset: all {len(pairs)} pairs are trained on too, so they would say nothing "
-            "of others; keep some pairs out of dataset, and give those"
+            f"eval_dataset: all {len(pairs)} {setup.noun} are trained on too, so they would say "
+            f"nothing of others; keep some {setup.noun} out of dataset, and give those"
         )
     if both and setup.accelerator.is_main_process:
         _log.warning(
-            "eval_dataset: %d of %d pairs are trained on too (%s)",
-            len(both), len(pairs), both[0].where,
+            "eval_dataset: %d of %d %s are trained on too (%s)",
+            len(both), len(pairs), setup.noun, both[0].where,
         )  # fmt: skip

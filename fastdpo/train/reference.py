@@ -114,8 +114,8 @@ def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:
     for i, (start, stop) in enumerate(pairwise(firsts)):
         if not logp_S[start:stop].isfinite().all():
             raise ModelError(
-                f"the reference gives pair {i} ({setup.pairs[i].where}) a log-prob that is not "
-                "finite; the model is broken or overflows in bf16 (try bf16=false)"
+                f"the reference gives {setup.noun[:-1]} {i} ({setup.pairs[i].where}) a log-prob "
+                "that is not finite; the model is broken or overflows in bf16 (try bf16=false)"
             )
     return LogProbs(logp_S, logp_N, firsts, bounds_S1)
 

@@ -215,11 +215,23 @@ def launch_keep(
     )  # fmt: skip
 
 
-def launch_cross(C: int, dtype: torch.dtype, *, bias: bool = False, softcap: bool = False) -> None:
+def launch_cross(
+    C: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool = False,
+    softcap: bool = False,
+    stash: bool = False,
+) -> None:
+    kept = (targets(), 2 * C, meta(N, V, dtype=dtype)[:, :C]) if stash else ()
     fold.cross(
         meta(N, C), optional(bias, C, dtype=dtype), meta(N, C), optional(bias, C, dtype=dtype),
-        head(softcap), meta(N), meta(N),
+        head(softcap), meta(N), meta(N), *kept,
     )  # fmt: skip
+
+
+def launch_mix(dtype: torch.dtype) -> None:
+    fold.mix(meta(N, V, dtype=dtype), meta(N, V, dtype=dtype), meta(N), meta(N))
 
 
 def launch_merge(
@@ -340,8 +352,10 @@ def main_launches(target: str) -> None:
         launch_fold(C, BF16, stash=True, first=True)
         launch_keep(C, BF16, bias=True, softcap=True)
     for C in (WIDTHS[0], WIDTHS[-1]):
-        launch_keep(C, BF16, bias=True, softcap=True, ref=True, target=False)
+        launch_keep(C, BF16, bias=True, softcap=True, ref=True)
     launch_cross(WIDTHS[-1], BF16, bias=True, softcap=True)
+    launch_cross(WIDTHS[-1], BF16, bias=True, softcap=True, stash=True)
+    launch_mix(BF16)
     launch_merge()
     launch_merge(frozenset(fold.STATS), BF16, softcap=True)
     launch_head_grads(BF16)
@@ -367,8 +381,12 @@ def further_launches(target: str) -> None:
             launch_fold(C, dtype, stats=stats, stash=stash, first=stats)
         launch_fold(C, dtype, bias=True, softcap=True, stash=True, stats=True)
         launch_keep(C, dtype)
-        launch_keep(C, dtype, bias=True, softcap=True, ref=True, target=False)
-        launch_cross(C, dtype, bias=True, softcap=True)
+        for target_given in (True, False):
+            launch_keep(C, dtype, bias=True, softcap=True, ref=True, target=target_given)
+        for stash in (True, False):
+            launch_cross(C, dtype, bias=True, softcap=True, stash=stash)
+    for dtype in DTYPES:
+        launch_mix(dtype)
     for name in fold.STATS:
         launch_merge(frozenset([name]))
     for dtype, width in product(DTYPES, (576, 1000, D)):

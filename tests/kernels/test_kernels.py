@@ -548,8 +548,9 @@ def test_keep_against_fp64(name, has_target, has_ref):
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_cross_against_fp64(name, size):
-    """The cross term of KL(reference || policy), and the KL that is made of it."""
+@pytest.mark.parametrize("keeps", [False, True])
+def test_cross_against_fp64(name, size, keeps):
+    """The cross term of KL(reference || policy), and what is kept of the reference beside it."""
     shape, (N, V, width) = SHAPES[name], SIZES[size]
     product_NV, bias_V, target_N, _ = tile_problem(shape, torch.float32, N, V)
     ref_product_NV, ref_bias_V, _, _ = tile_problem(shape, torch.float32, N, V)
@@ -559,14 +560,15 @@ def test_cross_against_fp64(name, size):
         ref_bias_V[7:9] = INF  # nor in the reference alone
     z_NV = gold_logits(product_NV, bias_V, shape.head)
     ref_z_NV = gold_logits(ref_product_NV, ref_bias_V, shape.head)
-    partials = fold_all(ref_product_NV, ref_bias_V, shape.head, target_N, width)
+    partials = fold_all(ref_product_NV, ref_bias_V, shape.head, target_N, width, limit=10.0)
     cross_KN = torch.full_like(partials.shift_KN, NAN)
+    stash_NV = output(N, V, torch.float16)
     for k, v0 in enumerate(range(0, V, width)):
         c = slice(v0, v0 + width)
         fold.cross(
             product_NV[:, c], None if bias_V is None else bias_V[c], ref_product_NV[:, c],
             None if ref_bias_V is None else ref_bias_V[c], shape.head, partials.shift_KN[k],
-            cross_KN[k],
+            cross_KN[k], *((target_N, v0, stash_NV[:, c]) if keeps else ()),
         )  # fmt: skip
     e_NV = (ref_z_NV - partials.shift_KN.repeat_interleave(width, 0)[:V].T.double()).exp()
     terms_NV = torch.where(e_NV > 0, e_NV * (ref_z_NV - z_NV), 0.0)
@@ -577,6 +579,27 @@ def test_cross_against_fp64(name, size):
     tolerance = shape.tolerance(products)
     # Relative errors of the exponentials, absolute ones of the two logits.
     assert_within(cross_KN, gold_KN, tolerance * (size_KN + 2 * total_KN), "cross")
+    if keeps:
+        kept_NV = e_NV.scatter(1, target_N.clamp(min=0)[:, None], 0.0) * slope_of(z_NV, shape.head)
+        kept_NV[target_N == IGNORE] = 0.0
+        assert_stash(stash_NV, kept_NV, e_NV, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mix_against_fp64(dtype):
+    """Two stashes become one, row by row; a row of shares 1 and 0 keeps its bits."""
+    N, V = 9, 2100
+    kept_NV, ref_NV = (spaced(torch.rand(N, V).to(dtype), between=7.0) for _ in range(2))
+    own_N, ref_N = 2 * torch.rand(2, N) - 1
+    own_N[3], ref_N[3], own_N[4], ref_N[4] = 1.0, 0.0, 0.0, 1.0
+    terms = kept_NV.double() * own_N.double()[:, None], ref_NV.double() * ref_N.double()[:, None]
+    wanted = kept_NV[3].clone(), ref_NV[4].clone()
+    fold.mix(kept_NV, ref_NV, own_N, ref_N)
+    allowed = rounding(dtype) * sum(terms).abs() + rounding(torch.float32) * 3  # type: ignore[union-attr]
+    assert_within(kept_NV, sum(terms), allowed + smallest(dtype), "mix")  # type: ignore[arg-type]
+    assert torch.equal(kept_NV[3], wanted[0])
+    assert torch.equal(kept_NV[4], wanted[1])
+    assert_gaps_untouched(kept_NV)
 
 
 # ------------------------------------------------------------------------------------------ project

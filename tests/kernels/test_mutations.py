@@ -201,6 +201,26 @@ KERNELS = {
             ),
             sign("e * (ref_z - z)", "e * (z - ref_z)"),
             sign("tl.exp(ref_z - tl.load(ref_shift", "tl.exp(ref_z + tl.load(ref_shift"),
+            mask("kept(tl.where(own, 0.0, e), z", "kept(e, z"),
+            mask("z, (target >= 0)[:, None], softcap)", "z, row[:, None], softcap)"),
+            scale("kept(tl.where(own, 0.0, e), z", "kept(tl.where(own, 0.0, e), ref_z"),
+            mask(
+                "mask=inside)\n\n\n@triton.jit\ndef mix_kernel",
+                "mask=row[:, None])\n\n\n@triton.jit\ndef mix_kernel",
+            ),
+        ],
+    ),
+    "mix_kernel": Kernel(
+        "fold.py",
+        "test_mix_",
+        [
+            mask("inside = v < V", "inside = v < V + 1"),
+            mask(
+                "ref_ptr + n * ref_stride + v, mask=inside", "ref_ptr + n * ref_stride, mask=inside"
+            ),
+            scale("* tl.load(own_ptr + n)", ""),
+            scale("tl.load(ref_share_ptr + n)", "tl.load(ref_share_ptr)"),
+            sign("e += ref_e *", "e -= ref_e *"),
         ],
     ),
     "merge_kernel": Kernel(

@@ -210,12 +210,14 @@ def test_the_defaults_are_trls():
     defaults = {name: x.default for name, x in signature(make_objective).parameters.items()}
     for name in (*USED, "loss_weights", "discopop_tau"):
         assert DEFAULTS[name] == defaults[name], name
+    cpo: dict[str, Any]
     cpo, orpo = (
-        {x.name: x.default for x in dataclasses.fields(c)} for c in (CPOConfig, ORPOConfig)
+        {x.name: x.default for x in dataclasses.fields(config)}
+        for config in (CPOConfig, ORPOConfig)
     )
     assert cpo["simpo_gamma"] == defaults["simpo_gamma"]
     assert cpo["beta"] == orpo["beta"] == defaults["beta"]
-    assert make_objective("cpo") == make_objective("cpo", cpo_alpha=float(cpo["cpo_alpha"]))
+    assert make_objective("cpo") == make_objective("cpo", cpo_alpha=cpo["cpo_alpha"])
 
 
 # ------------------------------------------------------------------------------ CPO, SimPO and ORPO

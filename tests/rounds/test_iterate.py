@@ -546,7 +546,7 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
         ({"score__api_key_env": "my key"}, "api_key_env"),
         ({"reference": "/nowhere/at-all"}, "at-all"),
         ({"pair__transform": "cube"}, "transform"),
-        ({"pair__transform": "par"}, "transform=par changes no pair"),
+        ({"pair__transform": "par"}, "transform=par changes nothing"),
         ({"pair__transform_reference": "start"}, "transform=par"),
         ({"score__scorer": "answer"}, "prompts.jsonl:1: scorer answer needs the column 'answer'"),
         ({"evaluate__scorer": "answer"}, "scorer answer needs the column 'answer'"),

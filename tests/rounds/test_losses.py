@@ -95,6 +95,10 @@ def test_pairing_makes_what_the_loss_takes():
           "pair__replay_share": 0.5},
          "reads scores of offline pairs .*, which score.scorer=judge:j does not give"),
         ({"pair__transform": "win_rate"}, "pair.transform=win_rate changes nothing"),
+        ({"pair__transform": "par", "train__loss_type": "plackett_luce"},
+         "pair.transform=par changes nothing"),
+        ({"pair__transform": "win_rate", "train__loss_type": "sppo", "score__scorer": "judge:j"},
+         "pair.transform=win_rate makes win rates of scores, but those of score.scorer=judge:j"),
         ({"round_betas": [0.1, -1.0]}, "round_betas"),
         ({"train__loss_type": "tdpo1"}, "train.precompute_ref_log_probs=True gives no KL"),
     ],
@@ -184,11 +188,18 @@ def test_a_loss_of_lists_trains_on_all_samples_of_a_prompt(inputs, plain, tmp_pa
     assert "Lists trained on" in page and "lipo_lambda" in page and "Lists kept" in page
     card = (folder / "policy" / "README.md").read_text()
     assert "The loss is `lipo_lambda`" in card and "arXiv 2402.01878" in card
-    # The file is what the command for training takes, to the same weights.
-    alone = train_alone(
-        inputs, folder / "pairs.jsonl", tmp_path / "alone", "--loss_type=lipo_lambda"
-    )
+    assert "ranking them, and training on the lists." in card
+    # By the stages as commands it is the same file, and the same weights.
+    command = ["pair", f"--candidates={folder / 'candidates'}", f"--scores=[{folder / 'scores'}]"]
+    out = tmp_path / "lists.jsonl"
+    argv = [*command, "--rule=listwise", "--transform=mean_std", f"--output={out}"]
+    assert main(argv) == 0
+    assert out.read_bytes() == (folder / "pairs.jsonl").read_bytes()
+    alone = train_alone(inputs, out, tmp_path / "alone", "--loss_type=lipo_lambda")
     assert same(alone, trained)
+    page = (tmp_path / "alone" / "report.html").read_text()
+    assert "Lists to train on" in page and "Lists kept" in page
+    assert "on the lists of" in (tmp_path / "alone" / "policy" / "README.md").read_text()
 
 
 def test_shaped_scores_change_what_is_trained(inputs, plain, tmp_path):
@@ -224,6 +235,24 @@ def test_shaped_scores_change_what_is_trained(inputs, plain, tmp_path):
     dataset = tmp_path / "by_hand.jsonl"
     dataset.write_text("".join(json.dumps(row) + "\n" for row in by_hand))
     assert same(train_alone(inputs, dataset, tmp_path / "alone"), trained)
+
+
+def test_offline_pairs_are_scored_where_the_loss_reads_scores(inputs, plain, tmp_path):
+    """Their label comes with the data: those that the scorer contradicts have no logarithm."""
+    good, bad = " a e i o u", " brr"
+    rows = [
+        {"prompt": f"say {i}", "chosen": good if i % 2 else bad, "rejected": bad if i % 2 else good}
+        for i in range(8)
+    ]
+    offline = tmp_path / "offline.jsonl"
+    offline.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replay = dict(pair__replay=offline, pair__replay_share=0.3)
+    folder = run(inputs, plain, tmp_path / "run", **replay, train__score_offset="log_difference")
+    drawn = [row for row in rows_of(folder) if row["source"] == "offline"]
+    assert len(drawn) == 3 and all("a e i" in row["chosen"] for row in drawn)
+    assert all(row["score_chosen"] > row["score_rejected"] == 0 for row in drawn)
+    summary = json.loads((folder / "pairs.summary.json").read_text())
+    assert summary["dropped"]["offline: chosen scores no higher"] == 4
 
 
 def test_sppo_trains_on_win_rates(inputs, plain, tmp_path):

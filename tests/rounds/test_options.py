@@ -199,6 +199,7 @@ ALWAYS = {
     "round_betas", "rule", "length_penalty", "min_gap", "drop_truncated", "drop_duplicates",
     "ches_keep", "max_difficulty", "chat_template", "string_prompts",
     "loss_type", "combine",
+    "prompt_in_likelihood", "from_first_difference",  # depend on the dataset, which says so
     "router_aux_loss_coef",  # depends on the model, which says so
 }  # fmt: skip
 

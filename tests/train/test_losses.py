@@ -448,6 +448,27 @@ def test_a_reference_in_every_step_gives_the_same(options, model_path, tmp_path)
     assert not (tmp_path / "each" / "ref_logps").exists()
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_tdpo_runs_the_reference_in_each_step(lora, model_path, tmp_path):
+    if lora:
+        pytest.importorskip("peft")
+    options = dict(use_peft=True, lora_r=4, learning_rate=1e-2) if lora else {}
+    run(
+        model_path, tmp_path / "own", random_pairs(8), loss_type="tdpo2", num_train_epochs=3,
+        precompute_ref_log_probs=False, eval_pairs=random_pairs(3, seed=5), **options,
+    )  # fmt: skip
+    rows = [row for row in read_metrics(tmp_path / "own") if "loss" in row]
+    assert torch.tensor(rows[0]["loss"]) == LOG_2 and rows[-1]["loss"] < 0.6
+    assert not (tmp_path / "own" / "ref_logps").exists()
+    if not lora:  # the same model under its name
+        run(
+            model_path, tmp_path / "named", random_pairs(8), loss_type="tdpo2", num_train_epochs=3,
+            precompute_ref_log_probs=False, reference=model_path,
+        )  # fmt: skip
+        again = [row["loss"] for row in read_metrics(tmp_path / "named")]
+        assert again == pytest.approx([row["loss"] for row in rows], rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------- scores, columns
 def softplus(x):
     return math.log1p(math.exp(x))
@@ -515,7 +536,10 @@ def test_alpha_is_found_for_every_loss_of_the_margin(model_path, tmp_path):
         (dict(loss_type="nca_pair", alpha=0.1), "alpha=0.1 must be left out, .*of the margin"),
         (dict(loss_type="nca_pair", alpha="auto"), "alpha=auto needs a loss of the margin"),
         (dict(loss_type="simpo", alpha="auto"), "alpha=auto needs a loss of the margin to the ref"),
+        (dict(loss_type="ranknet", alpha="auto"), "alpha=auto needs .* of pairs, not loss_type=r"),
+        (dict(loss_type=["sigmoid", "orpo"], alpha="auto"), "alpha=auto needs .* of pairs, not"),
         (dict(loss_type="simpo", precompute_ref_log_probs=False), "precompute_ref.*no reference"),
+        (dict(loss_type="tdpo1"), "precompute_ref_log_probs=True gives no KL.*set precompute_ref"),
         (dict(loss_type="orpo", reference_cache="x"), "reference_cache=x.*orpo needs no reference"),
         (dict(loss_type="kto", score_label=True), "score_label=True.*has no margin of a pair"),
         (dict(loss_type="plackett_luce", score_weight=True), "score_weight=True.*not of pairs"),
