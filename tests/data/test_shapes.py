@@ -1,4 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false
 """Datasets of every shape: which columns tell it, what is refused, and the tokens of each."""
 
 import csv
@@ -327,6 +328,10 @@ def test_options_of_what_is_scored(tmp_path, tokenizer, monkeypatch):
         ConfigError, match=r"from_first_difference=True .*with prompt_in_likelihood"
     ):
         command(path, from_first_difference=True, prompt_in_likelihood=True)
+    with pytest.raises(
+        ConfigError, match=r"^prompt_in_likelihood=True .* with loss_type=orpo, whi"
+    ):
+        command(path, prompt_in_likelihood=True, loss_type="orpo")
     dove = {"i_chosen": SKY, "r_chosen": " Blue.", "i_reject": SEA, "r_reject": " Lazy."}
     (pair,) = read(path, [dove], tokenizer, monkeypatch, prompt_in_likelihood=True)
     for response, text in zip(pair.responses, (f"{SKY} Blue.", f"{SEA} Lazy.")):
