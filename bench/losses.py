@@ -46,6 +46,7 @@ BETA = 0.1
 AT_MOST = 1.05  # of DPO's time for a loss of the margin
 KL_AT_MOST = 2.2  # for one that computes the reference and a KL
 NEAR = 0.1  # how far the reference's hidden states are from the policy's, in standard deviations
+WHOLE, ROWS = 2**30, 128  # a head and batch that is compared whole, else rows of h that are
 # Shares of an example's tokens for each of its sequences: of unequal lengths, so that what depends
 # on them is checked too. In eighths.
 PAIR, PROMPTED_PAIR = (5, 3), (3, 3, 2)
@@ -135,7 +136,15 @@ class Gold(NamedTuple):
 
 
 class CostOracle(Oracle):
-    """fp64 values of any objective: a pass over the head for all of them, one for each gradient."""
+    """fp64 values of any objective: a pass over the head for all of them, then for each gradients
+    of a few rows of h and w, where the whole would take minutes for all.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        N, D, V, *_ = problem.shape
+        super().__init__(problem, sliced=N * D * V > WHOLE)
+        if isinstance(self.tokens, Tensor):
+            self.tokens = self.tokens[:: -(-len(self.tokens) // ROWS)]
 
     @cached_property
     def tokens_of(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from result_files import document_of, write_rows
 
-from bench import losses
+from bench import losses, oracle
 from bench.rows import load
 from bench.variants import Shape
 from fastdpo.loss.choices import CHOICES
@@ -36,11 +36,12 @@ def test_every_objective_is_measured_and_right(rows):
 
 
 def test_a_part_is_compared_where_the_whole_is_too_large(monkeypatch):
-    monkeypatch.setitem(losses.Oracle.__init__.__globals__, "FULL_LIMIT", {"cpu": 0})
-    for name in ("TOKENS", "VOCAB"):
-        monkeypatch.setitem(losses.Oracle.__init__.__globals__, name, 24)
+    monkeypatch.setattr(losses, "WHOLE", 0)
+    monkeypatch.setattr(losses, "ROWS", 24)
+    monkeypatch.setattr(oracle, "VOCAB", 24)
     bench = losses.Bench(TINY._replace(softcap=20.0), "fp32", CPU, None)
-    assert len(bench.oracle.tokens) == 24  # pyright: ignore[reportArgumentType]
+    tokens = bench.oracle.tokens
+    assert isinstance(tokens, torch.Tensor) and 0 < len(tokens) <= 24
     for name in (losses.DPO, *(x for x in CHOICES if losses.cases()[x].live)):
         row: dict[str, Any] = {"note": None}
         bench.check(row, losses.cases()[name])
