@@ -69,6 +69,7 @@ class Sum(BaseObjective):
             length_normalized=normalized == {True},
             kl_shares=shares.pop() if len(shares) == 1 else None,
             alpha=max(self._all("alpha"), key=abs),
+            smoothing_below=min(filter(None, self._all("smoothing_below")), default=None),
         )
 
     @property

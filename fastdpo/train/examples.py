@@ -100,6 +100,12 @@ def _as_trained(example: Any, config: TrainConfig, objective: BaseObjective) -> 
         )
     if example.shape == "pairs":
         example = _with_scores(example, config)
+        below = objective.smoothing_below
+        if below is not None and example.label_smoothing >= below:
+            raise ValueError(
+                f"{named} needs label_smoothing < {below:g}, and this row has "
+                f"{example.label_smoothing:g}"
+            )
     scores = example.scores
     if objective.needs_scores and scores is None:
         raise ValueError(f"{named} needs scores; give columns score_chosen and score_rejected")

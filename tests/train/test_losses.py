@@ -572,6 +572,8 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         (replace(PAIR, margin=0.5), dict(loss_type="kto"), "margin=0.5 means something to a pair"),
         (replace(PAIR, label_smoothing=0.2), dict(loss_type="cdpo", label_smoothing=0.1),
          "beside the option label_smoothing=0.1"),
+        (replace(PAIR, label_smoothing=0.5), dict(loss_type=["hinge", "robust"]),
+         "label_smoothing < 0.5, and this row has 0.5"),
         (PAIR, dict(loss_type="plackett_luce"), "takes lists, rows of prompt, responses and sco"),
         (lists_of([PAIR])[0], dict(), "takes pairs, rows of prompt, chosen and rejected"),
     ],
