@@ -573,6 +573,8 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         (replace(PAIR, label_smoothing=0.2), dict(loss_type="cdpo", label_smoothing=0.1),
          "beside the option label_smoothing=0.1"),
         (PAIR, dict(loss_type="plackett_luce"), "takes lists, rows of prompt, responses and sco"),
+        (replace(lists_of([PAIR])[0], scores=[1.0, 1.0, 0.0]), dict(loss_type="plackett_luce"),
+         "loss_type=plackett_luce: plackett_luce needs scores without ties"),
         (lists_of([PAIR])[0], dict(), "takes pairs, rows of prompt, chosen and rejected"),
     ],
     ids=str,
