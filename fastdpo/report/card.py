@@ -21,7 +21,7 @@ from markupsafe import escape
 from fastdpo.errors import DataError
 from fastdpo.report.evaluation import by_prompt, number
 from fastdpo.report.page import FOLDER, differing, pairs_tables, picture, title
-from fastdpo.report.runfiles import Run, read_run
+from fastdpo.report.runfiles import KEPT, Run, read_run
 from fastdpo.report.tables import (
     Cell,
     Table,
@@ -124,6 +124,7 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any], losses: Mapping[
         beta=as_text(_beta(run)),
         alpha=as_text(run.option("train.alpha")),
         losses=_losses(run, losses),
+        examples=next((KEPT[x] for one in run.rounds for x in KEPT if x in one.pairing), "Pairs"),
         extrapolates=bool(run.option("extrapolation")),
         scorer=_code(run.option("score.scorer")),
         peft=bool(run.option("train.use_peft")),

@@ -396,6 +396,11 @@ def further_launches(target: str) -> None:
             launch(dtype, width)
     for dtype in DTYPES:
         launch_merge(frozenset(), dtype)
+    further_pairs()
+
+
+def further_pairs() -> None:
+    """Every objective of the pair kernel."""
     for kind, normalized in product(MARGIN_KINDS, (False, True)):
         launch_pair(kind, normalized=normalized)
         launch_pair(kind, normalized=normalized, numbers=True, options=False)

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from fastdpo import linear_dpo_loss, linear_kl, linear_logp
 from fastdpo.loss import reference
+from fastdpo.loss.choices import CHOICES
+from fastdpo.loss.examples import Examples
 from fastdpo.loss.objectives import lr_dpo, nca_pair
 from fastdpo.loss.plan import MIB, Plan, make_plan
 from fastdpo.loss.reference import IGNORE
@@ -455,6 +457,39 @@ def test_objective_of_two_sides_on_every_route():
     for name, grads in found.items():
         for x, dx in grads.items():
             assert relative_error(dx, found["stash"][x]) <= 2 * FLOOR[BF16], (name, x)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, choice in CHOICES.items() if choice.build().code is not None]
+)
+def test_pairs_of_each_objective(name):
+    """Loss, sums and slopes in fp64 from the same log-probs of tokens."""
+    from fastdpo.kernels import pair
+
+    objective, P = CHOICES[name].build(), 40
+    logp_N = -torch.rand(40 * P, device=DEVICE) * 9
+    ref_S = -torch.rand(2 * P, device=DEVICE, dtype=torch.float64) * 90
+    given = {"weight_P": torch.rand(P, device=DEVICE).double()}
+    if objective.by_margin:
+        given["margin_P"] = torch.randn(P, device=DEVICE).double()
+        given["smoothing_P"] = torch.rand(P, device=DEVICE).double() / 4
+    found = pair.pair_losses(
+        logp_N, torch.ones_like(logp_N).long(), torch.arange(0, 40 * P + 1, 20, device=DEVICE),
+        objective, ref_logp_S=ref_S, num_pairs=7.0, want_coef=True, **given,
+    )  # fmt: skip
+    leaf_S = found.logp_S.clone().requires_grad_()
+    zeros_P, length_S = leaf_S.new_zeros(P), torch.full_like(leaf_S, 20.0)
+    x = Examples(
+        leaf_S, ref_S, length_S, tuple(range(0, 2 * P + 1, 2)), given.get("margin_P", zeros_P),
+        given.get("smoothing_P", zeros_P),
+    )  # fmt: skip
+    loss = (objective.losses(x) * given["weight_P"]).sum() / 7
+    (slope_S,) = torch.autograd.grad(loss, leaf_S)
+    torch.testing.assert_close(found.logp_S, logp_N.double().view(-1, 20).sum(1))
+    torch.testing.assert_close(found.totals[0], loss.detach(), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found.slope_S, slope_S, rtol=1e-11, atol=1e-13)
+    coef_N = slope_S.repeat_interleave(20).float()
+    torch.testing.assert_close(found.coef_N, coef_N, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("route", WAYS)
