@@ -312,6 +312,8 @@ def assert_same_training(found, wanted):
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_what_is_of_a_step_does_not_depend_on_its_packing(name, alone, model_path, tmp_path):
+    run_coupled(model_path, tmp_path / "padded", name, layout="padded")
+    assert_same_training(tmp_path / "padded", alone / name)
     run_coupled(model_path, tmp_path, name, max_tokens=4000)
     assert_same_training(tmp_path, alone / name)
     (first, *_) = [row for row in read_metrics(tmp_path) if "loss" in row]
