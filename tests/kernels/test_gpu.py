@@ -988,8 +988,10 @@ EVERY_KERNEL = """
 import torch
 import test_gpu
 from dataclasses import replace
+import checks
 from fastdpo import linear_kl
 from fastdpo.kernels import project
+from fastdpo.loss.tokens import tdpo2
 
 shape = test_gpu.{shape!r}
 p, other = test_gpu.make(shape), test_gpu.make(shape, seed=3)
@@ -1002,6 +1004,9 @@ for project.feeds_from_descriptors in (lambda device: False, project.feeds_from_
         test_gpu.dpo(q, stats=stats, ref_h_TD=other.h_TD, ref_w_VD=other.w_VD).loss.backward()
     q = p.leaves()
     linear_kl(q.h_TD, q.w_VD, other.h_TD, other.w_VD, impl="triton", **q.head).sum().backward()
+    q = replace(p.leaves(), ref_logp_S=None)
+    ref = dict(ref_h_TD=other.h_TD, ref_w_VD=other.w_VD)
+    checks.preference(q, tdpo2(), impl="triton", **ref).loss.backward()
 {finish}
 print("finished", flush=True)
 """
@@ -1021,9 +1026,9 @@ def every_kernel(tool: str) -> str:
 
 
 def kernel_names() -> list[str]:
-    from fastdpo.kernels import fold, pair, project, scatter
+    from fastdpo.kernels import fold, kl, pair, project, scatter
 
-    modules = (fold, pair, project, scatter)
+    modules = (fold, kl, pair, project, scatter)
     return [name for module in modules for name in vars(module) if name.endswith("_kernel")]
 
 
