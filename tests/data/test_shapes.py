@@ -369,7 +369,8 @@ def test_every_shape_is_trained_on(loss_type, tmp_path, capsys):
     ]  # fmt: skip
     assert main(argv) == 0
     facts = json.loads((out / "data.json").read_text())
-    assert facts["pairs"] == 4 and facts["mean_length_response"] > 0
+    shape = "lists" if loss_type == "lipo_lambda" else "singles"
+    assert facts[shape] == 4 and facts["mean_length_response"] > 0
     assert facts["responses"] == (12 if loss_type == "lipo_lambda" else 4)
     path.write_text("".join(json.dumps(STRINGS[0]) + "\n" for _ in range(3)))
     if loss_type == "lipo_lambda":
