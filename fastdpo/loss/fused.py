@@ -216,7 +216,7 @@ class FusedStreamer:
                 if other is None or ref_partials is None or cross_KN is None:
                     del product  # before the next is made, so that it takes the same memory
                     continue
-                ref, (ref_h_ND, _), ref_stash_NV = other
+                ref, (ref_h_ND, _), ref_NV = other
                 ref_product, ref_bias = ref._products(ref_h_ND[rows], columns)
                 fold.fold(
                     ref_product, ref_bias, ref.shape, target_N[rows], v0, ref_partials, rows,
@@ -225,7 +225,7 @@ class FusedStreamer:
                 kl.cross(
                     product, bias, ref_product, ref_bias, self.shape,
                     ref_partials.shift_KN[k, rows], cross_KN[k, rows],
-                    None if ref_stash_NV is None else (target_N[rows], v0, ref_stash_NV[rows, columns]),
+                    None if ref_NV is None else (target_N[rows], v0, ref_NV[rows, columns]),
                 )  # fmt: skip
                 del product, ref_product
         return partials, ref_partials, cross_KN
