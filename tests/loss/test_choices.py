@@ -203,6 +203,8 @@ def test_sorted_margins_by_hand():
         ({"loss_type": "simpo", "cpo_alpha": -1.0}, "cpo_alpha must be"),
         ({"simpo_gamma": 0.7}, "simpo_gamma=0.7 .*use it with simpo"),
         ({"loss_type": ["sigmoid", "kto"]}, "differ in shape"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0, 0.0]}, "all 0"),
+        ({"loss_type": ["aot", "tdpo2"]}, "aot .* tdpo2 cannot be summed: one needs all pairs"),
         ({"loss_type": ["orpo", "sft"]}, "different means"),
         ({"beta": 0}, "beta must be"),
     ],
