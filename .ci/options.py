@@ -1,13 +1,16 @@
-"""The tables of options in the rooms' READMEs, from the dataclasses and their docstrings.
+"""The tables in the rooms' READMEs: options, from the dataclasses and their docstrings, and
+objectives, from what they say of themselves.
 
     python .ci/options.py            write them
     python .ci/options.py --check    exit with 1 where one is not up to date
 
-What stands outside the two markers is written by hand.
+What stands outside a table's two markers is written by hand.
 """
 
 import sys
 from pathlib import Path
+
+from objectives import tables
 
 from fastdpo.cli.options import Option, options_of
 from fastdpo.pair.config import PairConfig
@@ -17,7 +20,6 @@ from fastdpo.score.config import ScoreConfig
 from fastdpo.train.config import TrainConfig
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastdpo"
-BEGIN, END = "<!-- options:begin -->\n", "<!-- options:end -->\n"
 ROOMS = {
     "sample": SampleConfig,
     "score": ScoreConfig,
@@ -46,11 +48,13 @@ def shown(config: type) -> list[Option]:
 def main(argv: list[str]) -> int:
     """Write the tables, or with --check say which are not up to date."""
     stale = []
-    for room, config in ROOMS.items():
+    parts = [(room, "options", table(shown(config))) for room, config in ROOMS.items()]
+    for room, name, found in [*parts, ("loss", "objectives", tables())]:
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
         path = PACKAGE / room / "README.md"
         text = path.read_text(encoding="utf-8")
-        before, rest = text.split(BEGIN)
-        new = f"{before}{BEGIN}{table(shown(config))}{END}{rest.split(END)[1]}"
+        before, rest = text.split(begin)
+        new = f"{before}{begin}{found}{end}{rest.split(end)[1]}"
         if new != text:
             stale.append(str(path))
             if "--check" not in argv:

@@ -17,7 +17,17 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from . import length_tables, loss_tables, profile, sampling, smoke, step_tables
+from . import (
+    length_tables,
+    lists,
+    loss_tables,
+    losses,
+    objectives,
+    profile,
+    sampling,
+    smoke,
+    step_tables,
+)
 from .rows import load
 from .tables import on_gpu
 
@@ -43,6 +53,9 @@ class Kind(NamedTuple):
 KINDS = {
     None: Kind("The loss", loss_tables.markdown, loss_tables.plot, best=2),
     step_tables.OP: Kind("Whole steps", step_tables.markdown, step_tables.plot, best=1),
+    losses.OP: Kind("What objectives cost", losses.markdown),
+    lists.OP: Kind("Lists of responses", lists.markdown),
+    objectives.OP: Kind("Objectives on the same prompts", objectives.markdown),
     sampling.OP: Kind("Samplers", sampling.markdown),
     length_tables.OP: Kind("The length study", length_tables.markdown, length_tables.plot),
     smoke.OP: Kind("Every op on every route", smoke.markdown),

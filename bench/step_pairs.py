@@ -39,9 +39,27 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
         rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )),
+    "tiny": ("LlamaConfig", dict(  # nobody's, for a CPU: its head has llama-3.2-1b's share
+        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True,
+    )),
 }  # fmt: skip
 POSITIONS = 2**22
 LENGTHS_KEPT = 500  # pairs of a dataset whose token counts go into a file
+
+
+def random_model(name: str, dtype: torch.dtype) -> Any:
+    """A model of a shape with random weights, on this device."""
+    import transformers
+
+    config_class, numbers = SHAPES[name]
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, config_class)(
+        **numbers, **special, max_position_embeddings=POSITIONS
+    )
+    torch.manual_seed(0)
+    with this_device():
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def shape_model(name: str) -> str:
@@ -52,14 +70,7 @@ def shape_model(name: str) -> str:
     folder = cache_path(f"{CACHE}/bench/{name}")
     if (folder / "config.json").is_file():
         return str(folder)
-    config_class, numbers = SHAPES[name]
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = getattr(transformers, config_class)(
-        **numbers, **special, max_position_embeddings=POSITIONS
-    )
-    torch.manual_seed(0)
-    with this_device():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = random_model(name, torch.bfloat16)
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),

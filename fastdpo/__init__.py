@@ -12,12 +12,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LinearDPOLoss",
+    "LinearPreferenceLoss",
     "PreferenceLoss",
     "__version__",
     "linear_dpo_loss",
     "linear_kl",
     "linear_logp",
+    "linear_logp_kl",
     "linear_preference_loss",
+    "make_objective",
     "objectives",
     "reference",
 ]

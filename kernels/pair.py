@@ -1,5 +1,7 @@
 """One launch for the pairs: sums, reference log-ratios, length penalty, loss, metrics, slopes.
 
+And one for the sums alone of any sequences, whose objective PyTorch computes.
+
 P pairs, S = 2P sequences (2i chosen, 2i+1 rejected), N tokens.
 """
 
@@ -16,7 +18,10 @@ from .pointwise import ASSERTING
 from .support import METRICS
 
 # Objectives by number, the KIND below, each a function of the margin z or of the two sides.
-KINDS = ("sigmoid", "hinge", "ipo", "apo_zero", "nca_pair")
+KINDS = (
+    "sigmoid", "hinge", "ipo", "apo_zero", "nca_pair", "exo_pair", "robust", "discopop", "bco_pair",
+    "sppo_hard", "apo_down",
+)  # fmt: skip
 TOTALS = ("loss", *METRICS)  # what the kernel sums over pairs, in this order
 
 
@@ -35,23 +40,60 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _margin_loss(z, beta, KIND: tl.constexpr):
-    """f(z) and its derivative."""
-    if KIND == 0:
+def _margin_loss(z, beta, parameter, KIND: tl.constexpr):
+    """f(z) and its derivative; of robust its f, that of the sigmoid."""
+    if KIND == 0 or KIND == 6:
         value = _softplus(-z)
         slope = -_sigmoid(-z)
     elif KIND == 1:
         value = tl.where(z < 1.0, 1.0 - z, 0.0 * z)  # of NaN both stay NaN
         slope = tl.where(z < 1.0, -1.0, 0.0 * z)
-    else:
-        tl.static_assert(KIND == 2)
+    elif KIND == 2:
         value = ((z - 0.5) / beta) * ((z - 0.5) / beta)
         slope = 2.0 * (z - 0.5) / (beta * beta)
+    else:
+        tl.static_assert(KIND == 7)
+        share = z / parameter
+        logistic = _sigmoid(-share)  # what the logistic loss counts; the exponential has the rest
+        grown = tl.exp(-z - _softplus(-share))
+        mixing = logistic * _sigmoid(share) / parameter
+        value = logistic * _softplus(-z) + grown
+        slope = grown * (logistic / parameter - 1.0) - logistic * _sigmoid(-z)
+        slope -= mixing * _softplus(-z)
     return value, slope
 
 
 @triton.jit
-def _separate_loss(w, l, KIND: tl.constexpr):  # noqa: E741
+def _label_loss(z, eps):
+    """exo_pair and its derivative by z."""
+    q = _sigmoid(z)
+    rest = _sigmoid(-z)
+    log_right = tl.log(1.0 - eps)
+    log_flipped = tl.log(eps)
+    value = q * (-_softplus(-z) - log_right) + rest * (-_softplus(z) - log_flipped)
+    return value, q * rest * (z - (log_right - log_flipped))
+
+
+@triton.jit
+def _smoothed_loss(z, beta, parameter, eps, KIND: tl.constexpr, SMOOTHED: tl.constexpr):
+    """Of a label that is flipped with probability eps, and the derivative by z."""
+    if KIND == 5:
+        value, slope = _label_loss(z, eps)
+    else:
+        value, slope = _margin_loss(z, beta, parameter, KIND)
+        if SMOOTHED:
+            share = eps
+            if KIND == 6:
+                tl.device_assert(eps < 0.5, "smoothing_P must be < 0.5 for robust")
+                share = -eps / (1.0 - 2.0 * eps)
+            flipped, flipped_slope = _margin_loss(-z, beta, parameter, KIND)
+            value = (1.0 - share) * value + share * flipped
+            slope = (1.0 - share) * slope - share * flipped_slope
+    return value, slope
+
+
+@triton.jit
+def _separate_loss(w, l, beta, KIND: tl.constexpr):  # noqa: E741
     """f(w, l) of the two sides' rewards and its derivatives."""
     if KIND == 3:
         a = _sigmoid(-w)
@@ -59,12 +101,28 @@ def _separate_loss(w, l, KIND: tl.constexpr):  # noqa: E741
         value = a + b
         slope_w = -a * (1.0 - a)
         slope_l = b * (1.0 - b)
-    else:
-        tl.static_assert(KIND == 4)
+    elif KIND == 4:
         # softplus(-w) + softplus(w) / 2 + softplus(l) / 2, with softplus(-w) = softplus(w) - w
         value = 1.5 * _softplus(w) - w + 0.5 * _softplus(l)
         slope_w = 1.5 * _sigmoid(w) - 1.0
         slope_l = 0.5 * _sigmoid(l)
+    elif KIND == 8:
+        value = _softplus(-w) + _softplus(l)
+        slope_w = -_sigmoid(-w)
+        slope_l = _sigmoid(l)
+    elif KIND == 9:
+        off_w = (w - 0.5) / beta
+        off_l = (l + 0.5) / beta
+        value = off_w * off_w + off_l * off_l
+        slope_w = 2.0 * off_w / beta
+        slope_l = 2.0 * off_l / beta
+    else:
+        tl.static_assert(KIND == 10)
+        a = _sigmoid(w)
+        b = _sigmoid(l - w)
+        value = a + b
+        slope_l = b * _sigmoid(w - l)
+        slope_w = a * _sigmoid(-w) - slope_l
     return value, slope_w, slope_l
 
 
@@ -93,6 +151,16 @@ def _spread(coef_ptr, target_ptr, start, stop, value, BLOCK: tl.constexpr):
         inside = n < stop
         scored = tl.load(target_ptr + n, mask=inside, other=-1) >= 0
         tl.store(coef_ptr + n, tl.where(scored, value, 0.0).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _number(high, low, neutral: tl.constexpr):
+    """A number in two parts, in fp64."""
+    zero = tl.full((), 0.0, tl.float64)
+    if high is not None:
+        return zero + high + low
+    else:
+        return zero + neutral
 
 
 @triton.jit
@@ -126,20 +194,33 @@ def pair_kernel(
     alpha_low,
     num_pairs_high,
     num_pairs_low,
+    flip_high,
+    flip_low,
+    target_high,
+    target_low,
+    scale_high,
+    scale_low,
+    parameter_high,
+    parameter_low,
     KIND: tl.constexpr,
     BY_MARGIN: tl.constexpr,
     NORMALIZED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """All pairs in one program, in fp64 and in order, so that the totals need no atomics.
 
     ``slope[s]`` is the derivative of the loss by the log-prob sum of sequence s, ``coef[n]`` that
-    of its tokens.
+    of its tokens.  The numbers before ``KIND`` are None where they would change nothing.
     """
     zero = tl.full((), 0.0, tl.float64)
     beta = zero + beta_high + beta_low
     alpha = zero + alpha_high + alpha_low
     num_pairs = zero + num_pairs_high + num_pairs_low
+    flip = _number(flip_high, flip_low, 0.0)
+    scale = _number(scale_high, scale_low, 1.0)
+    parameter = _number(parameter_high, parameter_low, 0.0)
+    target = _number(target_high, target_low, 0.0)
     loss = zero
     chosen = zero
     rejected = zero
@@ -174,25 +255,33 @@ def pair_kernel(
         ratio_l = ll.to(tl.float64) - rl.to(tl.float64)
         count_w = length_w.to(tl.float64)
         count_l = length_l.to(tl.float64)
+        scored_w = ratio_w
+        scored_l = ratio_l
+        if scale_high is not None:
+            scored_w = lw.to(tl.float64) - scale * rw.to(tl.float64)
+            scored_l = ll.to(tl.float64) - scale * rl.to(tl.float64)
         share_w = beta
         share_l = beta
         if NORMALIZED:
             share_w = beta / count_w
             share_l = beta / count_l
         if BY_MARGIN:
-            z = share_w * ratio_w - share_l * ratio_l + alpha * (count_w - count_l)
+            z = share_w * scored_w - share_l * scored_l + alpha * (count_w - count_l)
             if margin_ptr is not None:
                 z += tl.load(margin_ptr + p)
-            value, slope = _margin_loss(z, beta, KIND)
+            if target_high is not None:
+                z -= target
+            eps = flip
             if smoothing_ptr is not None:
-                eps = tl.load(smoothing_ptr + p)
-                flipped, flipped_slope = _margin_loss(-z, beta, KIND)
-                value = (1.0 - eps) * value + eps * flipped
-                slope = (1.0 - eps) * slope - eps * flipped_slope
+                own = tl.load(smoothing_ptr + p)
+                eps += own - 2.0 * flip * own
+            value, slope = _smoothed_loss(z, beta, parameter, eps, KIND, SMOOTHED)
             slope_w = slope * share_w
             slope_l = -slope * share_l
         else:
-            value, slope_w, slope_l = _separate_loss(share_w * ratio_w, share_l * ratio_l, KIND)
+            value, slope_w, slope_l = _separate_loss(
+                share_w * scored_w, share_l * scored_l, beta, KIND
+            )
             slope_w *= share_w
             slope_l *= share_l
         factor = 1.0 / num_pairs
@@ -226,12 +315,47 @@ def pair_kernel(
     tl.store(loss_ptr, loss.to(tl.float32))
 
 
+@triton.jit
+def sums_kernel(
+    logp_ptr,
+    ref_token_ptr,
+    ref_ptr,
+    gap_ptr,
+    target_ptr,
+    bounds_ptr,
+    logp_sum_ptr,
+    ref_sum_ptr,
+    gap_mean_ptr,
+    BLOCK: tl.constexpr,
+):
+    """One sequence in a program: its sums, and the mean of its gaps, in fp64 and in order."""
+    s = tl.program_id(0)
+    start = tl.load(bounds_ptr + s)
+    stop = tl.load(bounds_ptr + s + 1)
+    total, ref, length = _sequence(logp_ptr, ref_token_ptr, target_ptr, start, stop, BLOCK)
+    if ref_ptr is not None:
+        ref = tl.load(ref_ptr + s).to(tl.float64)
+        tl.device_assert(tl.abs(ref) < float("inf"), "ref_logp_S must be finite")
+    tl.store(logp_sum_ptr + s, total.to(logp_sum_ptr.dtype.element_ty))
+    tl.store(ref_sum_ptr + s, ref.to(ref_sum_ptr.dtype.element_ty))
+    if gap_ptr is not None:
+        gaps, _, _ = _sequence(gap_ptr, None, target_ptr, start, stop, BLOCK)
+        tl.store(gap_mean_ptr + s, gaps / length.to(tl.float64))
+
+
 def _two(x: float) -> tuple[float, float]:
     """A number as the sum of two fp32 ones, the type in which Triton passes it."""
     if abs(x) > 3e38:
-        raise ValueError(f"beta, alpha and num_pairs must fit fp32 in the kernels, got {x:g}")
+        raise ValueError(
+            f"numbers of an objective and num_pairs must fit fp32 in the kernels, got {x:g}"
+        )
     high = struct.unpack("f", struct.pack("f", x))[0]
     return high, x - high
+
+
+def _unless(x: float, neutral: float) -> tuple[float, float] | tuple[None, None]:
+    """The same, if it changes anything."""
+    return (None, None) if x == neutral else _two(x)
 
 
 @dataclass
@@ -269,8 +393,7 @@ def pair_losses(
 ) -> PairResult:
     """Score the pairs.
 
-    ``objective`` has numbers ``beta`` and ``alpha``, flags ``length_normalized`` and ``by_margin``,
-    and its place in `KINDS` as ``code``; with None only the sums of the sequences mean something.
+    ``objective`` is one of ``loss/objectives.py`` that has its place in `KINDS` as ``code``.
     ``bounds_S1`` lies on the device and counts from the first token of ``logp_N``; ``margin_P``,
     ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference.  A sequence
     without a scored token, and a reference that is no number, trip a device assert.
@@ -288,7 +411,44 @@ def pair_losses(
         logp_N, ref_logp_N, ref_logp_S, target_N, bounds_S1, lengths_S, margin_P, smoothing_P,
         weight_P, logp_S, ref_S, slope_S, coef_N, totals, loss, means, S // 2,
         *_two(objective.beta), *_two(objective.alpha), *_two(num_pairs),
-        KIND=objective.code or 0, BY_MARGIN=objective.code is None or objective.by_margin,
-        NORMALIZED=objective.length_normalized, BLOCK=1024, num_warps=4, **ASSERTING,
+        *_unless(objective.label_smoothing, 0.0), *_unless(objective.target_margin, 0.0),
+        *_unless(objective.reference_scale, 1.0), *_unless(objective.parameter, 0.0),
+        KIND=objective.code, BY_MARGIN=objective.by_margin, NORMALIZED=objective.length_normalized,
+        SMOOTHED=smoothing_P is not None or objective.label_smoothing != 0, BLOCK=1024,
+        num_warps=4, **ASSERTING,
     )  # fmt: skip
     return PairResult(loss, means, lengths_S, totals, logp_S, ref_S, slope_S, coef_N)
+
+
+@dataclass
+class SequenceSums:
+    """Sums of each sequence; ``gap_S`` has the means of its gaps in fp64, None without them."""
+
+    logp_S: Tensor
+    ref_logp_S: Tensor
+    gap_S: Tensor | None
+
+
+def sequence_sums(
+    logp_N: Tensor,
+    target_N: Tensor,
+    bounds_S1: Tensor,
+    dtype: torch.dtype,
+    *,
+    ref_logp_S: Tensor | None = None,
+    ref_logp_N: Tensor | None = None,
+    gap_N: Tensor | None = None,
+) -> SequenceSums:
+    """The sums that `pair_losses` takes, of any number of sequences, rounded once to ``dtype``.
+
+    ``gap_N`` are numbers whose mean over the scored tokens is wanted; they are zero elsewhere.
+    Without a reference its sums are zero.  Errors as in `pair_losses`.
+    """
+    S, device = bounds_S1.shape[0] - 1, logp_N.device
+    logp_S, ref_S = (torch.empty(S, dtype=dtype, device=device) for _ in range(2))
+    gap_S = None if gap_N is None else torch.empty(S, dtype=torch.float64, device=device)
+    sums_kernel[(S,)](
+        logp_N, ref_logp_N, ref_logp_S, gap_N, target_N, bounds_S1, logp_S, ref_S, gap_S,
+        BLOCK=1024, num_warps=4, **ASSERTING,
+    )  # fmt: skip
+    return SequenceSums(logp_S, ref_S, gap_S)

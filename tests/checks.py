@@ -225,14 +225,20 @@ def preference(p: Problem, objective: Any, **options: Any) -> PreferenceLoss:
     return linear_preference_loss(*p.packed, ref, objective, **options)
 
 
-def workspace_for(p: Problem, wanted: Callable[[Plan], bool], buffers: int = 1) -> float:
+def workspace_for(
+    p: Problem, wanted: Callable[[Plan], bool], buffers: int = 1, **options: Any
+) -> float:
     """A workspace in MiB whose plan is the wanted one, the head being trained.
 
     The largest below a whole stash, so that blocks are few; for a whole stash the smallest.
+    ``options`` are those of `make_plan`.  The kernels leave ignored targets in the call.
     """
     D, V = p.w_VD.shape[1], p.w_VD.shape[0]
     scored_N = p.target_N != reference.IGNORE
     edges = [int(scored_N[:b].sum()) for b in p.bounds_S1]
+    if options.get("fused_itemsize") is not None:
+        edges = p.bounds_S1.tolist()
+    options = {"need_head": True, "need_h": True, **options}
     size, found = 1024, None
     while size < 2**32:
         try:
@@ -242,16 +248,15 @@ def workspace_for(p: Problem, wanted: Callable[[Plan], bool], buffers: int = 1) 
                 V,
                 itemsize=torch.promote_types(p.h_TD.dtype, torch.float32).itemsize,
                 workspace_bytes=size,
-                need_head=True,
-                need_h=True,
                 T=p.h_TD.shape[0],
                 unit_buffers=buffers,
+                **options,
             )
         except ValueError:
             plan = None
         if plan is not None and wanted(plan):
             found = size / MIB
-        if plan is not None and plan.route == "stash":
+        if plan is not None and (plan.route == "stash" or len(list(plan.spans)) == 1):
             break
         size += max(size // 40, 1)
     assert found is not None, "no workspace gives the wanted plan"

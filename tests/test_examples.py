@@ -127,7 +127,7 @@ def test_trl_trainer(inputs, tmp_path):
     from fastdpo.examples import trl_trainer
 
     argv = options(inputs, tmp_path, "model", "dataset")
-    log = trl_trainer.main([*argv, "--max_steps=2", "--alpha=0"])
+    log = trl_trainer.main([*argv, "--max_steps=2", "--alpha=0", "--loss_type=robust"])
     first = next(row["loss"] for row in log if "loss" in row)
     assert first == pytest.approx(math.log(2), abs=1e-3)
 

@@ -37,7 +37,13 @@ from tiny import _family as tiny_family
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from fastdpo.integrations.trl import HONOURED, NOT_LOGGED, REFUSED, LengthRegularizedDPOTrainer
+from fastdpo.integrations.trl import (
+    HONOURED,
+    LOSSES,
+    NOT_LOGGED,
+    REFUSED,
+    LengthRegularizedDPOTrainer,
+)
 
 TABLE = Path(__file__).parent.parent / "bench" / "TRL_OPTIONS.md"
 BETA, STEPS, BATCH, RATE = 0.3, 3, 4, 0.1
@@ -205,6 +211,52 @@ def gemma3(path: Path) -> dict[str, Any]:
     return _with_pictures("<boi>", tokenizer, processor)
 
 
+def losses(*names: str, **options: Any) -> Case:
+    """One loss or several, with a reference near the policy, so that no first loss is that of 0."""
+    settings = {"loss_type": list(names), "learning_rate": 1e-3, **options}
+    return Case(settings, lambda path: {"ref_model": load(path, 0.01)})
+
+
+def stiff(*names: str, **options: Any) -> Case:
+    """Squares and exponentials of margins: those of fp32 round by as much more, here and there."""
+    return losses(*names, learning_rate=1e-4, **options)._replace(tolerance=1e-4)
+
+
+STIFF = ("discopop", "sppo_hard")
+LOSS_CASES = {
+    **{name: losses(name) for name in LOSSES if name not in ("exo_pair", "sigmoid", *STIFF)},
+    **{name: stiff(name) for name in STIFF},
+    "exo_pair": losses("exo_pair", label_smoothing=1e-3),
+    "robust, smoothed": losses("robust", label_smoothing=0.2),
+    "aot, smoothed and accumulated": losses(
+        "aot", label_smoothing=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    ),
+    "aot_unpaired, smoothed": losses("aot_unpaired", label_smoothing=0.1),
+    "discopop, another temperature": losses("discopop", discopop_tau=0.2),
+    "forward KL": stiff("sigmoid", f_divergence_type="forward_kl"),
+    "Jensen-Shannon": losses("hinge", "sft", f_divergence_type="js_divergence"),
+    "alpha-divergence": stiff(
+        "ipo", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7
+    ),
+    "MPO": losses("sigmoid", "bco_pair", "sft", loss_weights=[0.8, 0.2, 1.0]),
+    "RPO, accumulated": losses(
+        "sigmoid", "sft", per_device_train_batch_size=2, gradient_accumulation_steps=2
+    ),
+    "sorted and not, smoothed": losses("aot", "robust", label_smoothing=0.1, loss_weights=[2, 0.5]),
+    "LD-DPO": losses("sigmoid", ld_alpha=0.4),
+    "LD-DPO, precomputed": losses(
+        "ipo", "apo_down", ld_alpha=0.0, precompute_ref_log_probs=True, precompute_ref_batch_size=3
+    ),
+    "WPO": losses("sigmoid", use_weighting=True),
+    "WPO of several, LD-DPO": losses(
+        "sigmoid", "nca_pair", use_weighting=True, ld_alpha=0.4, loss_weights=[1.0, 0.3]
+    ),
+    "a loss of tokens, evaluated": losses(
+        "sft", "sigmoid", eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=3
+    )._replace(parameters=lambda path: {"ref_model": load(path, 0.01), **evaluation(path)}),
+}
+
+
 # Quantized in blocks of 64.
 WIDE = tiny_family("llama", "LlamaConfig", hidden_size=64, intermediate_size=64, head_dim=16)
 CASES: dict[str, Case] = {
@@ -243,6 +295,7 @@ CASES: dict[str, Case] = {
     "pictures": Case({}, llava, LLAMA._replace(name="llava")),
     "pictures with token types": Case({}, gemma3, LLAMA._replace(name="gemma3 with siglip")),
     "compiled": Case({"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+    **LOSS_CASES,
 }  # fmt: skip
 
 
@@ -322,6 +375,7 @@ def cases_table(figures: dict[str, dict[str, float]]) -> str:
 
 
 TWICE = ", two processes"
+DOUBLED = ("full, evaluated", "new adapter", "aot", "MPO")
 
 
 def in_two_processes(name: str) -> dict[str, float]:
@@ -346,7 +400,7 @@ def main(names: list[str]) -> None:
             print(MARK + json.dumps(figures[name]), flush=True)
     if names:
         return
-    for name in ("full, evaluated", "new adapter"):
+    for name in DOUBLED:
         figures[name + TWICE] = in_two_processes(name)
     versions = ", ".join(f"{x.__name__} {x.__version__}" for x in (trl, transformers, peft, torch))
     TABLE.write_text(

@@ -9,7 +9,6 @@ They take and leave the files of `fastdpo iterate`, and go on where they were st
 options of a command are those of its stage, and what the stage is given.
 """
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,19 +17,17 @@ from typing import Any, TypeVar
 import torch
 
 from fastdpo.cli.commands import quiet_loading, to_talk
+from fastdpo.cli.datasets import has_tokens, is_first, read_examples
 from fastdpo.cli.training import TrainingPage
-from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.clock import KEY, now, rendering_at
-from fastdpo.data.records import STRING_PROMPTS, PairRow, PreferenceRow
-from fastdpo.data.rendering import takes_as_chat
-from fastdpo.data.rows import Rows, preference_rows, prompt_rows, read_rows
-from fastdpo.data.tokenize import TokenizedPairs, tokenize_dataset
-from fastdpo.errors import ConfigError, is_default, require, require_used
+from fastdpo.data.records import STRING_PROMPTS, PairRow
+from fastdpo.data.rows import preference_rows, prompt_rows, read_rows
+from fastdpo.errors import ConfigError, require, require_used
 from fastdpo.model.load import check_start, load_causal_lm, load_tokenizer, stop_ids
 from fastdpo.pair import filters
 from fastdpo.pair.config import PairConfig
 from fastdpo.pair.offline import offline_pairs
-from fastdpo.pair.stage import load_pairs, pair, split_stages
+from fastdpo.pair.stage import pair
 from fastdpo.rounds.run import response_lengths
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import open_sampler, sample
@@ -164,6 +161,7 @@ class PairCommand(PairConfig):
         if (measures or replays) and self.model is None:
             raise ConfigError("ches_keep, max_difficulty and replay need model, the policy")
         for name, used, otherwise in (
+            ("drop_ties", self.makes_lists, "rule be listwise: the others pair no tie"),
             ("previous_scores", compares, "consistency be given"),
             ("model", measures or replays, "ches_keep, max_difficulty or replay be given"),
             ("max_length", replays, "replay be given"),
@@ -181,8 +179,11 @@ class TrainCommand(TrainConfig, EvalConfig):
 
     Attributes:
         model: start and reference, a folder or hub name in Hugging Face format.
-        dataset: file (.jsonl, .json, .parquet, .csv), folder or hub name, in TRL's preference
-            formats; or what ``fastdpo pair`` wrote, whose tokens are taken as they are.
+        dataset: file (.jsonl, .json, .parquet, .csv), folder or hub name, of pairs in TRL's
+            preference formats, of lists (``prompt``, ``responses``, ``scores`` or ``ranks``) or of
+            single responses (``prompt``, ``completion``, ``label``), as ``loss_type`` takes them
+            (see the README of ``fastdpo/data``); or what ``fastdpo pair`` wrote, whose tokens are
+            taken as they are.
         split: of a hub dataset or a folder with several; by default train.
         eval_dataset: pairs to evaluate on in training, as ``dataset``; they are not trained on.
         eval_split: of ``eval_dataset``; by default test, where it has several.
@@ -190,6 +191,10 @@ class TrainCommand(TrainConfig, EvalConfig):
             the policy.
         string_prompts: a prompt that is a string is text without a template, as in TRL ("text"), or
             a message of the user and its responses the assistant's, as in sampling ("chat").
+        prompt_in_likelihood: score the tokens of the prompts too, and count them in the lengths, as
+            where both responses of a pair have a prompt of their own (DOVE).
+        from_first_difference: score the responses of a pair from the first token in which they
+            differ; what both begin with belongs to the prompt.
         reference: folder or hub name of another reference than the start.
         output_dir: folder of the run; resumed if it exists.
         candidates: for alpha=auto, the samples that the pairs are from, a folder of
@@ -204,6 +209,8 @@ class TrainCommand(TrainConfig, EvalConfig):
     eval_split: str | None = None
     chat_template: str | None = None
     string_prompts: str = "text"
+    prompt_in_likelihood: bool = False
+    from_first_difference: bool = False
     reference: str | None = None
     output_dir: str = "runs/train"
     candidates: str | None = None
@@ -216,6 +223,8 @@ class TrainCommand(TrainConfig, EvalConfig):
             evaluates = self.eval_dataset is not None
             require_used(self, name, evaluates, "eval_dataset be given, the pairs to evaluate on")
         _check_string_prompts(self)
+        apart = not (self.prompt_in_likelihood and self.from_first_difference)
+        require(self, "from_first_difference", apart, "left out with prompt_in_likelihood")
         check_control(self, self.reference)
         for name in ("candidates", "control"):
             require_used(self, name, self.alpha == "auto", "alpha be auto")
@@ -295,7 +304,8 @@ def run_pair(config: PairCommand) -> None:
     )
     for reason, count in summary["dropped"].items():
         print(f"dropped {count}: {reason}")
-    print(f"{summary['pairs']} pairs: {config.output}")
+    what = "lists" if config.makes_lists else "pairs"
+    print(f"{summary[what]} {what}: {config.output}")
 
 
 def run_train(config: TrainCommand) -> None:
@@ -304,17 +314,17 @@ def run_train(config: TrainCommand) -> None:
     if config.reference is not None:
         check_start(config.reference, option="reference")
     tokenizer = load_tokenizer(config.model, config.chat_template)
-    out, first = Path(config.output_dir), _is_first()
+    out, first = Path(config.output_dir), is_first()
     with rendering_at(_rendered_at(out / RENDERED)) as clock:
         given = {"dataset": read_rows(config.dataset, config.split)}
         if config.eval_dataset is not None:
             given["eval_dataset"] = read_rows(
                 config.eval_dataset, config.eval_split, default="test", option="eval_split"
             )
-        texts = not all(map(_has_tokens, given.values()))
+        texts = not all(map(has_tokens, given.values()))
         require_used(config, "string_prompts", texts, f"dataset={config.dataset} have texts")
-        found, *others = (_read_pairs(config, *each, tokenizer) for each in given.items())
-        held = others[0].pairs if others else []
+        found, *others = (read_examples(config, *each, tokenizer) for each in given.items())
+        held = others[0].examples if others else []
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir={out} is a file; name a folder")
     control = (
@@ -326,7 +336,7 @@ def run_train(config: TrainCommand) -> None:
         if first and clock.read:
             write_json_atomic(out / RENDERED, {KEY: clock.time})
         metrics = train(
-            config.model, tokenizer, found.pairs, config, out, reference=config.reference,
+            config.model, tokenizer, found.examples, config, out, reference=config.reference,
             control=control, lengths=lengths, eval_pairs=held, evaluation=config,
             on_step=shown.step if first else None,
         )  # fmt: skip
@@ -341,11 +351,6 @@ def run_train(config: TrainCommand) -> None:
         print(to_talk(out / "policy", config))
 
 
-def _is_first() -> bool:
-    """Whether this is the first process of a launch, which alone writes and says things."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _best(out: Path) -> str:
     """Which step the policy is of."""
     best = read_json(out / BEST)
@@ -353,75 +358,6 @@ def _best(out: Path) -> str:
         f", after step {best['best_global_step']} of {best['global_step']}, the best "
         f"{best['metric_for_best_model']}: {best['best_metric']:.4g}"
     )
-
-
-def _has_tokens(rows: Rows) -> bool:
-    """Whether they are what ``fastdpo pair`` wrote."""
-    return {"prompt_ids", "chosen_ids", "rejected_ids"} <= rows.rows[0].keys()
-
-
-def _read_pairs(config: TrainCommand, name: str, rows: Rows, tokenizer: Any) -> TokenizedPairs:
-    """The pairs of ``dataset`` or ``eval_dataset``, which are tokenized or to be."""
-    if _has_tokens(rows):
-        return TokenizedPairs(_tokenized(config, name), {}, [])
-    given = preference_rows(rows)
-    _tell_of_strings(config, given, tokenizer)
-    found = tokenize_dataset(
-        given,
-        tokenizer,
-        max_length=config.max_length,
-        overlong=config.overlong,
-        stop_ids=stop_ids(config.model, tokenizer),
-        string_prompts=config.string_prompts,
-        progress=_is_first(),
-    )
-    if _is_first():
-        print(found if name == "dataset" else f"{name}: {found}")
-    return found
-
-
-def _tell_of_strings(config: TrainCommand, rows: list[PreferenceRow], tokenizer: Any) -> None:
-    """Say how prompts are taken that are strings, where a chat template could take them otherwise.
-
-    Raises ConfigError where they can't be taken as the option says.
-    """
-    as_chat = config.string_prompts == "chat"
-    if as_chat and tokenizer.chat_template is None:
-        raise ConfigError(
-            f"string_prompts=chat needs a chat template, which model={config.model} has not; give "
-            "one (chat_template), or leave string_prompts out"
-        )
-    strings = (x for x in rows if isinstance(x.prompt, str))
-    first = next((x for x in strings if takes_as_chat(str(x.prompt), tokenizer)), None)
-    if first is not None and _is_first():
-        how, other = (
-            ("messages of the user, as in sampling", "string_prompts=text takes them as text")
-            if as_chat
-            else (
-                "text, without the model's chat template, as in TRL",
-                "string_prompts=chat takes them as messages of the user, as fastdpo sample does",
-            )
-        )
-        print(f"prompts that are strings, first at {first.where}, are taken as {how}; {other}")
-
-
-def _tokenized(config: TrainCommand, name: str) -> list[TokenizedPair]:
-    """What ``fastdpo pair`` wrote."""
-    path = getattr(config, name)
-    pairs = load_pairs(Path(path))
-    if len(stages := split_stages(pairs)) > 1:
-        raise ConfigError(
-            f"{name}={path} is a curriculum of {len(stages)} stages, each of which "
-            "starts where the one before ended; use fastdpo iterate"
-        )
-    longest = max(pair.num_tokens("padded") for pair in pairs) // 2
-    if config.max_length < longest and not is_default(config, "max_length"):
-        raise ConfigError(
-            f"max_length={config.max_length}, but {name}={path} has a side of "
-            f"{longest} tokens: what fastdpo pair wrote is taken as it is. Leave max_length "
-            "out, or give it to fastdpo sample"
-        )
-    return pairs
 
 
 def _rendered_at(path: Path) -> str:

@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from fastdpo.cli.commands import save_options
-from fastdpo.data.batch import TokenizedPair
-from fastdpo.data.tokenize import TokenizedPairs
+from fastdpo.data.examples import TokenizedExample
+from fastdpo.data.tokenize import Tokenized
+from fastdpo.loss.choices import CHOICES
 from fastdpo.report import card
 from fastdpo.report import summary as report
 from fastdpo.storage import write_json_atomic
@@ -25,11 +26,11 @@ class TrainingPage:
 
     Args:
         config: the command's options.
-        found: the pairs to train on, and what became of the others.
+        found: the examples to train on, and what became of the others.
         held: those to evaluate on.
     """
 
-    def __init__(self, config: Any, found: TokenizedPairs, held: Sequence[TokenizedPair]) -> None:
+    def __init__(self, config: Any, found: Tokenized, held: Sequence[TokenizedExample]) -> None:
         self.config, self.out = config, Path(config.output_dir)
         self.data = data_facts(found, held)
         self.defaults = defaults(type(config))
@@ -54,7 +55,7 @@ class TrainingPage:
         if ended or not path.is_file():  # an older run noted its end there alone
             write_json_atomic(path, metrics | {"ended": ended}, checksum=True)
         page = report.html(self.out, self.defaults)
-        card.write_cards(self.out, self.defaults)
+        card.write_cards(self.out, self.defaults, losses=CHOICES)
         return page
 
     def _begin(self) -> None:
@@ -69,17 +70,22 @@ def defaults(config: type) -> dict[str, Any]:
     }
 
 
-def data_facts(found: TokenizedPairs, held: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """Numbers and mean lengths of pairs, in tokens, as `pairs.summary.json` of a round has them."""
-    pairs = found.pairs
+def data_facts(found: Tokenized, held: Sequence[TokenizedExample]) -> dict[str, Any]:
+    """Numbers and mean lengths of examples, in tokens, as `pairs.summary.json` of a round has them
+    of pairs."""
+    examples = found.examples
     facts = {
-        "pairs": len(pairs),
+        "pairs": len(examples),
         "dropped": found.dropped,
         "truncated_to_max_length": found.truncated,
-        "mean_length_prompt": fmean(len(pair.prompt_ids) for pair in pairs),
-        "mean_length_chosen": fmean(len(pair.chosen_ids) for pair in pairs),
-        "mean_length_rejected": fmean(len(pair.rejected_ids) for pair in pairs),
-        "longest": max(pair.num_tokens("padded") for pair in pairs) // 2,
+        "mean_length_prompt": fmean(len(x) for each in examples for x in each.prompts),
     }
+    if examples[0].shape == "pairs":
+        facts["mean_length_chosen"] = fmean(len(pair.chosen_ids) for pair in examples)
+        facts["mean_length_rejected"] = fmean(len(pair.rejected_ids) for pair in examples)
+    else:
+        lengths = [len(ids) for each in examples for ids in each.responses]
+        facts |= {"responses": len(lengths), "mean_length_response": fmean(lengths)}
+    facts["longest"] = max(each.longest for each in examples)
     facts |= {"prompts_as_text": len(found.as_text_at)} if found.as_text_at else {}
     return facts | ({"held_out_pairs": len(held)} if held else {})

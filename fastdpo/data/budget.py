@@ -1,9 +1,10 @@
-"""Pairs within a number of tokens: what happens to those that are too long."""
+"""Examples within a number of tokens: what happens to those that are too long."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from fastdpo.data.batch import TokenizedPair, tokens_of_pair
+from fastdpo.data.examples import TokenizedExample, TokenizedList, TokenizedPair, tokens_of
 from fastdpo.errors import DataError
 
 OVERLONG = ("truncate", "drop", "stop")  # what can be done with a pair that is too long
@@ -28,26 +29,27 @@ def check_overlong(overlong: str) -> None:
 class Fitted:
     """What `fit_to_budget` made of pairs: `pairs[i]` was number `kept[i]` of those given."""
 
-    pairs: list[TokenizedPair]
+    pairs: list[Any]  # of the kind of those given
     kept: list[int]
     dropped_at: list[str]  # the rows left out
     truncated_at: list[str]  # rows kept with a response cut
 
 
 def fit_to_budget(
-    pairs: Sequence[TokenizedPair], max_tokens: int, *, layout: str, overlong: str
+    pairs: Sequence[TokenizedExample], max_tokens: int, *, layout: str, overlong: str
 ) -> Fitted:
-    """Make every pair fit a micro-batch of `max_tokens` tokens in a layout, in order.
+    """Make every pair, list or single response fit a micro-batch of `max_tokens` tokens in a
+    layout, in order.
 
     One that fits is returned as it is, the same object. `overlong` says what happens to any other:
 
-    - "truncate": both responses are cut at the end to one common cap, the largest at which the pair
-      fits; a response within the cap stays whole. The pair is dropped when not even one token of
-      each fits, or when both are the same tokens after the cut.
-    - "drop": the pair is dropped.
-    - "stop": the first such pair raises DataError.
+    - "truncate": its responses are cut at the end to one common cap, the largest at which it fits;
+      a response within the cap stays whole. It is dropped when not even one token of each response
+      fits, or when all its sequences are the same tokens after the cut.
+    - "drop": it is dropped.
+    - "stop": the first such one raises DataError.
 
-    Raises DataError when no pair is left, and ValueError when `overlong` is none of the three.
+    Raises DataError when none is left, and ValueError when `overlong` is none of the three.
     """
     check_overlong(overlong)
     if not pairs:
@@ -55,13 +57,13 @@ def fit_to_budget(
     sizes = [pair.num_tokens(layout) for pair in pairs]
     fitted = Fitted([], [], [], [])
     for i, pair in enumerate(pairs):
-        fitting: TokenizedPair | None = pair
+        fitting: TokenizedExample | None = pair
         if sizes[i] > max_tokens:
             if overlong == "stop":
                 raise DataError(
-                    f"{_place(pairs, i)}: the pair takes {sizes[i]} tokens, max_tokens is "
-                    f"{max_tokens}. Raise max_tokens to at least {max(sizes)}, the longest pair, "
-                    "or set overlong=truncate or overlong=drop."
+                    f"{_place(pairs, i)}: the {pair.name} takes {sizes[i]} tokens, max_tokens is "
+                    f"{max_tokens}. Raise max_tokens to at least {max(sizes)}, the longest "
+                    f"{pair.name}, or set overlong=truncate or overlong=drop."
                 )
             fitting = _cut(pair, max_tokens, layout) if overlong == "truncate" else None
         if fitting is None:
@@ -74,27 +76,40 @@ def fit_to_budget(
     if not fitted.pairs:
         choice = ", or set overlong=truncate" if overlong == "drop" else ""
         raise DataError(
-            f"{_place(pairs, 0)} to {_place(pairs, len(pairs) - 1)}: no pair is left: "
+            f"{_place(pairs, 0)} to {_place(pairs, len(pairs) - 1)}: no {pairs[0].name} is left: "
             f"all {len(pairs)} take more than max_tokens = {max_tokens} tokens. "
-            f"Raise max_tokens to at least {max(sizes)}, the longest pair{choice}."
+            f"Raise max_tokens to at least {max(sizes)}, the longest {pairs[0].name}{choice}."
         )
     return fitted
 
 
-def _place(pairs: Sequence[TokenizedPair], i: int) -> str:
-    return pairs[i].where or f"pair {i} (counting from 0)"
+def _place(pairs: Sequence[TokenizedExample], i: int) -> str:
+    return pairs[i].where or f"{pairs[i].name} {i} (counting from 0)"
 
 
-def _cut(pair: TokenizedPair, max_tokens: int, layout: str) -> TokenizedPair | None:
-    """The pair within `max_tokens`, its responses under one cap; None if that leaves nothing."""
-    prompt, chosen, rejected = map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+def _cut(pair: TokenizedExample, max_tokens: int, layout: str) -> TokenizedExample | None:
+    """The example within `max_tokens`, its responses under one cap; None if that leaves nothing."""
+    prompts, lengths = pair.prompts[: pair.num_computed], [*map(len, pair.responses)]
+    lengths = lengths[: pair.num_computed]
 
     def fits(cap: int) -> bool:
-        return tokens_of_pair(prompt, min(chosen, cap), min(rejected, cap), layout) <= max_tokens
+        return tokens_of(prompts, [min(length, cap) for length in lengths], layout) <= max_tokens
 
-    # Not by halves: where both sides can't share the prompt, a longer cap may take fewer tokens.
-    cap = next(filter(fits, range(min(max(chosen, rejected), max_tokens), 0, -1)), 0)
-    chosen_ids, rejected_ids = pair.chosen_ids[:cap], pair.rejected_ids[:cap]
-    if chosen_ids == rejected_ids:  # also where both are empty
+    # Not by halves: where not all can share the prompt, a longer cap may take fewer tokens.
+    cap = next(filter(fits, range(min(max(lengths), max_tokens), 0, -1)), 0)
+    return cut_to(pair, cap)
+
+
+def cut_to(pair: TokenizedExample, cap: int) -> TokenizedExample | None:
+    """The example with its responses cut to `cap` tokens; None if that makes all of them alike."""
+    if cap < 1:
         return None
-    return replace(pair, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
+    if isinstance(pair, TokenizedPair):
+        chosen_ids, rejected_ids = pair.chosen_ids[:cap], pair.rejected_ids[:cap]
+        alike = pair.rejected_prompt_ids is None and chosen_ids == rejected_ids
+        return None if alike else replace(pair, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
+    if isinstance(pair, TokenizedList):
+        responses = [ids[:cap] for ids in pair.responses_ids]
+        alike = all(ids == responses[0] for ids in responses)
+        return None if alike else replace(pair, responses_ids=responses)
+    return replace(pair, response_ids=pair.response_ids[:cap])

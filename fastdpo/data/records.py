@@ -1,17 +1,20 @@
 """The rows that go from stage to stage, and the one place that knows their columns.
 
-    Prompt -> Candidate (a sampled response) -> Scored -> PairRow (what training reads)
+    Prompt -> Candidate (a sampled response) -> Scored -> PairRow, ListRow (what training reads)
 
 Each is written as a line of JSON by its `to_json` and read, and checked, by its `from_json`.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastdpo.errors import DataError, is_number
+
+if TYPE_CHECKING:
+    from fastdpo.loss.examples import Shape  # which loads torch
 
 Text = str | list[dict[str, Any]]  # a string, or messages
 # What a prompt that is a string is taken as: a message of the user, or text without a template.
@@ -35,20 +38,108 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class PreferenceRow:
-    """A preference pair with an explicit prompt: all three are strings or all are messages.
+class Prompted:
+    """A prompt and responses to it by the names of their columns: what a chat template renders.
 
-    Without `append_eos` the responses are unfinished and needn't end in an end token.
+    With a `prefix` the responses go on after it, in a message of the assistant that it begins; they
+    are strings then, which no template sees.
+    """
+
+    where: str
+    prompt: Text
+    responses: dict[str, Text]
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    append_eos: bool = True
+    prefix: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TextRow:
+    """What a row has beside its prompt and its responses.
+
+    Without `append_eos` the responses are unfinished and needn't end in an end token.  `numbers`
+    are those that an example counts beside its tokens, by their names in `fastdpo.data.examples`.
+    """
+
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    append_eos: bool = True
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def _prompted(self, prompt: Text, **responses: Text) -> Prompted:
+        names = ("where", "tools", "chat_template_kwargs", "append_eos", "prefix")
+        rest = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return Prompted(prompt=prompt, responses=responses, **rest)
+
+
+@dataclass(frozen=True)
+class PreferenceRow(_TextRow):
+    """A preference pair with an explicit prompt: all texts are strings or all are messages.
+
+    Attributes:
+        rejected_prompt: another prompt of the rejected response; None: the same.
+        prefix: what is right of the answer so far, of which the responses are the next step
+            (Step-DPO).  The prompt may be messages then, and the responses are strings.
     """
 
     where: str
     prompt: Text
     chosen: Text
     rejected: Text
-    tools: list[Any] | None = None
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-    append_eos: bool = True
+    rejected_prompt: Text | None = field(default=None, kw_only=True)
+    prefix: str | None = field(default=None, kw_only=True)
+
+    shape: ClassVar["Shape"] = "pairs"
+
+    @property
+    def prompted(self) -> list[Prompted]:
+        """Its prompts, each with the responses to it."""
+        if self.rejected_prompt is None:
+            return [self._prompted(self.prompt, chosen=self.chosen, rejected=self.rejected)]
+        return [
+            self._prompted(self.prompt, chosen=self.chosen),
+            self._prompted(self.rejected_prompt, rejected=self.rejected),
+        ]
+
+
+@dataclass(frozen=True)
+class RankedRow(_TextRow):
+    """Responses to one prompt with their scores: all texts are strings or all are messages."""
+
+    where: str
+    prompt: Text
+    responses: list[Text]
+    scores: list[float]
+
+    shape: ClassVar["Shape"] = "lists"
+
+    @property
+    def prompted(self) -> list[Prompted]:
+        """Its prompt with all responses."""
+        responses = {f"responses[{i}]": text for i, text in enumerate(self.responses)}
+        return [self._prompted(self.prompt, **responses)]
+
+
+@dataclass(frozen=True)
+class LabeledRow(_TextRow):
+    """A response that is desirable (label true) or not: both texts are strings or messages."""
+
+    where: str
+    prompt: Text
+    completion: Text
+    label: bool
+
+    shape: ClassVar["Shape"] = "singles"
+
+    @property
+    def prompted(self) -> list[Prompted]:
+        """Its prompt with the response."""
+        return [self._prompted(self.prompt, completion=self.completion)]
+
+
+TextRow = PreferenceRow | RankedRow | LabeledRow
 
 
 @dataclass(frozen=True)
@@ -148,7 +239,7 @@ class PairRow:
         scores_chosen, scores_rejected: of several scorers, each one's own.
         stage: of a curriculum, from 0.
         flipped: whether the two sides were turned round.
-        smoothing, weight: of the pair's loss.
+        label_smoothing, weight, margin: of the pair's loss.
         source: "sampled" or "offline", where both are there.
         origin: of an offline pair, its prompt with all that sampling takes; not written.
     """
@@ -168,9 +259,10 @@ class PairRow:
     scores_rejected: list[float] | None = None
     stage: int | None = None
     flipped: bool | None = None
-    smoothing: float | None = None
+    label_smoothing: float | None = None
     source: str | None = None
     weight: float | None = None
+    margin: float | None = None
     origin: Prompt | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -217,6 +309,8 @@ class PairRow:
         column is missing, or a number is out of its range.
         """
         row = {"prompt": "", "chosen": "", "rejected": "", **row}
+        if _OLD_SMOOTHING in row:
+            row.setdefault("label_smoothing", row.pop(_OLD_SMOOTHING))
         names = [x.name for x in fields(cls) if x.name in row or x.name not in _OPTIONAL]
         for name in names:
             if name not in row:
@@ -233,15 +327,69 @@ _SIDES = {  # what a pair has of its two candidates, and the columns of chosen a
     "finish_reason": ("chosen_finish", "rejected_finish"),
     "scores": ("scores_chosen", "scores_rejected"),
 }
+_OLD_SMOOTHING = "smoothing"  # the name of label_smoothing in files of older runs
 _OPTIONAL = {x.name for x in fields(PairRow) if x.default is None}
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "score_chosen": lambda x: x is None or is_number(x),
     "score_rejected": lambda x: x is None or is_number(x),
     "weight": lambda x: is_number(x) and x >= 0,
-    "smoothing": lambda x: is_number(x) and 0 <= x <= 1,
+    "margin": is_number,
+    "label_smoothing": lambda x: is_number(x) and 0 <= x <= 1,
     "stage": lambda x: type(x) is int and x >= 0,
     "source": lambda x: x in ("sampled", "offline"),
 }
+
+
+@dataclass(frozen=True)
+class ListRow:
+    """Responses to one prompt and their scores in tokens, as `pair` writes them.
+
+    Attributes:
+        prompt_index: place of the prompt.
+        responses, responses_ids: texts and tokens, best first.
+        scores: after shaping, one for each.
+        finish_reasons: of each.
+    """
+
+    prompt_index: int
+    prompt: Text
+    prompt_ids: list[int]
+    responses: list[str]
+    responses_ids: list[list[int]]
+    scores: list[float]
+    finish_reasons: list[str]
+
+    @classmethod
+    def of(cls, rows: "Sequence[Scored]") -> "ListRow":
+        """Responses to one prompt."""
+        first = rows[0]
+        return cls(
+            first.prompt_index, first.prompt, first.prompt_ids,
+            [row.response for row in rows], [row.response_ids for row in rows],
+            [row.score for row in rows], [row.finish_reason for row in rows],
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], where: str) -> "ListRow":
+        """Texts and finish reasons may be left out. Raises DataError, naming the place and the
+        column, when another column is missing, or is no list of as many as there are responses.
+        """
+        row = {"prompt": "", "responses": [], "finish_reasons": [], **row}
+        for name in (x.name for x in fields(cls)):
+            if name not in row:
+                raise DataError(f"{where}: {name!r} is missing. Pair again.")
+        scores, responses = row["scores"], row["responses_ids"]
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise DataError(f"{where}: responses_ids must be at least two lists. Pair again.")
+        if not isinstance(scores, list) or len(scores) != len(responses):
+            raise DataError(
+                f"{where}: scores must be a list of {len(responses)} numbers, one for each of "
+                f"responses_ids, not {scores!r}. Pair again."
+            )
+        return cls(**{x.name: row[x.name] for x in fields(cls)})
 
 
 @contextmanager

@@ -2,165 +2,30 @@
 
 A template is a program of its own. Some cut the reasoning off an answer, some never read
 `tool_calls`, some print a list of parts as Python writes it, and some end no turn. Nothing of that
-is an error to them; here it is found by comparing what was rendered with what was given.
-
-Legitimate, and let pass: role marks and other text around and between, outer whitespace stripped,
-reasoning in a field of its own, whitespace about <think> and </think>, tool calls in any notation.
+is an error to them; `lost.py` finds it by comparing what was rendered with what was given.
 """
 
-import json
-import re
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
 
-from fastdpo.data.records import STRING_PROMPTS, PreferenceRow, Prompt, Text, placed
+from fastdpo.data.lost import Lost, cause, notations, raw_part, short, texts, trace
+from fastdpo.data.records import (
+    STRING_PROMPTS,
+    PreferenceRow,
+    Prompt,
+    Prompted,
+    Text,
+    placed,
+)
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, Any]
-
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that templates read it by
-_THINK = re.compile(r"(</?think>)")
-_MEDIA = ("image", "audio", "video")  # parts of a content that are no text, by type
-
-
-class Lost(NamedTuple):
-    """A text of message number `index` that isn't in its rendering."""
-
-    index: int
-    name: str  # the key that has it
-    text: str
-
-
-def texts(message: Message) -> Iterator[tuple[str, str]]:
-    """The texts that a rendering of the message must hold, by key, in the order of rendering."""
-    seen: list[str] = []
-    for name in _REASONING:
-        value = message.get(name)
-        if isinstance(value, str) and value not in seen:  # some data has it under two names
-            seen.append(value)
-            yield name, value
-    content = message.get("content")
-    for part in content if isinstance(content, list) else [content]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get(kind) if isinstance(part, dict) else part
-        if isinstance(text, str) and kind not in _MEDIA:
-            yield "content", text
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call) if isinstance(call, dict) else {}
-        yield from (("tool_calls", text) for text in _leaves(function.get("name")))
-        yield from (("tool_calls", text) for text in _leaves(_parsed(function.get("arguments"))))
-
-
-def is_empty(text: str | list[Message], marks: Sequence[str | None] = ()) -> bool:
-    """Whether there is nothing in a response but the `marks` of a beginning and an end.
-
-    Blanks are nothing in messages, of which templates strip them.
-    """
-    given = [text] if isinstance(text, str) else [x for message in text for _, x in texts(message)]
-    for mark in filter(None, marks):
-        given = [x.replace(mark, "") for x in given]
-    return not any(given if isinstance(text, str) else (x.strip() for x in given))
-
-
-def trace(messages: list[Message], opening: str, rendered: str) -> tuple[Lost | None, str]:
-    """The first text of `messages` that `rendered` lacks, and what follows the last one there.
-
-    `opening` is what stands before `rendered`: the end of the prompt, in which a response may have
-    its beginning where the template opens the turn with it, as with <think>.
-    """
-    whole, at = opening + rendered, 0
-    for index, message in enumerate(messages):
-        given = list(texts(message))
-        calls_first = sorted(given, key=lambda x: x[0] != "tool_calls")
-        ends = [_walk(order, whole, at, len(opening)) for order in (given, calls_first)]
-        found = next((end for end in ends if isinstance(end, int)), ends[0])
-        if not isinstance(found, int):
-            return Lost(index, *found), ""
-        at = found
-    return None, whole[max(at, len(opening)) :]
-
-
-def _walk(given: list[tuple[str, str]], whole: str, at: int, start: int) -> int | tuple[str, str]:
-    """Where the texts, one after the other, end; or the first that isn't there."""
-    calls = None  # where the calls begin: some templates sort their arguments
-    for name, text in given:
-        base = at
-        if name == "tool_calls":
-            base = calls = at if calls is None else calls
-        found = _find(text, name, whole, base, start)
-        if found is None:
-            return name, text
-        at = max(at, found)
-    return at
-
-
-def _find(text: str, name: str, whole: str, at: int, start: int) -> int | None:
-    """Where in `whole`, from `at` on, the text ends, beyond `start`; None where it isn't."""
-    forms = _notations(text) if name == "tool_calls" else [text.strip()]
-    for form in forms:
-        found = whole.find(form, max(at, start + 1 - len(form)))
-        if form and found >= 0:
-            return found + len(form)
-    pieces = [piece for piece in map(str.strip, _THINK.split(text)) if piece]
-    if len(pieces) < 2:
-        return None if pieces else at
-    for piece in pieces:
-        found = whole.find(piece, at)
-        if found < 0:
-            return None
-        at = found + len(piece)
-    return at if at > start or pieces[-1] == "</think>" else None
-
-
-def _notations(text: str) -> list[str]:
-    """A string of a tool call as it is, in JSON, in JSON within JSON, and in Python."""
-    coded = json.dumps(text, ensure_ascii=False)[1:-1]
-    again = json.dumps(coded, ensure_ascii=False)[1:-1]
-    return [text, text.strip(), coded, json.dumps(text)[1:-1], again, repr(text)[1:-1]]
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    inner = value.values() if isinstance(value, dict) else value
-    for item in inner if isinstance(value, dict | list) else ():
-        yield from _leaves(item)
-
-
-def _parsed(arguments: Any) -> Any:
-    """Arguments of a call, which some data has as JSON text."""
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
-
-
-def cause(lost: Lost, tokenizer: Any) -> str:
-    """Why the chat template may have lost a text, as far as that can be read off it."""
-    template = str(tokenizer.chat_template)
-    if lost.name not in template:
-        return f"the template never reads {lost.name!r}"
-    if lost.name == "content" and "</think>" in lost.text and "</think>" in template:
-        return "the template cuts what stands before </think> off a turn of the assistant"
-    return "the template leaves it out or changes it in such a message"
-
-
-def raw_part(messages: list[Message], rendered: str) -> str | None:
-    """A part of a content that `rendered` has as Python or JSON writes it, braces and all."""
-    lists = [x["content"] for x in messages if isinstance(x.get("content"), list)]
-    parts = [part for x in lists for part in (x, *(y for y in x if isinstance(y, dict)))]
-    coded = (
-        form for x in parts for form in (str(x), json.dumps(x), json.dumps(x, ensure_ascii=False))
-    )
-    return next((form for form in coded if form in rendered), None)
 
 
 def last_token(ids: Sequence[int], tokenizer: Any) -> int:
@@ -251,7 +116,7 @@ def takes_as_chat(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     return chat.count(first[0]) == own.count(first[0])  # type: ignore[index,union-attr]
 
 
-def options_of(row: PreferenceRow | Prompt) -> dict[str, Any]:
+def options_of(row: PreferenceRow | Prompt | Prompted) -> dict[str, Any]:
     """What a row gives to the chat template beside its messages."""
     return {"tools": row.tools, **row.chat_template_kwargs}
 
@@ -281,30 +146,49 @@ class Renderer:
         """Tokens known to end a response, and the first row that ends in each."""
         return {x: "" for x in [self.tokenizer.eos_token_id] if x is not None}
 
-    def ids(self, text: Text, options: dict[str, Any], **extra: bool) -> list[int]:
+    def ids(
+        self, text: Text, options: dict[str, Any], *, rendered: bool = False, **extra: bool
+    ) -> list[int]:
         """Ids of a string, or of messages through the chat template with `options`.
 
-        One beginning token at most; of a string no end token but its own.
+        One beginning token at most, and of a `rendered` string its own; of a string no end token
+        but its own.
         """
         if isinstance(text, str):
             encoded = self._call(lambda: self.tokenizer(text=text, add_special_tokens=False))
             ids = encoded["input_ids"]
+            if rendered:
+                return self._begun_once(ids)
             return ids if starts_with(ids, self.prefix) else self.prefix + ids
         encoded = self._template(text, options, tokenize=True, return_dict=True, **extra)
-        ids = encoded["input_ids"]
-        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
-            ids = ids[1:]
+        ids = self._begun_once(encoded["input_ids"])
         if any(isinstance(message.get("content"), list) for message in text):
             raw = raw_part(text, self._decode(ids))
             if raw is not None:
                 raise DataError(
                     "the chat template doesn't take a list of parts as content: it writes "
-                    f"{_short(raw)}. Write the content as one string, or give a template that "
+                    f"{short(raw)}. Write the content as one string, or give a template that "
                     "reads parts (chat_template)."
                 )
         return ids
 
-    def join(self, row: PreferenceRow, response: Text) -> Text:
+    def opened(self, row: Prompted) -> Prompted:
+        """A row whose responses go on after a `prefix`, with all before them as one text.
+
+        A template renders the prompt alone, as it does before a model goes on with its own answer:
+        no turn ends in between, and the template changes nothing of the answer.
+        """
+        opening = row.prompt
+        if isinstance(opening, list):
+            opening = self._text(row, opening, add_generation_prompt=True)
+        return replace(row, prompt=f"{opening}{row.prefix}")
+
+    def _begun_once(self, ids: list[int]) -> list[int]:
+        """Rendered ids with one beginning token, where template and message bring one each."""
+        twice = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id
+        return ids[1:] if twice else ids
+
+    def join(self, row: Prompted, response: Text) -> Text:
         """Prompt and response as one text; a string response ends in the end token."""
         prompt = row.prompt
         if isinstance(prompt, list) and isinstance(response, list):
@@ -321,7 +205,7 @@ class Renderer:
         return prompt + (response if response.rstrip().endswith(end) else response + end)
 
     def checked(
-        self, row: PreferenceRow, name: str, prompt: list[int], ids: list[int]
+        self, row: Prompted, name: str, prompt: list[int], ids: list[int]
     ) -> tuple[list[int], bool]:
         """A response's ids, all text in them and ended once; and whether its end was added here.
 
@@ -340,7 +224,7 @@ class Renderer:
             return ids, False
         if after.strip() and self._decode(prompt).rstrip().endswith(after.strip()):
             raise DataError(
-                f"the chat template writes {_short(after)} after {name} as it does before it, "
+                f"the chat template writes {short(after)} after {name} as it does before it, "
                 "which begins another turn. Give a template that does so with "
                 "add_generation_prompt only (chat_template)."
             )
@@ -365,7 +249,7 @@ class Renderer:
                 return ids
             ids = ids[: before + 1] + ids[last + 1 :]
 
-    def unread(self, row: PreferenceRow | Prompt) -> str | None:
+    def unread(self, row: Prompted | Prompt) -> str | None:
         """What a template leaves out of a prompt: a message, or a tool; None: nothing.
 
         Turns of the assistant are not looked at: templates cut the reasoning off earlier ones.
@@ -380,13 +264,13 @@ class Renderer:
                 given.append(("tools", function["name"]))
         rendered = self._text(row, row.prompt, add_generation_prompt=True)
         for name, text in given:
-            if not any(form in rendered for form in _notations(text.strip())):
-                return f"{name} {_short(text)} ({cause(Lost(0, name, text), self.tokenizer)})"
+            if not any(form in rendered for form in notations(text.strip())):
+                return f"{name} {short(text)} ({cause(Lost(0, name, text), self.tokenizer)})"
         return None
 
-    def _after_text(self, row: PreferenceRow, name: str, ids: list[int]) -> str:
+    def _after_text(self, row: Prompted, name: str, ids: list[int]) -> str:
         """What a template wrote after the text of a response; DataError where text is lost."""
-        response: Any = getattr(row, name)
+        response: Any = row.responses[name]
         lost, after = trace(response, "", self._decode(ids))
         if lost is None:
             return after
@@ -402,13 +286,13 @@ class Renderer:
         if lost is not None:
             reason = cause(lost, self.tokenizer)
             raise DataError(
-                f"{lost.name} {_short(lost.text)} of message {lost.index} of {name} is not in what "
-                f"the chat template renders, {_short(side[split:])}: {reason}. Give a template "
+                f"{lost.name} {short(lost.text)} of message {lost.index} of {name} is not in what "
+                f"the chat template renders, {short(side[split:])}: {reason}. Give a template "
                 "that keeps it (chat_template), or write the row without it."
             )
         return after
 
-    def _is_end(self, token: int, row: PreferenceRow, prompt: list[int], after: str) -> bool:
+    def _is_end(self, token: int, row: Prompted, prompt: list[int], after: str) -> bool:
         """Whether a token ends a turn: a special one that the template wrote `after` the text of
         the response, unless it begins turns with it."""
         if token in self.ends or token not in self.special or isinstance(row.prompt, str):
@@ -427,7 +311,7 @@ class Renderer:
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def _text(self, row: PreferenceRow | Prompt, messages: Any, **settings: Any) -> str:
+    def _text(self, row: Prompted | Prompt, messages: Any, **settings: Any) -> str:
         return self._template(messages, options_of(row), tokenize=False, **settings)
 
     def _template(self, messages: Any, options: dict[str, Any], **settings: Any) -> Any:
@@ -452,10 +336,6 @@ class Renderer:
             ) from error
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:45]} ... {text[-10:]}")
-
-
 def starts_with(ids: Sequence[int], prefix: Sequence[int]) -> bool:
     return ids[: len(prefix)] == prefix
 
@@ -473,7 +353,7 @@ def line_of(error: Exception, template: Any) -> str:
         return ""
     # A tokenizer can have several templates, by name.
     lines = template.splitlines() if isinstance(template, str) else []
-    text = f": {_short(lines[number - 1].strip())}" if number <= len(lines) else ""
+    text = f": {short(lines[number - 1].strip())}" if number <= len(lines) else ""
     return f", line {number} of the chat template{text}"
 
 

@@ -3,22 +3,30 @@
     rows = preference_rows(read_rows("pairs.jsonl"))
     result = tokenize_dataset(rows, tokenizer, max_length=2048)
 
-The formats are those of TRL's DPOTrainer: `prompt`, `chosen` and `rejected` as strings or as
-message lists, the prompt explicit or the shared beginning of both responses, with optional `tools`
-and `chat_template_kwargs`. A row with `append_eos: false` has responses that don't end. Every other
-column is kept in `extra`.
+A dataset is of one shape, told by its columns; texts are strings or message lists:
+
+| shape | columns |
+|---|---|
+| pairs | `prompt`, `chosen`, `rejected` as in TRL's DPOTrainer: the prompt explicit, or the shared beginning of both responses |
+| pairs of two prompts | `prompt_chosen`, `chosen`, `prompt_rejected`, `rejected`; or DOVE's `i_chosen`, `r_chosen`, `i_reject`, `r_reject` |
+| pairs of next steps | as Step-DPO has them, `prompt`, `initial_reason_steps`, `chosen`, `rejected`: the steps are what both responses go on after, and do not end |
+| lists | `prompt`, `responses`, and `scores` (or `rewards`), or `ranks` of which 1 is the best; or a JSON object of prompts, each with `responses` and scores |
+| singles | `prompt`, `completion`, `label` as in TRL's KTOTrainer |
+
+Optional: `tools` and `chat_template_kwargs` for the template; `append_eos: false` in a row whose
+responses don't end; `weight`, `margin`, `label_smoothing`, and of pairs `score_chosen` and
+`score_rejected`, numbers of the row's loss. Every other column is kept in `extra`.
 
 Messages can stand as JSON text in a string, as in a CSV cell: a string is messages when it is a
 JSON list of one or more objects with a `role`, each with `content` or `tool_calls`.
 
 A mistake in the data raises one DataError that names the place, what is wrong and the fix.
-"""
+"""  # noqa: E501
 
-import ast
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
@@ -26,15 +34,31 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from fastdpo.data.records import PreferenceRow, Prompt, Text, placed
+from fastdpo.data.columns import (
+    COUNTS,
+    flag,
+    numbers,
+    others,
+    require_column,
+    scores_column,
+    text_column,
+    texts_column,
+)
+from fastdpo.data.records import LabeledRow, PreferenceRow, Prompt, RankedRow, Text, TextRow, placed
 from fastdpo.data.rendering import named
 from fastdpo.errors import DataError
 from fastdpo.storage import json_lines, read_text
 
 _FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
 _OTHER_SUFFIXES = {".txt", ".tsv", ".arrow", ".gz", ".zip", ".zst", ".xz", ".ndjson", ".yaml"}
-Checked = TypeVar("Checked", PreferenceRow, Prompt)
-_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+Checked = TypeVar("Checked", bound=TextRow | Prompt)
+_PROMPTS = ("prompt_chosen", "prompt_rejected")
+_SCORES = ("score_chosen", "score_rejected")
+# DOVE's columns, and those that they stand for.
+_DOVE = {
+    "i_chosen": "prompt_chosen", "r_chosen": "chosen",
+    "i_reject": "prompt_rejected", "r_reject": "rejected",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,6 +146,8 @@ def _parse_json(text: str, name: str) -> Rows:
             f"{name}: not valid JSON ({error}). If it holds one object per line, name it .jsonl; "
             "otherwise it may be cut short: write it again."
         ) from error
+    if _by_prompt(rows):
+        rows = [{"prompt": prompt, **row} for prompt, row in rows.items()]
     if not isinstance(rows, list):
         raise DataError(f"{name}: a JSON {type(rows).__name__}. Write a list of objects.")
     found = Rows(name, rows)
@@ -132,6 +158,13 @@ def _parse_json(text: str, name: str) -> Rows:
                 "Write a list of objects."
             )
     return found
+
+
+def _by_prompt(value: Any) -> bool:
+    """Whether JSON is an object of lists of responses by their prompts, as ODPO publishes them."""
+    return isinstance(value, dict) and all(
+        isinstance(row, dict) and "responses" in row for row in value.values()
+    )
 
 
 def _csv_lines(text: str, name: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -234,8 +267,22 @@ def _no_split(name: str, split: str, what: str, option: str) -> str:
     return f"{name}: {what} has no splits, but {option}={split!r} is given. Leave {option} out."
 
 
+def example_rows(rows: Rows) -> Sequence[TextRow]:
+    """Check a dataset of any shape, told by the columns of its first row.
+
+    Raises DataError at the first malformed row.
+    """
+    columns = rows.rows[0].keys()
+    pairs = {"chosen", "rejected"} <= columns or _DOVE.keys() <= columns
+    if not pairs and "responses" in columns:
+        return _checked(rows, _ranked_row)
+    if not pairs and "completion" in columns:
+        return _checked(rows, _labeled_row)
+    return preference_rows(rows)
+
+
 def preference_rows(rows: Rows) -> list[PreferenceRow]:
-    """Check preference data and bring it to one form.
+    """Check preference pairs and bring them to one form.
 
     Without a prompt column the prompt is what both responses begin with, as in TRL's
     `extract_prompt`: whole messages, or characters less a trailing space. The same holds for a
@@ -254,7 +301,7 @@ def prompt_rows(rows: Rows) -> list[Prompt]:
     """
     return _checked(
         rows,
-        lambda row, where: Prompt(where, _text_column(row, "prompt"), *_others(row, "prompt")),
+        lambda row, where: Prompt(where, text_column(row, "prompt"), **others(row, "prompt")),
     )
 
 
@@ -267,15 +314,105 @@ def _checked(rows: Rows, check: Callable[[dict[str, Any], str], Checked]) -> lis
 
 
 def _preference_row(row: dict[str, Any], where: str) -> PreferenceRow:
-    chosen = _text_column(row, "chosen", may_be_empty=True)
-    rejected = _text_column(row, "rejected", may_be_empty=True)
-    prompt = _text_column(row, "prompt") if "prompt" in row else None
-    if not chosen or not rejected:
+    if _DOVE.keys() <= row.keys():
+        row = {_DOVE.get(name, name): value for name, value in row.items()}
+    chosen = text_column(row, "chosen", may_be_empty=True)
+    rejected = text_column(row, "rejected", may_be_empty=True)
+    prompt = text_column(row, "prompt") if "prompt" in row else None
+    more: dict[str, Any] = {}
+    if "prompt_chosen" in row or "prompt_rejected" in row:
+        prompt, more["rejected_prompt"] = _two_prompts(row, chosen, rejected)
+    elif "initial_reason_steps" in row:
+        prompt, chosen, rejected, more["prefix"] = _next_steps(row, prompt, chosen, rejected)
+    elif not chosen or not rejected:
         prompt = prompt or chosen or rejected  # dropped later, whatever the prompt
     else:
         prompt, chosen, rejected = _explicit(prompt, chosen, rejected)
-    others = _others(row, "prompt", "chosen", "rejected", "append_eos")
-    return PreferenceRow(where, prompt, chosen, rejected, *others, _append_eos(row))
+    used = ("chosen", "rejected", *_PROMPTS, "initial_reason_steps", *_SCORES)
+    more |= _rest(row, *used, ends="prefix" not in more)
+    return PreferenceRow(where, prompt, chosen, rejected, **more)
+
+
+def _ranked_row(row: dict[str, Any], where: str) -> RankedRow:
+    prompt, responses = text_column(row, "prompt"), texts_column(row, "responses")
+    for i, response in enumerate(responses):
+        _check_format(prompt, response, f"responses[{i}]")
+    scores = scores_column(row, len(responses))
+    rest = _rest(row, "responses", "scores", "rewards", "ranks")
+    return RankedRow(where, prompt, responses, scores, **rest)
+
+
+def _labeled_row(row: dict[str, Any], where: str) -> LabeledRow:
+    prompt = text_column(row, "prompt")
+    completion = text_column(row, "completion", may_be_empty=True)
+    _check_format(prompt, completion, "completion")
+    require_column(row, "label")
+    return LabeledRow(
+        where, prompt, completion, flag(row, "label"), **_rest(row, "completion", "label")
+    )
+
+
+def _rest(row: dict[str, Any], *used: str, ends: bool = True) -> dict[str, Any]:
+    """What of a row is the same in all shapes, and the numbers among `used`."""
+    counts = (*COUNTS, *(name for name in used if name in _SCORES))
+    return {
+        **others(row, "prompt", "append_eos", *used, *counts),
+        "append_eos": flag(row, "append_eos", default=ends),
+        "numbers": numbers(row, counts),
+    }
+
+
+def _check_format(prompt: Text, response: Text, name: str) -> None:
+    """Refuse a response that is not written as its prompt is, or repeats it."""
+    if isinstance(prompt, list) != isinstance(response, list) and response:
+        kinds = ("a message list", "a string")
+        ours, theirs = kinds if isinstance(prompt, list) else kinds[::-1]
+        raise DataError(f"its prompt is {ours} and {name} {theirs}. Write both in the same format.")
+    if isinstance(prompt, list) and response and response[: len(prompt)] == prompt:
+        raise DataError(f"{name} repeats the messages of its prompt. Remove them from it.")
+
+
+def _two_prompts(row: dict[str, Any], chosen: Text, rejected: Text) -> tuple[Text, Text]:
+    """A prompt for each side of a pair."""
+    more = [name for name in ("prompt", "initial_reason_steps") if row.get(name) is not None]
+    if more:
+        raise DataError(
+            f"{more[0]} is beside prompt_chosen and prompt_rejected, which are the prompts of the "
+            f"two responses. Remove {more[0]}, or both of them."
+        )
+    prompts = [text_column(row, name) for name in _PROMPTS]
+    for prompt, response, name in zip(prompts, (chosen, rejected), ("chosen", "rejected")):
+        _check_format(prompt, response, name)
+    if isinstance(prompts[0], list) != isinstance(prompts[1], list):
+        raise DataError(
+            "one prompt is a string and the other a message list. Write both in the same format."
+        )
+    return prompts[0], prompts[1]
+
+
+def _next_steps(
+    row: dict[str, Any], prompt: Text | None, chosen: Text, rejected: Text
+) -> tuple[Text, str, str, str]:
+    """A prompt, two next steps and the steps before them."""
+    if prompt is None:
+        raise DataError("initial_reason_steps needs a prompt before it. Add a prompt column.")
+    steps = row["initial_reason_steps"]
+    if not isinstance(steps, str | None):
+        raise DataError(f"initial_reason_steps is of type {type(steps).__name__}. Write a string.")
+    return prompt, _spoken(chosen, "chosen"), _spoken(rejected, "rejected"), steps or ""
+
+
+def _spoken(response: Text, name: str) -> str:
+    """The text of a response that no template is to see."""
+    if isinstance(response, str):
+        return response
+    content = response[0].get("content") if len(response) == 1 else None
+    if not isinstance(content, str) or response[0]["role"] != "assistant":
+        raise DataError(
+            f"{name} goes on after initial_reason_steps. Write a string, or one message of the "
+            "assistant with a string."
+        )
+    return content
 
 
 def _explicit(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -318,111 +455,3 @@ def _extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
             "no prompt column, and the responses have no common beginning. Add a prompt column."
         )
     return chosen[:split], chosen[split:], rejected[split:]
-
-
-def _text_column(row: dict[str, Any], column: str, *, may_be_empty: bool = False) -> Text:
-    """A string or list of messages."""
-    if column not in row:
-        raise DataError(f"column {column!r} is missing; it has {sorted(row)}. Add it.")
-    value = row[column]
-    if isinstance(value, str):
-        value = _messages_in(value, column) or value
-    if not isinstance(value, str | list):
-        raise DataError(f"{column} is {_kind(value)}. Write a string or a list of messages.")
-    if not value and not may_be_empty:
-        raise DataError(f"{column} is empty. Fill it in or remove the row.")
-    if isinstance(value, str):
-        return value
-    for message in value:
-        problem = _message_problem(message)
-        if problem:
-            raise DataError(
-                f"a message in {column} {problem}. "
-                'Write every message as {"role": ..., "content": ...}.'
-            )
-    # A call of a tool without content: some templates ask whether the content is none.
-    return [message if "content" in message else {**message, "content": None} for message in value]
-
-
-def _messages_in(text: str, column: str) -> list[dict[str, Any]] | None:
-    """The messages that a string holds as JSON; None where it is a text."""
-    if not text.lstrip().startswith("["):
-        return None
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        if _is_python(text):
-            raise DataError(
-                f"{column} is a list of messages as Python prints it. Write it as JSON, "
-                "by json.dumps."
-            ) from None
-        return None
-    return found if _are_messages(found) else None
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and not any(map(_message_problem, value))
-
-
-def _is_python(text: str) -> bool:
-    """Whether a string is what str() makes of messages; arrays of NumPy have no commas."""
-    try:
-        return _are_messages(ast.literal_eval(re.sub(r"\}\s*\{", "}, {", text.strip())))
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return False
-
-
-def _message_problem(message: Any) -> str | None:
-    if not isinstance(message, dict):
-        return f"is {_kind(message)}, not an object"
-    if not isinstance(message.get("role"), str):
-        return "has no role" if message.get("role") is None else "has a role that is not a string"
-    content = message.get("content")
-    if content is None:
-        # A call of a tool stands in for the content.
-        return None if message.get("tool_calls") else "has no content"
-    if not isinstance(content, str | list):
-        return f"has {_kind(content)} as its content"
-    kinds = [x.get("type") for x in content if isinstance(x, dict)]  # type: ignore[union-attr]
-    media = next((x for x in kinds if re.search("image|audio|video", str(x))), None)
-    return None if media is None else f"has a part of type {media!r}, which can't be trained on"
-
-
-def _append_eos(row: dict[str, Any]) -> bool:
-    value = row.get("append_eos")
-    known = {None: True, True: True, False: False, "true": True, "false": False, "": True}
-    value = value.lower() if isinstance(value, str) else value  # a CSV cell
-    if not isinstance(value, bool | str | None) or value not in known:
-        raise DataError(f"append_eos is {value!r}. Write true or false.")
-    return known[value]
-
-
-def _others(
-    row: dict[str, Any], *used: str
-) -> tuple[list[Any] | None, dict[str, Any], dict[str, Any]]:
-    """The tools and keyword arguments for the chat template, each as it is or as JSON; and the
-    columns that are neither these nor `used`."""
-    tools, template_kwargs = (_parsed(row, column) for column in _TEMPLATE_COLUMNS)
-    if tools is not None and not isinstance(tools, list):
-        raise DataError(f"tools is {_kind(tools)}. Write a list, or a list as JSON.")
-    if template_kwargs is not None and not isinstance(template_kwargs, dict):
-        raise DataError(f"chat_template_kwargs is {_kind(template_kwargs)}. Write an object.")
-    for column in ("image", "images"):
-        if row.get(column):
-            raise DataError(f"images can't be trained on. Remove the column {column!r}.")
-    extra = {k: v for k, v in row.items() if k not in used and k not in _TEMPLATE_COLUMNS}
-    return tools, template_kwargs or {}, extra
-
-
-def _parsed(row: dict[str, Any], column: str) -> Any:
-    value = row.get(column)
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except ValueError as error:
-        raise DataError(f"{column} is not valid JSON ({error}). Fix it.") from error
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Checked rows -> tokenized pairs, by a tokenizer and its chat template.
+"""Checked rows -> tokenized examples, by a tokenizer and its chat template.
 
 Token ids are those of TRL's DPOTrainer. Messages go through the chat template; string responses get
 the end token unless they end in it. The responses begin where the tokens of the prompt alone and
@@ -16,8 +16,12 @@ A prompt that is a string is text, which no template sees, as in TRL. With `stri
 it is a message of the user and its responses are the assistant's, with the tokens that sampling
 gives such a prompt.
 
-A pair is dropped when a response is empty, when no token is left of the prompt or of a response, or
-when both responses are the same tokens.
+Lists and single responses are tokenized as pairs are.  The responses of a next step (Step-DPO) go
+on after the steps before it, which are tokens of the prompt: no turn ends in between, and none
+after them.
+
+An example is dropped when a response is empty, when no token is left of a prompt or of a response,
+when all its sequences are the same tokens, or when it is a list of less than two responses.
 """
 
 import warnings
@@ -26,14 +30,28 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.budget import check_overlong, counted
-from fastdpo.data.records import PreferenceRow, Prompt, messages_of, placed
+from fastdpo.data.examples import (
+    NAMES,
+    TokenizedExample,
+    TokenizedList,
+    TokenizedPair,
+    TokenizedSingle,
+)
+from fastdpo.data.lost import is_empty
+from fastdpo.data.records import (
+    LabeledRow,
+    Prompt,
+    Prompted,
+    RankedRow,
+    TextRow,
+    messages_of,
+    placed,
+)
 from fastdpo.data.rendering import (
     Renderer,
     check_string_prompts,
     common_prefix_length,
-    is_empty,
     options_of,
     starts_with,
     takes_as_chat,
@@ -45,23 +63,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Why a pair is dropped that a larger max_length would save.
+# Why an example is dropped that a larger max_length would save.
 _TOO_LONG = {
     "responses truncated to nothing", "identical responses after truncation",
     "longer than max_length",
 }  # fmt: skip
+_WANTED = {
+    "pair": "Give pairs whose chosen and rejected differ and are not empty.",
+    "list": "Give lists of two or more responses that differ and are not empty.",
+    "response": "Give completions that are not empty.",
+}
 
 
 @dataclass(frozen=True)
-class TokenizedPairs:
+class Tokenized:
     """What `tokenize_dataset` made of a dataset."""
 
-    pairs: list[TokenizedPair]
+    examples: list[Any]  # TokenizedPair, TokenizedList or TokenizedSingle
     dropped_at: dict[str, list[str]]  # reason -> the rows left out
     truncated_at: list[str]  # rows kept with a response cut at max_length
     max_length: int | None = None
     # Rows kept whose prompt is a string that the tokenizer's chat template did not render.
     as_text_at: list[str] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> list[TokenizedPair]:
+        """The examples, of a dataset of pairs."""
+        return self.examples
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -74,13 +102,13 @@ class TokenizedPairs:
     def __str__(self) -> str:
         """One line for what was kept, and one a reason for what was not."""
         cut = f"{counted(self.truncated_at)} truncated to max_length={self.max_length}"
-        lines = [f"{len(self.pairs)} pairs, {cut}"]
+        lines = [f"{len(self.examples)} {self.examples[0].name}s, {cut}"]
         lines += [f"dropped {counted(at)}: {reason}" for reason, at in self.dropped_at.items()]
         return "\n".join(lines)
 
 
 def tokenize_dataset(
-    rows: Sequence[PreferenceRow],
+    rows: Sequence[TextRow],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int | None,
@@ -88,8 +116,8 @@ def tokenize_dataset(
     stop_ids: Collection[int] | None = None,
     string_prompts: str = "text",
     progress: bool = True,
-) -> TokenizedPairs:
-    """Tokenize all pairs, in order, by the rules of this module.
+) -> Tokenized:
+    """Tokenize all examples, in order, by the rules of this module.
 
     `stop_ids` are the tokens that end the model's generation (`fastdpo.model.load.stop_ids`); None:
     not known, and not compared with what ends the responses.
@@ -97,23 +125,24 @@ def tokenize_dataset(
     `string_prompts` says what a prompt that is a string is: "text", or, where `takes_as_chat` says
     so, "chat".
 
-    `overlong` says what happens to a pair with a side, prompt + response, over `max_length` tokens:
+    `overlong` says what happens to an example with a sequence, prompt + response, over `max_length`
+    tokens:
 
-    - "truncate": the first `max_length` tokens of each side are kept. A prompt that leaves no room
-      for a token of a response can't be truncated so; its pair is dropped.
-    - "drop": the pair is dropped.
-    - "stop": the first such pair raises DataError.
+    - "truncate": the first `max_length` tokens of each sequence are kept. A prompt that leaves no
+      room for a token of a response can't be truncated so; its example is dropped.
+    - "drop": the example is dropped.
+    - "stop": the first such example raises DataError.
 
-    The last two leave pairs aside that are dropped whatever their length (no prompt token, empty or
-    identical responses): those count by that reason and don't stop anything.
+    The last two leave examples aside that are dropped whatever their length (no prompt token, empty
+    or identical responses): those count by that reason and don't stop anything.
 
-    Dropped and truncated pairs are named by their rows. One warning each tells of prompts that lost
-    tokens, of messages that the chat template gave no beginning token or left out, and of responses
-    that it didn't end or ended in none of `stop_ids`.
+    Dropped and truncated examples are named by their rows. One warning each tells of prompts that
+    lost tokens, of messages that the chat template gave no beginning token or left out, and of
+    responses that it didn't end or ended in none of `stop_ids`.
 
     Raises DataError when a row can't be rendered, when the chat template leaves out text of a
-    response and when no pair is left, and ValueError when `max_length` < 2, `overlong` is none of
-    the three or `string_prompts` none of the two.
+    response and when no example is left, and ValueError when `max_length` < 2, `overlong` is none
+    of the three or `string_prompts` none of the two.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 (prompt and response), got {max_length}")
@@ -121,45 +150,48 @@ def tokenize_dataset(
     check_string_prompts(string_prompts)
     if not rows:
         raise DataError("there are no rows to tokenize. Give at least one preference pair.")
-    result, kept, notes = TokenizedPairs([], {}, [], max_length), [], _Notes()
-    longest = 0  # of the pairs that are dropped for their length
+    result, kept, notes = Tokenized([], {}, [], max_length), [], _Notes()
+    longest = 0  # of the examples that are dropped for their length
     renderer = Renderer(tokenizer, stop_ids)
-    with bar("tokenizing", len(rows), "pair", shown=progress) as shown, shown.part(len(rows)):
-        for given in parts(rows):
-            row = _as_chat(given, tokenizer) if string_prompts == "chat" else given
-            split = _split_pair(row, renderer)
-            if row is not given and isinstance(split, _SplitPair):
-                split = _as_written(split, given, tokenizer)
-            pair = split if isinstance(split, str) else _within(split, max_length, overlong)
-            if isinstance(split, str) or isinstance(pair, str):
-                result.dropped_at.setdefault(str(pair), []).append(row.where)
-                if pair in _TOO_LONG and isinstance(split, _SplitPair):
+    as_chat, name = string_prompts == "chat", NAMES[rows[0].shape]
+    with bar("tokenizing", len(rows), name, shown=progress) as shown, shown.part(len(rows)):
+        for row in parts(rows):
+            split = _split(row, renderer, as_chat=as_chat)
+            example = split if isinstance(split, str) else _within(split, max_length, overlong)
+            if isinstance(split, str) or isinstance(example, str):
+                result.dropped_at.setdefault(str(example), []).append(row.where)
+                if example in _TOO_LONG and isinstance(split, _Split):
                     longest = max(longest, split.num_tokens)
                 continue
-            result.pairs.append(pair)
-            kept.append(row)
-            notes.add(row, split, renderer)
-            if isinstance(row.prompt, str) and tokenizer.chat_template is not None:
+            result.examples.append(example)
+            kept += split.prompted
+            notes.add(split, renderer)
+            if isinstance(split.prompted[0].prompt, str) and tokenizer.chat_template is not None:
                 result.as_text_at.append(row.where)
             if max_length is not None and split.num_tokens > max_length:
                 result.truncated_at.append(row.where)
     if not kept:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in result.dropped.items())
-        ways = []
-        if longest:
-            ways.append(f"Raise max_length={max_length}, to keep all of them to {longest}.")
-        if result.dropped.keys() - _TOO_LONG:
-            ways.append("Give pairs whose chosen and rejected differ and are not empty.")
-        raise DataError(
-            f"{rows[0].where} to {rows[-1].where}: no pair is left ({reasons}). " + " ".join(ways)
-        )
+        raise _nothing_left(rows, result, longest, name)
     warn_of_unread(kept, tokenizer)
-    for message in (*notes.messages(len(kept), renderer), *_ends_that_do_not_stop(renderer)):
+    notes = notes.messages(len(result.examples), renderer, name)
+    for message in (*notes, *_ends_that_do_not_stop(renderer)):
         warnings.warn(message, stacklevel=2)
     return result
 
 
-def warn_of_unread(rows: Sequence[PreferenceRow | Prompt], tokenizer: Any) -> None:
+def _nothing_left(rows: Sequence[TextRow], result: Tokenized, longest: int, name: str) -> DataError:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in result.dropped.items())
+    ways = []
+    if longest:
+        ways.append(f"Raise max_length={result.max_length}, to keep all of them to {longest}.")
+    if result.dropped.keys() - _TOO_LONG:
+        ways.append(_WANTED[name])
+    return DataError(
+        f"{rows[0].where} to {rows[-1].where}: no {name} is left ({reasons}). " + " ".join(ways)
+    )
+
+
+def warn_of_unread(rows: Sequence[Prompted | Prompt], tokenizer: Any) -> None:
     """Warn once of messages and tools of prompts that the chat template leaves out."""
     renderer = Renderer(tokenizer)
     found = ((row.where, renderer.unread(row)) for row in rows)
@@ -181,16 +213,17 @@ class _Notes:
     ended_at: list[str] = field(default_factory=list)
     unbegun_at: list[str] = field(default_factory=list)
 
-    def add(self, row: PreferenceRow, split: "_SplitPair", renderer: Renderer) -> None:
+    def add(self, split: "_Split", renderer: Renderer) -> None:
+        where, chat = split.row.where, isinstance(split.prompted[0].prompt, list)
         if split.ended:
-            self.ended_at.append(row.where)
-        if isinstance(row.prompt, list) and not starts_with(split.prompt_ids, renderer.prefix):
-            self.unbegun_at.append(row.where)
-        if split.lost_ids:
-            self.lost_at.append(f"{row.where}: {renderer.tokenizer.decode(split.lost_ids)!r}")
+            self.ended_at.append(where)
+        if chat and not all(starts_with(ids, renderer.prefix) for ids in split.prompts):
+            self.unbegun_at.append(where)
+        for lost_ids in filter(None, split.lost):
+            self.lost_at.append(f"{where}: {renderer.tokenizer.decode(lost_ids)!r}")
 
-    def messages(self, total: int, renderer: Renderer) -> Iterator[str]:
-        """One a kind, of `total` pairs."""
+    def messages(self, total: int, renderer: Renderer, name: str) -> Iterator[str]:
+        """One a kind, of `total` examples of a name."""
         if self.lost_at:
             yield (
                 f"{len(self.lost_at)} of {total} prompts lose their last tokens, which render or "
@@ -201,7 +234,7 @@ class _Notes:
         if self.ended_at:
             end = renderer.tokenizer.eos_token
             yield (
-                f"{len(self.ended_at)} of {total} pairs: the chat template ends a turn of the "
+                f"{len(self.ended_at)} of {total} {name}s: the chat template ends a turn of the "
                 f"assistant with no token that stops generation, so {end!r} was "
                 f"put after the responses; the first is {self.ended_at[0]}. Give a template that "
                 "ends its turns (chat_template), or set append_eos to false in rows that are not "
@@ -210,7 +243,7 @@ class _Notes:
         if self.unbegun_at:
             begin = renderer.tokenizer.decode(renderer.prefix)
             yield (
-                f"{len(self.unbegun_at)} of {total} pairs: the chat template doesn't begin with "
+                f"{len(self.unbegun_at)} of {total} {name}s: the chat template doesn't begin with "
                 f"{begin!r}, which the tokenizer puts before every text; the first is "
                 f"{self.unbegun_at[0]}. They are trained on as rendered, as chats are generated. "
                 f"Where the model was made with {begin!r}, give a template that writes it "
@@ -234,60 +267,87 @@ def _ends_that_do_not_stop(renderer: Renderer) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _SplitPair:
-    """Token ids before truncation. `lost_ids` ended the prompt alone, but not within a side;
-    `ended` says that a response got its end token although a template rendered it."""
+class _Split:
+    """Token ids of a row's sequences before truncation, in turn.
 
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    lost_ids: list[int]
-    extra: dict[str, Any]
-    where: str
+    Attributes:
+        prompted: what was rendered.
+        names, prompts, responses: of each sequence its response's column and its ids.
+        lost: ids that ended a prompt alone, but not within a sequence; of each of `prompted`.
+        ended: whether a response got its end token although a template rendered it.
+    """
+
+    row: TextRow
+    prompted: list[Prompted]
+    names: list[str]
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    lost: list[list[int]]
     ended: bool
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the longer side."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        """Tokens of the longest sequence."""
+        return max(len(prompt) + len(ids) for prompt, ids in zip(self.prompts, self.responses))
 
 
-def _split_pair(row: PreferenceRow, renderer: "Renderer") -> _SplitPair | str:
-    """The tokens of a pair, checked, or the reason to drop it."""
+def _split(row: TextRow, renderer: Renderer, *, as_chat: bool) -> _Split | str:
+    """The tokens of a row, checked, or the reason to drop it."""
+    if isinstance(row, RankedRow) and len(row.responses) < 2:
+        return "fewer than 2 responses"
     marks = (renderer.tokenizer.bos_token, renderer.tokenizer.eos_token)
-    if is_empty(row.chosen, marks) or is_empty(row.rejected, marks):
+    if any(is_empty(x, marks) for given in row.prompted for x in given.responses.values()):
         return "empty response"
-    options = options_of(row)
-    responses = {"chosen": row.chosen, "rejected": row.rejected}
-    with placed(row.where):
-        prompt = renderer.ids(row.prompt, options, add_generation_prompt=True)
-        sides = [renderer.ids(renderer.join(row, x), options) for x in responses.values()]
-        split = min(common_prefix_length(prompt, side) for side in sides)
-        found = [
-            renderer.checked(row, name, prompt, x[split:]) for name, x in zip(responses, sides)
-        ]
-    (chosen, chosen_ended), (rejected, rejected_ended) = found
-    ended = chosen_ended or rejected_ended
-    return _SplitPair(prompt[:split], chosen, rejected, prompt[split:], row.extra, row.where, ended)
+    split = _Split(row, [], [], [], [], [], False)
+    for given in row.prompted:
+        asked = _as_chat(given, renderer.tokenizer) if as_chat else given
+        with placed(row.where):
+            whole, prompt, sides = _rendered(asked, renderer)
+            start = min(common_prefix_length(prompt, side) for side in sides)
+            found = [
+                renderer.checked(whole, name, prompt, side[start:])
+                for name, side in zip(asked.responses, sides)
+            ]
+        responses = [ids for ids, _ in found]
+        if asked is not given and asked.prefix is None:
+            responses = _as_written(responses, given, renderer.tokenizer)
+        split.prompted.append(asked)
+        split.names.extend(asked.responses)
+        split.prompts.extend([prompt[:start]] * len(sides))
+        split.responses.extend(responses)
+        split.lost.append(prompt[start:])
+        if any(ended for _, ended in found):
+            split = replace(split, ended=True)
+    return split
 
 
-def _as_chat(row: PreferenceRow, tokenizer: "PreTrainedTokenizerBase") -> PreferenceRow:
+def _rendered(row: Prompted, renderer: Renderer) -> tuple[Prompted, list[int], list[list[int]]]:
+    """What is rendered, the ids of its prompt alone, and those of it with each of its responses."""
+    rendered, options = False, options_of(row)
+    if row.prefix is not None:
+        rendered = isinstance(row.prompt, list)
+        row = renderer.opened(row)
+    texts = [renderer.join(row, text) for text in row.responses.values()]
+    prompt = renderer.ids(row.prompt, options, rendered=rendered, add_generation_prompt=True)
+    return row, prompt, [renderer.ids(text, options, rendered=rendered) for text in texts]
+
+
+def _as_chat(row: Prompted, tokenizer: "PreTrainedTokenizerBase") -> Prompted:
     """The row with its strings as messages; the same object where it stays as it is."""
     if not isinstance(row.prompt, str) or not takes_as_chat(row.prompt, tokenizer):
         return row
-    chosen, rejected = ([{"role": "assistant", "content": x}] for x in (row.chosen, row.rejected))
-    return replace(row, prompt=messages_of(row.prompt), chosen=chosen, rejected=rejected)
+    responses: dict[str, Any] = row.responses
+    if row.prefix is None:
+        responses = {x: [{"role": "assistant", "content": y}] for x, y in responses.items()}
+    return replace(row, prompt=messages_of(row.prompt), responses=responses)
 
 
-def _as_written(split: _SplitPair, row: PreferenceRow, tokenizer: Any) -> _SplitPair:
+def _as_written(responses: list[list[int]], row: Prompted, tokenizer: Any) -> list[list[int]]:
     """Strings taken as messages that are not to end, without the end that a template gave them."""
     if row.append_eos:
-        return split
-    chosen, rejected = (
-        _less_after(ids, str(text), tokenizer)
-        for ids, text in ((split.chosen_ids, row.chosen), (split.rejected_ids, row.rejected))
-    )
-    return replace(split, chosen_ids=chosen, rejected_ids=rejected)
+        return responses
+    texts = map(str, row.responses.values())
+    return [_less_after(ids, text, tokenizer) for ids, text in zip(responses, texts)]
 
 
 def _less_after(ids: list[int], text: str, tokenizer: Any) -> list[int]:
@@ -299,36 +359,60 @@ def _less_after(ids: list[int], text: str, tokenizer: Any) -> list[int]:
     return ids[: bisect_left(range(len(ids)), True, key=holds)]
 
 
-def _within(split: _SplitPair, max_length: int | None, overlong: str) -> TokenizedPair | str:
-    """The pair within `max_length` tokens a side by the choice `overlong`, or why to drop it."""
-    pair = _truncate(split, max_length if overlong == "truncate" else None)
+def _within(split: _Split, max_length: int | None, overlong: str) -> TokenizedExample | str:
+    """The example within `max_length` tokens a sequence by the choice `overlong`, or why to drop
+    it."""
+    example = _truncate(split, max_length if overlong == "truncate" else None)
     fits = max_length is None or split.num_tokens <= max_length
     # What no length would save is no matter of length.
-    if overlong == "truncate" or fits or isinstance(pair, str):
-        return pair
+    if overlong == "truncate" or fits or isinstance(example, str):
+        return example
     if overlong == "drop":
         return "longer than max_length"
-    sides = {"chosen": len(split.chosen_ids), "rejected": len(split.rejected_ids)}
-    side = max(sides, key=lambda name: sides[name])
+    sizes = [(len(x), len(y)) for x, y in zip(split.prompts, split.responses)]
+    prompt, response = size = max(sizes, key=sum)
+    name = split.names[sizes.index(size)]
+    what = f"{name} response" if name in ("chosen", "rejected") else name
     raise DataError(
-        f"{split.where}: prompt and {side} response have {split.num_tokens} tokens "
-        f"({len(split.prompt_ids)} + {sides[side]}), max_length is {max_length}. Raise max_length "
-        f"to at least {split.num_tokens}, or set overlong=truncate or overlong=drop."
+        f"{split.row.where}: prompt and {what} have {prompt + response} tokens "
+        f"({prompt} + {response}), max_length is {max_length}. Raise max_length "
+        f"to at least {prompt + response}, or set overlong=truncate or overlong=drop."
     )
 
 
-def _truncate(split: _SplitPair, max_length: int | None) -> TokenizedPair | str:
-    """The pair with both sides cut to `max_length` tokens, or the reason to drop it."""
-    if not split.prompt_ids:
+def _truncate(split: _Split, max_length: int | None) -> TokenizedExample | str:
+    """The example with its sequences cut to `max_length` tokens, or the reason to drop it."""
+    prompts, responses = split.prompts, split.responses
+    if not all(prompts):
         return "no prompt token"
-    if max_length is not None and len(split.prompt_ids) >= max_length:
-        return "responses truncated to nothing"
-    room = None if max_length is None else max_length - len(split.prompt_ids)
-    chosen, rejected = split.chosen_ids[:room], split.rejected_ids[:room]
-    if not chosen or not rejected:
+    cut = responses
+    if max_length is not None:
+        if any(len(prompt) >= max_length for prompt in prompts):
+            return "responses truncated to nothing"
+        cut = [ids[: max_length - len(prompt)] for prompt, ids in zip(prompts, responses)]
+    if not all(cut):
         return "empty response"
-    if split.chosen_ids == split.rejected_ids:
+    if _alike(prompts, responses):
         return "identical responses"
-    if chosen == rejected:
+    if _alike(prompts, cut):
         return "identical responses after truncation"
-    return TokenizedPair(split.prompt_ids, chosen, rejected, split.extra, split.where)
+    return _example(split.row, prompts, cut)
+
+
+def _alike(prompts: list[list[int]], responses: list[list[int]]) -> bool:
+    """Whether several sequences are all the same."""
+    sequences = list(zip(prompts, responses))
+    return len(sequences) > 1 and all(x == sequences[0] for x in sequences)
+
+
+def _example(
+    row: TextRow, prompts: list[list[int]], responses: list[list[int]]
+) -> TokenizedExample:
+    more: dict[str, Any] = {"extra": row.extra, "where": row.where, **row.numbers}
+    if isinstance(row, RankedRow):
+        return TokenizedList(prompts[0], responses, row.scores, **more)
+    if isinstance(row, LabeledRow):
+        return TokenizedSingle(prompts[0], responses[0], row.label, **more)
+    if prompts[1] != prompts[0]:
+        more["rejected_prompt_ids"] = prompts[1]
+    return TokenizedPair(prompts[0], *responses, **more)

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer with the fused, length-regularized loss."""
+"""TRL's DPOTrainer with the fused loss: all its losses, and a length penalty."""
 
 import dataclasses
 import inspect
@@ -15,14 +15,22 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.loss import LinearDPOLoss, PreferenceLoss
-from fastdpo.loss.checks import require_number
+from fastdpo.loss import LinearPreferenceLoss, PreferenceLoss
+from fastdpo.loss.choices import make_objective
+from fastdpo.loss.examples import BaseObjective
+from fastdpo.loss.objectives import lr_dpo
 from fastdpo.model import attention, head, rope
 from fastdpo.model import prepare as policy
 
+# The losses of this TRL.
+LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
 # Options of DPOConfig that mean here what they mean in TRL, by what acts on them.
 HONOURED = {
-    "the loss": "beta loss_weights",
+    "the loss": """loss_type loss_weights beta label_smoothing f_divergence_type
+        f_alpha_divergence_coef discopop_tau ld_alpha use_weighting""",
     "the models": """disable_dropout model_init_kwargs trust_remote_code router_aux_loss_coef
         sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_log_probs
         precompute_ref_batch_size""",
@@ -56,14 +64,7 @@ HONOURED = {
 }
 # Options that must keep their default, and why.
 REFUSED = {
-    "loss_type": "it is another loss; this one is 'sigmoid'",
-    "f_divergence_type": "it is another loss; this one has the reverse KL divergence",
-    "f_alpha_divergence_coef": "it belongs to f_divergence_type='alpha_divergence', another loss",
-    "discopop_tau": "it belongs to loss_type='discopop', another loss",
-    "label_smoothing": "TRL reads it for loss_type 'robust' and 'exo_pair' only, other losses",
     "label_smoothing_factor": "it smooths a cross-entropy; TRL's DPOTrainer ignores it",
-    "ld_alpha": "LD-DPO is another loss",
-    "use_weighting": "WPO's weights are not computed by the fused loss",
     "padding_free": "TRL ignores it",
     "neftune_noise_alpha": "the reference would not have the policy's noise",
     "fp16": "half precision needs the loss scaled before its gradients are taken; use bf16=True",
@@ -80,39 +81,49 @@ PARAMETERS = {
     "processing_class", "compute_metrics", "callbacks", "optimizers", "quantization_config",
     "peft_config",
 }  # fmt: skip
+_OF_LOSS = (
+    "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha",
+    "use_weighting",
+)  # fmt: skip
+_NORMALIZED = {"ipo", "sigmoid_norm"}  # losses that divide by the lengths
 _PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 NOT_LOGGED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "aux_loss")
 _NO_INPUT = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 
 
 class LengthRegularizedDPOTrainer(DPOTrainer):
-    """`trl.DPOTrainer` (1.16) whose loss is `fastdpo.LinearDPOLoss`.
+    """`trl.DPOTrainer` (1.16) whose loss is `fastdpo.LinearPreferenceLoss`.
 
-    At ``alpha=0`` losses, gradients and weights are TRL's.  Every option is honoured or refused
-    before anything is loaded; `HONOURED` and `REFUSED` say which.  ``lengths/chosen``,
-    ``lengths/rejected`` and ``length_margin`` are logged as well; TRL's metrics of the logits are
-    not, because none are kept.
+    At ``alpha=0`` losses, gradients and weights are TRL's, of every ``loss_type`` and of lists of
+    them.  As there, a loss is that of a device's batch: what sorts pairs or takes a mean over
+    tokens does so within it.  Every option is honoured or refused before anything is loaded;
+    `HONOURED` and `REFUSED` say which, and one that the losses have no use for is refused too.
+    ``lengths/chosen``, ``lengths/rejected`` and ``length_margin`` are logged as well; TRL's metrics
+    of the logits are not, because none are kept.
 
     Args:
-        alpha: length penalty per token, not multiplied by ``args.beta``; 0 is plain DPO.
+        alpha: length penalty per token, not multiplied by ``args.beta``, of every loss of the
+            margin; 0 is TRL's loss, and all that losses of other forms take.
 
     Raises:
-        ConfigError: an option asks for what this loss does not do.
+        ConfigError: an option asks for what this loss does not do, or for nothing.
         ModelError: the head cannot be fused or is not the one that gives the model's logits, or
             the router of a mixture of experts has a loss of its own.
     """
 
     def __init__(self, *args: Any, alpha: float = 0.01, **kwargs: Any) -> None:
-        self.alpha = require_number("alpha", alpha)
-        self.length_regularized_loss: LinearDPOLoss | None = None
-        self._needs_positions = False
-        _check_options(inspect.signature(DPOTrainer).bind(*args, **kwargs).arguments)
+        given = inspect.signature(DPOTrainer).bind(*args, **kwargs).arguments
+        _check_options(given)
+        self.objective = _objective_of(given.get("args"), alpha)
+        self._preference_loss = LinearPreferenceLoss(self.objective)
+        self._reference_loss = LinearPreferenceLoss(lr_dpo(ld_alpha=self.objective.ld_alpha))
+        self._fused_heads = self._needs_positions = False
         super().__init__(*args, **kwargs)
         self._fuse_heads()
 
     def _fuse_heads(self) -> None:
         """Give both models the fused head, once, before the first is run on data."""
-        if self.length_regularized_loss is not None:
+        if self._fused_heads:
             return
         if self.aux_loss_enabled:
             raise ModelError(
@@ -138,20 +149,29 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
                 self._needs_positions = True
             with self.accelerator.autocast():
                 policy.fuse_head(plain)
-        self.length_regularized_loss = LinearDPOLoss(beta=self.beta, alpha=self.alpha)
+        self._fused_heads = True
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        self._fuse_heads()
+        if not self._fused_heads:
+            self._fuse_heads()
+            # TRL names the file that keeps them by the model and the rows alone.
+            options: Any = self.args
+            kept = (options.ld_alpha, options.max_length, options.truncation_mode)
+            self._precompute_model_hash = f"{self._precompute_model_hash} {kept}"
         return super()._precompute_ref_logps(*args, **kwargs)
 
-    def _fused(self, model: Any, inputs: dict[str, Any], ref_logp_S: Tensor) -> PreferenceLoss:
+    def _fused(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        ref_logp_S: Tensor | None,
+        loss_of: LinearPreferenceLoss,
+    ) -> PreferenceLoss:
         """The loss of TRL's padded batch, all chosen first, run inside the model's head."""
         ids, mask = inputs["input_ids"], inputs["completion_mask"]
         targets = torch.full_like(ids, -100)
         targets[:, :-1] = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         results = []
-        loss_of = self.length_regularized_loss
-        assert loss_of is not None
 
         def loss(h_TD: Tensor, w_VD: Tensor, **settings: Any) -> PreferenceLoss:
             # Virtual tokens of prompt tuning come before the real ones.
@@ -164,7 +184,9 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
         return outputs
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """Summed log-probs of the chosen and the rejected under the reference, (B,) each."""
+        """Log-probs of the chosen and the rejected under the reference, (B,) each: sums over their
+        tokens, weighed by ``ld_alpha`` as the policy's are.
+        """
         adapters = nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             plain = self.accelerator.unwrap_model(self.model)
@@ -179,7 +201,7 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             adapters,
             self.accelerator.autocast(),
         ):
-            return self._fused(model, inputs, zeros_S).logp_S.chunk(2)
+            return self._fused(model, inputs, zeros_S, self._reference_loss).logp_S.chunk(2)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self.precompute_ref_logps:
@@ -187,8 +209,12 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
         else:
             reference_model = self.model if self.ref_model is None else self.ref_model
             reference = self.compute_ref_log_probs(reference_model, inputs)
-        result = self._fused(model, inputs, torch.cat(reference))
-        loss = result.loss * self.loss_weights[0]
+        ref_logp_S = torch.cat(reference)
+        read_S = ref_logp_S if self.objective.needs_reference else None
+        result = self._fused(model, inputs, read_S, self._preference_loss)
+        metrics = result.metrics
+        if read_S is None:
+            metrics |= _rewards(self.beta * (result.logp_S - ref_logp_S).detach())
         trained: Any = self.model
         mode = "train" if trained.training else "eval"
         gather: Any = self.accelerator.gather
@@ -196,12 +222,12 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             of_batch: Any = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum())
             self._total_train_tokens += of_batch.sum().item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        for name, value in result.metrics.items():
+        for name, value in metrics.items():
             self._metrics[mode][name].append(gather(value).mean().item())
         if not return_outputs:
-            return loss
+            return result.loss
         with torch.no_grad():  # the logits that compute_metrics takes, as TRL makes them
-            return loss, model(**self._model_inputs(inputs))
+            return result.loss, model(**self._model_inputs(inputs))
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What a batch holds for the model, images and token types included.
@@ -213,6 +239,45 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             mask = inputs["attention_mask"]
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) * mask
         return given
+
+
+def _rewards(reward_S: Tensor) -> dict[str, Tensor]:
+    """TRL's metrics of the rewards, (2B,), which it logs of losses without a reference too."""
+    chosen_P, rejected_P = reward_S.chunk(2)
+    return {
+        "rewards/chosen": chosen_P.mean(),
+        "rewards/rejected": rejected_P.mean(),
+        "rewards/accuracies": (chosen_P > rejected_P).float().mean(),
+        "rewards/margins": (chosen_P - rejected_P).mean(),
+    }
+
+
+def _objective_of(args: Any, alpha: float) -> BaseObjective:
+    """The objective of a DPOConfig's options, None for its defaults.
+
+    Raises ConfigError for a loss that is none of TRL's, and for options that go together with none.
+    """
+    if args is None:
+        return lr_dpo(alpha=alpha)
+    unknown = next((name for name in args.loss_type if name not in LOSSES), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"DPOConfig(loss_type={args.loss_type}): {unknown!r} is no loss of TRL's DPOTrainer; "
+            f"take of {', '.join(LOSSES)}"
+        )
+    if args.truncation_mode == "keep_end" and _NORMALIZED & {*args.loss_type}:
+        raise ConfigError(
+            f"DPOConfig(truncation_mode='keep_end', loss_type={args.loss_type}): where a prompt is "
+            "cut off, TRL divides by a length that counts a token which is not scored; leave it at "
+            "'keep_start'"
+        )
+    options = {name: getattr(args, name) for name in _OF_LOSS}
+    try:
+        return make_objective(
+            args.loss_type, args.loss_weights, beta=args.beta, alpha=alpha, **options
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"LengthRegularizedDPOTrainer: {error}") from error
 
 
 def _check_options(given: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Pairs
+from .call import Call, Scoring
 from .passes import (
     forward_blocks,
     frozen_forward,
@@ -105,22 +105,47 @@ class LinearTokens(torch.autograd.Function):
         return *grads, None
 
 
+class LinearTokensKL(torch.autograd.Function):
+    """Log-probs, KLs to the reference, and the reference's log-probs, which have no gradient."""
+
+    @staticmethod
+    @_plain_precision
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call):  # type: ignore[override]
+        ctx.call = call
+        _forward(ctx, call, h_TD, w_VD, bias_V)
+        logp_N, kl_N, ref_logp_N = call.token_values_kl()
+        ctx.mark_non_differentiable(ref_logp_N)
+        return logp_N, kl_N, ref_logp_N
+
+    @staticmethod
+    @_once
+    @_plain_precision
+    def backward(ctx, dlogp_N, dkl_N, _):
+        call: Call = ctx.call
+        if call.keep_N is not None:
+            dlogp_N, dkl_N = dlogp_N[call.keep_N], dkl_N[call.keep_N]
+        grads = token_backward(call, ctx.saved_tensors[:4], dlogp_N, kl_coef_N=dkl_N)
+        _free_unless_retained(ctx)
+        return *grads, None
+
+
 class LinearPreference(torch.autograd.Function):
     """Loss and both sums of each sequence; only the loss has a gradient."""
 
     @staticmethod
     @_plain_precision
-    def forward(ctx, h_TD, w_VD, bias_V, call: Call, pairs: Pairs):  # type: ignore[override]
-        ctx.call, ctx.grads, ctx.coef_N = call, None, None
+    def forward(ctx, h_TD, w_VD, bias_V, call: Call, scoring: Scoring):  # type: ignore[override]
+        ctx.call, ctx.grads, ctx.share = call, None, None
         if call.plan.route == "grouped":
-            loss, logp_S, ref_S, ctx.grads = grouped_pass(call, pairs, h_TD, w_VD, bias_V)
+            loss, logp_S, ref_S, ctx.grads = grouped_pass(call, scoring, h_TD, w_VD, bias_V)
             ctx.save_for_backward(h_TD, w_VD, bias_V)
         else:
             _forward(ctx, call, h_TD, w_VD, bias_V)
-            loss, logp_S, ref_S, _, ctx.coef_N = score(call, pairs, call.blocks)
+            ctx.share = score(call, scoring, call.blocks)
+            loss, logp_S, ref_S = ctx.share[:3]
         ctx.mark_non_differentiable(logp_S, ref_S)
         ctx.set_materialize_grads(False)  # the sums' would be cleared for nothing
-        return _returned(loss, h_TD, pairs), logp_S, ref_S
+        return _returned(loss, h_TD, scoring), logp_S, ref_S
 
     @staticmethod
     @_once
@@ -132,25 +157,28 @@ class LinearPreference(torch.autograd.Function):
         if ctx.grads is not None:
             grads = rounded(call, ctx.grads, saved[0].dtype, dloss)
         else:
-            grads = token_backward(call, saved[:4], ctx.coef_N, dloss, reuse=_is_last_backward())
+            coef_N, kl_coef_N = ctx.share.coef_N, ctx.share.kl_coef_N
+            grads = token_backward(
+                call, saved[:4], coef_N, dloss, kl_coef_N=kl_coef_N, reuse=_is_last_backward()
+            )
         _free_unless_retained(ctx)
         return *grads, None, None
 
 
 def score_only(
-    call: Call, pairs: Pairs, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
+    call: Call, scoring: Scoring, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `LinearPreference` returns, where no gradient is wanted."""
     with torch.no_grad(), plainly(h_TD.device):
         forward_blocks(call, h_TD, w_VD, bias_V)
         # Slopes only for their check of the objective; inference mode has none.
         slopes = not torch.is_inference_mode_enabled()
-        share = score(call, pairs, call.blocks, slopes=slopes)
-        return _returned(share.loss, h_TD, pairs), share.logp_S, share.ref_logp_S
+        share = score(call, scoring, call.blocks, slopes=slopes)
+        return _returned(share.loss, h_TD, scoring), share.logp_S, share.ref_logp_S
 
 
-def _returned(loss: Tensor, h_TD: Tensor, pairs: Pairs) -> Tensor:
+def _returned(loss: Tensor, h_TD: Tensor, scoring: Scoring) -> Tensor:
     """The loss in the accumulator's dtype, as the kernel left it where it made all of it."""
-    if pairs.by_kernel and len(pairs.results) == 1:
-        return pairs.results[0].loss
+    if len(scoring.results) == 1:
+        return scoring.results[0].loss
     return loss.to(torch.promote_types(h_TD.dtype, torch.float32))

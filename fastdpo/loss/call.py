@@ -1,8 +1,9 @@
 """What travels through a call: its arguments in two bundles, then the same checked and planned.
 
-Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P pairs, S = 2P sequences.
+Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P examples, S sequences.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_pair_losses
-from .objectives import Objective
+from .blocks import Block, Head, Needs, Shares, TokenRows
+from .checks import check_losses
+from .examples import BaseObjective, Examples
 from .plan import Plan
-from .streaming import Block, Head, Needs, TokenRows
 
 
 class HeadInputs(NamedTuple):
@@ -37,8 +38,8 @@ class HeadInputs(NamedTuple):
     ref_bias_V: Tensor | None = None
 
 
-class PairInputs(NamedTuple):
-    """What makes tokens pairs, as the caller gave it: see `ops.linear_preference_loss`."""
+class ExampleInputs(NamedTuple):
+    """What makes tokens examples, as the caller gave it: see `ops.linear_preference_loss`."""
 
     bounds_S1: Tensor
     ref_logp_S: Tensor | None = None
@@ -46,6 +47,11 @@ class PairInputs(NamedTuple):
     smoothing_P: Tensor | None = None
     weight_P: Tensor | None = None
     num_pairs: float | None = None
+    firsts_P1: Sequence[int] | None = None
+    scores_S: Tensor | None = None
+    desirable_P: Tensor | None = None
+    mean_chosen_length: float | None = None
+    shift: float = 0.0
 
 
 @dataclass
@@ -66,6 +72,7 @@ class Call:
     stats: frozenset[str] = frozenset()
     ref: tuple[Tensor, Tensor, Tensor | None] | None = None  # hidden rows, weight and bias
     of_kl: bool = False  # tokens have a KL to the reference, not a log-prob
+    shares: Shares | None = None  # of a log-prob and a known multiple of the KL, a token
     blocks: list[Block] = field(default_factory=list)
 
     def open(self, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None) -> Any:
@@ -90,6 +97,12 @@ class Call:
             return self.token_stats()["kl_ref"]
         return self.full(collect(self.blocks, "logp_N"))
 
+    def token_values_kl(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of an op of both: log-probs, KLs, the reference's log-probs."""
+        names = "logp_N", "ref_logp_N"
+        logp_N, ref_logp_N = (self.full(collect(self.blocks, name)) for name in names)
+        return logp_N, self.token_stats()["kl_ref"], ref_logp_N
+
     def token_stats(self) -> dict[str, Tensor]:
         return {
             name: self.full(join([block.stats[name] for block in self.blocks]))
@@ -97,16 +110,26 @@ class Call:
         }
 
 
+class Sums(NamedTuple):
+    """Numbers of each sequence that an objective reads; `Examples` says which."""
+
+    logp_S: Tensor
+    ref_logp_S: Tensor
+    kl_S: Tensor | None = None
+    alignment_S: Tensor | None = None
+
+
 @dataclass
-class Pairs:
-    """The per-pair side of a call: everything the objective reads beside the log-probs.
+class Scoring:
+    """The side of a call that scores examples: what an objective reads beside the log-probs.
 
     ``lengths_S``, and margin, smoothing and weight with their neutral values, are None where only
     a kernel would read them; ``bounds_S1`` are the edges on the device, for kernels.
     """
 
-    objective: Objective
+    objective: BaseObjective
     edges: list[int]
+    firsts: tuple[int, ...]  # the first sequence of each example, and the end
     bounds_S1: Any
     lengths_S: Any
     ref_logp_S: Tensor | None
@@ -114,55 +137,74 @@ class Pairs:
     smoothing_P: Any
     weight_P: Any
     num_pairs: float
-    results: list[Any] = field(default_factory=list)  # what a kernel found of some pairs each
+    scores_S: Tensor | None = None
+    desirable_P: Tensor | None = None
+    mean_chosen_length: Any = None
+    shift: float = 0.0
+    token_weight_N: Tensor | None = None  # of each token in its sequence's sum; None for 1
+    results: list[Any] = field(default_factory=list)  # what a kernel found of some examples each
 
     @property
     def sizes(self) -> list[int]:
+        """Tokens of each sequence."""
         return [stop - start for start, stop in pairwise(self.edges)]
 
     @property
-    def by_kernel(self) -> bool:
-        """Whether a kernel computed losses and metrics, not only sums."""
-        return bool(self.results) and self.objective.code is not None
+    def count(self) -> int:
+        """Examples."""
+        return len(self.firsts) - 1
 
-    def part(self, first: int, last: int) -> "Pairs":
-        """Some of the pairs; what a kernel finds of them is left with that of the others."""
+    def part(self, first: int, last: int) -> "Scoring":
+        """Some of the examples; what a kernel finds of them is left with that of the others."""
+        s0, s1 = self.firsts[first], self.firsts[last]
+        tokens = [self.edges[s] - self.edges[0] for s in (s0, s1)]
 
-        def of(x: Any, each: int = 1) -> Any:
-            return None if x is None else x[each * first : each * last]
+        def of(x: Any, start: int, stop: int) -> Any:
+            return None if x is None else x[start:stop]
 
         return replace(
-            self, edges=self.edges[2 * first : 2 * last + 1], lengths_S=of(self.lengths_S, 2),
-            bounds_S1=None if self.bounds_S1 is None else self.bounds_S1[2 * first : 2 * last + 1],
-            ref_logp_S=of(self.ref_logp_S, 2), margin_P=of(self.margin_P),
-            smoothing_P=of(self.smoothing_P), weight_P=of(self.weight_P),
+            self, edges=self.edges[s0 : s1 + 1],
+            firsts=tuple(s - s0 for s in self.firsts[first : last + 1]),
+            bounds_S1=of(self.bounds_S1, s0, s1 + 1), lengths_S=of(self.lengths_S, s0, s1),
+            ref_logp_S=of(self.ref_logp_S, s0, s1), margin_P=of(self.margin_P, first, last),
+            smoothing_P=of(self.smoothing_P, first, last),
+            weight_P=of(self.weight_P, first, last), scores_S=of(self.scores_S, s0, s1),
+            desirable_P=of(self.desirable_P, first, last),
+            token_weight_N=of(self.token_weight_N, *tokens),
         )  # fmt: skip
 
-    def sums(self, logp_N: Tensor) -> Tensor:
-        """Sum over each sequence, in the reference's precision and at least in fp32."""
-        ref = logp_N if self.ref_logp_S is None else self.ref_logp_S
-        dtype = torch.promote_types(ref.dtype, torch.float32)
-        return torch.stack([part.sum(dtype=dtype) for part in logp_N.split(self.sizes)])
+    def sum_dtype(self, acc: torch.dtype) -> torch.dtype:
+        """Sums are taken in the reference's precision and at least in fp32."""
+        return torch.promote_types(getattr(self.ref_logp_S, "dtype", acc), torch.float32)
 
-    def loss(self, logp_S: Tensor, ref_logp_S: Tensor) -> Tensor:
+    def loss(self, sums: Sums) -> Tensor:
         """Summed loss over ``num_pairs``, fp64: few numbers, and sums are large."""
-        ratio_S, lengths_S = logp_S.double() - ref_logp_S.double(), self.lengths_S.double()
-        sides = ratio_S[0::2], ratio_S[1::2], lengths_S[0::2], lengths_S[1::2]
-        loss_P = self.objective(*sides, self.margin_P, self.smoothing_P)
-        check_pair_losses(loss_P, len(self.edges) // 2)
+        numbers = (None if x is None else x.double() for x in sums)
+        logp_S, ref_logp_S, kl_S, alignment_S = numbers
+        assert logp_S is not None and ref_logp_S is not None
+        x = Examples(
+            logp_S, ref_logp_S, self.lengths_S.double(), self.firsts, self.margin_P,
+            self.smoothing_P, self.scores_S, self.desirable_P, kl_S, alignment_S,
+            self.mean_chosen_length, self.shift,
+        )  # fmt: skip
+        loss_P = self.objective.losses(x)
+        check_losses(loss_P, self.count)
         return (loss_P * self.weight_P).sum() / self.num_pairs
 
-    def loss_and_slope(self, logp_S: Tensor, ref_logp_S: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and its derivative by each sequence's sum."""
+    def loss_and_slopes(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss, and its derivatives by each sequence's sums of log-probs and of KLs."""
         with torch.enable_grad():
-            leaf_S = logp_S.detach().double().requires_grad_()
-            loss = self.loss(leaf_S, ref_logp_S)
+            leaf_S, kl_S = sums.logp_S.detach().double().requires_grad_(), sums.kl_S
+            if kl_S is not None:
+                kl_S = kl_S.detach().double().requires_grad_()
+            loss = self.loss(sums._replace(logp_S=leaf_S, kl_S=kl_S))
             if not loss.requires_grad:
                 raise ValueError(
                     "objective must return a function of the log-ratios; it has no gradient"
                 )
-            (slope_S,) = torch.autograd.grad(loss, leaf_S)
-        return loss.detach(), slope_S
+            leaves = [leaf_S] if kl_S is None else [leaf_S, kl_S]
+            slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return loss.detach(), slopes[0], None if kl_S is None else slopes[1]
 
 
 def join(parts: list[Tensor]) -> Tensor:

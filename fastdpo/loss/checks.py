@@ -136,11 +136,11 @@ def check_targets(h_TD: Tensor, V: int, target: Any, rows: Any, *, in_kernel: bo
         if rows.shape[0] != N:
             raise ValueError(f"rows_N has {rows.shape[0]} entries but target_N has {N}")
         if not (in_kernel and rows.device.type != "cpu"):
-            _check_values("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
+            require_values("rows_N", rows, (rows >= 0) & (rows < T), f"0 <= row < T={T}")
     if in_kernel and target.device.type != "cpu":
         return
     valid = ((target >= 0) & (target < V)) | (target == IGNORE)
-    _check_values("target_N", target, valid, f"0 <= target < V={V} or -100")
+    require_values("target_N", target, valid, f"0 <= target < V={V} or -100")
 
 
 def check_tokens(name: str, x: Any, device: torch.device) -> None:
@@ -151,7 +151,7 @@ def check_tokens(name: str, x: Any, device: torch.device) -> None:
     require_device(name, x, device)
 
 
-def _check_values(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
+def require_values(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
     if x.device.type != "cpu":
         torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be {wanted}")
     elif not valid.all():
@@ -172,15 +172,15 @@ def check_objective(objective: Any) -> None:
         raise TypeError(f"objective must be {wanted}, got {objective!r}: {error}") from None
 
 
-def check_pair_losses(loss_P: Any, count: int) -> None:
+def check_losses(loss_P: Any, count: int) -> None:
     """What an objective returned."""
     if not isinstance(loss_P, Tensor) or loss_P.shape != (count,):
         got = tuple(loss_P.shape) if isinstance(loss_P, Tensor) else type(loss_P).__name__
-        raise ValueError(f"objective must return one loss a pair, shape ({count},); got {got}")
+        raise ValueError(f"objective must return one loss an example, shape ({count},); got {got}")
 
 
-def check_bounds(bounds: Any, target: Tensor) -> list[int]:
-    """Cumulative sequence bounds (S + 1,), S even, as Python integers."""
+def check_bounds(bounds: Any, target: Tensor, *, pairs: bool) -> list[int]:
+    """Cumulative sequence bounds (S + 1,), S even if of ``pairs``, as Python integers."""
     require_tensor("bounds_S1", bounds, 1, "(S + 1,)")
     if bounds.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"bounds_S1 must be int64 or int32, got {bounds.dtype}")
@@ -190,10 +190,13 @@ def check_bounds(bounds: Any, target: Tensor) -> list[int]:
             "from it without a synchronization"
         )
     edges: list[int] = bounds.tolist()
-    if len(edges) < 3 or len(edges) % 2 == 0:
+    if not pairs and len(edges) < 2:
+        raise ValueError("bounds_S1 must bound a sequence at least, so have two entries or more")
+    if pairs and (len(edges) < 3 or len(edges) % 2 == 0):
         raise ValueError(
             f"bounds_S1 must bound an even number of sequences (chosen, rejected, ...), so have an "
-            f"odd number of entries, at least 3; got {len(edges)}"
+            f"odd number of entries, at least 3; got {len(edges)}. Of other examples than pairs "
+            "firsts_P1 says where each begins"
         )
     if edges[0] != 0 or edges[-1] != target.shape[0]:
         raise ValueError(
@@ -204,15 +207,69 @@ def check_bounds(bounds: Any, target: Tensor) -> list[int]:
         if stop < start:
             raise ValueError(f"bounds_S1 must increase, but goes from {start} to {stop} at {s + 1}")
         if stop == start:
-            raise ValueError(f"{_sequence(s)} is empty: bounds_S1[{s}] = bounds_S1[{s + 1}]")
+            which = _side(s, s // 2) if pairs else f"sequence {s}"
+            raise ValueError(f"{which} is empty: bounds_S1[{s}] = bounds_S1[{s + 1}]")
     return edges
 
 
-def check_lengths(lengths: Sequence[int]) -> None:
+def check_firsts(firsts: Any, S: int, objective: Any) -> tuple[int, ...]:
+    """The first sequence of each example and the end; examples of the objective's shape."""
+    if not isinstance(firsts, range | tuple | list) or any(type(x) is not int for x in firsts):
+        raise TypeError(f"firsts_P1 must be a tuple of integers, got {_shortly(firsts)}")
+    if len(firsts) < 2 or firsts[0] != 0 or firsts[-1] != S:
+        raise ValueError(
+            f"firsts_P1 must run from 0 to S={S}, the number of sequences that bounds_S1 has, got "
+            f"{_shortly(firsts)}"
+        )
+    pair = 2, 3 if objective.needs_prompt else 2
+    sizes = {"pairs": pair, "lists": (2, sys.maxsize), "singles": (1, 1)}
+    least, most = sizes[objective.shape]
+    for p, (start, stop) in enumerate(pairwise(firsts)):
+        if stop <= start:
+            raise ValueError(f"firsts_P1 must increase, but goes from {start} to {stop} at {p + 1}")
+        if not least <= stop - start <= most:
+            wanted = f"{least}" if least == most else f"{least} or more"
+            wanted = "2 or 3" if (least, most) == (2, 3) else wanted
+            raise ValueError(
+                f"objective {name_of(objective)} takes {objective.shape}, of {wanted} sequences "
+                f"each, but firsts_P1 gives example {p} {stop - start}"
+            )
+    return tuple(firsts)
+
+
+def check_asked(objective: Any, scores: Any, desirable: Any) -> None:
+    """Scores and labels where the objective reads them, and only there."""
+    shape, name = objective.shape, name_of(objective)
+    if scores is None and objective.needs_scores:
+        raise ValueError(f"scores_S is missing, which objective {name} needs")
+    if scores is not None and not objective.needs_scores and shape in ("pairs", "singles"):
+        raise ValueError(f"scores_S is given, but objective {name} has no use for it; leave it out")
+    if desirable is None and shape == "singles":
+        raise ValueError(f"desirable_P is missing, which objective {name} needs")
+    if desirable is not None and shape in ("pairs", "lists"):
+        raise ValueError(
+            f"desirable_P is given, but objective {name} takes {shape} and has no use for it; "
+            "leave it out"
+        )
+
+
+def name_of(objective: Any) -> str:
+    """As an error calls it."""
+    return repr(getattr(objective, "name", type(objective).__name__))
+
+
+def _shortly(x: Any) -> str:
+    text = repr(x)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_lengths(lengths: Sequence[int], firsts: Sequence[int]) -> None:
     """Every sequence has a scored token."""
-    for s, length in enumerate(lengths):
-        if length == 0:
-            raise ValueError(f"{_sequence(s)} is empty: all its targets are -100")
+    for p, (start, stop) in enumerate(pairwise(firsts)):
+        for s in range(start, stop):
+            if lengths[s] == 0:
+                which = _side(s - start, p) if stop - start == 2 else f"sequence {s} of example {p}"
+                raise ValueError(f"{which} is empty: all its targets are -100")
 
 
 def check_device_lengths(lengths_S: Tensor) -> None:
@@ -221,8 +278,8 @@ def check_device_lengths(lengths_S: Tensor) -> None:
     torch.ops.aten._assert_async.msg((lengths_S > 0).all(), message)
 
 
-def _sequence(s: int) -> str:
-    return f"the {'rejected' if s % 2 else 'chosen'} response of pair {s // 2}"
+def _side(s: int, pair: int) -> str:
+    return f"the {'rejected' if s % 2 else 'chosen'} response of pair {pair}"
 
 
 def check_vector(
@@ -249,12 +306,12 @@ def check_vector(
         return x
     valid = x.isfinite() & (x >= low) & (x <= high)
     wanted = "finite" + (f" and in [{low:g}, {high:g}]" if low > -1e300 else "")
-    _check_values(name, x, valid, wanted)
+    require_values(name, x, valid, wanted)
     return x
 
 
 # --------------------------------------------------------------------------- of the preference loss
-STATS = frozenset({"entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref"})
+STATS = frozenset({"logp", "entropy", "mean_logit", "top1", "log_sum_sq_probs", "kl_ref"})
 
 
 def check_stats(stats: Any, has_ref: bool) -> frozenset[str]:

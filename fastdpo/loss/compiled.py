@@ -2,8 +2,8 @@
 
 Inside a node `eager` runs, with its routes and its kernels.  A node cannot hand a stash to its
 backward: `logp` computes it again there, and a preference loss finishes its gradients in the
-forward, whose product with the upstream gradient is rounded once more.  A KL and an objective of
-the caller's own are left to Python.
+forward, whose product with the upstream gradient is rounded once more.  A KL, and an objective
+that is not of the pair kernel, are left to Python.
 
 A node takes the fields of the bundles one after the other, the differentiable tensors first.
 Legend as in `ops`.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .call import HeadInputs, PairInputs
+from .call import ExampleInputs, HeadInputs
 from .objectives import KERNEL_FORMULAS, Objective
 from .result import METRICS, PreferenceLoss
 
@@ -30,20 +30,26 @@ _AUTOGRAD_KEYS = (
     torch._C.DispatchKey.ADInplaceOrView,
 )
 _NAMESPACE = __name__.partition(".")[0]  # a copy in another package has nodes of its own
-_HEAD, _PAIRS = len(HeadInputs._fields), len(PairInputs._fields)
+_HEAD, _EXAMPLES = len(HeadInputs._fields), len(ExampleInputs._fields)
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor", Any: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int",
-    float | None: "float?", str: "str", bool: "bool", tuple[str, ...]: "str[]",
+    float | None: "float?", Sequence[int] | None: "int[]?",
+    str: "str", bool: "bool", tuple[str, ...]: "str[]",
 }  # fmt: skip
 
 
 class _Numbers(NamedTuple):
-    """An objective of the pair kernel."""
+    """An objective of the pair kernel: its number, and the fields of an `Objective`."""
 
     code: int
     beta: float
     alpha: float
     length_normalized: bool
+    label_smoothing: float
+    target_margin: float
+    reference_scale: float
+    parameter: float
+    ld_alpha: float | None
 
 
 def _schema(*bundles: Any) -> str:
@@ -159,18 +165,23 @@ def kl(given: HeadInputs) -> Tensor:
     return _outside(eager.kl)(given)
 
 
+def logp_kl(given: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """`eager.logp_kl`, outside the graph."""
+    return _outside(eager.logp_kl)(given)
+
+
 # -------------------------------------------------------------------------------------------- pairs
 @torch.library.custom_op(
     f"{_NAMESPACE}::preference_loss", mutates_args=(), tags=(_HOST,),
-    schema=f"({_schema(HeadInputs, PairInputs, _Numbers)}, bool[] wanted) -> ("
+    schema=f"({_schema(HeadInputs, ExampleInputs, _Numbers)}, bool[] wanted) -> ("
     + ", ".join(["Tensor"] * 9) + ")",
 )  # fmt: skip
 def _preference(*fields):
     """Loss, sums, reference sums, lengths, metrics, statistics, and finished gradients."""
-    given, pairs, objective, wanted = _bundles(fields)
+    given, inputs, objective, wanted = _bundles(fields)
     with _autograd():
         leaves = _leaves(given, wanted)
-        result = eager.preference(leaves, pairs, objective)
+        result = eager.preference(leaves, inputs, objective)
         grads = _grads(result.loss, None, leaves)
     metrics = torch.stack([result.metrics[name] for name in METRICS])
     acc = _accumulator(given)
@@ -185,11 +196,11 @@ def _preference(*fields):
 
 @_preference.register_fake
 def _(*fields):
-    given, pairs, _, wanted = _bundles(fields)
-    new, acc, S = given.h_TD.new_empty, _accumulator(given), pairs.bounds_S1.shape[0] - 1
+    given, inputs, _, wanted = _bundles(fields)
+    new, acc, S = given.h_TD.new_empty, _accumulator(given), inputs.bounds_S1.shape[0] - 1
     sums = acc
-    if pairs.ref_logp_S is not None:
-        sums = torch.promote_types(pairs.ref_logp_S.dtype, torch.float32)
+    if inputs.ref_logp_S is not None:
+        sums = torch.promote_types(inputs.ref_logp_S.dtype, torch.float32)
     return (
         new((), dtype=acc), new(S, dtype=sums), new(S, dtype=sums), new(S, dtype=torch.int64),
         new(len(METRICS), dtype=torch.float32),
@@ -197,11 +208,12 @@ def _(*fields):
     )  # fmt: skip
 
 
-def _bundles(fields: tuple) -> tuple[HeadInputs, PairInputs, Objective, list[bool]]:
+def _bundles(fields: tuple) -> tuple[HeadInputs, ExampleInputs, Objective, list[bool]]:
     """The arguments of `_preference` again."""
-    pairs, numbers = fields[_HEAD : _HEAD + _PAIRS], _Numbers(*fields[_HEAD + _PAIRS : -1])
-    objective = Objective(KERNEL_FORMULAS[numbers.code], *numbers[1:])
-    return HeadInputs(*fields[:_HEAD]), PairInputs(*pairs), objective, fields[-1]
+    inputs, numbers = fields[_HEAD : _HEAD + _EXAMPLES], _Numbers(*fields[_HEAD + _EXAMPLES : -1])
+    own = {name: x for name, x in numbers._asdict().items() if name != "code"}
+    objective = Objective(KERNEL_FORMULAS[numbers.code], **own)
+    return HeadInputs(*fields[:_HEAD]), ExampleInputs(*inputs), objective, fields[-1]
 
 
 def _save_preference(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -221,16 +233,16 @@ def _backward_preference(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
 _preference.register_autograd(_backward_preference, setup_context=_save_preference)
 
 
-def preference(given: HeadInputs, pairs: PairInputs, objective: Any) -> PreferenceLoss:
+def preference(given: HeadInputs, inputs: ExampleInputs, objective: Any) -> PreferenceLoss:
     """`eager.preference` as a node of a compiled graph; its result has no plan."""
     if not isinstance(objective, Objective) or objective.code is None:
-        return _outside(eager.preference)(given, pairs, objective)
-    numbers = objective.code, objective.beta, objective.alpha, objective.length_normalized
+        return _outside(eager.preference)(given, inputs, objective)
+    numbers = _Numbers(*(getattr(objective, name) for name in _Numbers._fields))
     grad, names = torch.is_grad_enabled(), sorted(given.stats)
     wanted = [grad and x is not None and x.requires_grad for x in given[:3]]
     given = HeadInputs(*given[:9], tuple(names), *given[10:])
     loss, logp_S, ref_S, lengths_S, metrics, per_token, *_ = _preference(
-        *given, *pairs, *numbers, wanted
+        *given, *inputs, *numbers, wanted
     )
     return PreferenceLoss(
         {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": lengths_S},

@@ -5,21 +5,23 @@ Legend as in `ops`.
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import LinearPreference, LinearTokens, plainly, score_only
-from .call import Call, HeadInputs, PairInputs, Pairs, join
+from .autograd import LinearPreference, LinearTokens, LinearTokensKL, plainly, score_only
+from .blocks import Needs, Shares
+from .call import Call, ExampleInputs, HeadInputs, Scoring, collect, join
 from .checks import IGNORE
-from .objectives import Objective, as_objective
-from .passes import forward_blocks
+from .examples import BaseObjective, nth, sizes_of
+from .objectives import as_objective
+from .passes import forward_blocks, sequence_sums, tail_weights
 from .plan import MIB, default_workspace_mib, make_plan
-from .result import PreferenceLoss, metrics_of
-from .streaming import Needs, Streamer
+from .result import PreferenceLoss, kl_metrics, metrics_of
+from .streaming import Streamer
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -27,15 +29,24 @@ def logp(given: HeadInputs) -> Tensor:
     """`ops.linear_logp`."""
     given, fused = _check_head(given)
     _check_targets(given, fused)
-    # Where it costs no synchronization to know.
-    on_host = not fused and given.target_N.device.type == "cpu"
-    if on_host and bool((given.target_N == IGNORE).all()):
-        acc = torch.promote_types(given.h_TD.dtype, torch.float32)
-        anchors = [x[:0].sum() for x in given[:3] if x is not None]  # keep the graph connected
-        zeros = torch.zeros(given.target_N.shape[0], dtype=acc, device=given.h_TD.device)
-        return zeros + sum(anchors[1:], anchors[0]).to(acc)
+    if _nothing_scored(given, fused):
+        return _zeros(given)
     call = make_call(given, fused=fused)
     return _of_tokens(call, given)
+
+
+def _nothing_scored(given: HeadInputs, fused: bool) -> bool:
+    """Whether all targets are ignored, where it costs no synchronization to know."""
+    on_host = not fused and given.target_N.device.type == "cpu"
+    return on_host and bool((given.target_N == IGNORE).all())
+
+
+def _zeros(given: HeadInputs) -> Tensor:
+    """What an op of tokens returns if no target is scored; it keeps the graph connected."""
+    acc = torch.promote_types(given.h_TD.dtype, torch.float32)
+    anchors = [x[:0].sum() for x in given[:3] if x is not None]
+    zeros = torch.zeros(given.target_N.shape[0], dtype=acc, device=given.h_TD.device)
+    return zeros + sum(anchors[1:], anchors[0]).to(acc)
 
 
 def kl(given: HeadInputs) -> Tensor:
@@ -50,14 +61,46 @@ def kl(given: HeadInputs) -> Tensor:
     target_N = torch.zeros(N, dtype=torch.int64, device=given.h_TD.device)
     given = given._replace(target_N=target_N)
     _check_targets(given, fused)
-    if given.ref_h_TD is None:
-        raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
+    call = _of_both_heads(given, fused)
+    call.of_kl = True
+    return _of_tokens(call, given)
+
+
+def logp_kl(given: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.linear_logp_kl`."""
+    given, fused = _check_head(given)
+    _check_targets(given, fused)
+    if _nothing_scored(given, fused):
+        _require_reference(given)
+        return _zeros(given), _zeros(given), _zeros(given).detach()
+    call = _of_both_heads(given, fused)
+    if call.plan.route == "forward":
+        with torch.no_grad(), plainly(given.h_TD.device):
+            forward_blocks(call, *given[:3])
+            return call.token_values_kl()
+    return LinearTokensKL.apply(*given[:3], call)  # type: ignore[return-value]
+
+
+def _of_both_heads(given: HeadInputs, fused: bool) -> Call:
+    """A call of tokens that streams the reference's head beside the policy's."""
+    ref = _require_reference(given)
     call = make_call(given, fused=fused)
-    call.ref, call.stats, call.of_kl = _reference_head(given), frozenset({"kl_ref"}), True
-    # Nothing is kept: the difference of two softmaxes needs both log-sum-exps first.
+    call.ref, call.stats = ref, frozenset({"kl_ref"})
+    _keep_nothing(call)
+    return call
+
+
+def _keep_nothing(call: Call) -> None:
+    """Let the backward recompute: a row is a mixture of two distributions with unknown shares."""
     route, plan = "recompute" if any(call.needs) else "forward", call.plan
     call.plan = replace(plan, route=route, grad_tile_bytes=plan.tile_bytes)
-    return _of_tokens(call, given)
+
+
+def _require_reference(given: HeadInputs) -> Any:
+    """The reference's head of an op that can't do without."""
+    if given.ref_h_TD is None:
+        raise TypeError("ref_h_TD must be a torch.Tensor, got NoneType")
+    return _reference_head(given)
 
 
 def _of_tokens(call: Call, given: HeadInputs) -> Tensor:
@@ -68,41 +111,96 @@ def _of_tokens(call: Call, given: HeadInputs) -> Tensor:
     return LinearTokens.apply(*given[:3], call)  # type: ignore[return-value]
 
 
-# -------------------------------------------------------------------------------------------- pairs
-def preference(given: HeadInputs, of_pairs: PairInputs, objective: Any) -> PreferenceLoss:
+# ----------------------------------------------------------------------------------------- examples
+def preference(
+    given: HeadInputs, inputs: ExampleInputs, objective: BaseObjective | Callable
+) -> PreferenceLoss:
     """`ops.linear_preference_loss`."""
     given, fused = _check_head(given)
     _check_targets(given, fused)
-    edges = checks.check_bounds(of_pairs.bounds_S1, given.target_N)
+    objective, firsts = as_objective(objective), inputs.firsts_P1
+    pairs = firsts is None and objective.shape != "singles"
+    edges = checks.check_bounds(inputs.bounds_S1, given.target_N, pairs=pairs)
+    S = len(edges) - 1
+    if firsts is None:
+        firsts = range(0, S + 1, 2 if pairs else 1)
+    firsts = checks.check_firsts(firsts, S, objective)
     stats = checks.check_stats(given.stats, given.ref_h_TD is not None)
-    objective = as_objective(objective)
-    ref = _check_reference(given, of_pairs.ref_logp_S, len(edges) - 1, fused)
+    ref = _check_reference(given, inputs.ref_logp_S, S, objective, fused)
     # What the kernel would read and what is left out need not be made.
     known = fused and objective.code is not None
-    margin_P, smoothing_P, weight_P = _check_pair_values(
-        objective, of_pairs, len(edges) // 2, given.h_TD.device, not known
+    P = len(firsts) - 1
+    values = _check_values(objective, inputs, S, P, given.h_TD.device, not known)
+    shares = objective.kl_shares
+    mixes = shares is not None and set(sizes_of(firsts)) == {len(shares)}
+    call = make_call(
+        given, edges, firsts, fused=fused, splits=not objective.couples,
+        unit_buffers=1 if objective.by_margin else min(2, max(sizes_of(firsts))), mixes=mixes,
+    )  # fmt: skip
+    call.ref, call.stats = ref, stats - {"logp"} | _stats_of(objective)
+    if mixes:
+        call.shares = _known_shares(call, objective, given.h_TD.dtype)
+    elif objective.needs_kl:
+        _keep_nothing(call)
+    weighs = objective.ld_alpha is not None
+    # A long example's tokens have their signs before the kernel has seen their number.
+    units = call.plan.route == "grouped" and any(group.unit for group in call.plan.groups)
+    by_length = objective.length_normalized and units
+    bounds_S1, lengths_S = _lengths(call, not known or weighs or by_length)
+    ref_S = None if inputs.ref_logp_S is None else inputs.ref_logp_S.contiguous()
+    scoring = Scoring(
+        objective, call.edges, firsts, bounds_S1, lengths_S, ref_S, **values, shift=inputs.shift
     )
-    count = float(len(edges) // 2)
-    if of_pairs.num_pairs is not None:
-        count = checks.require_number("num_pairs", of_pairs.num_pairs, low=0, open_low=True)
-    call = make_call(given, edges, fused=fused, unit_buffers=1 if objective.by_margin else 2)
-    call.stats, call.ref = stats, ref
-    bounds_S1, lengths_S = _lengths(call, not known or objective.length_normalized)
-    ref_S = None if of_pairs.ref_logp_S is None else of_pairs.ref_logp_S.contiguous()
-    pairs = Pairs(
-        objective, call.edges, bounds_S1, lengths_S, ref_S, margin_P, smoothing_P, weight_P, count
-    )
+    if objective.needs_mean_length and scoring.mean_chosen_length is None:
+        scoring.mean_chosen_length = mean_length(scoring)
+    if weighs:
+        scoring.token_weight_N = tail_weights(call.target_N, scoring)
     run: Callable = score_only if call.plan.route == "forward" else _differentiably
-    loss, logp_S, ref_S = run(call, pairs, *given[:3])
-    if fused:
-        pairs.lengths_S = join([result.lengths_S for result in pairs.results])
-    entries = {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": pairs.lengths_S}
-    metrics = metrics_of(pairs, logp_S, ref_S)
-    return PreferenceLoss(entries, metrics, call.token_stats(), call.plan)
+    loss, logp_S, ref_S = run(call, scoring, *given[:3])
+    if scoring.results:
+        scoring.lengths_S = join([result.lengths_S for result in scoring.results])
+    entries = {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": scoring.lengths_S}
+    metrics, counts = metrics_of(scoring, logp_S, ref_S)
+    if objective.needs_kl:
+        kl_N = join([block.stats["kl_ref"] for block in call.blocks])
+        metrics |= kl_metrics(scoring, sequence_sums(kl_N, scoring, torch.float64))
+    return PreferenceLoss(entries, metrics, _stats(call, stats), call.plan, counts)
 
 
-def _differentiably(call: Call, pairs: Pairs, *tensors: Tensor | None) -> Any:
-    return LinearPreference.apply(*tensors, call, pairs)
+def _differentiably(call: Call, scoring: Scoring, *tensors: Tensor | None) -> Any:
+    return LinearPreference.apply(*tensors, call, scoring)
+
+
+def _stats_of(objective: BaseObjective) -> set[str]:
+    """Statistics of each token that an objective needs."""
+    needs = {"log_sum_sq_probs": objective.needs_alignment, "kl_ref": objective.needs_kl}
+    return {name for name, needed in needs.items() if needed}
+
+
+def _known_shares(call: Call, objective: BaseObjective, dtype: torch.dtype) -> Shares:
+    """How policy and reference are mixed in each token's gradient, without a synchronization."""
+    assert objective.kl_shares is not None
+    acc = torch.promote_types(dtype, torch.float32)
+    ref_N = torch.empty(call.target_N.shape, dtype=acc, device=call.target_N.device)
+    for (start, stop), share in zip(pairwise(call.edges), cycle(objective.kl_shares)):
+        ref_N[start:stop].fill_(share)
+    return Shares(1 - ref_N, ref_N)
+
+
+def _stats(call: Call, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """The statistics that the caller asked for."""
+    found = {name: x for name, x in call.token_stats().items() if name in wanted}
+    if "logp" in wanted:
+        found["logp"] = call.full(collect(call.blocks, "logp_N"))
+    return found
+
+
+def mean_length(scoring: Scoring) -> Tensor:
+    """Mean over the examples of the first's tokens, and of the prompt's if the objective does."""
+    lengths_S, firsts = scoring.lengths_S.double(), scoring.firsts
+    if scoring.objective.needs_prompt:  # all that are not the rejected one's
+        return (lengths_S.sum() - nth(lengths_S, firsts, 1).sum()) / scoring.count
+    return nth(lengths_S, firsts, 0).mean()
 
 
 def _lengths(call: Call, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -148,8 +246,25 @@ def _check_targets(given: HeadInputs, fused: bool) -> None:
     checks.check_targets(given.h_TD, V, given.target_N, given.rows_N, in_kernel=fused)
 
 
-def _check_reference(given: HeadInputs, ref_logp_S: Any, S: int, fused: bool) -> Any:
-    """Exactly one form of reference."""
+def _check_reference(
+    given: HeadInputs, ref_logp_S: Any, S: int, objective: BaseObjective, fused: bool
+) -> Any:
+    """Exactly one form of reference, or none."""
+    ref_names = ("ref_logp_S", ref_logp_S), *zip(HeadInputs._fields[-3:], given[-3:])
+    if not objective.needs_reference:
+        for name, x in ref_names:
+            if x is not None:
+                raise ValueError(
+                    f"{name} is given, but objective {checks.name_of(objective)} needs no "
+                    "reference; leave it out"
+                )
+        return None
+    if objective.needs_kl and (ref_logp_S is not None or given.ref_h_TD is None):
+        raise ValueError(
+            f"objective {checks.name_of(objective)} reads the KL to the reference over the whole "
+            "vocabulary, which ref_logp_S, sums of log-probs, cannot give: pass the reference's "
+            "hidden rows and head as ref_h_TD and ref_w_VD, without ref_logp_S"
+        )
     if (ref_logp_S is None) == (given.ref_h_TD is None):
         raise ValueError("pass the reference either as ref_logp_S or as ref_h_TD with ref_w_VD")
     if given.ref_h_TD is not None:
@@ -166,39 +281,63 @@ def _reference_head(given: HeadInputs) -> Any:
     return tuple(None if x is None else x.detach() for x in given[-3:])
 
 
-def _check_pair_values(
-    objective: Objective, given: PairInputs, P: int, device: torch.device, neutral: bool
-) -> Any:
-    """Margin, smoothing and weight of each pair as fp64; ``neutral`` values for None if wanted."""
+def _check_values(
+    objective: BaseObjective,
+    given: ExampleInputs,
+    S: int,
+    P: int,
+    device: torch.device,
+    neutral: bool,
+) -> dict[str, Any]:
+    """Numbers of each example and sequence as fp64; ``neutral`` ones for None if wanted."""
     named = given.margin_P is not None or given.smoothing_P is not None
     if named and not objective.takes_margin:
         raise ValueError(
             "margin_P and smoothing_P need an objective of the margin (lr_dpo, hinge, ipo, ...)"
         )
+    checks.check_asked(objective, given.scores_S, given.desirable_P)
     inf = float("inf")
     ranges = (
-        ("margin_P", given.margin_P, -inf, inf, 0.0),
-        ("smoothing_P", given.smoothing_P, 0.0, 1.0, 0.0),
-        ("weight_P", given.weight_P, 0.0, inf, 1.0),
+        ("margin_P", P, -inf, inf, 0.0),
+        ("smoothing_P", P, 0.0, 1.0, 0.0),
+        ("weight_P", P, 0.0, inf, 1.0),
+        ("scores_S", S, -inf, inf, None),
+        ("desirable_P", P, 0.0, 1.0, None),
     )
-    values: list[Tensor | None] = []
-    for name, x, low, high, value in ranges:
+    values: dict[str, Any] = {}
+    for name, count, low, high, value in ranges:
+        x = getattr(given, name)
         if x is not None:
-            checks.check_vector(name, x, P, "P", device, low=low, high=high)
+            checks.check_vector(name, x, count, name[-1], device, low=low, high=high)
+            if name == "desirable_P":
+                checks.require_values(name, x, (x == 0) | (x == 1), "0.0 or 1.0")
             x = x.double().contiguous()
-        elif neutral:
-            x = torch.full((P,), value, dtype=torch.float64, device=device)
-        values.append(x)
+        elif neutral and value is not None:
+            x = torch.full((count,), value, dtype=torch.float64, device=device)
+        values[name] = x
+    values["num_pairs"] = float(P)
+    for name in ("num_pairs", "mean_chosen_length"):
+        x = getattr(given, name)
+        if x is not None:
+            values[name] = checks.require_number(name, x, low=0, open_low=True)
+    checks.require_number("shift", given.shift)
     return values
 
 
 def make_call(
-    given: HeadInputs, edges: list[int] | None = None, *, fused: bool, unit_buffers: int = 1
+    given: HeadInputs,
+    edges: list[int] | None = None,
+    firsts: tuple[int, ...] | None = None,
+    *,
+    fused: bool,
+    splits: bool = True,
+    unit_buffers: int = 1,
+    mixes: bool = False,
 ) -> Call:
     """Leave ignored targets out where that costs no synchronization, and plan the call.
 
-    ``edges`` are the bounds of the sequences, None for tokens without; ``unit_buffers`` as in
-    `make_plan`.
+    ``edges`` are the bounds of the sequences, None for tokens without; ``firsts``, ``splits`` and
+    ``unit_buffers`` as in `make_plan`.
     """
     h_TD, w_VD, bias_V, target_N, rows_N = given[:5]
     assert given.workspace_mib is not None
@@ -211,7 +350,8 @@ def make_call(
         target_N = target_N[keep_N]
         rows_N = keep_N if rows_N is None else rows_N[keep_N]
     if on_host and edges is not None:
-        checks.check_lengths([b - a for a, b in pairwise(edges)])
+        assert firsts is not None
+        checks.check_lengths([b - a for a, b in pairwise(edges)], firsts)
     streamer: Any = Streamer
     if fused:  # the kernels read neighbouring elements
         from .fused import FusedStreamer
@@ -230,9 +370,12 @@ def make_call(
         need_head=needs.w or needs.bias,
         need_h=needs.h,
         T=h_TD.shape[0],
+        firsts=firsts,
+        splits=splits,
         unit_buffers=unit_buffers,
         fused_itemsize=h_TD.itemsize if fused else None,
         gathered=rows_N is not None,
+        mixes=mixes,
     )
     return Call(
         given.scale, given.softcap, rows_N, target_N, keep_N, num_targets, needs, plan,

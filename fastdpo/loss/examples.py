@@ -64,24 +64,37 @@ class Examples:
     @property
     def sizes(self) -> list[int]:
         """Sequences of each example."""
-        return [stop - start for start, stop in pairwise(self.firsts)]
+        return sizes_of(self.firsts)
 
     def nth(self, x_S: Tensor, k: int) -> Tensor:
         """The numbers of sequence k of each example, (P,)."""
-        sizes = self.sizes
-        if len(set(sizes)) == 1:
-            return x_S[k :: sizes[0]]
-        return x_S[torch.tensor(self.firsts[:-1], device=x_S.device) + k]
+        return nth(x_S, self.firsts, k)
+
+
+def sizes_of(firsts: Sequence[int]) -> list[int]:
+    """Sequences of each example."""
+    return [stop - start for start, stop in pairwise(firsts)]
+
+
+def nth(x_S: Tensor, firsts: Sequence[int], k: int) -> Tensor:
+    """The numbers of sequence k of each example, (P,), without a wait for the device."""
+    sizes = {*sizes_of(firsts)}
+    if len(sizes) == 1:
+        return x_S[k :: sizes.pop()]
+    return torch.stack([x_S[first + k] for first in firsts[:-1]])
 
 
 class BaseObjective:
     """What every objective says of itself, and `losses`.
 
     Attributes:
+        name: its name, for messages and tables.
         shape: which examples it takes.
         needs_reference: whether it reads ``ref_logp_S``; if not, no reference is computed.
         needs_scores: whether it reads ``scores_S``, which must then be there.
         needs_kl: whether it reads ``kl_S``, which needs the reference as a model.
+        kl_shares: what a unit of KL counts beside one of log-prob in the gradient, for the
+            sequences of an example in turn; None if that is not known beforehand.
         needs_alignment: whether it reads ``alignment_S``.
         couples: whether the loss of an example depends on the other examples of the step, so that
             `losses` must be given all of them.
@@ -93,6 +106,8 @@ class BaseObjective:
         length_normalized: whether those signs are divided by the lengths.
         needs_prompt: whether a pair has a third sequence, the prompt's own tokens but the first
             (ORPO), whose tokens ``mean_chosen_length`` counts with the first's.
+        needs_mean_length: whether it reads ``mean_chosen_length``; where that is None, it takes the
+            examples at hand for all.
         code: its number in the pair kernel; None if PyTorch computes it.
         beta: what rewards in the metrics are multiplied by.
         alpha: length penalty per token.
@@ -100,10 +115,12 @@ class BaseObjective:
             (LD-DPO), in the sums of policy and reference; None counts all tokens alike.
     """
 
+    name: str
     shape: Shape = "pairs"
     needs_reference: bool = True
     needs_scores: bool = False
     needs_kl: bool = False
+    kl_shares: tuple[float, ...] | None = None
     needs_alignment: bool = False
     couples: bool = False
     shift_is: Shift = None
@@ -111,6 +128,7 @@ class BaseObjective:
     by_margin: bool = False
     length_normalized: bool = False
     needs_prompt: bool = False
+    needs_mean_length: bool = False
     code: int | None = None
     beta: float = 1.0
     alpha: float = 0.0

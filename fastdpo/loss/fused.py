@@ -14,34 +14,17 @@ T hidden rows.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import fold, project, scatter
+from .blocks import Block, Grads, Head, Needs, Shares, TokenRows, Tokens
 from .call import collect
 from .checks import IGNORE
-from .gemm import fp32_product
-from .plan import Plan
-from .streaming import Block, Grads, Head, Needs, TokenRows, Tokens
-
-
-def matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized matrix whose rows start at 128-byte boundaries, as fast products want."""
-    return torch.empty(rows, padded(columns), dtype=dtype, device=device)[:, :columns]
-
-
-def padded(columns: int) -> int:
-    return -(-columns // 64) * 64
-
-
-def tiles(total: int, most: int) -> list[slice]:
-    """At most ``most`` wide, of like widths, and if it can be in whole tiles of a product."""
-    count = -(-total // (most // 256 * 256 or most))
-    width = -(-total // count)
-    if most >= 256:
-        width = -(-width // 256) * 256
-    return [slice(i, min(i + width, total)) for i in range(0, total, width)]
+from .gemm import fp32_product, matrix, padded, tiles
+from .plan import Plan, even_blocks
 
 
 @dataclass
@@ -54,6 +37,15 @@ class _Factors:
     own_N: Tensor | None  # None where no target has an entry of its own
     scaled_ND: Tensor | None  # ``row * h``, in fp16 over `gain`, which keeps it in range
     gain: Tensor | None
+
+
+class _Other(NamedTuple):
+    """The reference beside finished rows, and how its probabilities are mixed with theirs."""
+
+    streamer: "FusedStreamer"
+    h_ND: Tensor
+    lse_N: Tensor
+    shares: Shares
 
 
 class FusedStreamer:
@@ -77,33 +69,89 @@ class FusedStreamer:
         keep: bool,
         stats: frozenset[str] = frozenset(),
         ref: "FusedStreamer | None" = None,
+        shares: Shares | None = None,
     ) -> Block:
         """Log-probs of a block; with ``keep`` also the stash its backward reads.
 
         ``ref`` is the reference.  It comes after the policy, beside it only for a statistic that
-        needs the logits of both.
+        needs the logits of both.  With ``shares`` the stash is that of the mixtures, and a row's
+        gradient that of ``logp + ref share * KL``.
         """
         tokens = self.tokens(span)
-        h_ND, target_N = tokens
-        stash_NV = matrix(len(h_ND), self.V, h_ND.dtype, h_ND.device) if keep else None
-        other = (ref, ref.tokens(span)) if ref and "kl_ref" in stats else None
+        N, dtype, device = len(tokens.h_ND), tokens.h_ND.dtype, tokens.h_ND.device
+        stash_NV = matrix(N, self.V, dtype, device) if keep else None
+        ref_tokens = None if ref is None else ref.tokens(span)
+        if stash_NV is None or shares is None:
+            block = self._forward(span, tokens, stats, ref, ref_tokens, stash_NV)
+        else:
+            parts = []
+            for start, stop in even_blocks(*span, self.plan.mixed_rows):
+                rows = slice(start - span[0], stop - span[0])
+                own = tokens.rows(rows)
+                other = None if ref_tokens is None else ref_tokens.rows(rows)
+                ref_RV = matrix(stop - start, self.V, dtype, device)
+                part = self._forward((start, stop), own, stats, ref, other, stash_NV[rows], ref_RV)
+                self._mix(part, own, shares.rows(rows), stash_NV[rows], ref_RV)
+                parts.append(part)
+                del ref_RV  # before the next is made
+            block = Block.joined(parts, tokens, stash_NV)
+        block.tokens, block.stash = (tokens, stash_NV) if keep else (None, None)
+        return block
+
+    def _mix(
+        self, block: Block, tokens: Tokens, shares: Shares, kept_RV: Tensor, ref_RV: Tensor
+    ) -> None:
+        """Turn what was kept of the policy's rows into mixtures, at most as large as the kept."""
+        assert block.ref_max_KN is not None and block.ref_lse_N is not None
+        own_N = shares.own_N * (block.max_KN - block.lse_N).exp()
+        ref_N = shares.ref_N * (block.ref_max_KN - block.ref_lse_N).exp()
+        unit_N = torch.maximum(own_N.abs(), ref_N.abs())
+        # An ignored row may not be finite.
+        factors = (torch.where(tokens.target_N < 0, 0.0, x_N / unit_N) for x_N in (own_N, ref_N))
+        fold.mix(kept_RV, ref_RV, *factors)
+        block.own_N, block.ref_max_KN = block.own(shares), None
+        block.max_KN = block.lse_N + unit_N.log()
+
+    def _forward(
+        self,
+        span: tuple[int, int],
+        tokens: Tokens,
+        stats: frozenset[str],
+        ref: "FusedStreamer | None",
+        ref_tokens: Tokens | None,
+        stash_NV: Tensor | None,
+        ref_stash_NV: Tensor | None = None,
+    ) -> Block:
+        """The forward of some rows; exponentials are left in the stashes that are given."""
+        target_N = tokens.target_N
+        other = None
+        if ref is not None and ref_tokens is not None and "kl_ref" in stats:
+            other = ref, ref_tokens, ref_stash_NV
         partials, ref_partials, cross_KN = self._partials(tokens, stats, stash_NV, other=other)
         merged = fold.merge(partials, target_N, self.V, self.shape, stash_NV)
+        target_z_N = partials.target_z_N
         del partials  # before the reference's are made
         block = Block(
-            span, tokens if keep else None, merged.logp_N, merged.lse_N, merged.shift_N, stash_NV,
-            merged.own_N, merged.stats,
+            span, None, merged.logp_N, merged.lse_N, merged.shift_N, None, merged.own_N,
+            merged.stats,
         )  # fmt: skip
-        if ref is None:
+        if ref is None or ref_tokens is None:
             return block
         if ref_partials is None:
-            ref_partials, _, _ = ref._partials(ref.tokens(span), frozenset(), None, bool(stats))
-        ref_merged = fold.merge(ref_partials, target_N, self.V)
+            ref_partials, _, _ = ref._partials(ref_tokens, frozenset(), None, bool(stats))
+        ref_merged = fold.merge(ref_partials, target_N, self.V, stash_NV=ref_stash_NV)
         block.ref_logp_N, block.ref_lse_N = ref_merged.logp_N, ref_merged.lse_N
+        if ref_stash_NV is not None:
+            block.ref_max_KN = ref_merged.shift_N
         if cross_KN is not None:
             down_KN = (ref_partials.shift_KN - ref_merged.lse_N).exp()
             kl_N = (down_KN * cross_KN).sum(0) - ref_merged.lse_N + merged.lse_N
-            block.stats["kl_ref"] = torch.where(target_N == IGNORE, 0.0, kl_N)
+            ignored_N = target_N == IGNORE
+            block.stats["kl_ref"] = torch.where(ignored_N, 0.0, kl_N)
+            block.ref_own_N = ref_merged.own_N
+            if self.head.softcap is not None:
+                slope_N = 1.0 - (target_z_N / self.head.softcap).square()
+                block.ref_own_N = torch.where(ignored_N, 0.0, ref_merged.own_N * slope_N)
         return block
 
     def projects(self, h_ND: Tensor) -> bool:
@@ -117,11 +165,12 @@ class FusedStreamer:
         stats: frozenset[str],
         stash_NV: Tensor | None,
         with_stats: bool = False,
-        other: "tuple[FusedStreamer, Tokens] | None" = None,
+        other: "tuple[FusedStreamer, Tokens, Tensor | None] | None" = None,
     ) -> tuple[fold.Partials, fold.Partials | None, Tensor | None]:
         """The partials of one head; ``with_stats`` if they are compared to some with statistics.
 
-        With ``other`` those of the reference too, and the cross term of their KL.
+        With ``other`` those of the reference too, whose stash is taken if given, and the cross
+        term of their KL.
         """
         h_ND, target_N = tokens
         if other is not None or not self.projects(h_ND):
@@ -146,7 +195,7 @@ class FusedStreamer:
         tokens: Tokens,
         stats: frozenset[str],
         stash_NV: Tensor | None,
-        other: "tuple[FusedStreamer, Tokens] | None",
+        other: "tuple[FusedStreamer, Tokens, Tensor | None] | None",
     ) -> tuple[fold.Partials, fold.Partials | None, Tensor | None]:
         """Partials of policy and, where it is given, reference with the cross term of their KL."""
         h_ND, target_N = tokens
@@ -167,7 +216,7 @@ class FusedStreamer:
                 if other is None or ref_partials is None or cross_KN is None:
                     del product  # before the next is made, so that it takes the same memory
                     continue
-                ref, (ref_h_ND, _) = other
+                ref, (ref_h_ND, _), ref_stash_NV = other
                 ref_product, ref_bias = ref._products(ref_h_ND[rows], columns)
                 fold.fold(
                     ref_product, ref_bias, ref.shape, target_N[rows], v0, ref_partials, rows,
@@ -175,7 +224,8 @@ class FusedStreamer:
                 )  # fmt: skip
                 fold.cross(
                     product, bias, ref_product, ref_bias, self.shape,
-                    ref_partials.shift_KN[k, rows], cross_KN[k, rows],
+                    ref_partials.shift_KN[k, rows], cross_KN[k, rows], target_N[rows], v0,
+                    None if ref_stash_NV is None else ref_stash_NV[rows, columns],
                 )  # fmt: skip
                 del product, ref_product
         return partials, ref_partials, cross_KN
@@ -240,13 +290,12 @@ class FusedStreamer:
         into: Grads,
         shift_lse: tuple[Tensor | None, Tensor | None],
         own_N: Tensor | None,
-        sign: float = 1.0,
     ) -> _Factors:
         h_ND, target_N = tokens
         in_range = h_ND.dtype != torch.float16
         row_N, own_N, scaled_ND = scatter.factors(
             target_N, coef_N.float().contiguous(), upstream, *shift_lse, own_N,
-            sign * self.head.scale, h_ND if into.w is not None and in_range else None,
+            self.head.scale, h_ND if into.w is not None and in_range else None,
         )  # fmt: skip
         gain = by_target = None
         if into.w is not None and not in_range:
@@ -316,30 +365,34 @@ class FusedStreamer:
         blocks: list[Block],
         coef_N: Tensor,
         into: Grads,
-        ref: "FusedStreamer | None" = None,
         upstream: Tensor | None = None,
+        *,
+        ref: "FusedStreamer | None" = None,
+        shares: Shares | None = None,
+        targets: bool = True,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp.
 
-        Whole columns at a time, whose gradient is then complete at once.  With ``ref`` they are
-        those of ``sum coef * KL(ref || policy)``.
+        Whole columns at a time, whose gradient is then complete at once.  With ``shares`` they are
+        ``coef`` times those of the mixtures with ``ref``; without ``targets`` no entry belongs to
+        a target.
         """
         span = 0, coef_N.shape[0]
         tokens = self.tokens(span)
         h_ND, lse_N = tokens.h_ND, collect(blocks, "lse_N")
-        own_N, sign, other = None, -1.0, None
-        if ref is None:
-            own_N, sign = collect(blocks, "own_N"), 1.0
-        else:
-            other = ref, ref.tokens(span).h_ND, collect(blocks, "ref_lse_N")
-        factors = self._factors(tokens, coef_N, upstream, into, (None, None), own_N, sign)
+        own_N, other = collect(blocks, "own_N") if targets else None, None
+        if ref is not None and shares is not None:
+            other = _Other(ref, ref.tokens(span).h_ND, collect(blocks, "ref_lse_N"), shares)
+            if own_N is not None:
+                own_N = shares.own_N * own_N + shares.ref_N * collect(blocks, "ref_own_N")
+        factors = self._factors(tokens, coef_N, upstream, into, (None, None), own_N)
         dh_ND = torch.empty(h_ND.shape, device=h_ND.device) if self.needs.h else None
         width = self.plan.vocab_chunk
         stash_NC = matrix(len(h_ND), width, h_ND.dtype, h_ND.device)
         for v0 in range(0, self.V, width):
             columns = slice(v0, min(v0 + width, self.V))
             kept_NC = stash_NC[:, : columns.stop - v0]
-            self._keep(tokens, lse_N, columns, kept_NC, other)
+            self._keep(tokens, lse_N, columns, kept_NC, other, targets=targets)
             self._head_grads(kept_NC, columns, factors, into, add=False)
             if dh_ND is not None:
                 fp32_product(kept_NC, self.head.w_VD[columns], dh_ND, add=v0 > 0)
@@ -352,11 +405,13 @@ class FusedStreamer:
         lse_N: Tensor,
         columns: slice,
         kept_NC: Tensor,
-        other: "tuple[FusedStreamer, Tensor, Tensor] | None",
+        other: "_Other | None",
+        *,
+        targets: bool,
     ) -> None:
-        """Probabilities of some columns of finished rows, or less those of the reference.
+        """Probabilities of some columns of finished rows, or mixtures with the reference's.
 
-        ``other`` is its head, hidden rows and log-sum-exps.
+        Zero for the rows' targets, if they have ``targets``.
         """
         h_ND, target_N = tokens
         if other is None and self.projects(h_ND):
@@ -370,12 +425,14 @@ class FusedStreamer:
             for v0 in range(columns.start, columns.stop, width):
                 part = slice(v0, min(v0 + width, columns.stop))
                 product, bias = self._products(h_ND[rows], part)
-                target_R, ref_tile = target_N[rows], None
+                ref_tile = None
                 if other is not None:
-                    ref, ref_h_ND, ref_lse_N = other
-                    target_R = None
-                    ref_tile = (*ref._products(ref_h_ND[rows], part), ref_lse_N[rows])
+                    ref_tile = fold.RefTile(
+                        *other.streamer._products(other.h_ND[rows], part), other.lse_N[rows],
+                        other.shares.own_N[rows], other.shares.ref_N[rows],
+                    )  # fmt: skip
                 kept_RC = kept_NC[rows, v0 - columns.start : part.stop - columns.start]
+                target_R = target_N[rows] if targets else None
                 fold.keep(product, bias, self.shape, target_R, lse_N[rows], v0, kept_RC, ref_tile)
                 del product, ref_tile
 

@@ -54,6 +54,24 @@ def fp32_product(a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool =
     return torch.mm(a, b, **wide, out=out)
 
 
+def matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized matrix whose rows start at 128-byte boundaries, as fast products want."""
+    return torch.empty(rows, padded(columns), dtype=dtype, device=device)[:, :columns]
+
+
+def padded(columns: int) -> int:
+    return -(-columns // 64) * 64
+
+
+def tiles(total: int, most: int) -> list[slice]:
+    """At most ``most`` wide, of like widths, and if it can be in whole tiles of a product."""
+    count = -(-total // (most // 256 * 256 or most))
+    width = -(-total // count)
+    if most >= 256:
+        width = -(-width // 256) * 256
+    return [slice(i, min(i + width, total)) for i in range(0, total, width)]
+
+
 class Products:
     """fp32-valued (fp64 for fp64 inputs) products of tensors of one ``dtype`` on one device."""
 

@@ -86,6 +86,7 @@ class ListObjective(BaseObjective):
 
     Attributes:
         needs_ranks: whether scores must rank the list, without ties.
+        by_order: whether scores enter by their order alone.
         max_score: the largest score whose gain is of use.
     """
 
@@ -95,6 +96,7 @@ class ListObjective(BaseObjective):
     alpha: float = 0.0
     needs_reference: bool = True
     needs_ranks: bool = False
+    by_order: bool = False
     max_score: float = math.inf
     needs_scores: bool = True
     shape: ClassVar[Shape] = "lists"
@@ -190,10 +192,15 @@ def _lipo_lambda(grid: ListGrid) -> Tensor:
     return _sum_of(weight_PLL * _softplus_of_minus(grid.gap_PLL), grid.better_PLL)
 
 
+def sum_over_better(grid: ListGrid) -> Tensor:
+    """DPO's loss of each pair of a list whose scores differ, summed; (P,)."""
+    return _sum_of(_softplus_of_minus(grid.gap_PLL), grid.better_PLL)
+
+
 def _ranknet(grid: ListGrid) -> Tensor:
     losses_PLL = _softplus_of_minus(grid.gap_PLL)
     even_PLL = 0.5 * (losses_PLL + losses_PLL.transpose(1, 2))
-    return _sum_of(losses_PLL, grid.better_PLL) + _sum_of(even_PLL, grid.tied_PLL)
+    return sum_over_better(grid) + _sum_of(even_PLL, grid.tied_PLL)
 
 
 def _skip_ranknet(grid: ListGrid, *, max_skip: int) -> Tensor:
@@ -207,7 +214,7 @@ def _plackett_luce(grid: ListGrid) -> Tensor:
     return (_log_sums_of_rest(ranked.reward_PL[:, None, :], ranked) - ranked.reward_PL).sum(1)
 
 
-def _pro(grid: ListGrid, *, sft_weight: float) -> Tensor:
+def _pro(grid: ListGrid, *, pro_sft_weight: float) -> Tensor:
     ranked = grid.take(grid.ranked(grid.score_PL))
     sizes_P = ranked.valid_PL.sum(1)
     p_PL = ranked.logp_PL / ranked.length_PL
@@ -217,7 +224,7 @@ def _pro(grid: ListGrid, *, sft_weight: float) -> Tensor:
     gap_PLL = gap_PLL + torch.diag_embed(own_PL)
     sums_PL = _log_sums_of_rest(p_PL[:, None, :] * gap_PLL, ranked)
     ranking_P = (sums_PL - p_PL * own_PL).sum(1)
-    return ranking_P - sft_weight * (sizes_P - 1).square() * ranked.logp_PL[:, 0]
+    return ranking_P - pro_sft_weight * (ranked.logp_PL[:, 0] * (sizes_P - 1).square())
 
 
 def _log_sums_of_rest(what_PLL: Tensor, ranked: ListGrid) -> Tensor:
@@ -252,7 +259,7 @@ def ranknet(beta: float = 0.1, alpha: float = 0.0) -> ListObjective:
     ``sum over psi_i > psi_j of log(1 + exp(-(r_i - r_j)))``, and for tied scores the cross-entropy
     with a target of 1/2, which draws their rewards together.
     """
-    return ListObjective("ranknet", _ranknet, beta, alpha)
+    return ListObjective("ranknet", _ranknet, beta, alpha, by_order=True)
 
 
 def skip_ranknet(beta: float = 0.1, alpha: float = 0.0, max_skip: int = 1) -> ListObjective:
@@ -269,8 +276,9 @@ def skip_ranknet(beta: float = 0.1, alpha: float = 0.0, max_skip: int = 1) -> Li
     if max_skip < 1:
         raise ValueError(f"max_skip must be >= 1, got {max_skip}")
     return ListObjective(
-        "skip_ranknet", partial(_skip_ranknet, max_skip=max_skip), beta, alpha, needs_ranks=True
-    )
+        "skip_ranknet", partial(_skip_ranknet, max_skip=max_skip), beta, alpha,
+        needs_ranks=True, by_order=True,
+    )  # fmt: skip
 
 
 def plackett_luce(beta: float = 0.1, alpha: float = 0.0) -> ListObjective:
@@ -279,24 +287,25 @@ def plackett_luce(beta: float = 0.1, alpha: float = 0.0) -> ListObjective:
     ``- sum over k < n of log(exp(r_k) / sum over j >= k of exp(r_j))``, with the responses in the
     order of their scores.
     """
-    return ListObjective("plackett_luce", _plackett_luce, beta, alpha, needs_ranks=True)
+    options = {"needs_ranks": True, "by_order": True}
+    return ListObjective("plackett_luce", _plackett_luce, beta, alpha, **options)
 
 
-def pro(sft_weight: float = 0.05) -> ListObjective:
+def pro(beta: float = 0.1, pro_sft_weight: float = 0.05) -> ListObjective:
     """PRO, preference ranking optimization (arXiv 2306.17492), as its released code has it.
 
     With p the mean log-prob of a response's tokens, and the n responses in the order of their
     scores psi:
 
         - sum over k < n of log(exp(p_k T_kk) / (exp(p_k T_kk) + sum over i > k of exp(p_i T_ki)))
-        - sft_weight * (n - 1)^2 * log pi(y_1|x)
+        - pro_sft_weight * (n - 1)^2 * log pi(y_1|x)
 
-    where ``T_ki = psi_k - psi_i`` and T_kk is the largest of them.  There is no reference, no beta.
+    where ``T_ki = psi_k - psi_i`` and T_kk is the largest of them.  There is no reference; ``beta``
+    is of the rewards in the metrics alone.
 
     Raises:
-        TypeError, ValueError: ``sft_weight`` is no number >= 0.
+        TypeError, ValueError: ``pro_sft_weight`` is no number >= 0.
     """
-    require_number("sft_weight", sft_weight, low=0)
-    return ListObjective(
-        "pro", partial(_pro, sft_weight=sft_weight), needs_reference=False, needs_ranks=True
-    )
+    require_number("pro_sft_weight", pro_sft_weight, low=0)
+    loss = partial(_pro, pro_sft_weight=pro_sft_weight)
+    return ListObjective("pro", loss, beta, needs_reference=False, needs_ranks=True)

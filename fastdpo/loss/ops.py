@@ -6,19 +6,20 @@ one scalar times something known beforehand, which saves a matrix product (see `
 `linear_dpo_loss` is that with the length-regularized DPO objective, and `module.LinearDPOLoss` its
 module.  Here are the signatures; `eager` runs them, and under torch.compile `compiled`.
 
-Legend: T hidden rows, N scored tokens, D hidden size, V vocabulary, P pairs, S = 2P sequences
-(2i chosen, 2i+1 rejected).
+Legend: T hidden rows, N scored tokens, D hidden size, V vocabulary, P examples, S sequences; of
+pairs 2i is the chosen and 2i+1 the rejected one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, eager
-from .call import HeadInputs, PairInputs
-from .objectives import Objective, lr_dpo
+from .call import ExampleInputs, HeadInputs
+from .examples import BaseObjective
+from .objectives import lr_dpo
 from .result import PreferenceLoss
 
 
@@ -106,14 +107,57 @@ def linear_kl(
     return _route().kl(given)
 
 
+def linear_logp_kl(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    target_N: Tensor,
+    ref_h_TD: Tensor,
+    ref_w_VD: Tensor,
+    *,
+    rows_N: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    ref_bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    workspace_mib: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_logp` of policy and reference and `linear_kl`, in one pass over both heads.
+
+    It takes as many products as `linear_kl` alone: two in the forward, and in the backward, which
+    knows both upstream gradients, two again and one for each gradient.  Under torch.compile it
+    breaks the graph.
+
+    Args:
+        h_TD, w_VD, target_N, rows_N, bias_V, scale, softcap, workspace_mib, impl: as in
+            `linear_logp`.
+        ref_h_TD, ref_w_VD, ref_bias_V: as in `linear_kl`.
+
+    Returns:
+        Log-prob of each target under the policy, KL(reference || policy) at its position, and its
+        log-prob under the reference, each (N,) fp32 (fp64 for fp64 inputs); zeros where the target
+        is -100.  The first two have a gradient, the policy's.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+    """
+    tensors = h_TD, w_VD, bias_V, ref_h_TD, ref_w_VD, ref_bias_V
+    h_TD, w_VD, bias_V, *ref = autocast(*tensors)
+    given = HeadInputs(
+        h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, impl, (), *ref
+    )
+    return _route().logp_kl(given)
+
+
 def linear_preference_loss(
     h_TD: Tensor,
     w_VD: Tensor,
     target_N: Tensor,
     bounds_S1: Tensor,
     ref_logp_S: Tensor | None,
-    objective: Objective | Callable[..., Tensor],
+    objective: BaseObjective | Callable[..., Tensor],
     *,
+    firsts_P1: Sequence[int] | None = None,
     rows_N: Tensor | None = None,
     bias_V: Tensor | None = None,
     scale: float = 1.0,
@@ -124,29 +168,43 @@ def linear_preference_loss(
     margin_P: Tensor | None = None,
     smoothing_P: Tensor | None = None,
     weight_P: Tensor | None = None,
+    scores_S: Tensor | None = None,
+    desirable_P: Tensor | None = None,
+    mean_chosen_length: float | None = None,
+    shift: float = 0.0,
     num_pairs: float | None = None,
     stats: tuple[str, ...] = (),
     workspace_mib: float | None = None,
     impl: str = "auto",
 ) -> PreferenceLoss:
-    """A preference loss of packed pairs, from hidden states, without logits.
+    """A preference loss of packed pairs, lists or single responses, without logits.
 
     Args:
         h_TD, w_VD, target_N, rows_N, bias_V, scale, softcap, workspace_mib, impl: as in
             `linear_logp`.
         bounds_S1: cumulative bounds of the sequences in ``target_N``, (S + 1,) int64 on the CPU;
-            sequences alternate chosen, rejected.
+            of pairs they alternate chosen, rejected.
         ref_logp_S: summed log-probs under the reference, (S,) fp32 or fp64; the policy's sums are
-            taken in the same precision.  None with ``ref_h_TD``.
-        objective: one of `fastdpo.objectives`, or a function of that signature.
+            taken in the same precision.  None with ``ref_h_TD``, and where the objective needs no
+            reference.  For an objective with ``ld_alpha`` the caller weighs their tokens alike.
+        objective: one of `fastdpo.objectives`, or a function of the six numbers of a pair there.
+        firsts_P1: P + 1 integers: example p has the sequences ``firsts[p] : firsts[p + 1]``, so
+            that the last one is S; default: pairs, or single responses if the objective takes
+            those.  A pair may have a third sequence, if its objective reads one.
         ref_h_TD, ref_w_VD, ref_bias_V: the reference's hidden rows and head instead of its sums;
             same rows, scale and softcap as the policy.
         margin_P: added to z, (P,).  Only margin objectives.
         smoothing_P: probability in [0, 1] that a pair's label is flipped, (P,).  Likewise.
-        weight_P: factor >= 0 on each pair's loss, (P,).
-        num_pairs: what the summed loss is divided by; default: the pairs of this call.  A trainer
-            that accumulates passes the pairs of the whole optimizer step.
-        stats: per-token statistics to return, of "entropy", "mean_logit", "top1",
+        weight_P: factor >= 0 on each example's loss, (P,).
+        scores_S: score, win probability or rank of each sequence, as the objective asks, (S,).
+        desirable_P: 1.0 for a desirable single response and 0.0 for an undesirable one, (P,).
+        mean_chosen_length: mean length of the first sequences of all examples that ``num_pairs``
+            counts, in tokens; default: of this call's.
+        shift: what an objective of single responses compares them with, such as KTO's estimate of
+            the KL.
+        num_pairs: what the summed loss is divided by; default: the examples of this call.  A
+            trainer that accumulates passes the examples of the whole optimizer step.
+        stats: per-token statistics to return, of "logp", "entropy", "mean_logit", "top1",
             "log_sum_sq_probs" and, with ``ref_h_TD``, "kl_ref" (KL(reference || policy)).
 
     Raises:
@@ -157,8 +215,11 @@ def linear_preference_loss(
     given = HeadInputs(
         h_TD, w_VD, bias_V, target_N, rows_N, scale, softcap, workspace_mib, impl, stats, *ref
     )
-    pairs = PairInputs(bounds_S1, ref_logp_S, margin_P, smoothing_P, weight_P, num_pairs)
-    return _route().preference(given, pairs, objective)
+    inputs = ExampleInputs(
+        bounds_S1, ref_logp_S, margin_P, smoothing_P, weight_P, num_pairs, firsts_P1, scores_S,
+        desirable_P, mean_chosen_length, shift,
+    )  # fmt: skip
+    return _route().preference(given, inputs, objective)
 
 
 def linear_dpo_loss(

@@ -2,9 +2,9 @@
 
 Every route first gives the log-probs of the scored tokens.  `token_backward` then takes any
 coefficient a token; `grouped_pass` finishes the gradients in the forward, because its workspace is
-used again for every group of pairs.
+used again for every group of examples.
 
-Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P pairs, S = 2P sequences.
+Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P examples, S sequences.
 """
 
 from typing import Any, NamedTuple
@@ -12,51 +12,126 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Call, Pairs, collect, join
+from .blocks import Block, Grads, Shares, coefficients
+from .call import Call, Scoring, Sums, collect, join
+from .checks import IGNORE
 from .plan import Group
-from .streaming import Block, Grads, coefficients
 
 # Gradients are made of whole rows, whatever the layout of what they belong to.
 _ROWS = torch.contiguous_format
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of h, w and bias
 
 
-# ------------------------------------------------------------------------------------------ pairs
+# --------------------------------------------------------------------------------------- examples
 class Share(NamedTuple):
-    """Some pairs' share of the loss, their sums, and its derivative by those and by each token."""
+    """Some examples' share of the loss, their sums, its derivative by those and by each token."""
 
     loss: Tensor
     logp_S: Tensor
     ref_logp_S: Tensor
     slope_S: Tensor | None
     coef_N: Tensor | None
+    kl_coef_N: Tensor | None = None  # where it is not a known multiple of the other
 
 
-def score(call: Call, pairs: Pairs, blocks: list[Block], *, slopes: bool = True) -> Share:
-    """Loss and slopes of the pairs whose tokens ``blocks`` have, by a kernel in one launch."""
+def score(call: Call, scoring: Scoring, blocks: list[Block], *, slopes: bool = True) -> Share:
+    """Loss and slopes of the examples whose tokens ``blocks`` have, by a kernel in one launch."""
     logp_N, ref_logp_N = collect(blocks, "logp_N"), collect(blocks, "ref_logp_N")
-    ref_S = pairs.ref_logp_S
+    weight_N = scoring.token_weight_N
+    if weight_N is not None:
+        logp_N = logp_N * weight_N
+        ref_logp_N = None if ref_logp_N is None else ref_logp_N * weight_N
+    if call.fused and scoring.objective.code is not None:
+        share = _by_kernel(call, scoring, logp_N, ref_logp_N, slopes=slopes)
+    else:
+        sums = _sums(call, scoring, blocks, logp_N, ref_logp_N)
+        if not slopes:
+            return Share(scoring.loss(sums), *sums[:2], None, None)
+        loss, slope_S, kl_slope_S = scoring.loss_and_slopes(sums)
+        share = Share(loss, *sums[:2], slope_S, _per_token(slope_S, scoring.sizes))
+        if kl_slope_S is not None and call.shares is None:
+            share = share._replace(kl_coef_N=_per_token(kl_slope_S, scoring.sizes))
+    if weight_N is not None and share.coef_N is not None:
+        share = share._replace(coef_N=share.coef_N * weight_N)
+    return share
+
+
+def _by_kernel(
+    call: Call, scoring: Scoring, logp_N: Tensor, ref_logp_N: Tensor | None, *, slopes: bool
+) -> Share:
+    from ..kernels import pair  # only where Triton is
+
+    found = pair.pair_losses(
+        logp_N, _targets(call, scoring), _bounds(scoring), scoring.objective,
+        ref_logp_S=scoring.ref_logp_S, ref_logp_N=ref_logp_N, margin_P=scoring.margin_P,
+        smoothing_P=scoring.smoothing_P, weight_P=scoring.weight_P, num_pairs=scoring.num_pairs,
+        want_coef=slopes,
+    )  # fmt: skip
+    scoring.results.append(found)
+    return Share(found.totals[0], found.logp_S, found.ref_logp_S, found.slope_S, found.coef_N)
+
+
+def _sums(
+    call: Call, scoring: Scoring, blocks: list[Block], logp_N: Tensor, ref_logp_N: Tensor | None
+) -> Sums:
+    """What the objective reads of each sequence, by a kernel in one launch."""
+    dtype, ref_S = scoring.sum_dtype(logp_N.dtype), scoring.ref_logp_S
+    gap_N = kl_S = None
+    if scoring.objective.needs_kl:
+        kl_S = sequence_sums(join([block.stats["kl_ref"] for block in blocks]), scoring, dtype)
+    if scoring.objective.needs_alignment:  # zero where a target is ignored
+        squares_N = join([block.stats["log_sum_sq_probs"] for block in blocks])
+        gap_N = collect(blocks, "logp_N").double() - squares_N
     if call.fused:
         from ..kernels import pair  # only where Triton is
 
-        start, stop = pairs.edges[0], pairs.edges[-1]
-        bounds_S1 = pairs.bounds_S1 - start if start else pairs.bounds_S1
-        found = pair.pair_losses(
-            logp_N, call.target_N[start:stop], bounds_S1, pairs.objective, ref_logp_S=ref_S,
-            ref_logp_N=ref_logp_N, margin_P=pairs.margin_P, smoothing_P=pairs.smoothing_P,
-            weight_P=pairs.weight_P, num_pairs=pairs.num_pairs, want_coef=slopes,
+        found = pair.sequence_sums(
+            logp_N, _targets(call, scoring), _bounds(scoring), dtype, ref_logp_S=ref_S,
+            ref_logp_N=ref_logp_N, gap_N=gap_N,
         )  # fmt: skip
-        pairs.results.append(found)
-        logp_S, ref_S = found.logp_S, found.ref_logp_S
-        if pairs.by_kernel:
-            return Share(found.totals[0], logp_S, ref_S, found.slope_S, found.coef_N)
-    else:
-        logp_S = pairs.sums(logp_N)
-        ref_S = pairs.sums(ref_logp_N) if ref_S is None else ref_S
-    if not slopes:
-        return Share(pairs.loss(logp_S, ref_S), logp_S, ref_S, None, None)
-    loss, slope_S = pairs.loss_and_slope(logp_S, ref_S)
-    return Share(loss, logp_S, ref_S, slope_S, _per_token(slope_S, pairs.sizes))
+        return Sums(found.logp_S, found.ref_logp_S, kl_S, found.gap_S)
+    logp_S = sequence_sums(logp_N, scoring, dtype)
+    if ref_S is None:
+        ref_S = (
+            torch.zeros_like(logp_S)
+            if ref_logp_N is None
+            else sequence_sums(ref_logp_N, scoring, dtype)
+        )
+    alignment_S = (
+        None if gap_N is None else sequence_sums(gap_N, scoring, gap_N.dtype) / scoring.lengths_S
+    )
+    return Sums(logp_S, ref_S, kl_S, alignment_S)
+
+
+def tail_weights(target_N: Tensor, scoring: Scoring) -> Tensor:
+    """1.0 for as many tokens of a pair's longer side as the other has, ``ld_alpha`` for the rest.
+
+    (N,) fp64; a third sequence of an example keeps all of its tokens.
+    """
+    lengths_S, sizes, ld_alpha = scoring.lengths_S, scoring.sizes, scoring.objective.ld_alpha
+    assert ld_alpha is not None
+    before_S = lengths_S.cumsum(0) - lengths_S
+    place_N = (target_N != IGNORE).cumsum(0) - _per_token(before_S, sizes)  # from 1
+    shared_S = lengths_S.clone()
+    for first in scoring.firsts[:-1]:
+        shared_S[first : first + 2] = lengths_S[first : first + 2].amin()
+    weight_N = torch.ones(len(target_N), dtype=torch.float64, device=target_N.device)
+    return weight_N.masked_fill_(place_N > _per_token(shared_S, sizes), ld_alpha)
+
+
+def _targets(call: Call, scoring: Scoring) -> Tensor:
+    return call.target_N[scoring.edges[0] : scoring.edges[-1]]
+
+
+def _bounds(scoring: Scoring) -> Tensor:
+    """From the first token of the examples."""
+    start = scoring.edges[0]
+    return scoring.bounds_S1 - start if start else scoring.bounds_S1
+
+
+def sequence_sums(x_N: Tensor, scoring: Scoring, dtype: torch.dtype) -> Tensor:
+    """Over each sequence."""
+    return torch.stack([part.sum(dtype=dtype) for part in x_N.split(scoring.sizes)])
 
 
 def _per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
@@ -68,7 +143,8 @@ def _per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
 def _run_block(call: Call, streamer: Any, span: tuple[int, int], *, keep: bool) -> Block:
     """Forward of one block, which is left in ``call``."""
     ref = call.open_reference()
-    block = streamer.forward(span, keep=keep, stats=call.stats, ref=ref)
+    shares = None if call.shares is None else call.shares.rows(slice(*span))
+    block = streamer.forward(span, keep=keep, stats=call.stats, ref=ref, shares=shares)
     call.blocks.append(block)
     return block
 
@@ -102,12 +178,14 @@ def token_backward(
     coef_N: Tensor,
     upstream: Tensor | None = None,
     *,
+    kl_coef_N: Tensor | None = None,
     reuse: bool = False,
 ) -> Gradients:
     """Gradients of ``upstream * sum coef * logp`` by the frozen, stash or recompute route.
 
     With ``reuse`` nobody will ask for them again, so what was kept may be overwritten.  Those of
-    ``sum coef * KL(ref || policy)`` are always recomputed.
+    ``sum coef * KL(ref || policy)``, or of ``sum coef * logp + kl_coef * KL``, are always
+    recomputed.
     """
     h_TD, w_VD, bias_V, unit_ND = saved
     assert h_TD is not None and w_VD is not None
@@ -121,8 +199,13 @@ def token_backward(
             call.blocks[0], coef_N, into, add=False, whole=True, upstream=upstream
         )
     else:
-        ref = call.open_reference() if call.of_kl else None
-        streamer.recompute_backward(call.blocks, coef_N, into, ref, upstream)
+        shares = Shares.of_kl(coef_N) if call.of_kl else call.shares
+        if kl_coef_N is not None:
+            coef_N, shares = Shares.of(coef_N, kl_coef_N)
+        ref = call.open_reference() if shares is not None else None
+        streamer.recompute_backward(
+            call.blocks, coef_N, into, upstream, ref=ref, shares=shares, targets=not call.of_kl
+        )
     return rounded(call, into, h_TD.dtype)
 
 
@@ -163,7 +246,7 @@ def rounded(
 
 # ----------------------------------------------------------------------------------------- groups
 def grouped_pass(
-    call: Call, pairs: Pairs, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
+    call: Call, scoring: Scoring, h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Grads]:
     """Loss, log-prob sums of policy and reference, and the finished fp32 gradients."""
     streamer = call.open(h_TD, w_VD, bias_V)
@@ -175,16 +258,16 @@ def grouped_pass(
     parts: list[Share] = []
     for group in call.plan.groups:
         run = _unit_group if group.unit else _stash_group
-        parts.append(run(call, pairs.part(*group.pairs), group, streamer, total))
+        parts.append(run(call, scoring.part(*group.examples), group, streamer, total))
     loss = torch.stack([part.loss for part in parts]).sum()
     logp_S = join([part.logp_S for part in parts])
     return loss, logp_S, join([part.ref_logp_S for part in parts]), total
 
 
-def _stash_group(call: Call, pairs: Pairs, group: Group, streamer: Any, total: Grads) -> Share:
-    """Pairs whose stash fits the workspace."""
+def _stash_group(call: Call, scoring: Scoring, group: Group, streamer: Any, total: Grads) -> Share:
+    """Examples whose stash fits the workspace."""
     block = _run_block(call, streamer, group.rows, keep=True)
-    share = score(call, pairs, [block])
+    share = score(call, scoring, [block])
     first = group is call.plan.groups[0]
     dh_ND = streamer.backward(block, share.coef_N, total, add=not first)
     block.free()
@@ -193,19 +276,21 @@ def _stash_group(call: Call, pairs: Pairs, group: Group, streamer: Any, total: G
     return share
 
 
-def _unit_group(call: Call, pairs: Pairs, group: Group, streamer: Any, total: Grads) -> Share:
-    """A pair longer than the workspace.
+def _unit_group(call: Call, scoring: Scoring, group: Group, streamer: Any, total: Grads) -> Share:
+    """A pair, or a single response, longer than the workspace.
 
     Its unit gradients, those of ``sum sign * logp``, are accumulated block by block and multiplied
     by the pair's scalar once the loss is known.  An objective whose two sides have scalars of
     their own needs the weight's unit gradient of each side.
     """
-    sizes, by_margin = pairs.sizes, pairs.objective.by_margin
+    sizes, by_margin = scoring.sizes, scoring.objective.by_margin
     h_TD = streamer.rows.h_TD
-    sign_S = pairs.objective.token_signs(pairs.lengths_S, 2, h_TD.device)
+    sign_S = scoring.objective.token_signs(scoring.lengths_S, len(sizes), h_TD.device)
     sign_N = _per_token(sign_S, sizes)
+    if scoring.token_weight_N is not None:
+        sign_N = sign_N * scoring.token_weight_N
     offset, middle = group.rows[0], group.rows[0] + sizes[0]
-    units = [_new_grads(call, streamer) for _ in range(1 if by_margin else 2)]
+    units = [_new_grads(call, streamer) for _ in range(1 if by_margin else len(sizes))]
     unit_h = None
     if total.h is not None:
         unit_h = h_TD.new_empty(sum(sizes), h_TD.shape[1], dtype=streamer.acc_dtype)
@@ -220,7 +305,7 @@ def _unit_group(call: Call, pairs: Pairs, group: Group, streamer: Any, total: Gr
             unit_h[rows] = dh_ND
         block.free()
         blocks.append(block)
-    share = score(call, pairs, blocks)
+    share = score(call, scoring, blocks)
     assert share.slope_S is not None
     scalar_S = (share.slope_S / sign_S).to(streamer.acc_dtype)
     for unit, scalar in zip(units, scalar_S):

@@ -1,14 +1,16 @@
 """What a preference loss returns, and its metrics."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import register_pytree_node
 
 from ..kernels.support import METRICS
-from .call import Pairs
+from .call import Scoring
+from .examples import nth, sizes_of
 from .plan import Plan
 
 
@@ -20,14 +22,20 @@ class PreferenceLoss(dict[str, Tensor]):
     of a model's outputs does, leaves ``metrics`` and ``stats`` empty.
 
     Entries:
-        loss: scalar, the summed loss of the pairs divided by ``num_pairs``.
+        loss: scalar, the summed loss of the examples divided by ``num_pairs``.
         logp_S: summed log-probs of each sequence under the policy, in the dtype of the reference.
-        ref_logp_S: those of the reference.
+        ref_logp_S: those of the reference; zeros for an objective that needs none.
         lengths_S: scored tokens of each sequence, int64.
 
     Attributes:
-        metrics: detached scalars averaged over the call's pairs, under TRL's names, and
+        metrics: detached scalars averaged over the call's examples, under TRL's names, and
             ``lengths/chosen``, ``lengths/rejected``, ``length_margin`` (``alpha * (nw - nl)``).
+            Of a list "chosen" is the response with the highest score and "rejected" that with the
+            lowest, and ``rewards/accuracies`` the share of its ordered pairs whose rewards are
+            ordered alike.  Of single responses "chosen" are the desirable ones and "rejected" the
+            others; a margin of theirs is the difference of means over a whole step.
+        counts: what some of the metrics are averaged over, by name; the others over all examples of
+            the call.  A metric of nothing is 0 and its count too.
         stats: the requested per-token statistics, each (N,).
         plan: the route taken, its workspace and its accumulators; None under torch.compile.
     """
@@ -38,11 +46,13 @@ class PreferenceLoss(dict[str, Tensor]):
         metrics: dict[str, Tensor] | None = None,
         stats: dict[str, Tensor] | None = None,
         plan: Plan | None = None,
+        counts: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__(entries)
         self.metrics = {} if metrics is None else metrics
         self.stats = {} if stats is None else stats
         self.plan: Any = plan
+        self.counts = {} if counts is None else counts
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
@@ -67,32 +77,96 @@ class PreferenceLoss(dict[str, Tensor]):
 # Hooks of DDP and FSDP2 look for the outputs that carry a gradient in a pytree's leaves.
 register_pytree_node(
     PreferenceLoss,
-    lambda result: ([dict(result), result.metrics, result.stats], result.plan),
-    lambda parts, plan: PreferenceLoss(*parts, plan=plan),  # type: ignore[call-arg]
+    lambda result: ([dict(result), result.metrics, result.stats, result.counts], result.plan),
+    lambda parts, plan: PreferenceLoss(*parts[:3], plan, parts[3]),  # type: ignore[call-arg]
 )
 
 
 @torch.no_grad()
-def metrics_of(pairs: Pairs, logp_S: Tensor, ref_S: Tensor) -> dict[str, Tensor]:
-    """`METRICS` of the call's pairs, as a kernel left them if it computed them."""
-    if pairs.by_kernel:
-        means = pairs.results[0].means
-        if len(pairs.results) > 1:
-            totals = torch.stack([result.totals for result in pairs.results]).sum(0)
-            means = (totals[1:] / (len(pairs.edges) // 2)).float()
-        return dict(zip(METRICS, means.unbind()))
-    objective, lengths_S, logp_S = pairs.objective, pairs.lengths_S.double(), logp_S.double()
-    reward_S = objective.beta * (logp_S - ref_S.double())
-    chosen_P, rejected_P = reward_S[0::2], reward_S[1::2]
+def metrics_of(
+    scoring: Scoring, logp_S: Tensor, ref_S: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Metrics of the call's examples, as a kernel left them if it computed them, and their counts.
+
+    The names are `METRICS` of pairs and of lists that have scores.
+    """
+    if scoring.results:
+        means = scoring.results[0].means
+        if len(scoring.results) > 1:
+            totals = torch.stack([result.totals for result in scoring.results]).sum(0)
+            means = (totals[1:] / scoring.count).float()
+        return dict(zip(METRICS, means.unbind())), {}
+    logp_S, lengths_S = logp_S.double(), scoring.lengths_S.double()
+    seen = _Seen(scoring.objective.beta * (logp_S - ref_S.double()), logp_S, lengths_S)
+    if scoring.desirable_P is not None:
+        return _of_singles(seen, scoring.desirable_P)
+    shape, sizes = scoring.objective.shape, sizes_of(scoring.firsts)
+    counts: dict[str, Tensor] = {}
+    if shape == "pairs":
+        best, worst = ([nth(x_S, scoring.firsts, k) for x_S in seen] for k in (0, 1))
+        right = (best[0] > worst[0]).double().mean()
+    elif scoring.scores_S is not None:
+        best, worst, right, ordered = _of_lists(seen, scoring.scores_S, sizes)
+        counts["rewards/accuracies"] = ordered
+    else:
+        return {f"{name}/mean": x_S.mean().float() for name, x_S in seen._asdict().items()}, {}
     values = (
-        chosen_P.mean(),
-        rejected_P.mean(),
-        (chosen_P > rejected_P).double().mean(),
-        (chosen_P - rejected_P).mean(),
-        logp_S[0::2].mean(),
-        logp_S[1::2].mean(),
-        lengths_S[0::2].mean(),
-        lengths_S[1::2].mean(),
-        objective.alpha * (lengths_S[0::2] - lengths_S[1::2]).mean(),
+        best[0].mean(),
+        worst[0].mean(),
+        right,
+        (best[0] - worst[0]).mean(),
+        best[1].mean(),
+        worst[1].mean(),
+        best[2].mean(),
+        worst[2].mean(),
+        scoring.objective.alpha * (best[2] - worst[2]).mean(),
     )
-    return {name: x.float() for name, x in zip(METRICS, values)}
+    return {name: x.float() for name, x in zip(METRICS, values)}, counts
+
+
+@torch.no_grad()
+def kl_metrics(scoring: Scoring, kl_S: Tensor) -> dict[str, Tensor]:
+    """Means of the sequences' KL to the reference: ``kl/chosen`` and ``kl/rejected`` of pairs."""
+    if scoring.objective.shape != "pairs":
+        return {"kl/mean": kl_S.mean().float()}
+    sides = ("chosen", 0), ("rejected", 1)
+    return {f"kl/{side}": nth(kl_S, scoring.firsts, k).mean().float() for side, k in sides}
+
+
+class _Seen(NamedTuple):
+    """What metrics say of each sequence, (S,) fp64."""
+
+    rewards: Tensor
+    logps: Tensor
+    lengths: Tensor
+
+
+def _of_lists(
+    seen: _Seen, scores_S: Tensor, sizes: list[int]
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """What is seen of the best and the worst of each list; share of ordered pairs, their number.
+
+    A pair is ordered if its scores differ, and it counts as right if its rewards do likewise.
+    """
+    scores_PM, *seen_PM = (
+        pad_sequence(list(x_S.split(sizes)), batch_first=True, padding_value=torch.nan)
+        for x_S in (scores_S, *seen)
+    )
+    best_P1 = scores_PM.nan_to_num(nan=-torch.inf).argmax(1, keepdim=True)
+    worst_P1 = scores_PM.nan_to_num(nan=torch.inf).argmin(1, keepdim=True)
+    best, worst = ([x.gather(1, i)[:, 0] for x in seen_PM] for i in (best_P1, worst_P1))
+    above_PMM = scores_PM[:, :, None] > scores_PM[:, None]  # of NaN nothing is
+    right_PMM = above_PMM & (seen_PM[0][:, :, None] > seen_PM[0][:, None])
+    ordered = above_PMM.sum().double()
+    return best, worst, right_PMM.sum() / ordered.clamp(min=1), ordered
+
+
+def _of_singles(seen: _Seen, desirable_P: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Means over the desirable and over the undesirable responses, TRL's names of KTO."""
+    metrics, counts = {}, {}
+    for side, weight_P in (("chosen", desirable_P), ("rejected", 1 - desirable_P)):
+        count = weight_P.sum()
+        for name, x_P in seen._asdict().items():
+            metrics[f"{name}/{side}"] = ((weight_P * x_P).sum() / count.clamp(min=1)).float()
+            counts[f"{name}/{side}"] = count
+    return metrics, counts

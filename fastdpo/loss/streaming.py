@@ -10,72 +10,27 @@ correct digit left.
 Legend: N rows of the block, D hidden, V vocabulary, C a vocabulary chunk, K chunks.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .blocks import (
+    Block,
+    Grads,
+    Head,
+    Needs,
+    Shares,
+    Stash,
+    TokenRows,
+    Tokens,
+    add_rows,
+    coefficients,
+)
 from .checks import IGNORE
 from .gemm import Products
-from .plan import Plan
-
-
-class Head(NamedTuple):
-    """What turns hidden rows into logits."""
-
-    w_VD: Tensor
-    bias_V: Tensor | None
-    scale: float
-    softcap: float | None
-
-
-class Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    h: bool
-    w: bool
-    bias: bool
-
-
-@dataclass
-class Grads:
-    """Gradient accumulators in fp32; ``w`` is in the result's dtype where one product gives it."""
-
-    h: Tensor | None = None
-    w: Tensor | None = None
-    bias: Tensor | None = None
-
-
-class Tokens(NamedTuple):
-    """The hidden rows of a block, and their targets."""
-
-    h_ND: Tensor
-    target_N: Tensor
-
-
-class TokenRows(NamedTuple):
-    """Scored tokens: which hidden row predicts which target."""
-
-    h_TD: Tensor
-    rows_N: Tensor | None
-    target_N: Tensor
-
-    def block(self, start: int, stop: int) -> Tokens:
-        """Hidden rows and targets of a block."""
-        rows = slice(start, stop) if self.rows_N is None else self.rows_N[start:stop]
-        return Tokens(self.h_TD[rows], self.target_N[start:stop])
-
-    def scatter(self, total_TD: Tensor, start: int, stop: int, dh_ND: Tensor) -> None:
-        """Add a block's gradient to the hidden rows it came from, in a fixed order."""
-        if self.rows_N is None:
-            total_TD[start:stop].add_(dh_ND)
-        else:
-            _add_rows(total_TD, self.rows_N[start:stop], dh_ND)
+from .plan import Plan, even_blocks
 
 
 def _columns(target_N: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
@@ -154,71 +109,11 @@ class _Fold:
         return {name: torch.where(scored_N, x_N, 0.0) for name, x_N in out.items()}
 
 
-class Stash:
-    """What a block keeps for its backward: a chunk-major (N, V) buffer, bounded by the workspace.
-
-    On a CPU the buffer is lent again to the next stash of like size.  Otherwise the system takes
-    its pages back after every step, and each of them faults again in the next.
-    """
-
-    _idle: ClassVar[list[Tensor]] = []
-
-    def __init__(self, target_N: Tensor, chunks: list[tuple[int, int]], dtype: torch.dtype) -> None:
-        N, V = target_N.shape[0], chunks[-1][1]
-        self._buffer = self._take(N * V, dtype, target_N.device)
-        self.chunks = [self._buffer[N * v0 : N * v1].view(N, v1 - v0) for v0, v1 in chunks]
-
-    @classmethod
-    def _take(cls, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if device.type == "cpu" and cls._idle:
-            buffer = cls._idle.pop()
-            if buffer.dtype == dtype and numel <= buffer.numel() <= 2 * numel:
-                return buffer
-        return torch.empty(numel, dtype=dtype, device=device)
-
-    @classmethod
-    @contextmanager
-    def apart(cls) -> Iterator[None]:
-        """Within it, buffers are lent among its own calls alone; they may have no content."""
-        before, cls._idle = cls._idle, []
-        try:
-            yield
-        finally:
-            cls._idle = before
-
-    def __del__(self) -> None:
-        if self._buffer.device.type == "cpu" and not self._idle:
-            self._idle.append(self._buffer)
-
-
-@dataclass
-class Block:
-    """The forward of the block of rows ``span``; ``stash`` holds what its backward reads.
-
-    ``own_N`` is the derivative of each log-prob by its target's uncapped logit.
-    """
-
-    span: tuple[int, int]
-    tokens: Tokens | None  # as the backward reads them; None to fetch them again
-    logp_N: Tensor
-    lse_N: Tensor
-    max_KN: Tensor
-    stash: Any
-    own_N: Tensor
-    stats: dict[str, Tensor] = field(default_factory=dict)
-    ref_logp_N: Tensor | None = None
-    ref_lse_N: Tensor | None = None
-
-    def free(self) -> None:
-        """Let go of what only the backward reads and a whole call cannot keep."""
-        self.tokens = self.stash = None
-
-
 class Streamer:
     """Runs a head over blocks of rows with the products and the chunk size of one call."""
 
     def __init__(self, head: Head, rows: TokenRows, needs: Needs, plan: Plan) -> None:
-        self.head, self.rows, self.needs = head, rows, needs
+        self.head, self.rows, self.needs, self.mixed_rows = head, rows, needs, plan.mixed_rows
         V, size = head.w_VD.shape[0], plan.vocab_chunk
         self.chunks = [(v0, min(v0 + size, V)) for v0 in range(0, V, size)]
         self.products = Products(head.w_VD.dtype, head.w_VD.device)
@@ -266,18 +161,60 @@ class Streamer:
         keep: bool,
         stats: frozenset[str] = frozenset(),
         ref: "Streamer | None" = None,
+        shares: Shares | None = None,
     ) -> Block:
         """Log-probs of a block; with ``keep`` also the stash its backward reads.
 
-        ``ref`` is the reference, streamed beside the policy.
+        ``ref`` is the reference, streamed beside the policy.  With ``shares`` the stash is that of
+        the mixtures, and a row's gradient that of ``logp + ref share * KL``.
         """
         tokens = self.tokens(span)
+        stash = Stash(tokens.target_N, self.chunks, self.acc_dtype) if keep else None
+        chunks = None if stash is None else stash.chunks
+        if chunks is None or shares is None or ref is None:
+            block = self._forward(span, tokens, stats, ref, chunks)
+        else:
+            parts = []
+            for start, stop in even_blocks(*span, self.mixed_rows):
+                rows = slice(start - span[0], stop - span[0])
+                own = [chunk[rows] for chunk in chunks]
+                some = tokens.rows(rows)
+                other = Stash(some.target_N, self.chunks, self.acc_dtype).chunks
+                part = self._forward((start, stop), some, stats, ref, own, other)
+                self._mix(part, shares.rows(rows), own, other)
+                parts.append(part)
+            block = Block.joined(parts, tokens, stash)
+        block.tokens, block.stash = (tokens, stash) if keep else (None, None)
+        return block
+
+    def _mix(
+        self, block: Block, shares: Shares, chunks: list[Tensor], ref_chunks: list[Tensor]
+    ) -> None:
+        """Turn what was kept of the policy's rows into mixtures of finished probabilities."""
+        assert block.ref_max_KN is not None and block.ref_lse_N is not None
+        own_KN = (block.max_KN - block.lse_N).exp_().mul_(shares.own_N)
+        ref_KN = (block.ref_max_KN - block.ref_lse_N).exp_().mul_(shares.ref_N)
+        for k, (kept_NC, ref_NC) in enumerate(zip(chunks, ref_chunks)):
+            kept_NC.mul_(own_KN[k][:, None]).addcmul_(ref_NC, ref_KN[k][:, None])
+        block.own_N, block.ref_max_KN = block.own(shares), None
+        block.max_KN = block.lse_N.expand_as(block.max_KN)  # what is kept has no shift
+
+    def _forward(
+        self,
+        span: tuple[int, int],
+        tokens: Tokens,
+        stats: frozenset[str],
+        ref: "Streamer | None",
+        chunks: list[Tensor] | None,
+        ref_chunks: list[Tensor] | None = None,
+    ) -> Block:
+        """The forward of some rows; exponentials are left in the chunks that are given."""
         target_N, K = tokens.target_N, len(self.chunks)
         h_blocks = self.products.inner_blocks(tokens.h_ND)
         ref_blocks = ref.products.inner_blocks(ref.tokens(span).h_ND) if ref else []
         fold = _Fold(target_N, K, self.acc_dtype, stats)
         ref_fold = _Fold(target_N, K if ref else 0, self.acc_dtype, frozenset())
-        stash = Stash(target_N, self.chunks, self.acc_dtype) if keep else None
+        keep = chunks is not None
         for k, (v0, v1) in enumerate(self.chunks):
             z_NC = self._logits(h_blocks, v0, v1)
             ref_z_NC = ref._logits(ref_blocks, v0, v1) if ref else None
@@ -285,24 +222,33 @@ class Streamer:
             if ref_z_NC is not None and "kl_ref" in stats:
                 difference_NC = ref_z_NC - z_NC
             slope_NC = self._slope(z_NC) if keep and self.head.softcap is not None else None
-            e_NC = fold.add(k, v0, z_NC, None if stash is None else stash.chunks[k])
+            e_NC = fold.add(k, v0, z_NC, None if chunks is None else chunks[k])
             if ref_z_NC is not None:
-                e_ref_NC = ref_fold.add(k, v0, ref_z_NC)
+                ref_kept = None if ref_chunks is None else ref_chunks[k]
+                e_ref_NC = ref_fold.add(k, v0, ref_z_NC, ref_kept)
                 if difference_NC is not None:
                     # Both logits of a padded token may be -inf, whose difference is NaN.
                     terms_NC = torch.where(e_ref_NC > 0, e_ref_NC * difference_NC, 0.0)
                     fold.part["kl_ref"][k] = terms_NC.sum(1)
+                if ref_kept is not None and slope_NC is not None:
+                    e_ref_NC.mul_(slope_NC)
             if slope_NC is not None:
                 e_NC.mul_(slope_NC)
         logp_N = fold.logp()
         own_N = -torch.expm1(logp_N)
+        target_slope_N = None
         if self.head.softcap is not None:
-            own_N *= self._slope(fold.target_z_N)
-        kept = tokens if keep else None
-        block = Block(span, kept, logp_N, fold.lse_N, fold.max_KN, stash, own_N)
+            target_slope_N = self._slope(fold.target_z_N)
+            own_N *= target_slope_N
+        block = Block(span, None, logp_N, fold.lse_N, fold.max_KN, None, own_N)
         block.stats = fold.finish_stats(ref_fold, self.head.w_VD.shape[0])
         if ref:
             block.ref_logp_N, block.ref_lse_N = ref_fold.logp(), ref_fold.lse_N
+            block.ref_own_N = -torch.expm1(block.ref_logp_N)
+            if target_slope_N is not None:
+                block.ref_own_N *= target_slope_N
+            if ref_chunks is not None:
+                block.ref_max_KN = ref_fold.max_KN
         return block
 
     def _dlogits(
@@ -313,26 +259,28 @@ class Streamer:
         ``e_NC`` is what the forward keeps of the chunk.  The targets' own entries are left zero for
         `_add_targets`.
         """
-        v0, v1 = self.chunks[k]
         row_N = (block.max_KN[k] - block.lse_N).exp_().mul_(coef_N).mul_(-self.head.scale)
-        g_NC = e_NC * row_N[:, None]
-        column_N1, hit_N1 = _columns(target_N, v0, v1)
+        return self._without_targets(e_NC * row_N[:, None], target_N, k)
+
+    def _without_targets(self, g_NC: Tensor, target_N: Tensor, k: int) -> Tensor:
+        """Chunk ``k`` of a gradient with zeros for the targets' own entries."""
+        column_N1, hit_N1 = _columns(target_N, *self.chunks[k])
         return g_NC.scatter_(1, column_N1, g_NC.gather(1, column_N1).masked_fill_(hit_N1, 0.0))
 
     def _add_targets(
-        self, block: Block, tokens: Tokens, coef_N: Tensor, dh_ND: Tensor | None, into: Grads
+        self, tokens: Tokens, own_N: Tensor, coef_N: Tensor, dh_ND: Tensor | None, into: Grads
     ) -> None:
         """The targets' own entries, in fp32: they are the largest of their rows, and tokens of one
         pair share a coefficient, so rounding them to bf16 first would be one coherent error.
         """
-        own_N = block.own_N * coef_N * self.head.scale
+        own_N = own_N * coef_N * self.head.scale
         index_N = tokens.target_N.clamp(min=0)
         if dh_ND is not None:
             dh_ND.addcmul_(self.head.w_VD[index_N].to(dh_ND.dtype), own_N[:, None])
         if into.bias is not None:
-            _add_rows(into.bias, index_N, own_N)
+            add_rows(into.bias, index_N, own_N)
         if into.w is not None:
-            _add_rows(into.w, index_N, tokens.h_ND.to(own_N.dtype) * own_N[:, None])
+            add_rows(into.w, index_N, tokens.h_ND.to(own_N.dtype) * own_N[:, None])
 
     def _add_chunk(
         self,
@@ -389,7 +337,7 @@ class Streamer:
                 self.products.rounded_mm(g_NC.T, h_ND, dw_CD)
                 dw_CD = None
             self._add_chunk(g_NC, h_op_ND, k, into, dw_CD, dh_ND)
-        self._add_targets(block, tokens, coef_N, dh_ND, into)
+        self._add_targets(tokens, block.own_N, coef_N, dh_ND, into)
         if out_ND is not None and dh_ND is not None:
             return out_ND.copy_(dh_ND)
         return self.place(dh_ND, None) if whole and dh_ND is not None else dh_ND
@@ -399,14 +347,17 @@ class Streamer:
         blocks: list[Block],
         coef_N: Tensor,
         into: Grads,
-        ref: "Streamer | None" = None,
         upstream: Tensor | None = None,
+        *,
+        ref: "Streamer | None" = None,
+        shares: Shares | None = None,
+        targets: bool = True,
     ) -> None:
         """Gradients with nothing kept but each row's log-sum-exp, vocabulary chunks outermost.
 
         The weight's gradient of a chunk is complete before the next chunk begins, so its fp32
-        accumulator is one chunk high.  With ``ref`` the gradients are those of
-        ``sum coef * KL(ref || policy)``.
+        accumulator is one chunk high.  With ``shares`` the gradients are ``coef`` times those of
+        the mixtures with ``ref``; without ``targets`` no entry belongs to a target.
         """
         coef_N = coefficients(self.rows.target_N, coef_N, upstream, self.acc_dtype)
         if self.needs.h:
@@ -418,57 +369,45 @@ class Streamer:
             for block in blocks:
                 h_ND, target_N = self.tokens(block.span)
                 coef = coef_N[slice(*block.span)]
-                if ref is None:
+                if ref is None or shares is None:
                     e_NC = self._probs(h_ND, k, block.max_KN[k])
                     g_NC = self._dlogits(block, e_NC, target_N, coef, k)
                 else:
-                    g_NC = self._probs(h_ND, k, block.lse_N, (ref, block))
-                    g_NC *= (coef * self.head.scale)[:, None]
+                    g_NC = self._mixture(h_ND, k, block, ref, shares.rows(slice(*block.span)))
+                    g_NC *= (coef * -self.head.scale)[:, None]
+                    if targets:
+                        g_NC = self._without_targets(g_NC, target_N, k)
                 dh_ND = self._new_rows(h_ND)
                 self._add_chunk(g_NC, h_ND, k, into, dw_CD, dh_ND)
                 if into.h is not None and dh_ND is not None:
                     self.add_rows(into.h, block.span, dh_ND)
             if into.w is not None and dw_CD is not None:
                 into.w[v0:v1] = dw_CD
-        for block in blocks if ref is None else ():
+        for block in blocks if targets else ():
             tokens = self.tokens(block.span)
             dh_ND = self._new_rows(tokens.h_ND)
-            self._add_targets(block, tokens, coef_N[slice(*block.span)], dh_ND, into)
+            own_N = block.own(None if shares is None else shares.rows(slice(*block.span)))
+            self._add_targets(tokens, own_N, coef_N[slice(*block.span)], dh_ND, into)
             if into.h is not None and dh_ND is not None:
                 self.add_rows(into.h, block.span, dh_ND)
 
-    def _probs(
-        self, h_ND: Tensor, k: int, shift_N: Tensor, other: "tuple[Streamer, Block] | None" = None
-    ) -> Tensor:
-        """Exponentials of a chunk, less the reference's, times the cap's slope."""
-        v0, v1 = self.chunks[k]
-        z_NC = self._logits(self.products.inner_blocks(h_ND), v0, v1)
+    def _probs(self, h_ND: Tensor, k: int, shift_N: Tensor) -> Tensor:
+        """Exponentials of a chunk, times the cap's slope."""
+        z_NC = self._logits(self.products.inner_blocks(h_ND), *self.chunks[k])
         slope_NC = None if self.head.softcap is None else self._slope(z_NC)
         z_NC.sub_(shift_N[:, None]).exp_()
-        if other is not None:
-            ref, block = other
-            assert block.ref_lse_N is not None
-            ref_blocks = ref.products.inner_blocks(ref.tokens(block.span).h_ND)
-            z_NC -= ref._logits(ref_blocks, v0, v1).sub_(block.ref_lse_N[:, None]).exp_()
         return z_NC if slope_NC is None else z_NC.mul_(slope_NC)
 
-
-def coefficients(
-    target_N: Tensor, coef_N: Tensor, upstream: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """What multiplies each token's log-prob, zero where it is ignored."""
-    coef_N = coef_N if upstream is None else coef_N * upstream
-    return torch.where(target_N == IGNORE, 0.0, coef_N).to(dtype)
-
-
-def _add_rows(total: Tensor, index_N: Tensor, rows_N: Tensor) -> None:
-    """``total[index] += rows`` in a fixed order; repeats are summed in the rows' dtype first."""
-    if total.dtype != rows_N.dtype:
-        index_N, inverse_N = index_N.unique(return_inverse=True)
-        sums = rows_N.new_zeros(index_N.shape[0], *rows_N.shape[1:])
-        _add_rows(sums, inverse_N, rows_N)
-        total[index_N] = (total[index_N].to(rows_N.dtype) + sums).to(total.dtype)
-    elif total.device.type == "cpu":
-        total.index_add_(0, index_N, rows_N)
-    else:  # index_add_ uses atomics there; index_put_ sorts
-        total.index_put_((index_N,), rows_N, accumulate=True)
+    def _mixture(
+        self, h_ND: Tensor, k: int, block: Block, ref: "Streamer", shares: Shares
+    ) -> Tensor:
+        """``own * p + ref * p_ref`` of a chunk, times the slope of the policy's cap."""
+        assert block.ref_lse_N is not None
+        z_NC = self._logits(self.products.inner_blocks(h_ND), *self.chunks[k])
+        slope_NC = None if self.head.softcap is None else self._slope(z_NC)
+        z_NC.sub_(block.lse_N[:, None]).exp_().mul_(shares.own_N[:, None])
+        ref_blocks = ref.products.inner_blocks(ref.tokens(block.span).h_ND)
+        ref_z_NC = ref._logits(ref_blocks, *self.chunks[k])
+        ref_z_NC.sub_(block.ref_lse_N[:, None]).exp_()
+        z_NC.addcmul_(ref_z_NC, shares.ref_N[:, None])
+        return z_NC if slope_NC is None else z_NC.mul_(slope_NC)

@@ -2,11 +2,12 @@
 
 A packed row is divided into segments (`fastdpo.data.batch.Segments`): each attends to its own keys,
 causally and aligned at their ends.  With a shared prompt the segments are (prompt + chosen) and
-(rejected), and the second one's keys are those of the prompt and its own: one gather of keys and
-values, then plain variable-length attention.  That is flash-attn where it is installed, PyTorch's
-``varlen_attn`` on CUDA, and scaled-dot-product attention a segment elsewhere, in blocks of queries
-where it needs a mask; no (T, T) mask exists on any of them.  flash-attn has not run on a GPU yet:
-it is tested against its signature, by a recorder that computes what it should.
+(rejected), of a list each further response, whose keys are those of the prompt and its own: one
+gather of keys and values, then plain variable-length attention.  That is flash-attn where it is
+installed, PyTorch's ``varlen_attn`` on CUDA, and scaled-dot-product attention a segment elsewhere,
+in blocks of queries where it needs a mask; no (T, T) mask exists on any of them.  flash-attn has
+not run on a GPU yet: it is tested against its signature, by a recorder that computes what it
+should.
 
 Packed models must always be called with ``use_cache=False`` and no attention mask: with
 transformers' defaults packed segments silently see each other.
@@ -130,8 +131,8 @@ def varlen_options() -> frozenset[str]:
 class _GatherKeys(torch.autograd.Function):
     """Rows of keys or values in the order in which segments see them.
 
-    The gradient is a gather too, plus one addition at rows gathered twice.  Each row gets at most
-    one, so the bits are the same every time.
+    The gradient is a gather too, plus additions at rows gathered again.  Each row gets at most one
+    at a time, so the bits are the same every time; several are summed in fp32.
     """
 
     @staticmethod
@@ -143,9 +144,14 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_KHd,), segments = grads, ctx.segments
-        grad_THd = grad_KHd.index_select(0, segments.first_T)
-        again = grad_KHd.index_select(0, segments.again_keys_R)
-        return grad_THd.index_add_(0, segments.again_rows_R, again), None
+        sizes, dtype = segments.again_sizes, grad_KHd.dtype
+        # One addition rounds as well as any; fp64 stays as it is.
+        wide = torch.float32 if len(sizes) > 1 and dtype.itemsize < 4 else dtype
+        grad_THd = grad_KHd.index_select(0, segments.first_T).to(wide)
+        again = segments.again_keys_R.split(sizes), segments.again_rows_R.split(sizes)
+        for keys_R, rows_R in zip(*again):
+            grad_THd.index_add_(0, rows_R, grad_KHd.index_select(0, keys_R).to(wide))
+        return grad_THd.to(dtype), None
 
 
 def flash(q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, call: LayerCall) -> Tensor:

@@ -93,9 +93,9 @@ def token_mask(batch: PackedPairs) -> Tensor | None:
         return None
     B, T = batch.input_ids_BT.shape
     # A row's last token is the last target, which the row before it predicts.
-    last_B = batch.rows_N[[stop - 1 for stop in batch.bounds_S1.tolist()[1:]]] + 1
-    places_BT = torch.arange(B * T, device=last_B.device).view(B, T)
-    return (places_BT <= last_B[:, None]).long()
+    last_B = torch.zeros(B, dtype=torch.long, device=batch.rows_N.device)
+    last_B.scatter_reduce_(0, batch.rows_N // T, batch.rows_N % T + 1, "amax")
+    return (torch.arange(T, device=last_B.device) <= last_B[:, None]).long()
 
 
 @torch.no_grad()

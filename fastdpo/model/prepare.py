@@ -7,7 +7,7 @@ as it was loaded, a sequence at a time, before anything is trained.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from fastdpo.data.batch import (
     pack_pairs,
 )
 from fastdpo.errors import ModelError
+from fastdpo.loss.examples import BaseObjective
 from fastdpo.loss.objectives import lr_dpo
 from fastdpo.loss.ops import PreferenceLoss, linear_preference_loss
 from fastdpo.model import attention, head, liger, noise, offload, rope, tiling
@@ -42,34 +43,62 @@ _ATTENTION = {"full_attention", "sliding_attention"}  # transformers' names of l
 def packed_loss(
     model: nn.Module,
     batch: PackedPairs,
-    ref_logp_S: Tensor,
+    ref_logp_S: Tensor | None,
     *,
-    beta: float,
-    alpha: float,
+    beta: float | None = None,
+    alpha: float | None = None,
+    objective: BaseObjective | None = None,
+    reference: Mapping[str, Tensor | None] | None = None,
     num_pairs: float | None = None,
+    mean_chosen_length: float | None = None,
+    shift: float = 0.0,
+    stats: tuple[str, ...] = (),
     workspace_mib: float | None = None,
     impl: str = "auto",
     router_aux_loss_coef: float = 0.0,
 ) -> PreferenceLoss:
-    """Length-regularized DPO loss of a batch under a model prepared by `prepare_model`.
+    """The loss of a batch under a model prepared by `prepare_model`.
 
     With ``router_aux_loss_coef`` the loss is the sum of that and of ``router_aux_loss_coef`` times
     the model's own balancing loss over the tokens of the batch: padding does not count, and a
     shared prompt counts once.  The metrics then have both, ``preference_loss`` and ``aux_loss``
     (TRL's name, and as there not multiplied).
+
+    Args:
+        ref_logp_S: summed log-probs under the reference, (S,) fp32 or fp64; None where the
+            objective needs none, or with ``reference``.
+        beta, alpha: of length-regularized DPO.
+        objective: another objective instead.
+        reference: `reference_rows` of the reference, for an objective that needs its KL.
+        num_pairs, mean_chosen_length, shift, stats: as in `fastdpo.linear_preference_loss`.
+
+    Raises:
+        TypeError: both an objective and the numbers of another are given, or neither.
     """
+    if objective is None and beta is not None:
+        objective, beta, alpha = lr_dpo(beta, 0.0 if alpha is None else alpha), None, None
+    if objective is None or beta is not None or alpha is not None:
+        raise TypeError("give packed_loss beta and alpha, or an objective, which has its own")
     loss = partial(
         linear_preference_loss,
         target_N=batch.target_N,
         bounds_S1=batch.bounds_S1,
         ref_logp_S=ref_logp_S,
-        objective=lr_dpo(beta, alpha),
+        objective=objective,
         rows_N=batch.rows_N,
+        firsts_P1=batch.firsts,
+        margin_P=batch.margin_P,
         weight_P=batch.weight_P,
         smoothing_P=batch.smoothing_P,
+        scores_S=batch.scores_S,
+        desirable_P=batch.desirable_P,
         num_pairs=num_pairs,
+        mean_chosen_length=mean_chosen_length,
+        shift=shift,
+        stats=stats,
         workspace_mib=workspace_mib,
         impl=impl,
+        **(reference or {}),
     )
 
     def with_routers(base: Any, gate_logits: Any, result: PreferenceLoss) -> PreferenceLoss:
@@ -80,6 +109,19 @@ def packed_loss(
         return result
 
     return head.packed_forward(model, batch, loss, with_routers if router_aux_loss_coef else None)
+
+
+@torch.no_grad()
+def reference_rows(model: nn.Module, batch: PackedPairs) -> dict[str, Tensor | None]:
+    """Hidden rows and head of a reference on a batch: the ``ref_*`` arguments of the ops.
+
+    ``model`` is prepared as the policy is; the head's scale and cap are the policy's.
+    """
+
+    def rows(h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, **_: Any) -> dict[str, Any]:
+        return {"ref_h_TD": h_TD, "ref_w_VD": w_VD.detach(), "ref_bias_V": bias_V}
+
+    return head.packed_forward(model, batch, rows)
 
 
 def prepare_model(

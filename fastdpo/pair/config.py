@@ -1,40 +1,54 @@
 """The options of pairing: of ``fastdpo pair``, and the section ``pair`` of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastdpo.errors import ConfigError, is_default, is_number, require, require_used
 
-RULES = ("best_worst", "best_random", "all_ranked", "curriculum", "nearest_margin", "tree_siblings")
-TRANSFORMS = ("none", "par", "log_sigmoid", "mean_std")
+RULES = ("best_worst", "best_random", "all_ranked", "curriculum", "nearest_margin", "tree_siblings",
+         "listwise")  # fmt: skip
+TRANSFORMS = ("none", "par", "win_rate", "log_sigmoid", "mean_std")
+# What says something of a pair, and nothing of a list: why it is refused there.
+_OF_PAIRS = {
+    "consistency": "it is the label smoothing of a pair",
+    "flip_share": "it turns a pair round",
+    "soft_label": "it is the label smoothing of a pair",
+    "ches_keep": "CHES is of a chosen and a rejected response",
+    "max_difficulty": "difficulty is of a chosen and a rejected response",
+    "replay": "offline rows are pairs, which an objective of lists doesn't take",
+    "replay_share": "offline rows are pairs, which an objective of lists doesn't take",
+    "fresh_threshold": "offline rows are pairs, which an objective of lists doesn't take",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig:
-    """How scored responses become pairs; every option but `rule` is off by default.
+    """How scored responses become pairs or lists; every option but `rule` is off by default.
 
     Raises ConfigError, naming the option, when one is out of its range or has nothing to act on,
     and when two of the options that set label smoothing are on: tree_siblings, consistency, and
     flip_share or soft_label. What depends on the number of scorers is in `check_scorers`.
 
     Attributes:
-        rule: best_worst, best_random, all_ranked, curriculum, nearest_margin or tree_siblings, the
-            functions of `fastdpo.pair.rules`.
+        rule: best_worst, best_random, all_ranked, curriculum, nearest_margin, tree_siblings or
+            listwise, the functions of `fastdpo.pair.rules`; by default best_worst, and in a run
+            whose ``train.loss_type`` takes lists listwise.
         weights: of each of several scorers, negative to avoid something; all 1 by default.
         combine: "weighted", or "log_sigmoid", high where all of several scorers are.
-        transform: of scores within a prompt: none, par, log_sigmoid or mean_std. It keeps their
-            order, so it needs what looks at gaps: min_gap, length_penalty, nearest_margin, or
-            all_ranked with max_pairs.
+        transform: of scores within a prompt: none, par, win_rate (SPPO's), log_sigmoid or mean_std.
+            It keeps their order, so a run needs what looks at more: a loss that reads scores,
+            min_gap, length_penalty, nearest_margin, or all_ranked with max_pairs.
         transform_reference: what par and log_sigmoid compare a score with: "own", the prompt's
             samples, or "start", those of the model before training, as in the papers.
         length_penalty: subtracted for each token, in units of the transformed score; "auto" finds
             DICE's.
-        min_gap: the scores of a pair must differ by more than this.
+        min_gap: the scores of a pair, or the best and the worst of a list, must differ by more.
         target_margin: the gap that nearest_margin looks for.
         max_pairs: pairs of a prompt at most, of all_ranked and curriculum, where it is the number
             of stages; by default all.
         equal_prompts: weigh a pair by 1 / (pairs of its prompt).
         drop_truncated: leave out responses that were cut off at max_new_tokens.
         drop_duplicates: leave out a response that repeats another of its prompt.
+        drop_ties: of the responses of a list with the same score leave out all but the first.
         consistency: none, or label smoothing by the ranking's agreement with the round before, of
             each prompt ("prompt") or on average ("mean") (CREAM); see `fastdpo.pair.votes`.
         flip_share: turn round this share of pairs, the weakest by the scorers' weighted mean, of
@@ -49,7 +63,7 @@ class PairConfig:
         seed: of what is drawn.
     """
 
-    rule: str = "best_worst"
+    rule: str | None = None
     weights: list[float] | None = None
     combine: str = "weighted"
     transform: str = "none"
@@ -61,6 +75,7 @@ class PairConfig:
     equal_prompts: bool = False
     drop_truncated: bool = False
     drop_duplicates: bool = False
+    drop_ties: bool = False
     consistency: str = "none"
     flip_share: float = 0.0
     soft_label: float = 0.0
@@ -73,13 +88,14 @@ class PairConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("rule", RULES),
+            ("rule", (*RULES, None)),
             ("combine", ("weighted", "log_sigmoid")),
             ("transform", TRANSFORMS),
             ("transform_reference", ("own", "start")),
             ("consistency", ("none", "mean", "prompt")),
         ):
-            require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+            known = ", ".join(filter(None, choices))
+            require(self, name, getattr(self, name) in choices, f"one of {known}")
         numbers = self.weights is None or (any(self.weights) and all(map(is_number, self.weights)))
         penalty = self.length_penalty
         positive = penalty == "auto" or (is_number(penalty) and penalty >= 0)
@@ -104,6 +120,10 @@ class PairConfig:
             ("equal_prompts", self.makes_several,
              "rule be all_ranked, curriculum (with max_pairs other than 1) or tree_siblings: "
              "otherwise a prompt has one pair and all weigh the same"),
+            ("drop_ties", self.rule in (None, "listwise"),
+             "rule be listwise: the others pair no tie"),
+            *((name, not self.makes_lists, f"rule not be listwise: {why}")
+              for name, why in _OF_PAIRS.items()),
         ):  # fmt: skip
             require_used(self, name, used, otherwise)
         smoothing = {
@@ -114,6 +134,15 @@ class PairConfig:
         chosen = [name for name, on in smoothing.items() if on]
         if len(chosen) > 1:
             raise ConfigError(f"{' and '.join(chosen)} each say how far a label holds; choose one")
+
+    def named(self, rule: str = "best_worst") -> "PairConfig":
+        """With this rule where none was given. Raises ConfigError as these options together do."""
+        return self if self.rule is not None else replace(self, rule=rule)
+
+    @property
+    def makes_lists(self) -> bool:
+        """Whether the responses to a prompt become one list, and not pairs."""
+        return self.rule == "listwise"
 
     @property
     def makes_several(self) -> bool:
@@ -152,14 +181,17 @@ class PairConfig:
         require(self, "weights", fits, f"one for each of the {scorers} scorers")
         return list(self.weights)
 
-    def check_scorers(self, scorers: int, *, offline: bool = False) -> None:
-        """What can be said before there are scores, of so many scorers; `offline` says whether
-        there will be offline pairs with the scores of all of them.
+    def check_scorers(self, scorers: int, *, offline: bool = False, read: bool = True) -> None:
+        """What can be said before there are scores, of so many scorers.
+
+        Args:
+            offline: whether there will be offline pairs with the scores of all of them.
+            read: whether the scores in the file are read, by a loss or by whoever has the file.
 
         Raises ConfigError, naming the option.
         """
         self.weights_of(scorers)
-        self.check_shaping(scorers)
+        self.check_shaping(scorers, read=read)
         self.check_votes(scorers, offline)
         self.check_replay()
         if self.transform_reference == "start":
@@ -190,12 +222,12 @@ class PairConfig:
                 "does nothing"
             )
 
-    def check_shaping(self, scorers: int) -> None:
-        """Raise ConfigError where an option that shapes scores can change no pair.
+    def check_shaping(self, scorers: int, *, read: bool) -> None:
+        """Raise ConfigError where an option that shapes scores can change nothing.
 
         A transform keeps the order of a prompt's scores, and so do, of a single scorer, combine
-        "log_sigmoid" and a positive weight. The loss doesn't see scores, so that matters only where
-        gaps do. `fresh_threshold` compares weighted scores with a number.
+        "log_sigmoid" and a positive weight. That matters only where gaps do, or where the loss
+        reads the scores (`read`). `fresh_threshold` compares weighted scores with a number.
         """
         weight = self.weights[0] if self.weights and scorers == 1 else 1.0
         scales = weight > 0 and weight != 1 and not self.fresh_threshold
@@ -204,16 +236,17 @@ class PairConfig:
             (f"combine={self.combine} of one scorer", self.combine != "weighted" and scorers < 2),
             (f"weights={self.weights} of one scorer", scales),
         ):
-            if idle and not self.looks_at_gaps:
+            if idle and not read and not self.looks_at_gaps:
                 raise ConfigError(
-                    f"{what} changes no pair: it keeps the order of a prompt's scores, and nothing "
+                    f"{what} changes nothing: it keeps the order of a prompt's scores, and nothing "
                     "looks at more than that. Leave it out, or give min_gap, a length_penalty, the "
-                    "rule nearest_margin, or all_ranked with max_pairs"
+                    "rule nearest_margin, all_ranked with max_pairs, or a loss that reads scores"
                 )
 
     def check_references(self) -> None:
         """Raise ConfigError where scores of reference responses have no use, or no meaning."""
-        if self.combine != "log_sigmoid" and self.transform not in ("par", "log_sigmoid"):
+        compares = self.transform in ("par", "log_sigmoid")
+        if self.combine != "log_sigmoid" and not compares:
             raise ConfigError(
                 "reference_scores need transform=par or log_sigmoid, or combine=log_sigmoid, which "
                 "compare with them; leave them out"

@@ -18,9 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.data.columns import COUNTS
+from fastdpo.data.lost import is_empty
 from fastdpo.data.parts import read_scored
 from fastdpo.data.records import PairRow, PreferenceRow, Prompt, Scored, prompt_key
-from fastdpo.data.rendering import is_empty, last_token, render_row, special_ids
+from fastdpo.data.rendering import last_token, render_row, special_ids
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.storage import begin_stage, part_path, write_jsonl_atomic
@@ -48,12 +50,21 @@ def offline_pairs(
     whose prompt leaves no room in `max_length` for a fresh sample of so many tokens. The
     other reasons, and `stop_ids`, are those of `tokenize_dataset`.
 
-    prompt_index is the place in `rows`, scores are None, source is "offline", and origin has the
-    data's other columns. The finish reason of a response is "stop" where it ends in an end token;
-    where its row has `append_eos` false, and it doesn't, it is "length".
+    prompt_index is the place in `rows`, scores are None, source is "offline", weight, margin and
+    label_smoothing are the row's, and origin has the data's other columns. The finish reason of a
+    response is "stop" where it ends in an end token; where its row has `append_eos` false, and it
+    doesn't, it is "length".
 
-    Raises DataError when a row can't be rendered or no pair is left.
+    Raises DataError when a row can't be rendered, has two prompts or steps before its responses, or
+    when no pair is left.
     """
+    for row in rows:
+        if row.rejected_prompt is not None or row.prefix is not None:
+            what = "two prompts" if row.prefix is None else "initial_reason_steps"
+            raise DataError(
+                f"{row.where}: it has {what}, and pairs are replayed that have one prompt and end. "
+                "Leave the row out, or train on it by fastdpo train."
+            )
     room = None
     if max_length is not None and max_new_tokens is not None:
         room = max_length - max_new_tokens
@@ -81,7 +92,8 @@ def offline_pairs(
         finish = ["stop" if row.append_eos else _finish(ids, tokenizer) for ids in sides]
         origin = Prompt(row.where, row.prompt, row.tools, row.chat_template_kwargs, row.extra)
         columns: Any = row.prompt, pair.prompt_ids, *found, *sides, None, None, *finish
-        pairs.append(PairRow(place, *columns, source="offline", origin=origin))
+        counts: Any = {name: row.numbers[name] for name in COUNTS if name in row.numbers}
+        pairs.append(PairRow(place, *columns, source="offline", origin=origin, **counts))
     return pairs, dropped | result.dropped
 
 

@@ -1,4 +1,4 @@
-"""Rules of pairing: the responses to a prompt and their scores -> pairs.
+"""Rules of pairing: the responses to a prompt and their scores -> pairs, or a list of them all.
 
 A rule takes the responses to one prompt, best first, and proposes pairs of them. A proposal whose
 two scores are equal or too close, or whose responses are the same tokens, is dropped and counted.
@@ -6,12 +6,12 @@ two scores are equal or too close, or whose responses are the same tokens, is dr
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, groupby
 from typing import Any
 
-from fastdpo.data.records import PairRow, Scored
+from fastdpo.data.records import ListRow, PairRow, Scored
 from fastdpo.errors import DataError, is_number
 from fastdpo.pair.filters import draw_key
 
@@ -146,9 +146,41 @@ def tree_siblings(rows: Sequence[Scored], *, min_gap: float = 0.0) -> Pairing:
                 f"{visits[0]!r}. Give both a count, or none."
             )
         confidence = 1 / (1 + visits[1] / max(1, visits[0]))
-        return replace(result, smoothing=min(1 - confidence, 0.5))
+        return replace(result, label_smoothing=min(1 - confidence, 0.5))
 
     return _pairs(rows, _best_and_worst, min_gap, unit=family, finish=sibling_pair)
+
+
+def listwise(
+    rows: Sequence[Scored], *, min_gap: float = 0.0, drop_ties: bool = False
+) -> tuple[list[ListRow], dict[str, int]]:
+    """All responses to a prompt in one list, best first, for losses of a ranking.
+
+    Equal scores stay side by side, by sample_index, but with `drop_ties`, which leaves out all but
+    the first and counts the others as "tied response". A prompt has a list unless its best and its
+    worst response could not be paired: as with `best_worst` it is dropped for "tie", here also of
+    scores that shaping rounded to the same value, since a list has no other order than its scores;
+    for "gap at most min_gap"; or for "identical responses", where all are. Otherwise as
+    `best_worst`.
+    """
+    dropped: Counter[str] = Counter()
+    lists = []
+    for group in _groups(rows, prompt_of, dropped):
+        gap, same = group[0].score - group[-1].score, _same(group)
+        if gap <= min_gap or same:
+            why = "identical responses" if same and gap else "gap at most min_gap"
+            dropped["tie" if gap == 0 else why] += 1
+            continue
+        first = {row.score: row for row in reversed(group)}
+        kept = list(reversed(first.values())) if drop_ties else group
+        if len(kept) < len(group):
+            dropped["tied response"] += len(group) - len(kept)
+        lists.append(ListRow.of(kept))
+    return lists, dict(dropped)
+
+
+def _same(group: Sequence[Scored]) -> bool:
+    return all(row.response_ids == group[0].response_ids for row in group)
 
 
 def prompt_of(row: Scored) -> int:
@@ -201,21 +233,9 @@ def _pairs(
     finish: Callable[[Scored, Scored], PairRow] = PairRow.of,
 ) -> Pairing:
     """Pair each unit's responses: propose, refuse what can't be paired, keep, finish the rows."""
-    groups: dict[Any, list[Scored]] = {}
     dropped: Counter[str] = Counter()
-    for row in sorted(rows, key=lambda row: row.place):
-        group = groups.setdefault(unit(row), [])
-        if row.response_ids and row.response.strip():
-            group.append(row)
-        else:
-            dropped["empty response"] += 1
     pairs = []
-    for group in groups.values():
-        if len(group) < 2:
-            dropped["fewer than two responses"] += 1
-            continue
-        # Stable: of equal scores by sample_index.
-        group.sort(key=lambda row: row.rank, reverse=True)
+    for group in _groups(rows, unit, dropped):
         good = []
         for proposal in propose(group):
             reason = _refusal(*proposal, min_gap)
@@ -228,3 +248,22 @@ def _pairs(
             dropped["over max_pairs"] += len(good) - len(kept)
         pairs += [finish(*proposal) for proposal in kept]
     return pairs, dict(dropped)
+
+
+def _groups(
+    rows: Sequence[Scored], unit: Callable[[Scored], Any], dropped: Counter[str]
+) -> Iterator[list[Scored]]:
+    """Each unit's responses, best first, of equal ones by sample_index; those that are empty, and
+    units with fewer than two others, are counted in `dropped`."""
+    groups: dict[Any, list[Scored]] = {}
+    for row in sorted(rows, key=lambda row: row.place):
+        group = groups.setdefault(unit(row), [])
+        if row.response_ids and row.response.strip():
+            group.append(row)
+        else:
+            dropped["empty response"] += 1
+    for group in groups.values():
+        if len(group) < 2:
+            dropped["fewer than two responses"] += 1
+        else:
+            yield sorted(group, key=lambda row: row.rank, reverse=True)

@@ -3,6 +3,8 @@
     pair(candidates_dir, [scores_dir], Path("pairs.jsonl"), PairConfig(rule="curriculum"))
     pairs = load_pairs(Path("pairs.jsonl"))
 
+With the rule listwise it writes lists, which `load_lists` reads: all responses to a prompt in one.
+
 How responses are paired is in `fastdpo.pair.rules`, what drops and weighs pairs in
 `fastdpo.pair.filters`, what scorers say of a label in `fastdpo.pair.votes`, and where offline pairs
 come from in `fastdpo.pair.offline`.
@@ -13,13 +15,14 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedExample, TokenizedList, TokenizedPair
 from fastdpo.data.parts import read_scored
-from fastdpo.data.records import PairRow, Scored, prompt_key
+from fastdpo.data.records import ListRow, PairRow, Scored, prompt_key
 from fastdpo.data.rows import read_rows
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.pair import filters, rules, votes
@@ -27,10 +30,15 @@ from fastdpo.pair.config import PairConfig
 from fastdpo.pair.transforms import References, shape, unshaped
 from fastdpo.storage import check_rows, write_json_atomic, write_jsonl_atomic
 
+_COUNTS = ("score_chosen", "score_rejected", "weight", "label_smoothing", "margin")
 _EXTRA = ("prompt_index", "score_chosen", "score_rejected", "chosen_finish", "rejected_finish",
-          "stage", "source")  # fmt: skip
+          "finish_reasons", "stage", "source")  # fmt: skip
+_SATURATED = "scores equal after shaping"
 Measure = Callable[[list[TokenizedPair]], filters.Measured]
 Fresh = Mapping[str, float]  # the score of a fresh sample by `Prompt.key`
+Chosen = TypeVar("Chosen", PairRow, ListRow)
+Tokenized = TypeVar("Tokenized", TokenizedPair, TokenizedList)
+Example = TypeVar("Example", bound=TokenizedExample)
 
 
 def select(rows: Sequence[Scored], config: PairConfig) -> rules.Pairing:
@@ -41,22 +49,39 @@ def select(rows: Sequence[Scored], config: PairConfig) -> rules.Pairing:
 
     Raises as the rules do.
     """
-    unit = rules.family if config.rule == "tree_siblings" else rules.prompt_of
-    kept, dropped = _responses(rows, config)
-    lost = len(set(map(unit, rows))) - len(set(map(unit, kept)))
+    name = config.rule or "best_worst"
     options: dict[str, Any] = {
         "best_random": {"seed": config.seed},
         "all_ranked": {"max_pairs": config.max_pairs},
         "curriculum": {"max_pairs": config.max_pairs},
         "nearest_margin": {"target": config.target_margin},
     }
-    rule: Callable[..., rules.Pairing] = getattr(rules, config.rule)
-    pairs, counts = rule(kept, min_gap=config.min_gap, **options.get(config.rule, {}))
+    unit = rules.family if name == "tree_siblings" else rules.prompt_of
+    rule: Callable[..., rules.Pairing] = getattr(rules, name)
+    return _apply(partial(rule, **options.get(name, {})), unit, rows, config)
+
+
+def select_lists(
+    rows: Sequence[Scored], config: PairConfig
+) -> tuple[list[ListRow], dict[str, int]]:
+    """Drop responses and make a list of the others of each prompt; counts as `select`."""
+    rule = partial(rules.listwise, drop_ties=config.drop_ties)
+    return _apply(rule, rules.prompt_of, rows, config)
+
+
+def _apply(
+    rule: Callable[..., tuple[list[Chosen], dict[str, int]]],
+    unit: Callable[[Scored], Any],
+    rows: Sequence[Scored],
+    config: PairConfig,
+) -> tuple[list[Chosen], dict[str, int]]:
+    kept, dropped = _responses(rows, config)
+    found, counts = rule(kept, min_gap=config.min_gap)
     dropped |= counts
-    if lost:
+    if lost := len(set(map(unit, rows))) - len(set(map(unit, kept))):
         reason = "fewer than two responses"
         dropped[reason] = dropped.get(reason, 0) + lost
-    return pairs, dropped
+    return found, dropped
 
 
 def _responses(rows: Sequence[Scored], config: PairConfig) -> tuple[list[Scored], dict[str, int]]:
@@ -80,8 +105,9 @@ def pair(
     replay: Sequence[PairRow] = (),
     fresh: Sequence[Fresh] = (),
     measure: Measure | None = None,
+    ordered: bool = False,
 ) -> dict[str, Any]:
-    """Join candidates with their scores, pair them and write the pairs.
+    """Join candidates with their scores, pair them and write the pairs, or the lists.
 
     Args:
         candidates_dir: parts of candidates, as sampling writes them.
@@ -97,6 +123,9 @@ def pair(
             scorers for flip_share and soft_label to change them.
         fresh: for `fresh_threshold`, `offline.fresh_scores` of each round so far.
         measure: for `ches_keep` and `max_difficulty`, `filters.measure` with its model.
+        ordered: drop pairs whose chosen response doesn't score higher, for a loss that takes the
+            logarithm of the difference: sampled ones whose scores shaping rounded to the same
+            value, and offline ones, whose label comes with the data.
 
     Pairs are selected, then voted on by the scorers, then measured the way round they now are, then
     offline pairs are added, themselves voted on: so their share holds in what is written.
@@ -105,13 +134,14 @@ def pair(
     reason, mean scores (of sampled pairs) and lengths (tokens) of both sides, and the correlation
     of score and length over all candidates, None where one of them is constant; and what the
     options did: shaping, the mean consistency, flipped and softened pairs, mean CHES and difficulty
-    of the pairs measured, replayed pairs and their share, pairs by stage.
+    of the pairs measured, replayed pairs and their share, pairs by stage. Of lists it has their
+    number, that of their responses, and scores and lengths of the best and the worst of each.
 
     Raises DataError when a candidate has no score or a score no candidate, a prompt no reference
-    response, or when no pair is left; then nothing is written. ConfigError when an option lacks
-    what it needs or can do nothing.
+    response, or when no pair or list is left; then nothing is written. ConfigError when an option
+    lacks what it needs or can do nothing.
     """
-    out_path, config = Path(out_path), config or PairConfig()
+    out_path, config = Path(out_path), (config or PairConfig()).named()
     if out_path.suffix != ".jsonl":
         raise ConfigError(f"out_path={out_path} must end in .jsonl")
     folders, before = _folders(scores_dirs), _folders(previous_scores)
@@ -119,31 +149,40 @@ def pair(
     _require_inputs(config, scorers, len(before), replay, fresh, measure)
     work = _Work(config, config.weights_of(scorers))
     config.check_votes(scorers, config.replay_share > 0 and any(map(work.has_votes, replay)))
-    config.check_shaping(scorers)
     rows, work.facts = scored_candidates(candidates_dir, folders, config, reference_scores)
-    pairs, work.dropped = select(rows, config)
-    if config.consistency != "none" and pairs:
-        pairs = work.smoothed(pairs, rows, candidates_dir, before)
-    pairs = work.voted(pairs)
-    if measure is not None and config.needs_model and pairs:
-        pairs = work.measured(pairs, measure)
-    if not pairs:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(work.dropped.items()))
-        ways = ". ".join(_ways_out(rows, work.dropped, config))
-        raise DataError(f"{candidates_dir}: no pair is left ({reasons}). {ways}.")
-    if config.replay_share:
-        drawn = work.voted(work.drawn(pairs, replay, fresh))
-        pairs = [replace(row, source="sampled") for row in pairs] + drawn
-    if config.equal_prompts:
-        pairs = filters.equal_prompts(pairs)
-    if config.rule == "curriculum":
-        stages = Counter(row.stage or 0 for row in pairs)
-        work.facts["stages"] = [stages[stage] for stage in range(max(stages) + 1)]
-    summary = {**_summary(rows, pairs, work.dropped), **work.facts}
+    made: Sequence[PairRow | ListRow]
+    if config.makes_lists:
+        lists, work.dropped = select_lists(rows, config)
+        _require_some(lists, "list", candidates_dir, rows, work)
+        made, found = lists, _of_lists(lists)
+    else:
+        pairs, work.dropped = select(rows, config)
+        if ordered:
+            pairs = work.ordered(pairs, _SATURATED)
+            replay = work.ordered(replay, "offline: chosen scores no higher")
+        if config.consistency != "none" and pairs:
+            pairs = work.smoothed(pairs, rows, candidates_dir, before)
+        pairs = work.voted(pairs)
+        if measure is not None and config.needs_model and pairs:
+            pairs = work.measured(pairs, measure)
+        _require_some(pairs, "pair", candidates_dir, rows, work)
+        pairs = work.finished(pairs, replay, fresh)
+        made, found = pairs, _of_pairs(pairs)
+    counts = {"lists" if config.makes_lists else "pairs": len(made), "dropped": work.dropped}
+    summary = {**counts, **found, "score_length_correlation": _correlation(rows), **work.facts}
     # The pairs come last: where they are, the stage is complete.
     write_json_atomic(out_path.with_suffix(".summary.json"), summary)
-    write_jsonl_atomic(out_path, [row.to_json() for row in pairs])
+    write_jsonl_atomic(out_path, [row.to_json() for row in made])
     return summary
+
+
+def _require_some(
+    made: Sequence[Any], what: str, candidates_dir: Path, rows: Sequence[Scored], work: "_Work"
+) -> None:
+    if not made:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(work.dropped.items()))
+        ways = ". ".join(_ways_out(rows, work.dropped, work.config))
+        raise DataError(f"{candidates_dir}: no {what} is left ({reasons}). {ways}.")
 
 
 def _ways_out(
@@ -165,6 +204,7 @@ def _ways_out(
         "identical responses": "Sample at a higher temperature",
         "duplicate response": "Sample at a higher temperature",
         "difficulty above max_difficulty": f"Raise max_difficulty={config.max_difficulty}",
+        _SATURATED: f"Give a transform that tells high scores apart, not {config.transform}",
     }.items():
         if reason in dropped:
             yield way
@@ -210,6 +250,23 @@ class _Work:
         """Whether all scorers scored the pair."""
         return len(row.scores_chosen or ()) == len(self.weights)
 
+    def ordered(self, pairs: Sequence[PairRow], reason: str) -> list[PairRow]:
+        """The pairs whose chosen response has the higher score, as both are written.
+
+        Raises DataError when one has no scores.
+        """
+        kept = []
+        for row in pairs:
+            if row.score_chosen is None or row.score_rejected is None:
+                raise DataError(
+                    f"offline pair {row.prompt_index} has no scores, which the loss reads. Score "
+                    "the offline pairs by the scorers of the run."
+                )
+            if row.score_chosen > row.score_rejected:
+                kept.append(row)
+        self.dropped |= filters.counted(reason, len(pairs) - len(kept))
+        return kept
+
     def smoothed(
         self, pairs: list[PairRow], rows: list[Scored], candidates_dir: Path, before: list[Path]
     ) -> list[PairRow]:
@@ -249,6 +306,20 @@ class _Work:
         self.dropped |= filters.counted("CHES above the share kept", len(easy) - len(kept))
         return [pairs[i] for i in kept]
 
+    def finished(
+        self, pairs: list[PairRow], offline: Sequence[PairRow], fresh: Sequence[Fresh]
+    ) -> list[PairRow]:
+        """The pairs with offline ones and weights, and those of each stage counted."""
+        if self.config.replay_share:
+            drawn = self.voted(self.drawn(pairs, offline, fresh))
+            pairs = [replace(row, source="sampled") for row in pairs] + drawn
+        if self.config.equal_prompts:
+            pairs = filters.equal_prompts(pairs)
+        if self.config.rule == "curriculum":
+            stages = Counter(row.stage or 0 for row in pairs)
+            self.facts["stages"] = [stages[stage] for stage in range(max(stages) + 1)]
+        return pairs
+
     def drawn(
         self, pairs: list[PairRow], offline: Sequence[PairRow], fresh: Sequence[Fresh]
     ) -> list[PairRow]:
@@ -267,58 +338,100 @@ class _Work:
         return drawn
 
 
-def _summary(rows: list[Scored], pairs: list[PairRow], dropped: dict[str, int]) -> dict[str, Any]:
+def _of_pairs(pairs: Sequence[PairRow]) -> dict[str, float]:
+    """Mean scores and lengths of both sides."""
     # Offline pairs have no score, or one that was not shaped.
     sampled = [x for x in pairs if x.source != "offline"]
     sides = ("score_chosen", "score_rejected")
-    scores, lengths = [x.score for x in rows], [len(x.response_ids) for x in rows]
-    try:
-        correlation = statistics.correlation(scores, lengths)
-    except statistics.StatisticsError:
-        correlation = None
     return {
-        "pairs": len(pairs),
-        "dropped": dropped,
         **{f"mean_{side}": statistics.fmean(getattr(x, side) for x in sampled) for side in sides},
         "mean_length_chosen": statistics.fmean(len(x.chosen_ids) for x in pairs),
         "mean_length_rejected": statistics.fmean(len(x.rejected_ids) for x in pairs),
-        "score_length_correlation": correlation,
     }
 
 
-def load_pairs(path: Path) -> list[TokenizedPair]:
-    """Read pairs that `pair` wrote, with weight and smoothing where they have them.
+def _of_lists(lists: Sequence[ListRow]) -> dict[str, float]:
+    """The number of responses, and the mean score and length of the best and the worst."""
+    facts: dict[str, float] = {"responses": sum(len(x.scores) for x in lists)}
+    for side, place in (("best", 0), ("worst", -1)):
+        facts[f"mean_score_{side}"] = statistics.fmean(x.scores[place] for x in lists)
+        lengths = [len(x.responses_ids[place]) for x in lists]
+        facts[f"mean_length_{side}"] = statistics.fmean(lengths)
+    return facts
 
-    Scores and finish reasons are in `extra`, and stage and source where a pair has them.
+
+def _correlation(rows: Sequence[Scored]) -> float | None:
+    """Of score and length over all candidates."""
+    scores, lengths = [x.score for x in rows], [len(x.response_ids) for x in rows]
+    try:
+        return statistics.correlation(scores, lengths)
+    except statistics.StatisticsError:
+        return None
+
+
+def load_pairs(path: Path) -> list[TokenizedPair]:
+    """Read pairs that `pair` wrote, with scores, weight and label smoothing where they have them.
+
+    Scores and finish reasons are in `extra` too, and stage and source where a pair has them.
 
     Raises DataError, naming file and line, when a row isn't such a pair.
     """
-    check_rows(path)
-    rows = read_rows(path)
     pairs = []
-    for i, row in enumerate(rows.rows):
-        where = rows.where(i)
+    for row, where in _rows_of(path):
         found = PairRow.from_json(row, where)
-        counts = {name: row[name] for name in ("weight", "smoothing") if name in row}
-        extra = {name: row[name] for name in _EXTRA if name in row}
         ids = found.prompt_ids, found.chosen_ids, found.rejected_ids
-        try:
-            pairs.append(TokenizedPair(*ids, extra, where, **counts))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: {error}. Pair again.") from error
+        known = {name: getattr(found, name) for name in _COUNTS}
+        counts = {name: value for name, value in known.items() if value is not None}
+        pairs.append(_tokenized(TokenizedPair, ids, row, where, **counts))
     return pairs
 
 
-def split_stages(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+def load_lists(path: Path) -> list[TokenizedList]:
+    """Read lists that `pair` wrote; prompt_index and finish reasons are in `extra`.
+
+    Raises DataError, naming file and line, when a row isn't such a list.
+    """
+    lists = []
+    for row, where in _rows_of(path):
+        found = ListRow.from_json(row, where)
+        columns = found.prompt_ids, found.responses_ids, found.scores
+        lists.append(_tokenized(TokenizedList, columns, row, where))
+    return lists
+
+
+def load_examples(path: Path) -> list[TokenizedExample]:
+    """Read what `pair` wrote, pairs or lists by the first row. Raises DataError as these two do."""
+    first, _ = next(_rows_of(path))
+    return [*(load_lists(path) if "responses_ids" in first else load_pairs(path))]
+
+
+def _rows_of(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of a file, each with its place."""
+    check_rows(path)
+    rows = read_rows(path)
+    return ((row, rows.where(i)) for i, row in enumerate(rows.rows))
+
+
+def _tokenized(
+    kind: Callable[..., Tokenized], columns: Any, row: dict[str, Any], where: str, **counts: float
+) -> Tokenized:
+    extra = {name: row[name] for name in _EXTRA if name in row}
+    try:
+        return kind(*columns, extra=extra, where=where, **counts)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: {error}. Pair again.") from error
+
+
+def split_stages(examples: Sequence[Example]) -> list[list[Example]]:
     """The pairs of each stage of a curriculum in turn, stages without pairs left out.
 
-    Pairs without a stage belong to the first, so pairs of other rules are one stage.
+    Pairs without a stage belong to the first, so pairs of other rules are one stage, and lists.
     """
 
-    def stage(pair: TokenizedPair) -> int:
-        return pair.extra.get("stage", 0)
+    def stage(example: Example) -> int:
+        return example.extra.get("stage", 0)
 
-    return [list(group) for _, group in groupby(sorted(pairs, key=stage), key=stage)]
+    return [list(group) for _, group in groupby(sorted(examples, key=stage), key=stage)]
 
 
 def scored_candidates(

@@ -5,8 +5,9 @@
 In this order: `combine` makes one score of several, `transform` reshapes it within each prompt, and
 `penalize` takes off what length earned.
 
-A transform keeps the order of one prompt's scores, so it matters only where gaps do: to `min_gap`,
-to rules that look at gaps, and to a length penalty in its units. Where it rounds two scores to the
+A transform keeps the order of one prompt's scores, so it matters only where more than the order
+does: to losses that read scores, to `min_gap`, to rules that look at gaps, and to a length penalty
+in its units. Where it rounds two scores to the
 same value, as PAR does 50 and 60 against 0, their order is still that of `unshaped`.
 """
 
@@ -134,6 +135,10 @@ def transform(
     - "par", preference as reward (arXiv 2502.18770): the mean over M reference responses of
       `sigmoid(r - r_ref)`, the probability under Bradley and Terry to be preferred to them, bounded
       by 0 and 1.
+    - "win_rate" (SPPO, arXiv 2405.00675): the same over all samples of the prompt, the response
+      itself among them with 1/2: an estimate of the probability to be preferred to a response of
+      the policy, as in its released code (uclaml/SPPO, scripts/compute_prob.py, whose
+      chosen_probs_win and chosen_probs_lose it is).
     - "log_sigmoid", log-sigmoid-centred (arXiv 2402.00742): `log sigmoid(r - r_ref)`; r_ref is the
       85th percentile of a normal distribution with mean and deviation of the reference scores, as
       in PAR's code for this method. What is below it counts, what is above flattens out.
@@ -181,6 +186,10 @@ def _par(own: list[float], references: Sequence[float] | None) -> list[float]:
     return values
 
 
+def _win_rate(own: list[float], _: Sequence[float] | None) -> list[float]:
+    return [fmean(_sigmoid(value - x) for x in own) for value in own]
+
+
 def _log_sigmoid_centred(own: list[float], references: Sequence[float] | None) -> list[float]:
     base = own if references is None else references
     reference = fmean(base) + _PERCENTILE * pstdev(base)
@@ -194,6 +203,7 @@ def _mean_std(own: list[float], _: Sequence[float] | None) -> list[float]:
 
 _TRANSFORM: dict[str, Callable[[list[float], Sequence[float] | None], list[float]]] = {
     "par": _par,
+    "win_rate": _win_rate,
     "log_sigmoid": _log_sigmoid_centred,
     "mean_std": _mean_std,
 }

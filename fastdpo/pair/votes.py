@@ -65,7 +65,7 @@ def _ranks(values: Sequence[Any]) -> list[int]:
 
 
 def smooth(pairs: Sequence[PairRow], agreement: Mapping[int, float], how: str) -> list[PairRow]:
-    """The pairs with ``smoothing = 1 - C``, of their prompt (`how` "prompt") or the mean ("mean").
+    """The pairs with ``label_smoothing = 1 - C``, of their prompt (`how` "prompt") or the "mean".
 
     CREAM's loss (arXiv 2410.12735) is ``C`` times DPO's plus ``1 - C`` times that of the reversed
     pair: label smoothing by ``1 - C``, which beyond 1/2 turns the pair round. The mean is over all
@@ -73,7 +73,7 @@ def smooth(pairs: Sequence[PairRow], agreement: Mapping[int, float], how: str) -
     """
     mean = fmean(agreement.values())
     return [
-        replace(row, smoothing=1 - (mean if how == "mean" else agreement[row.prompt_index]))
+        replace(row, label_smoothing=1 - (mean if how == "mean" else agreement[row.prompt_index]))
         for row in pairs
     ]
 
@@ -150,4 +150,5 @@ def soften(
     Raises DataError as `strengths`.
     """
     weak = [value < 0 for value in strengths(pairs, weights)]
-    return [replace(x, smoothing=smoothing) if w else x for x, w in zip(pairs, weak)], sum(weak)
+    softened = [replace(x, label_smoothing=smoothing) if w else x for x, w in zip(pairs, weak)]
+    return softened, sum(weak)

@@ -61,12 +61,14 @@ class Fit:
     Attributes:
         usable: bytes of it that tensors can have, see `usable_bytes`.
         limit: tokens of the longest sequence the model takes.
+        what: an example, as "pair".
     """
 
     gpu_gib: float
     usable: int
     limit: int
     options: tuple[Option, ...]
+    what: str = "pair"
 
     @property
     def longest(self) -> int:
@@ -79,9 +81,10 @@ class Fit:
 
     def __str__(self) -> str:
         rows = [
-            f"Longest pair on {self.gpu_gib:g} GiB, of which tensors can have {gib(self.usable)}; "
-            "one pair a micro-batch, a quarter of each side is prompt"
+            f"Longest {self.what} on {self.gpu_gib:g} GiB, of which tensors can have "
+            f"{gib(self.usable)}; one a micro-batch, a quarter of each side is prompt"
         ]
+        sides = 1 if self.what == "response" else 2
         for option in self.options:
             what = option.name or "as configured"
             if not option.longest:
@@ -90,7 +93,7 @@ class Fit:
             most = " (the model's limit)" if option.longest == self.limit else ""
             found = option.estimate
             host = f" and {gib(found.host)} of CPU memory" if found.host else ""
-            rows.append(f"2 x {option.longest:>6}{most}  {what}: {gib(found.peak)}{host}")
+            rows.append(f"{sides} x {option.longest:>6}{most}  {what}: {gib(found.peak)}{host}")
         if not find_spec("peft"):
             rows.append("use_peft is left out: it needs peft, pip install 'fastdpo[peft]'")
         return "\n".join(rows)
@@ -99,7 +102,8 @@ class Fit:
 def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
     """The longest pairs that a GPU can train on, as configured and with what saves memory.
 
-    A pair is 2 x N tokens: a prompt of N / 4 and two responses of the rest, alone in its
+    So are lists, of two responses, or single responses, where the objective takes those.  A pair is
+    2 x N tokens: a prompt of N / 4 and two responses of the rest, alone in its
     micro-batch, so ``config.max_length`` and ``max_tokens`` do not matter here.
 
     Args:
@@ -119,6 +123,8 @@ def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
         wanted = {name: x for name, x in changes.items() if getattr(config, name) != x}
         if changes and (not wanted or any(wanted == option.changes for option in options)):
             continue
+        if "precompute_ref_log_probs" in wanted and config.objective.needs_kl:
+            continue  # a KL of tokens is of both models
         changed = replace(config, **wanted)
         if changed.use_peft and not config.use_peft and not find_spec("peft"):
             continue  # its layers are peft's
@@ -133,7 +139,8 @@ def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
             f"gpu_gib={gpu_gib} is too small for this model whatever the options: the shortest "
             f"pair needs {gib(least.estimate.peak)}{how}, and tensors can have {gib(usable)}"
         )
-    return Fit(gpu_gib, usable, limit, tuple(options))
+    whats = {"pairs": "pair", "lists": "list of two", "singles": "response"}
+    return Fit(gpu_gib, usable, limit, tuple(options), whats[config.objective.shape])
 
 
 def _longest(simulation: Simulation, usable: int, limit: int, guess: int) -> tuple[int, StepMemory]:

@@ -11,9 +11,9 @@ allocator's fragmentation, and what libraries take inside of one operation.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,14 +23,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdpo.data.batch import TokenizedPair, pack_pairs
+from fastdpo.data.batch import PackedPairs, pack_pairs
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.kernels.device import simulated
 from fastdpo.loss.gemm import Products, has_native_bf16
+from fastdpo.loss.objectives import given_slopes
 from fastdpo.loss.plan import default_workspace_mib
 from fastdpo.loss.streaming import Stash
 from fastdpo.model import balance
-from fastdpo.model.prepare import layout_of, packed_loss
+from fastdpo.model.prepare import layout_of, packed_loss, reference_rows
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.prepare import prepare_policy
 
@@ -260,13 +261,12 @@ class Simulation:
                 f"simulated: {' '.join(str(error).split())[:200]}"
             ) from error
 
-    def run(self, pairs: list[TokenizedPair], *, accumulated: bool) -> Peaks:
+    def run(self, pairs: Sequence[Any], *, accumulated: bool) -> Peaks:
         """A micro-batch, forward and backward; ``accumulated``: after others of its step."""
         from transformers import masking_utils
 
         live = self.live
         batch = pack_pairs(pairs, layout=self.layout)
-        reference_S = torch.zeros(2 * len(pairs), dtype=torch.float64)
         gpu = simulated(_CAPABILITY) if self.gpu_gib else nullcontext()
         masks = nullcontext()
         if self.layout == "padded":
@@ -283,11 +283,11 @@ class Simulation:
                 if not accumulated:
                     self.model.zero_grad()
                 with live:
-                    peaks = self._micro_batch(batch, reference_S, start)
+                    peaks = self._micro_batch(batch, start)
             self.model.zero_grad()
         return peaks
 
-    def _micro_batch(self, batch: Any, reference_S: Tensor, start: int) -> Peaks:
+    def _micro_batch(self, batch: PackedPairs, start: int) -> Peaks:
         live, config = self.live, self.config
         before, edges = live.bytes, [live.bytes]
         live.host_peak = live.host
@@ -308,9 +308,9 @@ class Simulation:
         hook = self.model.get_output_embeddings().register_forward_pre_hook(head_begins)
         try:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16, cache_enabled=False):
+                batch, given = self._given(batch)
                 result = packed_loss(
-                    self.model, batch, reference_S, beta=config.beta, alpha=0.0,
-                    workspace_mib=workspace_mib, impl=config.impl,
+                    self.model, batch, **given, workspace_mib=workspace_mib, impl=config.impl,
                     router_aux_loss_coef=self.aux_loss_coef,
                 )  # fmt: skip
             result.loss.backward()
@@ -318,3 +318,21 @@ class Simulation:
             hook.remove()
         _, forward, kept, head = edges
         return Peaks(kept - before, head - start, max(forward, live.peak) - start, live.host_peak)
+
+    def _given(self, batch: PackedPairs) -> tuple[PackedPairs, dict[str, Any]]:
+        """A batch as its objective takes it, and what the loss gets beside it.
+
+        A reference that gives a KL is run here, on weights that `step.fixed_bytes` counts.
+        """
+        objective = self.config.objective
+        zeros_S = torch.zeros(batch.firsts[-1], dtype=torch.float64)
+        if objective.couples:  # it trains with slopes that are known
+            objective = given_slopes(objective)
+        if objective.needs_scores and batch.scores_S is None:
+            batch = replace(batch, scores_S=zeros_S)
+        given: dict[str, Any] = {"objective": objective, "ref_logp_S": None}
+        if objective.needs_kl:
+            given["reference"] = reference_rows(self.model, batch)
+        elif objective.needs_reference:
+            given["ref_logp_S"] = zeros_S
+        return batch, given

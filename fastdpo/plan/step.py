@@ -3,8 +3,14 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import (
+    TokenizedExample,
+    TokenizedList,
+    TokenizedPair,
+    TokenizedSingle,
+)
 from fastdpo.errors import ConfigError, ModelError, is_number
+from fastdpo.loss.examples import BaseObjective
 from fastdpo.model.load import check_folder, refuse_quantized
 from fastdpo.plan.memory import GIB, Simulation
 from fastdpo.train.config import TrainConfig
@@ -82,8 +88,9 @@ def estimate(
 ) -> StepMemory:
     """Peak memory of a step on pairs of ``prompt`` tokens and two responses of ``response`` tokens.
 
-    A micro-batch has as many of these pairs as fit ``config.max_tokens`` and ``batch_size``, at
-    least one.  ``use_liger_kernel`` is counted as if it were off, which needs more.
+    Where the objective takes lists, they are of two responses, and single responses are one each.
+    A micro-batch has as many of these as fit ``config.max_tokens`` and ``batch_size``, at least
+    one.  ``use_liger_kernel`` is counted as if it were off, which needs more.
 
     Args:
         model: folder (only its config.json is read) or hub name, or a transformers configuration.
@@ -132,7 +139,8 @@ def configuration_of(model: Any) -> Any:
 def fixed_bytes(simulation: Simulation) -> tuple[int, int]:
     """Bytes of the optimizer and of a second model, which are there whatever runs."""
     config = simulation.config
-    twice = not config.precompute_ref_log_probs and not config.use_peft
+    in_steps = config.objective.needs_reference and not config.precompute_ref_log_probs
+    twice = in_steps and not config.use_peft
     return 2 * simulation.gradients, simulation.weights if twice else 0
 
 
@@ -144,7 +152,7 @@ def of_step(
     ``pairs`` of it; by default as many as the configuration lets it have.
     """
     config = simulation.config
-    pair = TokenizedPair([0] * prompt, [0] * response, [0] * response)
+    pair = _example(config.objective, prompt, response)
     tokens = pair.num_tokens(simulation.layout)
     if pairs is None:
         pairs = min(max(1, config.max_tokens // tokens), config.batch_size)
@@ -167,3 +175,13 @@ def of_step(
         pairs=pairs,
         tokens=pairs * tokens,
     )
+
+
+def _example(objective: BaseObjective, prompt: int, response: int) -> TokenizedExample:
+    """What the objective takes: a pair, two responses as a list, or one; of so many tokens each."""
+    prompt_ids, ids = [0] * prompt, [0] * response
+    if objective.shape == "lists":
+        return TokenizedList(prompt_ids, [ids, ids], [1.0, 0.0])
+    if objective.shape == "singles":
+        return TokenizedSingle(prompt_ids, ids, True)
+    return TokenizedPair(prompt_ids, ids, ids, prompt_nll=objective.needs_prompt)

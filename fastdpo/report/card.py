@@ -52,12 +52,19 @@ _TEMPLATES = Environment(
 )  # fmt: skip
 
 
-def write_cards(out: Path, defaults: Mapping[str, Any], *, index: int | None = None) -> list[Path]:
+def write_cards(
+    out: Path,
+    defaults: Mapping[str, Any],
+    *,
+    index: int | None = None,
+    losses: Mapping[str, Any] = {},
+) -> list[Path]:
     """Write the cards of what a training, or round `index` of a run, left in its folder.
 
     Args:
         out: folder of `fastdpo train` or `fastdpo iterate`.
         defaults: of all options, by their names with the section.
+        losses: of each name of ``loss_type`` its ``formula`` and ``source``, where they are known.
 
     Returns the cards.
     """
@@ -69,7 +76,7 @@ def write_cards(out: Path, defaults: Mapping[str, Any], *, index: int | None = N
     written = []
     for folder in policies(place):
         if not _is_edited(folder):
-            _write(run, folder, defaults)
+            _write(run, folder, defaults, losses)
             written.append(folder / NAME)
     return written
 
@@ -95,7 +102,7 @@ def _is_edited(folder: Path) -> bool:
     return bool(summed) or OURS not in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
+def _write(run: Run, folder: Path, defaults: Mapping[str, Any], losses: Mapping[str, Any]) -> None:
     rows = rows_of(run)
     figures = by_step_charts(run)[0][:3] if run.alone else by_round_charts({"": (run, rows)})
     if figures:
@@ -116,6 +123,7 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
         hub_start=_hub(run.option("model")),
         beta=as_text(_beta(run)),
         alpha=as_text(run.option("train.alpha")),
+        losses=_losses(run, losses),
         extrapolates=bool(run.option("extrapolation")),
         scorer=_code(run.option("score.scorer")),
         peft=bool(run.option("train.use_peft")),
@@ -139,6 +147,22 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any]) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
+def _losses(run: Run, losses: Mapping[str, Any]) -> list[str]:
+    """The losses of a run in words, none where it is the length-regularized DPO of all defaults."""
+    names = run.option("train.loss_type")
+    if names in (None, "sigmoid"):
+        return []
+    names = names if isinstance(names, list) else [names]
+    weights = run.option("train.loss_weights") or [1.0] * len(names)
+    told = []
+    for name, weight in zip(names, weights):
+        factor = f"{as_text(weight)} times " if weight != 1 else ""
+        known = losses.get(name)
+        what = f", {_code(known.formula)} ({_text(known.source)})" if known else ""
+        told.append(f"{factor}{_code(name)}{what}")
+    return told
+
+
 def _what(run: Run, folder: Path) -> str:
     """The folder in words."""
     what = {"policy": "the policy", "adapter": "the LoRA adapter"}
@@ -154,7 +178,10 @@ def _metadata(run: Run, folder: Path) -> str:
     adapter = folder.name == "adapter"
     start = _hub(_base(folder) if adapter else run.option("model"))
     alpha, data = run.option("train.alpha"), _hub(run.option("dataset" if run.alone else "prompts"))
+    losses = run.option("train.loss_type")
     tags = ["fastdpo", "dpo", *(["length-regularized-dpo"] if alpha not in (None, 0) else [])]
+    if losses not in (None, "sigmoid"):
+        tags = ["fastdpo", *map(str, losses if isinstance(losses, list) else [losses])]
     tags += [] if run.alone else ["iterative-dpo"]
     tags += ["lora"] if run.option("train.use_peft") else []
     more = {"base_model_relation": "adapter" if adapter else "finetune"} if start else {}

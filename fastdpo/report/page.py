@@ -31,7 +31,7 @@ from fastdpo.report.evaluation import (
     number,
     over_prompts,
 )
-from fastdpo.report.runfiles import Round, Run
+from fastdpo.report.runfiles import KEPT, Round, Run
 from fastdpo.report.tables import (
     HELD,
     STEPS,
@@ -110,8 +110,14 @@ PAIRING = {
     "mean_length_prompt": "Length of prompt, tokens",
     "mean_score_chosen": "Score of chosen",
     "mean_score_rejected": "Score of rejected",
+    "mean_score_best": "Score of the best",
+    "mean_score_worst": "Score of the worst",
     "mean_length_chosen": "Length of chosen, tokens",
     "mean_length_rejected": "Length of rejected, tokens",
+    "mean_length_best": "Length of the best, tokens",
+    "mean_length_worst": "Length of the worst, tokens",
+    "responses": "Responses",
+    "mean_length_response": "Length of responses, tokens",
     "score_length_correlation": "Correlation of score and length",
     "length_penalty": "Length penalty, score/token",
     "length_gap_before": "Best − worst before the penalty, tokens",
@@ -147,7 +153,7 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
         kind="preference optimization" if run.alone else "iterative preference optimization",
         titles=_titles(run),
         title=title(run),
-        facts=_facts(run),
+        facts=_facts(run, changed),
         status=_status(run),
         tiles=_training_tiles(run) if run.alone else _tiles(rows),
         rounds=by_round_table(run, rows),
@@ -161,7 +167,7 @@ def render(run: Run, defaults: Mapping[str, Any] | None = None) -> str:
         evaluations=evaluation_table(run),
         drops=drops,
         kept=kept,
-        offline=run.offline and _drops("Kept", [run.offline[0]], [run.offline[1]]),
+        offline=run.offline and _drops([run.offline[0]], [run.offline[1]], "Kept"),
         sampling=_sampling(run),
         rates=_rates(run),
         changed=changed,
@@ -243,7 +249,7 @@ def title(run: Run) -> str:
     return (PurePath(name).name if isinstance(name, str) else "")[:120] or otherwise
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: Run, changed: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names with their values, of what a reader asks for first."""
     facts = []
     given = ("scorer", "score.scorer"), ("prompts", "prompts"), ("dataset", "dataset")
@@ -251,8 +257,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         if isinstance(value := run.option(option), str):
             text = masked(value)
             facts.append((f"{key} ", (text if key == "scorer" else PurePath(text).name)[:120]))
-    for option, label in (("train.beta", "β = "), ("train.alpha", "α = ")):
-        if (value := run.option(option)) is not None:
+    loss, alpha = run.option("train.loss_type"), run.option("train.alpha")
+    if loss not in (None, "sigmoid"):
+        facts.append(("loss ", as_text(loss)[:120]))
+        if not {"alpha", "train.alpha"} & changed.keys():
+            alpha = None  # a loss without a length penalty has it at its default
+    for label, value in (("β = ", run.option("train.beta")), ("α = ", alpha)):
+        if value is not None:
             facts.append((label, as_text(value)[:40]))
     return facts
 
@@ -272,9 +283,10 @@ def _tiles(rows: dict[int, Row]) -> list[tuple[str, Told, Told, str]]:
     if rate:
         note = Told(f"round {max(rate)} against the start")
         tiles.append(("Win rate", told(rate[max(rate)], 0, unit="%"), note, ""))
-    if pairs := [row["pairs"].value for row in rows.values() if "pairs" in row]:
-        note = Told(f"in {len(pairs)} round{'s' if len(pairs) > 1 else ''}")
-        tiles.append(("Pairs trained on", Told(count(sum(pairs))), note, ""))
+    for key, name in KEPT.items():
+        if kept := [row[key].value for row in rows.values() if key in row]:
+            note = Told(f"in {len(kept)} round{'s' if len(kept) > 1 else ''}")
+            tiles.append((f"{name} trained on", Told(count(sum(kept))), note, ""))
     return tiles
 
 
@@ -340,14 +352,14 @@ def pairs_tables(run: Run) -> tuple[Table | None, Table | None]:
     """What was dropped, and what is known of the pairs kept, with a column for each round."""
     trained = [one for one in run.rounds if one.pairing or one.dropped]
     kept, numbers = [one.pairing for one in trained], [one.numbers for one in trained]
-    drops = _drops("Pairs kept", kept, [one.dropped for one in trained])
+    drops = _drops(kept, [one.dropped for one in trained])
     if len(drops) == 1:
         drops.append(["Dropped", *("0" for _ in trained)])
     for key, name in LOST.items():
         if any(found.get(key) for found in numbers):
             drops.append([name, *entries(numbers, key, 0)])
     facts = []
-    found = dict.fromkeys(key for pairing in kept for key in pairing if key != "pairs")
+    found = dict.fromkeys(key for pairing in kept for key in pairing if key not in KEPT)
     for key in sorted(found, key=lambda key: key not in PAIRING):
         known = [Estimate(pairing[key]) for pairing in kept if key in pairing]
         small = max(abs(x.value) for x in known) < 0.01  # a penalty for a token
@@ -360,10 +372,11 @@ def pairs_tables(run: Run) -> tuple[Table | None, Table | None]:
 
 
 def _drops(
-    first: str, kept: list[dict[str, float]], dropped: list[dict[str, int]]
+    kept: list[dict[str, float]], dropped: list[dict[str, int]], first: str | None = None
 ) -> list[list[str]]:
-    """Rows of the pairs that were kept, and of those dropped, by reason."""
-    rows = [[first, *entries(kept, "pairs", 0)]]
+    """Rows of the pairs or lists that were kept, and of those dropped, by reason."""
+    keys = [key for key in KEPT if any(key in x for x in kept)] or ["pairs"]
+    rows = [[first or f"{KEPT[key]} kept", *entries(kept, key, 0)] for key in keys]
     for why in sorted({why for found in dropped for why in found}):
         rows.append([f"Dropped: {why[:200]}", *(count(found.get(why, 0)) for found in dropped)])
     return rows

@@ -26,6 +26,7 @@ from fastdpo.report.evaluation import (
 from fastdpo.storage import read_json, read_text
 
 PARTS = ("config", "numbers", "pairing", "steps", "held", "speed")
+KEPT = {"pairs": "Pairs", "lists": "Lists"}  # what a stage of pairing keeps
 _ROUND = re.compile(r"round-(\d{2,6})")
 _NO_STATE: dict[str, Any] = {"config": {}, "done": [], "begun": None, "ended": {}}
 T = TypeVar("T")
@@ -326,7 +327,7 @@ def measured(run: Run, one: Round) -> dict[str, Estimate]:
 
     Where its files have none: score and length of held-out responses, and their "score change",
     "length change" and "win_rate" against the start (shares, 0 to 1). What was measured in training
-    has no interval: it changes from step to step. "pairs" are those that training took.
+    has no interval: it changes from step to step. "pairs" or "lists" are those that training took.
     """
     planned = number(run.option("evaluate.heldout")) or 0
     prompts = len(by_prompt(one.held)) or max(int(planned), 0)
@@ -346,9 +347,10 @@ def measured(run: Run, one: Round) -> dict[str, Estimate]:
             "score change": change(start, one.held, by_score),
             "length change": change(start, one.held, by_length),
             "win_rate": win_rate(start, one.held),
-            "pairs": Estimate(one.pairing["pairs"]) if "pairs" in one.pairing else None,
+            **{kept: Estimate(one.pairing[kept]) for kept in KEPT if kept in one.pairing},
         }
     whole = {name: x for name, x in found.items() if x is not None} | row
-    if "pairs" in whole and "pairs_dropped" in one.numbers:
-        whole["pairs"] = Estimate(whole["pairs"].value - one.numbers["pairs_dropped"])
+    for kept in KEPT:
+        if kept in whole and "pairs_dropped" in one.numbers:
+            whole[kept] = Estimate(whole[kept].value - one.numbers["pairs_dropped"])
     return whole

@@ -19,6 +19,7 @@ _COLUMNS = {
     "win_rate": "{:.2f}",
     "kl": "{:.2f}",
     "pairs": "{:d}",
+    "lists": "{:d}",
     "rewards/margins": "{:.4f}",
     "rewards/accuracies": "{:.2f}",
     "loss": "{:.4f}",

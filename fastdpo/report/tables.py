@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fastdpo.errors import DataError
 from fastdpo.report import charts
 from fastdpo.report.evaluation import Estimate, number
-from fastdpo.report.runfiles import Numbers, Round, Run, measured
+from fastdpo.report.runfiles import KEPT, Numbers, Round, Run, measured
 from fastdpo.report.text import Told, digits_of, fixed, short, told
 
 EVALUATIONS = 24  # of one training that a table shows
@@ -54,7 +54,7 @@ COLUMNS = (
     Quantity("alpha", "α"),
     Quantity("alpha/bound", "|α| at most"),
     Quantity("length/target", "Target, tokens"),
-    Quantity("pairs", "Pairs"),
+    *(Quantity(key, name) for key, name in KEPT.items()),
 )
 STEPS = (
     Quantity("loss", "Loss"),
@@ -169,7 +169,7 @@ def cells_of(
     quantity: Quantity, values: Mapping[int, Estimate], places: Sequence[int]
 ) -> list[Cell]:
     """The values at the places, a dash where there is none, to the same digits."""
-    digits = 0 if quantity.key == "pairs" else digits_of(list(values.values()))
+    digits = 0 if quantity.key in KEPT else digits_of(list(values.values()))
     digits = min(digits, 1) if quantity.percent else digits
     unit = "%" if quantity.percent else ""
     return [

@@ -10,13 +10,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastdpo.data.records import STRING_PROMPTS
-from fastdpo.errors import ConfigError, require, require_used
+from fastdpo.errors import ConfigError, is_default, require, require_used
+from fastdpo.loss.examples import BaseObjective
 from fastdpo.pair.config import PairConfig
 from fastdpo.report.runfiles import flat
 from fastdpo.sample.config import SampleConfig
 from fastdpo.score.config import ScoreConfig, check_address
 from fastdpo.train.config import TrainConfig, check_control
 
+_SCORE_OPTIONS = ("score_offset", "score_weight", "score_label")  # what of training reads scores
+_UNBOUNDED = ("reward model", "pooling", "follow-up", "implicit")  # scorers, by `kind_of`
 OWN_POLICIES = ("round", "average")  # what `reference` names beside a model
 _SEEDED = ("sample", "pair", "train")  # sections with a seed, which is the run's
 
@@ -117,6 +120,7 @@ class IterateConfig:
         for name in _SEEDED:
             setattr(self, name, replace(getattr(self, name), seed=self.seed))
         self._check_samples()
+        self._feed_loss()
         self._check_scorers()
         self._check_pairs()
         with _in("score"):
@@ -132,9 +136,89 @@ class IterateConfig:
             whole = f"< train.max_length={longest}, so that sampled responses are whole"
             require(sample, "max_new_tokens", sample.max_new_tokens < longest, whole)
         with _in("pair"):
-            several = sample.num_samples > 2
+            several = sample.num_samples > 2 or self.pair.rule in ("best_worst", "listwise")
             two = "sample.num_samples be > 2: two responses make one pair"
             require_used(self.pair, "rule", several, two)
+
+    def _feed_loss(self) -> None:
+        """Name the rule that makes what the loss takes, pairs or lists, and refuse what it could
+        not be trained on. The options of a run, as its files have them, are those after this.
+        """
+        with _in("train"):
+            betas = self.round_betas or []
+            *_, objective = (self.training(i).objective for i in range(1, max(len(betas), 1) + 1))
+        lists, rule = objective.shape == "lists", self.pair.rule
+        loss = f"train.loss_type={self.loss}"
+        if rule is not None and lists != (rule == "listwise"):
+            raise ConfigError(
+                f"pair.rule={rule} makes {'pairs' if lists else 'lists'}, but {loss} takes "
+                f"{objective.shape}; leave pair.rule out"
+            )
+        with _in("pair"):
+            self.pair = self.pair.named("listwise" if lists else "best_worst")
+        if lists and objective.problem([0.0, 1.0, 1.0]):  # it can take no list with a tie
+            self.pair = replace(self.pair, drop_ties=True)
+        if self.reference != "round" and not objective.needs_reference:
+            raise ConfigError(
+                f"reference={self.reference} must be left out, or another loss be chosen: {loss} "
+                "needs no reference"
+            )
+        for name in ("consistency", "soft_label"):
+            if is_default(self.pair, name):
+                continue
+            given = f"pair.{name}={getattr(self.pair, name)}"
+            if not objective.takes_margin:
+                raise ConfigError(f"{given} is label smoothing, which {loss} has no use for")
+            others = [x for x in ("label_smoothing", "score_label") if self.train.uses(x)]
+            if others:
+                raise ConfigError(
+                    f"{given} and train.{others[0]} both say how far a label holds; choose one"
+                )
+        if self.reads_scores:
+            self._check_scores(objective)
+
+    def _check_scores(self, objective: BaseObjective) -> None:
+        """Refuse scores of another kind than the loss reads, as far as that is known now."""
+        from fastdpo.score.load import kind_of
+
+        pair, train = self.pair, self.train
+        reads = next((f"train.{x}" for x in _SCORE_OPTIONS if train.uses(x)), "")
+        reads = reads or f"train.loss_type={self.loss}"
+        shaped = [
+            f"pair.{x}={getattr(pair, x)}"
+            for x in ("transform", "combine", "length_penalty")
+            if not is_default(pair, x)
+        ]
+        win_rates = objective.needs_scores and objective.problem([1e3, -1e3]) is not None
+        win_rates = win_rates and objective.shape == "pairs"
+        unbounded = [x for x in self.score.scorers if kind_of(x) in _UNBOUNDED]
+        if win_rates and pair.length_penalty != 0:
+            raise ConfigError(f"{reads} needs win rates, which {shaped[-1]} takes something off")
+        if win_rates and pair.transform not in ("par", "win_rate") and (shaped or unbounded):
+            raise ConfigError(
+                f"{reads} needs win rates, in [0, 1], for scores, and not those of "
+                f"{shaped[0] if shaped else f'score.scorer={unbounded[0]}'}; set "
+                "pair.transform=win_rate"
+            )
+        below = pair.transform in ("log_sigmoid", "mean_std")
+        if train.score_offset == "log_ratio" and below:
+            raise ConfigError(
+                f"train.score_offset=log_ratio needs scores above 0, which {shaped[0]} does not "
+                "give; use another transform, or log_difference"
+            )
+        if self.needs_order and pair.flip_share:
+            raise ConfigError(
+                f"{reads} needs a chosen response that scores higher, but pair.flip_share="
+                f"{pair.flip_share:g} turns pairs round; leave one of them out"
+            )
+        if pair.replay is None:
+            return
+        if shaped:
+            raise ConfigError(
+                f"{reads} reads scores, which {shaped[0]} shapes within a prompt's samples; those "
+                "of offline pairs (pair.replay) are no such samples. Leave one of the two out"
+            )
+        self._check_offline_scorers(f"{reads} reads scores of offline pairs (pair.replay)")
 
     def _check_scorers(self) -> None:
         scorers, pair = self.score.scorers, self.pair
@@ -153,6 +237,12 @@ class IterateConfig:
             raise ConfigError(
                 "evaluate.scorer=implicit would be another function every round; name another "
                 "evaluate.scorer, or set evaluate.heldout=0"
+            )
+        compared = [spec for spec in scorers if spec.startswith("judge:")]
+        if compared and pair.transform == "win_rate":
+            raise ConfigError(
+                f"pair.transform=win_rate makes win rates of scores, but those of score.scorer="
+                f"{compared[0]} are win rates as they are; leave it out"
             )
         if implicit and pair.transform_reference == "start":
             raise ConfigError(
@@ -175,7 +265,9 @@ class IterateConfig:
                 "not run; give them to fastdpo pair"
             )
         with _in("pair"):
-            pair.check_scorers(len(scorers), offline=pair.replay is not None)
+            pair.check_scorers(
+                len(scorers), offline=pair.replay is not None, read=self.reads_scores
+            )
         if pair.fresh_threshold is None:
             return
         if pair.replay is None:
@@ -183,13 +275,37 @@ class IterateConfig:
                 f"pair.fresh_threshold={pair.fresh_threshold} needs pair.replay, the pairs that it "
                 "filters"
             )
-        for spec in scorers:
+        self._check_offline_scorers(
+            "pair.fresh_threshold compares scores of offline pairs with those of single fresh "
+            "samples"
+        )
+
+    def _check_offline_scorers(self, why: str) -> None:
+        """Refuse scorers whose scores depend on a prompt's other responses, or on the round."""
+        for spec in self.score.scorers:
             if spec == "implicit" or spec.startswith("judge:"):
                 raise ConfigError(
-                    f"pair.fresh_threshold compares scores of offline pairs with those of single "
-                    f"fresh samples, which score.scorer={spec} does not give; use a reward model, "
-                    "an endpoint, a function or answer"
+                    f"{why}, which score.scorer={spec} does not give; use a reward model, an "
+                    "endpoint, a function or answer"
                 )
+
+    @property
+    def loss(self) -> str:
+        """The names of the losses."""
+        names = self.train.loss_type
+        return names if isinstance(names, str) else ",".join(names)
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the loss reads the scores, and not only their order."""
+        objective = self.train.objective
+        by_value = objective.needs_scores and not getattr(objective, "by_order", False)
+        return by_value or any(map(self.train.uses, _SCORE_OPTIONS))
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether the loss takes no pair whose chosen response scores as low as the rejected."""
+        return self.train.score_offset == "log_difference" or self.train.uses("score_weight")
 
     @property
     def evaluated_by(self) -> str:
@@ -203,8 +319,10 @@ class IterateConfig:
 
     @property
     def scores_offline(self) -> bool:
-        """Whether offline pairs are compared with fresh samples, or voted on by the scorers."""
-        return self.pair.fresh_threshold is not None or self.pair.needs_several_scorers
+        """Whether offline pairs are compared with fresh samples, voted on by the scorers, or their
+        scores read by the loss."""
+        compared = self.pair.fresh_threshold is not None
+        return compared or self.pair.needs_several_scorers or self.reads_scores
 
     def training(self, index: int) -> TrainConfig:
         """Options of training in round ``index``, from 1."""

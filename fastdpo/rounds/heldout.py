@@ -78,11 +78,13 @@ def _summarize(run: Run, index: int) -> None:
     if index:
         row |= read_json(folder / "train.json")
         summary = read_json(folder / "pairs.summary.json")
-        row |= {"pairs": summary["pairs"], "dropped": summary["dropped"]}
+        row |= {x: summary[x] for x in ("pairs", "lists", "dropped") if x in summary}
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "summary.json", row)
     rows = report.summarize(run.out)
-    title = f"{config.evaluated_by}, beta={config.train.beta:g}, alpha={config.train.alpha}"
+    train = config.train
+    alpha = f"alpha={train.alpha}" if train.loss_type == "sigmoid" else f"loss {config.loss}"
+    title = f"{config.evaluated_by}, beta={train.beta:g}, {alpha}"
     report.plot(rows, run.out / "rounds.png", title=title)
 
 

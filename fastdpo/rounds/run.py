@@ -13,9 +13,10 @@ import torch
 from fastdpo.data.clock import KEY, rendering_at
 from fastdpo.data.parts import read_candidates
 from fastdpo.errors import ConfigError
+from fastdpo.loss.choices import CHOICES
 from fastdpo.model.load import combine, load_causal_lm
 from fastdpo.pair import filters
-from fastdpo.pair.stage import load_pairs, pair, split_stages
+from fastdpo.pair.stage import load_examples, pair, split_stages
 from fastdpo.progress import within
 from fastdpo.report import card
 from fastdpo.report import summary as report
@@ -28,6 +29,7 @@ from fastdpo.rounds.replay import answer_offline, answers, offline_pairs, read_o
 from fastdpo.score.stage import score
 from fastdpo.storage import locked, read_json, write_json_atomic
 from fastdpo.train.control import LengthController
+from fastdpo.train.examples import as_trained
 from fastdpo.train.trainer import CONTROL, train
 
 
@@ -73,7 +75,7 @@ def _write_cards(run: Run, index: int) -> None:
     """The model cards of what a round left, where one has none yet."""
     left = card.policies(run.folder(index))
     if not all((folder / card.NAME).is_file() for folder in left):
-        card.write_cards(run.out, defaults(), index=index)
+        card.write_cards(run.out, defaults(), index=index, losses=CHOICES)
 
 
 def _scorers_left(run: Run) -> list[str]:
@@ -176,9 +178,13 @@ def _pair(run: Run, index: int) -> None:
         replay=replay,
         fresh=fresh,
         measure=(lambda pairs: _measure(run, index, pairs)) if config.needs_model else None,
+        ordered=run.config.needs_order,
     )
+    # Before the stage is done, so that options of pairing can still be mended.
+    as_trained(load_examples(folder / "pairs.jsonl"), run.config.training(index))
     dropped = "".join(f", {n} dropped: {why}" for why, n in summary["dropped"].items())
-    print(f"round {index}: {summary['pairs']} pairs{dropped}")
+    what = "lists" if config.makes_lists else "pairs"
+    print(f"round {index}: {summary[what]} {what}{dropped}")
 
 
 def _measure(run: Run, index: int, pairs: list[Any]) -> Any:
@@ -200,7 +206,7 @@ def _train(run: Run, index: int) -> None:
     """
     folder, start = run.folder(index), run.start_of(index)
     config, auto = run.config.training(index), run.config.train.alpha == "auto"
-    stages, found = split_stages(load_pairs(folder / "pairs.jsonl")), []
+    stages, found = split_stages(load_examples(folder / "pairs.jsonl")), []
     lengths = response_lengths(folder / "candidates") if auto else None
     # Without it, the lengths that the policy has by now would be the target.
     control = _control(run.folder(index - 1)) if auto and index > 1 else None

@@ -36,10 +36,11 @@ _USES = {  # by kind of scorer, what `load_scorer` reads beside the name
 def uses(spec: str) -> set[str]:
     """What `load_scorer` reads for a scorer beside its name: some of policy, previous, template,
     dtype, batch_size and remote."""
-    return _USES[_kind(spec)]
+    return _USES[kind_of(spec)]
 
 
-def _kind(spec: str) -> str:
+def kind_of(spec: str) -> str:
+    """The kind of a scorer, by its name: a key of `_USES`."""
     if spec in ("answer", "implicit", "likelihood"):
         return spec
     url = spec.removeprefix("judge:").startswith(("http://", "https://"))
@@ -91,7 +92,7 @@ def load_scorer(
 
     Raises ConfigError or ModelError when it can't be loaded.
     """
-    kind, on = _kind(spec), (device, dtype, batch_size)
+    kind, on = kind_of(spec), (device, dtype, batch_size)
     if kind == "answer":
         return Scorer(spec, right_answer, on="rows", columns=("answer",))
     if kind == "function":

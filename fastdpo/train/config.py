@@ -2,16 +2,26 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fastdpo.data.batch import LAYOUTS
 from fastdpo.data.budget import OVERLONG
-from fastdpo.errors import ConfigError, require, require_used
+from fastdpo.errors import ConfigError, is_default, require, require_used
 from fastdpo.kernels.support import METRICS
+from fastdpo.loss.choices import CHOICES, make_objective
+from fastdpo.loss.examples import BaseObjective
 from fastdpo.storage import CACHE
 
 # What does not change the weights that come out.
 FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
+OFFSETS = ("none", "log_difference", "log_ratio", "difference")
+# What `make_objective` gets beside the names of the losses and the length penalty.
+_OF_OBJECTIVE = (
+    "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau",
+    "ld_alpha", "use_weighting", "reference_scale", "target_margin", "simpo_gamma", "cpo_alpha",
+    "desirable_weight", "undesirable_weight", "tdpo_alpha", "pro_sft_weight", "max_skip",
+)  # fmt: skip
 _CHOICES = {
     "overlong": OVERLONG,
     "layout": ("auto", *LAYOUTS),
@@ -30,6 +40,32 @@ class TrainConfig:
             mean response length at `target_length`, see `fastdpo.train.control`.
         target_length: tokens that alpha="auto" holds; by default the mean length of the samples
             that the first round starts with.
+        loss_type: the objective, or several that are summed: TRL's names and others, in the table
+            of `fastdpo/loss/README.md`. The length penalty composes with those by margin.
+        loss_weights: factor of each of several; by default all 1.
+        label_smoothing: probability that a pair's label is flipped, where its row gives none.
+        f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence".
+        f_alpha_divergence_coef: of alpha_divergence.
+        discopop_tau: temperature of discopop.
+        ld_alpha: weight of the longer side's tokens beyond the shorter one's length, in [0, 1]
+            (LD-DPO); null counts all alike.
+        use_weighting: weigh a pair by how likely the policy is to write its responses (WPO).
+        reference_scale: factor on the reference's log-ratio (DPO^gamma; AIPO's 1 + alpha).
+        target_margin: margin that losses of the margin want, subtracted from z.
+        simpo_gamma: target margin of simpo, as in TRL's CPOTrainer.
+        cpo_alpha: weight of the chosen response's likelihood in cpo (default 1) and simpo
+            (default 0).
+        desirable_weight, undesirable_weight: of the two kinds of single responses.
+        tdpo_alpha: weight of the KL terms in tdpo2.
+        pro_sft_weight: weight of the best response's likelihood in pro.
+        max_skip: places in the ranking of a list between which skip_ranknet compares, at most.
+        score_offset: what a pair's scores add to the margin that is wanted: "log_difference" and
+            "log_ratio" are ODPO's (arXiv 2402.10571), "difference" the adaptive margin of Secrets
+            of RLHF II (arXiv 2401.06080). "none" adds nothing.
+        score_offset_weight: factor on it, ODPO's alpha.
+        score_weight: multiply a pair's loss by the difference of its scores.
+        score_label: take sigmoid of the difference of a pair's scores as the probability that its
+            label is right, so that label_smoothing is one minus that.
         learning_rate: peak of the cosine schedule.
         warmup_ratio: share of the steps that warm up linearly.
         weight_decay: AdamW's.
@@ -74,6 +110,27 @@ class TrainConfig:
     beta: float = 0.1
     alpha: float | str = 0.01
     target_length: float | None = None
+    loss_type: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    reference_scale: float = 1.0
+    target_margin: float = 0.0
+    simpo_gamma: float = 0.5
+    cpo_alpha: float | None = None
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    tdpo_alpha: float = 0.5
+    pro_sft_weight: float = 0.05
+    max_skip: int = 1
+    score_offset: str = "none"
+    score_offset_weight: float = 1.0
+    score_weight: bool = False
+    score_label: bool = False
     learning_rate: float = 1e-6
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -116,6 +173,7 @@ class TrainConfig:
             require(self, name, value is None or value >= bound, f">= {bound}")
         known = self.alpha == "auto" or isinstance(self.alpha, int | float)
         require(self, "alpha", known, "a finite number or auto")
+        self._check_objective()
         if self.target_length is not None:
             valid = self.alpha == "auto" and 0 < self.target_length < math.inf
             require(self, "target_length", valid, "a finite number > 0, and needs alpha=auto")
@@ -131,6 +189,71 @@ class TrainConfig:
             require_used(self, name, self.use_peft, "use_peft be true")
         cached = self.precompute_ref_log_probs or self.reference_cache is None
         require_used(self, "reference_cache", cached, "precompute_ref_log_probs be true")
+
+    def _check_objective(self) -> None:
+        """What the losses have no use for is refused, and what they need is asked for."""
+        objective, named = self.objective, f"loss_type={self.loss_type}"
+        for name in ("precompute_ref_log_probs", "reference_cache"):
+            otherwise = f"another loss_type be given: {self.loss_type} needs no reference"
+            used = objective.needs_reference or getattr(self, name) is None
+            require_used(self, name, used, otherwise)
+        if objective.needs_kl and self.precompute_ref_log_probs:
+            raise ConfigError(
+                f"precompute_ref_log_probs=True gives no KL of tokens, which {named} needs; set "
+                "precompute_ref_log_probs=false, and the reference is computed in each step"
+            )
+        if self.alpha == "auto":
+            of_pairs = objective.shape == "pairs" and not objective.needs_prompt
+            if not (self._takes_alpha and objective.needs_reference and of_pairs):
+                raise ConfigError(
+                    "alpha=auto needs a loss of the margin to the reference of pairs, not "
+                    f"{named}; give alpha a number, or leave it out"
+                )
+        else:
+            wanted = "another loss_type be given: the length penalty is of losses of the margin"
+            require_used(self, "alpha", self._takes_alpha or self.alpha == 0, wanted)
+        require(self, "score_offset", self.score_offset in OFFSETS, f"one of {', '.join(OFFSETS)}")
+        for name in ("score_offset", "score_label"):
+            wanted = f"another loss_type be given: {self.loss_type} has no margin of a pair"
+            require_used(self, name, objective.takes_margin, wanted)
+        pairs = objective.shape == "pairs"
+        wanted = f"another loss_type be given: {self.loss_type} is not of pairs"
+        require_used(self, "score_weight", pairs, wanted)
+        used = self.score_offset != "none"
+        require_used(self, "score_offset_weight", used, "score_offset be given")
+        require(self, "score_offset_weight", self.score_offset_weight > 0, "> 0")
+        labelled = not self.score_label or self.label_smoothing == 0
+        require(self, "label_smoothing", labelled, "left out beside score_label")
+
+    @property
+    def _takes_alpha(self) -> bool:
+        """Whether the length penalty means something to one of the losses."""
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        return any("alpha" in CHOICES[name].options for name in names)
+
+    @cached_property
+    def objective(self) -> BaseObjective:
+        """The objective that is trained with; where alpha="auto", at 0.
+
+        Raises:
+            ConfigError: the losses are unknown, or have no use for an option that is given.
+        """
+        return self.objective_at(0.0 if self.alpha == "auto" else float(self.alpha))
+
+    def objective_at(self, alpha: float) -> BaseObjective:
+        """The objective with another length penalty per token."""
+        options = {name: getattr(self, name) for name in _OF_OBJECTIVE}
+        try:
+            plain = make_objective(self.loss_type, self.loss_weights, **options)
+            if not self._takes_alpha:
+                return plain
+            return make_objective(self.loss_type, self.loss_weights, alpha=alpha, **options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from None
+
+    def uses(self, name: str) -> bool:
+        """Whether one of the options that read a pair's scores is given."""
+        return not is_default(self, name)
 
 
 @dataclass(kw_only=True)
@@ -174,12 +297,20 @@ class EvalConfig:
 
 
 def check_control(config: TrainConfig, reference: str | Path | None) -> None:
-    """Raises ConfigError when alpha is to be found on the way and the reference is not the start.
+    """Raises ConfigError when another reference than the start is given and does not go together
+    with the objective, or with alpha being found on the way.
 
     The controller reads from the log-ratios how far a round has moved, which they tell only from
     where it began (`fastdpo.train.control`).
     """
-    if config.alpha == "auto" and reference is not None:
+    if reference is None:
+        return
+    if not config.objective.needs_reference:
+        raise ConfigError(
+            f"reference={reference} has no effect: loss_type={config.loss_type} needs no "
+            "reference; leave reference out, or give another loss_type"
+        )
+    if config.alpha == "auto":
         raise ConfigError(
             f"alpha=auto needs the round's start as its reference, not reference={reference}; "
             "leave reference out, or give alpha a number"

@@ -12,19 +12,21 @@ from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from fastdpo.data.batch import TokenizedPair
-from fastdpo.errors import DataError, ModelError, require_used
+from fastdpo.errors import ConfigError, DataError, ModelError, require_used
+from fastdpo.loss.examples import BaseObjective
+from fastdpo.loss.singles import RunningMean
 from fastdpo.progress import bar
 from fastdpo.storage import read_json, write_json_atomic
 from fastdpo.train.checkpoint import best_so_far, forget_best, keep_newest, load_best, save_best
 from fastdpo.train.config import EvalConfig
 from fastdpo.train.metrics import MetricsLog, read_metrics
 from fastdpo.train.prepare import fit_pairs
-from fastdpo.train.reference import pairs_digest, reference_logps
-from fastdpo.train.steps import Setup, measure, plan_epoch
+from fastdpo.train.reference import known_reference, pairs_digest
+from fastdpo.train.steps import Reference, Setup, plan_epoch
+from fastdpo.train.update import measure
 
 BEST = "best.json"  # which step the policy is of, where the best one is kept
 _FOLDER = "eval_dataset"  # what is kept of these pairs in the run's folder, and their name
@@ -43,14 +45,14 @@ class Evaluator:
         DataError: the pairs are those of training.
     """
 
-    def __init__(self, setup: Setup, pairs: Sequence[TokenizedPair], options: EvalConfig) -> None:
+    def __init__(self, setup: Setup, pairs: Sequence[Any], options: EvalConfig) -> None:
         for field in fields(EvalConfig):
             require_used(options, field.name, bool(pairs), "eval_pairs be given")
         _check_apart(setup, pairs)
         self.options, self.best = options, setup.out / "best"
         own = replace(setup.config, batch_size=max(len(pairs), 1))
         self.setup = replace(setup, pairs=pairs, config=own, out=setup.out / _FOLDER, name=_FOLDER)
-        self.ref_logp_P2: Tensor | None = None
+        self.reference = Reference()
         self.batches: list[list[int]] = []
         self.due: Collection[int] = ()
         self.checkpoint = 0  # steps done at the last one
@@ -69,7 +71,7 @@ class Evaluator:
     def refer(self, model: nn.Module, weights: str) -> None:
         """Compute their log-probs under the reference."""
         if self.setup.pairs:
-            self.ref_logp_P2 = reference_logps(self.setup, model, weights)
+            self.reference = known_reference(self.setup, model, weights)
 
     def begin(self, epochs: Sequence[int], done: int) -> None:
         """Plan the evaluations of epochs of so many steps, of which ``done`` are done.
@@ -86,19 +88,22 @@ class Evaluator:
         if self.setup.accelerator.is_main_process:
             forget_best(self.best, done)
         if self.setup.progress:
-            print(f"{len(self.setup.pairs)} pairs to evaluate on, {len(self.due)} times")
+            pairs = self.setup.pairs
+            print(f"{len(pairs)} {pairs[0].name}s to evaluate on, {len(self.due)} times")
 
     def after(
         self,
         step: int,
         model: nn.Module,
-        alpha: float,
+        objective: BaseObjective,
         reference: nn.Module | None,
+        running: RunningMean,
         log: MetricsLog | None,
     ) -> None:
         """Evaluate after a step if it is time to, and keep the weights if they are the best.
 
         Args:
+            reference: the model that computes it, where it is not known.
             log: of the first process, None on the others.
 
         Raises:
@@ -109,21 +114,33 @@ class Evaluator:
         count = len(self.batches)
         evaluating = bar("evaluation", count, "batch", shown=self.setup.progress)
         with evaluating as shown, shown.part(count):
-            row = measure(self.setup, model, self.batches, alpha, self.ref_logp_P2, reference)
+            given = replace(self.reference, model=reference)
+            row = measure(self.setup, model, self.batches, objective, given, running)
         _check_finite(self.setup, step, row)
         if log is None:
             return
         log.add({"step": step, **row})
         if self.setup.progress:
-            told = (f"eval_{name} {row[f'eval_{name}']:.4f}" for name in _SHOWN)
+            shown_names = (f"eval_{name}" for name in _SHOWN if f"eval_{name}" in row)
+            told = (f"{name} {row[name]:.4f}" for name in shown_names)
             tqdm.write(f"step {step}: {'  '.join(told)}")
         # As in transformers the start is none to choose.
         if step and self.options.load_best_model_at_end:
-            value, best = row[self.options.best_metric], best_so_far(self.best)
+            value, best = self._metric(row), best_so_far(self.best)
             if best is None or self.options.is_better(value, best[1]):
                 # Killed, the run goes on from the checkpoint, with the best up to there.
                 forget_best(self.best, self.checkpoint)
                 save_best(self.best, step, model, value)
+
+    def _metric(self, row: dict[str, float]) -> float:
+        name = self.options.best_metric
+        if name not in row:
+            raise ConfigError(
+                f"metric_for_best_model={name} is no metric of "
+                f"loss_type={self.setup.config.loss_type}; give one of "
+                f"{', '.join(x for x in row if x != 'step')}"
+            )
+        return row[name]
 
     def saved(self, step: int) -> None:
         """Called after a checkpoint: the run never goes on from before it."""
@@ -177,11 +194,11 @@ def _check_finite(setup: Setup, step: int, row: dict[str, float]) -> None:
     )
 
 
-def _check_apart(setup: Setup, pairs: Sequence[TokenizedPair]) -> None:
+def _check_apart(setup: Setup, pairs: Sequence[Any]) -> None:
     """Refuse to evaluate on what is trained on, and warn where some of it is."""
 
-    def key(pair: TokenizedPair) -> int:
-        return hash((*map(tuple, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)),))
+    def key(example: Any) -> int:
+        return hash((*map(tuple, (*example.prompts, *example.responses)),))
 
     if not pairs:
         return

@@ -62,8 +62,16 @@ def read_metrics(path: Path, steps: int | None = None) -> list[dict[str, Any]]:
 
 
 def mean_metrics(path: Path, steps: int | None = None) -> dict[str, float]:
-    """Metrics of all steps, or of so many, averaged over pairs."""
+    """Metrics of all steps, or of so many, averaged over pairs.
+
+    A step without desirable responses, or without others, has no metrics of them, and no part in
+    their mean.
+    """
     rows = [row for row in read_metrics(path, steps) if "pairs" in row]
-    total = sum(row["pairs"] for row in rows)
-    names = [name for name in rows[0] if name not in {"step", "pairs"}] if rows else []
-    return {name: sum(row[name] * row["pairs"] for row in rows) / total for name in names}
+    names = dict.fromkeys(name for row in rows for name in row if name not in {"step", "pairs"})
+    means = {}
+    for name in names:
+        having = [row for row in rows if name in row]
+        total = sum(row["pairs"] for row in having)
+        means[name] = sum(row[name] * row["pairs"] for row in having) / total
+    return means

@@ -28,6 +28,7 @@ from fastdpo.model.load import (
 from fastdpo.model.prepare import check_range, layout_of, prepare_model
 from fastdpo.storage import read_json, settle_directory, write_json_atomic
 from fastdpo.train.config import FREE, EvalConfig, TrainConfig
+from fastdpo.train.coupling import mismatched
 from fastdpo.train.reference import pairs_digest
 from fastdpo.train.steps import Setup
 
@@ -165,12 +166,24 @@ def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
                 f"{name and f'{name}: '}over max_tokens={config.max_tokens}: "
                 f"{counted(fitted.dropped_at)} dropped, {counted(fitted.truncated_at)} truncated"
             )
-    pairs = fitted.pairs
-    sides = [pair.prompt_ids + x for pair in pairs for x in (pair.chosen_ids, pair.rejected_ids)]
+    setup = replace(setup, too_long=too_long)
+    setup = _laid_out(setup, fitted.pairs, model)
+    if config.objective.shift_is != "kl":
+        return setup
+    most = min(config.max_length, config.max_tokens)
+    name, kept_as = f"{name} mismatched".lstrip(), "mismatched"
+    others = replace(setup, name=name, logps_name=kept_as)
+    return replace(setup, mismatched=_laid_out(others, mismatched(setup.pairs, most), model))
+
+
+def _laid_out(setup: Setup, examples: Sequence[Any], model: nn.Module) -> Setup:
+    """The setup with these examples, in the layout of a model that has their tokens."""
+    ids = [ids for x in examples for ids in (*x.prompts, *x.responses)]
     what = "a response with its prompt"
-    check_range(model, max(map(max, sides)), max(map(len, sides)), "the pairs'", what)
-    lengths = [pair.num_tokens(layout) for pair in pairs]
-    return replace(setup, pairs=pairs, layout=layout, lengths=lengths, too_long=too_long)
+    check_range(model, max(map(max, ids)), max(x.longest for x in examples), "the pairs'", what)
+    layout = layout_of(model)
+    lengths = [x.num_tokens(layout) for x in examples]
+    return replace(setup, pairs=examples, layout=layout, lengths=lengths)
 
 
 def _check_reference_layout(setup: Setup, reference: Layout, policy: Layout, changed: bool) -> None:

@@ -1,10 +1,10 @@
 """Reference log-probs, each computed once and kept on disk: across epochs, resumes and runs.
 
-A file holds the log-prob sums of one list of pairs under one model.  In the cache its name is a
-digest of what they depend on: the weights, every token, and the way they were computed
-(`cache_key`).  How pairs are packed is not part of it: a run on another seed or budget reads values
-that differ from its own by the rounding of a matrix product, so its first loss is log 2 to that
-rounding only.
+A file holds the log-probs of one list of examples under one model (`logps`).  In the cache its name
+is a digest of what they depend on: the weights, every token, and the way they were computed
+(`cache_key`).  How examples are packed is not part of it: a run on another seed or budget reads
+values that differ from its own by the rounding of a matrix product, so its first loss is log 2 to
+that rounding only.
 """
 
 import hashlib
@@ -12,28 +12,37 @@ import json
 import logging
 from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from fastdpo import __version__
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedExample, TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.model.attention import has_flash_attn
 from fastdpo.progress import advance, bar
-from fastdpo.storage import atomic_file, cache_path
-from fastdpo.train.steps import Setup, plan_epoch, reference_logp
+from fastdpo.storage import cache_path
+from fastdpo.train.logps import LogProbs, load, places_of, save
+from fastdpo.train.steps import Reference, Setup, plan_epoch, reference_logps_of
 
 _log = logging.getLogger(__name__)
-_DIGESTS = "digests"  # of the weights and of the log-probs; safetensors keeps no order of entries
 
 
-def reference_logps(setup: Setup, model: nn.Module, weights: str) -> Tensor:
-    """Log-prob sums of each pair under the reference, (pairs, 2) fp64.
+def known_reference(setup: Setup, model: nn.Module, weights: str) -> Reference:
+    """`reference_logps` of the examples, and of the mismatched ones where there are any."""
+    others = setup.mismatched
+    return Reference(
+        reference_logps(setup, model, weights),
+        None if others is None else reference_logps(others, model, weights),
+    )
+
+
+def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
+    """Log-probs of each example under the reference.
 
     They are those of the run, or of another run in ``reference_cache``, or computed and left in
     both.
@@ -47,25 +56,26 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> Tensor:
     """
     from accelerate.utils import gather_object
 
-    accelerator, logp_P2, shared = setup.accelerator, None, None
-    own, count = setup.out / "ref_logps" / "ref_logps.safetensors", len(setup.pairs)
+    accelerator, logps, shared = setup.accelerator, None, None
+    own = setup.out / "ref_logps" / f"{setup.logps_name}.safetensors"
+    need_tokens = setup.config.objective.ld_alpha is not None
     if setup.layout.classes:
         weights = cache_key(weights=weights, layout=setup.layout.key)
     if accelerator.is_main_process:
-        logp_P2 = load(own, count, weights)
-        if logp_P2 is None and setup.config.reference_cache is not None:
+        logps = load(own, setup.pairs, weights, need_tokens=need_tokens)
+        if logps is None and setup.config.reference_cache is not None:
             shared = _cache_path(setup, weights)
-            logp_P2 = load(shared, count, weights)
-            if logp_P2 is not None:
-                save(own, logp_P2, weights)
-    [known, *_] = gather_object([logp_P2 is not None])
+            logps = load(shared, setup.pairs, weights, need_tokens=need_tokens)
+            if logps is not None:
+                save(own, logps, weights)
+    [known, *_] = gather_object([logps is not None])
     if not known:
-        logp_P2 = compute_reference(setup, model)
+        logps = compute_reference(setup, model)
         if accelerator.is_main_process:
-            save(own, logp_P2, weights)
+            save(own, logps, weights)
         if shared is not None:
             try:
-                save(shared, logp_P2, weights)
+                save(shared, logps, weights)
             except OSError as error:
                 _log.warning(
                     "reference_cache: %s cannot be written, other runs will not find it: %s",
@@ -73,31 +83,41 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> Tensor:
                 )  # fmt: skip
     accelerator.wait_for_everyone()
     # Every process reads what the first one found.
-    return load_file(own)["logp_P2"] if logp_P2 is None else logp_P2
+    logps = logps or load(own, setup.pairs, None)
+    assert logps is not None
+    return logps
 
 
-def compute_reference(setup: Setup, model: nn.Module) -> Tensor:
+def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:
     """`reference_logps` by the model, on the micro-batches of the first epoch."""
     from accelerate.utils import gather_object
 
-    found: list[tuple[int, list[float]]] = []
+    found: list[tuple[int, np.ndarray, np.ndarray]] = []
     batches = list(chain.from_iterable(plan_epoch(setup, 0)))
     purpose = f"reference of {setup.name}" if setup.name else "reference"
     with bar(purpose, len(batches), "batch", shown=setup.progress):
         for index in batches:
-            logp_S = reference_logp(setup, model, setup.batch(index))
-            found += zip(index, logp_S.view(-1, 2).tolist())
+            batch = setup.batch(index)
+            result = reference_logps_of(setup, model, batch)
+            logp_S, logp_N = result.logp_S.cpu().numpy(), result.stats["logp"].cpu().numpy()
+            bounds = batch.bounds_S1.tolist()
+            for i, start, stop in zip(index, batch.firsts, batch.firsts[1:]):
+                found.append((i, logp_S[start:stop], logp_N[bounds[start] : bounds[stop]]))
             advance()
-    logp_P2 = torch.full((len(setup.pairs), 2), float("nan"), dtype=torch.float64)
-    for pair, sums in gather_object(found):
-        logp_P2[pair] = torch.tensor(sums, dtype=torch.float64)
-    bad = logp_P2.isfinite().all(1).logical_not().nonzero()
-    if len(bad):
-        raise ModelError(
-            f"the reference gives pair {int(bad[0])} ({setup.pairs[int(bad[0])].where}) a log-prob "
-            "that is not finite; the model is broken or overflows in bf16 (try bf16=false)"
-        )
-    return logp_P2
+    firsts, bounds_S1 = places_of(setup.pairs)
+    logp_S = torch.full((firsts[-1],), float("nan"), dtype=torch.float64)
+    logp_N = torch.full((bounds_S1[-1],), float("nan"), dtype=torch.float32)
+    for i, sums, tokens in gather_object(found):
+        start, stop = firsts[i : i + 2]
+        logp_S[start:stop] = torch.from_numpy(sums)
+        logp_N[bounds_S1[start] : bounds_S1[stop]] = torch.from_numpy(tokens)
+    for i, (start, stop) in enumerate(pairwise(firsts)):
+        if not logp_S[start:stop].isfinite().all():
+            raise ModelError(
+                f"the reference gives pair {i} ({setup.pairs[i].where}) a log-prob that is not "
+                "finite; the model is broken or overflows in bf16 (try bf16=false)"
+            )
+    return LogProbs(logp_S, logp_N, firsts, bounds_S1)
 
 
 def _cache_path(setup: Setup, weights: str) -> Path:
@@ -105,7 +125,7 @@ def _cache_path(setup: Setup, weights: str) -> Path:
     config, device = setup.config, setup.accelerator.device.type
     key = cache_key(
         weights=weights,
-        pairs=pairs_digest(setup.pairs),
+        pairs=pairs_digest(setup.pairs, tokens_only=True),
         layout=setup.layout.key,
         device=[device, has_flash_attn() if device == "cuda" else False],
         bf16=config.bf16,
@@ -115,67 +135,39 @@ def _cache_path(setup: Setup, weights: str) -> Path:
     return cache_path(config.reference_cache or "") / f"{key}.safetensors"
 
 
-def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
-    """Digest of every token of every pair, in order, and of what a pair counts if not 1."""
+def pairs_digest(examples: Sequence[TokenizedExample], *, tokens_only: bool = False) -> str:
+    """Digest of every token of every example, in order, and of what its loss reads beside them.
+
+    ``tokens_only`` leaves the latter out: it is no matter of log-probs.
+    """
     digest = hashlib.sha256()
-    for pair in pairs:
-        parts: list[Any] = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
-        if (pair.weight, pair.smoothing) != (1.0, 0.0):
-            parts.append([pair.weight, pair.smoothing])
-        digest.update(json.dumps(parts).encode())
+    for example in examples:
+        tokens: list[Any] = [example.shape, example.prompts[0], example.responses]
+        if isinstance(example, TokenizedPair):
+            # In an old file a pair of these tokens has nothing more.
+            tokens = [example.prompt_ids, example.chosen_ids, example.rejected_ids]
+            names = ("rejected_prompt_ids", "prompt_nll")
+            more = {x: value for x in names if (value := getattr(example, x))}
+            tokens += [more] if more else []
+        digest.update(json.dumps([*tokens, *([] if tokens_only else _beside(example))]).encode())
     return digest.hexdigest()
+
+
+def _beside(example: TokenizedExample) -> list[Any]:
+    """Numbers of an example that its loss reads, those that are not as usual."""
+    found: list[Any] = []
+    if (example.weight, example.label_smoothing) != (1.0, 0.0):
+        found.append([example.weight, example.label_smoothing])
+    named = {
+        "margin": example.margin or None,
+        "scores": example.scores,
+        "desirable": getattr(example, "desirable", None),
+    }
+    named = {name: x for name, x in named.items() if x is not None}
+    return [*found, named] if named else found
 
 
 def cache_key(**parts: Any) -> str:
     """Name of a cache entry: a digest of ``parts`` and of the versions that compute log-probs."""
     parts["versions"] = [__version__, torch.__version__, version("transformers")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def load(path: Path, count: int, weights: str) -> Tensor | None:
-    """The log-prob sums in a file, (count, 2) fp64; None if there are none that can be used.
-
-    A file that is damaged, or holds sums of another number of pairs, is passed over with a warning.
-
-    Args:
-        weights: digest of the model that they must belong to, and of its length classes if it has
-            any: log-probs of such a model once depended on what else was in a batch.
-
-    Raises:
-        ModelError: they are of another model.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            owner, _, known = (file.metadata() or {}).get(_DIGESTS, "").partition(" ")
-            logp_P2 = file.get_tensor("logp_P2")
-    except (SafetensorError, OSError, KeyError) as error:
-        problem = str(error)
-    else:
-        if owner and owner != weights:
-            raise ModelError(
-                f"{path} holds the log-probs of another model, or computed in another way: the "
-                "one that the run started from has changed since; give the old one to go on, or "
-                "another output_dir to start anew"
-            )
-        if known != _digest(logp_P2):
-            problem = "its SHA-256 differs, or it has none"
-        elif logp_P2.shape != (count, 2):
-            problem = f"it holds {tuple(logp_P2.shape)} numbers for {count} pairs"
-        else:
-            return logp_P2
-    _log.warning("%s is not used, the reference is computed again: %s", path, problem)
-    return None
-
-
-def save(path: Path, logp_P2: Tensor, weights: str) -> None:
-    """Write log-prob sums, whole or not at all, also where runs share a cache."""
-    with atomic_file(path) as scratch:
-        save_file({"logp_P2": logp_P2}, scratch, {_DIGESTS: f"{weights} {_digest(logp_P2)}"})
-
-
-def _digest(logp_P2: Tensor) -> str:
-    return hashlib.sha256(logp_P2.contiguous().numpy().tobytes()).hexdigest()

@@ -1,38 +1,31 @@
-"""The steps of a round: which pairs a process takes, their loss, and one optimizer step.
+"""The steps of a round: which examples a process takes, and what it computes of a micro-batch."""
 
-A step is the mean over its pairs, however they are packed and on however many processes: each
-process takes its share of the pairs, and gradients and metrics are summed over all.
-"""
-
-import math
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastdpo.data.batch import (
     PackedPairs,
-    TokenizedPair,
     pack_pairs,
+    padded_tokens,
     plan_batches,
     plan_steps,
     share_step,
 )
-from fastdpo.errors import ModelError
+from fastdpo.loss.examples import BaseObjective
+from fastdpo.loss.objectives import given_slopes, lr_dpo
 from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.model.adapters import reference_mode
-from fastdpo.model.noise import random_state_kept
-from fastdpo.model.prepare import packed_loss
-from fastdpo.progress import parts
+from fastdpo.model.prepare import packed_loss, reference_rows
 from fastdpo.train.config import TrainConfig
-
-COVARIANCE = "covariance"  # of margins and lengths, for alpha=auto
+from fastdpo.train.examples import chosen_tokens
+from fastdpo.train.logps import LogProbs
 
 
 @dataclass(frozen=True)
@@ -44,13 +37,16 @@ class Setup:
         out: folder of the run.
         reference: folder or hub name of another reference than the start.
         progress: whether this process shows how far it is.
-        pairs: all pairs of the round; once a model is known, those that it gets.
+        pairs: all examples of the round; once a model is known, those that it gets.
         keep_checkpoint: whether the state after the last step is left, for more epochs.
-        name: of the pairs, where they are not those of training.
+        name: of the examples, where they are not those of training.
+        logps_name: of the file that keeps the reference's log-probs of them.
         layout: of the micro-batches; None until a model is known, as are the fields below.
-        lengths: tokens of each pair in that layout.
+        lengths: tokens of each example in that layout.
         too_long: how many pairs were dropped and truncated.
         aux_loss_coef: of a mixture's balancing loss; 0 is none.
+        mismatched: prompts with completions of others, as many as examples, where the objective
+            estimates a KL from them.
     """
 
     accelerator: Any
@@ -58,18 +54,22 @@ class Setup:
     out: Path
     reference: str | Path | None
     progress: bool
-    pairs: Sequence[TokenizedPair]
+    pairs: Sequence[Any]
     keep_checkpoint: bool = True
     name: str = ""
+    logps_name: str = "ref_logps"
     layout: Any = None
     lengths: Sequence[int] = ()
     too_long: dict[str, int] = field(default_factory=dict)
     aux_loss_coef: float = 0.0
+    mismatched: "Setup | None" = None
 
     def tokens(self, index: list[int]) -> int:
-        """Tokens that a micro-batch of these pairs computes."""
+        """Tokens that a micro-batch of these examples computes."""
         lengths = [self.lengths[i] for i in index]
-        return len(lengths) * max(lengths) if self.layout == "padded" else sum(lengths)
+        if self.layout != "padded":
+            return sum(lengths)
+        return padded_tokens(lengths, [self.pairs[i].num_computed for i in index])
 
     def routed(self, index: list[int]) -> int:
         """Tokens that a micro-batch sends through routers, padding left out."""
@@ -77,185 +77,145 @@ class Setup:
         return sum(self.pairs[i].num_tokens(layout) for i in index)
 
     def batch(self, index: list[int]) -> PackedPairs:
-        """The micro-batch of these pairs, on the device."""
+        """The micro-batch of these examples, on the device."""
         batch = pack_pairs([self.pairs[i] for i in index], index, layout=self.layout)
         return batch.to(self.accelerator.device)
 
 
 def plan_epoch(setup: Setup, epoch: int) -> list[list[list[int]]]:
-    """Micro-batches of pair indices for each step of an epoch, of this process.
+    """Micro-batches of examples' numbers for each step of an epoch, of this process.
 
-    It has none in a step of fewer pairs than processes.
+    It has none in a step of fewer examples than processes.
     """
     config, lengths, world = setup.config, setup.lengths, setup.accelerator.num_processes
     fit = {"max_tokens": config.max_tokens, "padded": setup.layout == "padded"}
-    steps = plan_steps(lengths, batch_pairs=config.batch_size, seed=config.seed, epoch=epoch, **fit)
+    counts = [pair.num_computed for pair in setup.pairs]
+    size, seed = config.batch_size, config.seed
+    steps = plan_steps(lengths, batch_pairs=size, seed=seed, epoch=epoch, sequences=counts, **fit)
     if world == 1:
         return steps
     own = []
     for step in steps:
         pairs = list(chain.from_iterable(step))
         mine = share_step(pairs, lengths, world)[setup.accelerator.process_index]
-        plan = plan_batches([lengths[i] for i in mine], **fit)
+        of_mine = [lengths[i] for i in mine], [counts[i] for i in mine]
+        plan = plan_batches(of_mine[0], sequences=of_mine[1], **fit)
         own.append([[mine[i] for i in batch] for batch in plan])
     return own
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Where the reference's log-probs come from: known beforehand, or a model in each step.
+
+    Attributes:
+        logps: those of the setup's examples.
+        mismatched: those of ``setup.mismatched``.
+        model: computes them in each step where they are not known; None is the policy with its
+            adapters off.
+    """
+
+    logps: LogProbs | None = None
+    mismatched: LogProbs | None = None
+    model: nn.Module | None = None
+
+
 def batch_loss(
-    setup: Setup, model: nn.Module, batch: PackedPairs, ref_logp_S: Tensor, **options: Any
+    setup: Setup, model: nn.Module, batch: PackedPairs, ref_logp_S: Tensor | None, **options: Any
 ) -> PreferenceLoss:
     """The loss of a micro-batch; ``options`` are the others of `packed_loss`."""
     config = setup.config
-    # Autocast's cache would keep a copy of every weight until the loss; each is used once.
-    kind = batch.target_N.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=config.bf16, cache_enabled=False):
+    with _autocast(setup, batch):
         return packed_loss(
             model,
             batch,
             ref_logp_S,
-            beta=config.beta,
             workspace_mib=config.workspace_mib,
             impl=config.impl,
             **options,
         )
 
 
-def reference_logp(setup: Setup, model: nn.Module, batch: PackedPairs) -> Tensor:
-    """Log-prob sums of a batch under the reference, on the route that training takes; (S,) fp64.
+def _autocast(setup: Setup, batch: PackedPairs) -> Any:
+    # Autocast's cache would keep a copy of every weight until the loss; each is used once.
+    kind = batch.target_N.device.type
+    return torch.autocast(kind, torch.bfloat16, enabled=setup.config.bf16, cache_enabled=False)
 
-    ``model`` is the reference, or has adapters that are switched off for it.
+
+def batch_logps(
+    setup: Setup, model: nn.Module, batch: PackedPairs, ld_alpha: float | None = None
+) -> PreferenceLoss:
+    """Log-probs of a batch by the route that training takes, without a gradient.
+
+    Its sums are fp64, with the longer side's tail weighted by ``ld_alpha``; its ``stats`` have
+    "logp", those of tokens.
     """
-    zeros_S = torch.zeros(2 * batch.num_pairs, dtype=torch.float64, device=batch.target_N.device)
+    objective = setup.config.objective
+    S = len(batch.bounds_S1) - 1
+    zeros_S: Tensor | None = torch.zeros(S, dtype=torch.float64, device=batch.target_N.device)
+    if objective.shape == "pairs" and not objective.needs_prompt:
+        measuring: BaseObjective = replace(lr_dpo(setup.config.beta), ld_alpha=ld_alpha)
+        batch = replace(batch, scores_S=None)
+    else:
+        measuring, batch = given_slopes(objective), replace(batch, scores_S=zeros_S)
+        zeros_S = zeros_S if measuring.needs_reference else None
+    batch = replace(batch, margin_P=None, smoothing_P=None)
+    with torch.no_grad():
+        return batch_loss(setup, model, batch, zeros_S, objective=measuring, stats=("logp",))
+
+
+@contextmanager
+def _as_reference(setup: Setup, model: nn.Module) -> Iterator[nn.Module]:
+    """The reference without DDP; ``model`` is it, or has adapters that are switched off for it."""
     plain = setup.accelerator.unwrap_model(model)
     adapters_off = setup.config.use_peft and setup.reference is None
-    with torch.no_grad(), reference_mode(plain) if adapters_off else nullcontext():
-        return batch_loss(setup, plain, batch, zeros_S, alpha=0.0).logp_S
+    with reference_mode(plain) if adapters_off else nullcontext():
+        yield plain
 
 
-def take_step(
+def reference_logps_of(
+    setup: Setup, model: nn.Module, batch: PackedPairs, ld_alpha: float | None = None
+) -> PreferenceLoss:
+    """`batch_logps` under the reference: ``model``, or ``model`` with its adapters off."""
+    with _as_reference(setup, model) as plain:
+        return batch_logps(setup, plain, batch, ld_alpha)
+
+
+def of_reference(
     setup: Setup,
     model: nn.Module,
-    optimizer: Any,
-    batches: list[list[int]],
-    alpha: float,
-    ref_logp_P2: Tensor | None,
-    reference: nn.Module | None,
-) -> dict[str, float]:
-    """One optimizer step over this process's micro-batches; metrics averaged over all pairs.
-
-    The reference is known (``ref_logp_P2``), another model, or ``model`` with adapters off.
-
-    Raises:
-        ModelError: the loss or a gradient is not finite.
-    """
-    accelerator, started = setup.accelerator, time.perf_counter()
-    row, totals = _over_pairs(setup, model, batches, alpha, ref_logp_P2, reference, learn=True)
-    step_pairs, all_tokens, all_batches = totals
-    norm = accelerator.clip_grad_norm_(model.parameters(), setup.config.max_grad_norm)
-    row["grad_norm"] = float(norm)
-    if not all(map(math.isfinite, row.values())):
-        raise ModelError(
-            f"training left the finite range (loss {row['loss']}, gradient norm "
-            f"{row['grad_norm']}); lower learning_rate ({setup.config.learning_rate}) or set "
-            "bf16=false. The last checkpoint is kept"
-        )
-    optimizer.step()
-    optimizer.zero_grad()
-    return {
-        **row,
-        "pairs": step_pairs,
-        "num_tokens": all_tokens,
-        "fill_rate": all_tokens / (all_batches * setup.config.max_tokens),
-        "pairs_per_second": step_pairs / (time.perf_counter() - started),
-    }
+    batch: PackedPairs,
+    objective: BaseObjective,
+    reference: Reference,
+) -> dict[str, Any]:
+    """What the loss of a batch gets of the reference: nothing, its sums, or its rows and head."""
+    if not objective.needs_reference:
+        return {"ref_logp_S": None}
+    of_model = model if reference.model is None else reference.model
+    if objective.needs_kl:
+        with _as_reference(setup, of_model) as plain, _autocast(setup, batch):
+            return {"ref_logp_S": None, "reference": reference_rows(plain, batch)}
+    if reference.logps is not None:
+        index = batch.pair_index_P.tolist()
+        ref_logp_S = reference.logps.sums(index, objective.ld_alpha)
+        return {"ref_logp_S": ref_logp_S.to(batch.target_N.device)}
+    return {"ref_logp_S": reference_logps_of(setup, of_model, batch, objective.ld_alpha).logp_S}
 
 
-def measure(
-    setup: Setup,
-    model: nn.Module,
-    batches: list[list[int]],
-    alpha: float,
-    ref_logp_P2: Tensor | None,
-    reference: nn.Module | None,
-) -> dict[str, float]:
-    """The metrics of `take_step`, without the step, and the seconds it took; names with "eval_"."""
-    started, plain = time.perf_counter(), setup.accelerator.unwrap_model(model)
-    with random_state_kept():  # a model may draw, in training mode, to skip a layer
-        row, totals = _over_pairs(setup, plain, batches, alpha, ref_logp_P2, reference, learn=False)
-    del row[COVARIANCE]
-    pairs, took = totals[0], time.perf_counter() - started
-    row |= {"pairs": pairs, "runtime": took, "samples_per_second": pairs / took}
-    return {f"eval_{name}": value for name, value in row.items()}
+class Totals(NamedTuple):
+    """Of a step, over all processes; ``chosen`` are the tokens of `chosen_tokens`."""
+
+    examples: int
+    tokens: int
+    batches: int
+    routed: int
+    chosen: int
 
 
-def _over_pairs(
-    setup: Setup,
-    model: nn.Module,
-    batches: list[list[int]],
-    alpha: float,
-    ref_logp_P2: Tensor | None,
-    reference: nn.Module | None,
-    *,
-    learn: bool,
-) -> tuple[dict[str, float], tuple[int, int, int]]:
-    """Metrics averaged over the pairs of all processes, each in its micro-batches once.
-
-    With ``learn`` the gradients of the mean loss are left in the parameters.
-
-    Returns:
-        The metrics, and how many pairs, tokens and micro-batches they are of.
-    """
-    accelerator = setup.accelerator
-    world, own_pairs = accelerator.num_processes, sum(map(len, batches))
+def totals_of(setup: Setup, batches: list[list[int]], objective: BaseObjective) -> Totals:
+    examples = [setup.pairs[i] for i in chain.from_iterable(batches)]
     tokens, routed = (sum(map(count, batches)) for count in (setup.tokens, setup.routed))
-    counts = torch.tensor([own_pairs, tokens, len(batches), routed], device=accelerator.device)
-    totals = accelerator.reduce(counts, "sum").tolist()
-    step_pairs, all_tokens, all_batches, all_routed = totals
-    sums: dict[str, Tensor] = {}
-    # Every process takes part in the sum of gradients: one without a pair adds zeros to it.
-    idle = not batches
-    if idle:
-        batches = [[min(range(len(setup.pairs)), key=setup.lengths.__getitem__)]]
-    for position, index in enumerate(parts(batches)):
-        batch = setup.batch(index)
-        if ref_logp_P2 is not None:
-            ref_logp_S = ref_logp_P2[index].reshape(-1).to(batch.target_N.device)
-        else:
-            ref_logp_S = reference_logp(setup, reference or model, batch)
-        sums_up = learn and position < len(batches) - 1
-        # The balancing loss of a step is the mean over its tokens.
-        weight = setup.routed(index) * world / all_routed
-        with (
-            accelerator.no_sync(model) if sums_up else nullcontext(),
-            torch.set_grad_enabled(learn),
-        ):
-            result = batch_loss(
-                setup,
-                model,
-                batch,
-                ref_logp_S,
-                alpha=alpha,
-                num_pairs=step_pairs / world,  # gradients are averaged over processes
-                router_aux_loss_coef=setup.aux_loss_coef * weight,
-            )
-            loss = 0.0 * result.loss if idle else result.loss
-            if learn:
-                accelerator.backward(loss)
-        metrics = {"loss": loss.detach(), **result.metrics}
-        metrics[COVARIANCE] = _covariance(result, ref_logp_S)
-        # A loss is scaled by the processes already, the others are means over the batch's pairs.
-        shares: dict[str, float] = {"loss": 1, "preference_loss": 1, "aux_loss": weight}
-        for name, value in metrics.items():
-            share = shares[name] / world if name in shares else len(index) / step_pairs
-            # An evaluation may sum thousands of micro-batches, too many for fp32.
-            value = value if learn else value.double()
-            sums[name] = sums.get(name, 0.0) + value * (0.0 if idle else share)
-    values = accelerator.reduce(torch.stack([x.double() for x in sums.values()]), "sum")
-    return dict(zip(sums, values.tolist())), (step_pairs, all_tokens, all_batches)
-
-
-def _covariance(result: PreferenceLoss, ref_logp_S: Tensor) -> Tensor:
-    """Mean over a batch's pairs of the log-ratio margin times the length difference."""
-    ratio_P2 = (result.logp_S.detach().double() - ref_logp_S).view(-1, 2)
-    lengths_P2 = result.lengths_S.double().view(-1, 2)
-    return ((ratio_P2[:, 0] - ratio_P2[:, 1]) * (lengths_P2[:, 0] - lengths_P2[:, 1])).mean()
+    chosen = sum(chosen_tokens(x, objective) for x in examples)
+    counts = torch.tensor([len(examples), tokens, len(batches), routed, chosen])
+    accelerator = setup.accelerator
+    return Totals(*accelerator.reduce(counts.to(accelerator.device), "sum").tolist())

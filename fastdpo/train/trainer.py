@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastdpo.data.batch import TokenizedPair
 from fastdpo.errors import ConfigError
+from fastdpo.loss.singles import RunningMean
 from fastdpo.model import balance
 from fastdpo.model.adapters import merged, merged_in_place, save_adapter, trainable_share
 from fastdpo.model.attention import use_own_attention
@@ -36,6 +36,7 @@ from fastdpo.train.checkpoint import load_checkpoint, remove_checkpoint, save_ch
 from fastdpo.train.config import EvalConfig, TrainConfig, check_control
 from fastdpo.train.control import LengthController
 from fastdpo.train.evaluate import Evaluator
+from fastdpo.train.examples import as_trained
 from fastdpo.train.metrics import MetricsLog, mean_metrics
 from fastdpo.train.prepare import (
     FITTED,
@@ -49,10 +50,12 @@ from fastdpo.train.prepare import (
     prepare_policy,
     steps_and_end,
 )
-from fastdpo.train.reference import reference_logps
-from fastdpo.train.steps import COVARIANCE, Setup, plan_epoch, take_step
+from fastdpo.train.reference import known_reference
+from fastdpo.train.steps import Reference, Setup, plan_epoch
+from fastdpo.train.update import COVARIANCE, take_step
 
 CONTROL = "control.json"  # the state of alpha=auto at the end
+_SHOWN = {"loss": "loss", "rewards/margins": "margin"}
 _FEW_STEPS = 5  # fewer are too few to learn from
 _log = logging.getLogger(__name__)
 
@@ -60,14 +63,14 @@ _log = logging.getLogger(__name__)
 def train(
     model: Any,
     tokenizer: Any,
-    pairs: Sequence[TokenizedPair],
+    pairs: Sequence[Any],
     config: TrainConfig,
     out: Path,
     *,
     reference: str | Path | None = None,
     control: LengthController | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
-    eval_pairs: Sequence[TokenizedPair] = (),
+    eval_pairs: Sequence[Any] = (),
     evaluation: EvalConfig | None = None,
     keep_checkpoint: bool = True,
     progress: bool = True,
@@ -80,8 +83,8 @@ def train(
             in memory, which is trained in place while its reference is what it was.  With adapters
             it ends merged, in fp32 on the CPU.
         tokenizer: saved beside the policy.
-        pairs: tokenized pairs; ``config.overlong`` says what becomes of those that do not fit
-            ``config.max_tokens``.
+        pairs: tokenized pairs, lists or single responses, as the objective takes them;
+            ``config.overlong`` says what becomes of those that do not fit ``config.max_tokens``.
         out: gets ``ref_logps/``, ``checkpoint/``, ``metrics/`` and ``policy/``; with adapters also
             ``adapter/``.
         reference: folder or hub name of another reference than the start.
@@ -104,6 +107,7 @@ def train(
     from accelerate import Accelerator
 
     check_control(config, reference)
+    pairs, eval_pairs = as_trained(pairs, config), as_trained(eval_pairs, config, "eval_dataset")
     # Its precision belongs to the process, so autocast is entered in `batch_loss` instead.
     accelerator, out = _check_accelerator(Accelerator()), Path(out)
     progress = progress and accelerator.is_main_process
@@ -140,16 +144,15 @@ def _train(
 ) -> None:
     """From the start to the saved policy; ``control`` is None where alpha is a number."""
     config, accelerator, out = setup.config, setup.accelerator, setup.out
-    reference, ref_logp_P2, start_is_reference = None, None, setup.reference is None
-
-    # Another reference comes first, so that its memory is free again.
-    if not start_is_reference:
-        reference, ref_logp_P2, setup = _other_reference(setup, evaluator)
+    reference = Reference()
+    if setup.reference is not None:  # it comes first, so that its memory is free again
+        reference, setup = _other_reference(setup, evaluator)
 
     # The policy, and the plan of its steps.
     model = load_start(start, config, accelerator.device)
-    of_start = start_is_reference and accelerator.is_main_process
-    weights = weights_digest(model) if of_start else ""  # before there are adapters
+    of_start = setup.reference is None and config.objective.needs_reference
+    digested = of_start and accelerator.is_main_process  # before there are adapters
+    weights = weights_digest(model) if digested else ""
     model = prepare_policy(model, config)
     coefficient = balance.coefficient(model, config.router_aux_loss_coef)
     setup = replace(fit_pairs(setup, model), aux_loss_coef=coefficient)
@@ -160,41 +163,41 @@ def _train(
     optimizer, scheduler = _optimizer(model, config, len(steps))
 
     # The start as the reference: its log-probs, its copy, or the model without its adapters.
-    if start_is_reference and not config.precompute_ref_log_probs and not config.use_peft:
-        reference = copy.deepcopy(model).requires_grad_(False).eval()
+    if of_start and not config.precompute_ref_log_probs and not config.use_peft:
+        reference = Reference(model=copy.deepcopy(model).requires_grad_(False).eval())
     model, optimizer = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(model)
-    if start_is_reference and config.precompute_ref_log_probs:
-        ref_logp_P2 = reference_logps(setup, model, weights)
+    if of_start and config.precompute_ref_log_probs:
+        reference = known_reference(setup, model, weights)
         evaluator.refer(model, weights)
 
     # Where an earlier run left off.
     adamw = optimizer.optimizer
     done, state = _restore(setup, plain, adamw, scheduler, len(steps))
+    running = RunningMean(**(state or {})) if control is None else RunningMean()
     if control is not None:
         control = _begin_control(setup, control, state, response_lengths, done / len(steps))
-    alpha = float(config.alpha) if control is None else control.alpha
+    objective = config.objective if control is None else config.objective_at(control.alpha)
     log = MetricsLog(out / "metrics", done) if accelerator.is_main_process else None
     evaluator.begin([len(epoch) for epoch in epochs], done)
-    evaluator.after(done, plain, alpha, reference, log)
+    evaluator.after(done, plain, objective, reference.model, running, log)
     with bar("training", len(steps), "step", done=done, shown=setup.progress) as shown:
         for step, batches in enumerate(steps[done:], start=done + 1):
             with shown.part():
-                row = take_step(setup, model, optimizer, batches, alpha, ref_logp_P2, reference)
-            covariance = row.pop(COVARIANCE)
+                row = take_step(setup, model, optimizer, batches, objective, reference, running)
             if control is not None:
                 row |= control.step_facts()
-                control = control.after_step(covariance, step / len(steps))
-                alpha = control.alpha
+                control = control.after_step(row.pop(COVARIANCE), step / len(steps))
+                objective = config.objective_at(control.alpha)
             row["learning_rate"] = scheduler.get_last_lr()[0]
             scheduler.step()
             if log is not None:
                 log.add({"step": step, **row})
-            shown.note(f"loss {row['loss']:.4f}, margin {row['rewards/margins']:.4f}")
-            evaluator.after(step, plain, alpha, reference, log)
+            shown.note(", ".join(f"{name} {row[x]:.4f}" for x, name in _SHOWN.items() if x in row))
+            evaluator.after(step, plain, objective, reference.model, running, log)
             due = setup.keep_checkpoint if step == len(steps) else step % config.save_steps == 0
             if due and accelerator.is_main_process:
-                extra = None if control is None else control.to_dict()
+                extra = _state(control, running)
                 save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
                 evaluator.saved(step)
             if on_step is not None:
@@ -211,16 +214,21 @@ def _train(
         use_own_attention(plain.eval())  # the caller's model generates again
 
 
-def _other_reference(
-    setup: Setup, evaluator: Evaluator
-) -> tuple[nn.Module | None, Tensor | None, Setup]:
-    """Another reference than the start, or its log-probs; and the pairs that it can compute."""
+def _other_reference(setup: Setup, evaluator: Evaluator) -> tuple[Reference, Setup]:
+    """Another reference than the start, and the examples that it can compute."""
     reference, weights, setup = load_reference(setup)
     evaluator.fit(reference)
     if not setup.config.precompute_ref_log_probs:
-        return reference, None, setup
+        return Reference(model=reference), setup
     evaluator.refer(reference, weights)
-    return None, reference_logps(setup, reference, weights), setup
+    return known_reference(setup, reference, weights), setup
+
+
+def _state(control: LengthController | None, running: RunningMean) -> dict[str, Any] | None:
+    """What a checkpoint keeps for the next step, beside weights and optimizer."""
+    if control is not None:
+        return control.to_dict()
+    return running.state() if running.count else None
 
 
 def _restore(
@@ -266,8 +274,8 @@ def _tell_plan(setup: Setup, model: nn.Module, steps: list[list[list[int]]]) -> 
     max_tokens = setup.config.max_tokens
     fill = sum(map(setup.tokens, batches)) / (len(batches) * max_tokens)
     print(
-        f"{len(setup.pairs)} pairs, {setup.layout}: {len(steps)} steps in {len(batches)} "
-        f"micro-batches that fill {fill:.0%} of max_tokens={max_tokens}"
+        f"{len(setup.pairs)} {setup.pairs[0].name}s, {setup.layout}: {len(steps)} steps in "
+        f"{len(batches)} micro-batches that fill {fill:.0%} of max_tokens={max_tokens}"
     )
 
 
@@ -276,10 +284,10 @@ def _warn_of_few_steps(setup: Setup, steps: int) -> None:
     smaller = pairs // math.ceil(_FEW_STEPS / config.num_train_epochs)
     way = f"a smaller batch_size, as {smaller}, or " if smaller else ""
     _log.warning(
-        "%d pairs with batch_size=%d and num_train_epochs=%d make %d optimizer %s, too few to "
+        "%d %ss with batch_size=%d and num_train_epochs=%d make %d optimizer %s, too few to "
         "learn much: a step moves no weight by more than about learning_rate=%g. Set %smore "
         "num_train_epochs",
-        pairs, config.batch_size, config.num_train_epochs, steps,
+        pairs, setup.pairs[0].name, config.batch_size, config.num_train_epochs, steps,
         "steps" if steps > 1 else "step", config.learning_rate, way,
     )  # fmt: skip
 

@@ -392,6 +392,7 @@ def test_shapes_are_of_the_size_their_names_say():
     import transformers
 
     billions = {"llama-3.2-1b": 1.24, "llama-3-8b": 8.03, "qwen2.5-0.5b": 0.49, "qwen2.5-7b": 7.62}
+    billions["tiny"] = 0.00577
     for name, (config_class, numbers) in step_pairs.SHAPES.items():
         config = getattr(transformers, config_class)(**numbers)
         with torch.device("meta"):

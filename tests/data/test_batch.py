@@ -237,9 +237,9 @@ def test_planning_leaves_the_global_random_state_alone():
 
 @pytest.mark.parametrize("plan", [plan_batches, lambda x, **k: plan_steps(x, **k, **STEP)])
 def test_a_pair_over_the_budget_is_named(plan):
-    with pytest.raises(ValueError, match=r"pair 2 takes 11 .*max_tokens=10.*at least 12.*max_leng"):
+    with pytest.raises(ValueError, match=r"example 2 takes 11 .*=10.*at least 12.*max_leng"):
         plan([3, 10, 11, 12], max_tokens=10)
-    with pytest.raises(ValueError, match="pair 1 has 0 tokens"):
+    with pytest.raises(ValueError, match="example 1 has 0 tokens"):
         plan([3, 0], max_tokens=10)
 
 

@@ -370,7 +370,7 @@ def test_pairs_remember_their_row(tokenizer):
 
 
 SHORT = TokenizedPair([1], [2], [3])
-LONG = TokenizedPair([1, 2], [3, 4, 5, 6, 7], [8, 9], {"score": 1.5}, "pairs.jsonl:17")
+LONG = TokenizedPair([1, 2], [3, 4, 5, 6, 7], [8, 9], extra={"score": 1.5}, where="pairs.jsonl:17")
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_pairs_over_the_budget_are_cut_to_one_cap(room, chosen, rejected, share_
         layout="shared" if share_prompt else "packed",
         overlong="truncate",
     )
-    cut = TokenizedPair([1, 2], chosen, rejected, {"score": 1.5})
+    cut = TokenizedPair([1, 2], chosen, rejected, extra={"score": 1.5})
     assert result == Fitted([SHORT, cut], [0, 1], [], ["pairs.jsonl:17"])
     assert result.pairs[0] is SHORT and result.pairs[1].where == "pairs.jsonl:17"
     assert (LONG.chosen_ids, LONG.rejected_ids) == ([3, 4, 5, 6, 7], [8, 9])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny import LLAMA, save_tiny
 
-from fastdpo.data import rendering
+from fastdpo.data import lost
 from fastdpo.data.records import Prompt, prompt_key
 from fastdpo.data.rendering import render_prompt, takes_as_chat
 from fastdpo.data.rows import Rows, preference_rows, prompt_rows, read_rows
@@ -321,7 +321,7 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}
 def test_what_a_template_leaves_out_of_a_prompt_is_told_of(change, template, told, tmp_path):
     system = {"role": "system", "content": ' Be "brief". '}
     picture: Any = [{"type": "image", "image": "a.png"}, {"type": "reasoning", "reasoning": "so"}]
-    assert list(rendering.texts(u(picture))) == [("content", "so")]
+    assert list(lost.texts(u(picture))) == [("content", "so")]
     earlier = a("<think>so</think>It is.")  # the reasoning of an earlier turn may go
     row = {"prompt": [system, u("hi"), earlier, u("and?")], "chosen": [a("x")],
            "rejected": [a("y")], **change}  # fmt: skip

@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import inspect
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from datasets import load_from_disk
 from test_rope import DYNAMIC, PHI3, SWITCH, alone
 from tiny import GEMMA, LLAMA, MIXTRAL, OPT, QWEN
 
@@ -41,9 +43,7 @@ def fresh(model):
 
 
 def pairs_of(examples):
-    return [
-        TokenizedPair(x["prompt_ids"], x["chosen_ids"], x["rejected_ids"], {}) for x in examples
-    ]
+    return [TokenizedPair(x["prompt_ids"], x["chosen_ids"], x["rejected_ids"]) for x in examples]
 
 
 def reference_of(model, batch):
@@ -124,12 +124,28 @@ def test_the_trl_trainer_with_the_fused_loss(name, tmp_path):
     assert max(found.values()) <= case.tolerance, found
 
 
+@pytest.mark.parametrize("name", trl_options.LOSS_CASES)
+def test_losses(name, tmp_path):
+    """Losses, gradients and weights after three steps, from a policy that is not its reference."""
+    case = trl_options.LOSS_CASES[name]
+    found = compare(case, tmp_path)
+    assert max(found.values()) <= case.tolerance and found["weights"] <= 1e-5, found
+
+
+def test_each_loss_of_trl_has_a_case():
+    shown = {x for case in trl_options.LOSS_CASES.values() for x in case.options["loss_type"]}
+    assert shown == set(integration.LOSSES)
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    assert set(re.findall(r'if loss_type == "(\w+)"', source)) == shown
+
+
 @pytest.mark.slow
 def test_every_case_of_the_table(tmp_path):
-    for i, name in enumerate(trl_options.CASES.keys() - set(SAMPLE)):
+    others = trl_options.CASES.keys() - set(SAMPLE) - trl_options.LOSS_CASES.keys()
+    for i, name in enumerate(others):
         found = compare(trl_options.CASES[name], tmp_path / str(i))
         assert max(found.values()) <= trl_options.CASES[name].tolerance, (name, found)
-    for name in ("full, evaluated", "new adapter"):
+    for name in trl_options.DOUBLED:
         found = trl_options.in_two_processes(name)
         assert max(found.values()) <= trl_options.CASES[name].tolerance, (name, found)
 
@@ -139,7 +155,8 @@ def test_the_table_of_options_is_current():
     table = trl_options.TABLE.read_text()
     assert trl_options.options_table() in table
     measured = [line.split(" | ") for line in table.splitlines() if line.endswith("e-05 |")]
-    measured += [line.split(" | ") for line in table.splitlines() if line.endswith("e-02 |")]
+    for end in ("e-04 |", "e-02 |"):
+        measured += [line.split(" | ") for line in table.splitlines() if line.endswith(end)]
     assert {cells[0][2:].removesuffix(trl_options.TWICE) for cells in measured} == set(
         trl_options.CASES
     )
@@ -213,6 +230,31 @@ def test_alpha_moves_the_loss(tmp_path):
     assert logged[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)
 
 
+def test_alpha_composes_with_losses_of_the_margin(tmp_path):
+    """At the start IPO's is ``((z - 1/2) / beta)^2`` with ``z = alpha (nw - nl)``."""
+    trainer = make_trainer(
+        Trainer, LLAMA, tmp_path, more={"alpha": 0.3}, loss_type="ipo", max_steps=1
+    )
+    mask = trainer.data_collator(list(trainer.train_dataset))["completion_mask"]
+    gaps = -mask.sum(1).view(2, -1).diff(dim=0)[0].double()
+    wanted = ((0.3 * gaps - 0.5) / BETA).square().mean().item()
+    found = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    assert found == pytest.approx(wanted, rel=1e-5) and wanted > 10
+
+
+def test_log_probs_that_were_kept_are_of_the_same_weights_of_tokens(tmp_path):
+    """TRL keeps them by the model and the rows alone; here each ld_alpha has its own."""
+    rows_of(4 * STEPS).save_to_disk(str(tmp_path / "rows"))
+    data = load_from_disk(str(tmp_path / "rows"))
+    for ld_alpha in (None, 0.2, 0.6):
+        trainer = make_trainer(
+            Trainer, LLAMA, tmp_path, more={"alpha": 0.0, "train_dataset": data},
+            precompute_ref_log_probs=True, ld_alpha=ld_alpha, max_length=None,
+        )  # fmt: skip
+        (first, *_), _ = trl_options.train(trainer)
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), ld_alpha
+
+
 # -------------------------------------------------------------------------------------- refusals
 def refused(tmp_path, match, args=None, **given):
     """Before anything is loaded: there is no model."""
@@ -222,11 +264,39 @@ def refused(tmp_path, match, args=None, **given):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_options_of_other_losses_are_refused(name, tmp_path):
+def test_options_are_refused(name, tmp_path):
     args = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     if hasattr(args, name):
-        setattr(args, name, ["ipo"] if name == "loss_type" else 0.25)
+        setattr(args, name, 0.25)
         refused(tmp_path, rf"DPOConfig\({name}=.*leave it at", args)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "match"),
+    [
+        ("kto", {}, "'kto' is no loss of TRL's DPOTrainer; take of sigmoid"),
+        ("sigmoid", {"label_smoothing": 0.1}, "label_smoothing=0.1 means nothing to .*'sigmoid'"),
+        ("sigmoid", {"discopop_tau": 0.1}, "discopop_tau=0.1 means nothing"),
+        ("sigmoid", {"f_alpha_divergence_coef": 0.7}, "needs f_divergence_type"),
+        ("apo_zero", {"f_divergence_type": "forward_kl"}, "means nothing to .*'apo_zero'"),
+        ("exo_pair", {}, "exo_pair needs a label_smoothing between 0 and 1"),
+        ("aot", {"use_weighting": True}, "use_weighting=True means nothing to .*'aot'"),
+        ("sigmoid sft", {"use_weighting": True}, "means nothing to .*'sft'"),
+        ("sigmoid sft", {"ld_alpha": 0.5}, "ld_alpha=0.5 means nothing to .*'sft'"),
+        ("ipo", {"truncation_mode": "keep_end"}, "a length that counts a token"),
+        ("sigmoid", {"beta": 0.0}, "beta must be"),
+    ],
+)
+def test_losses_that_have_no_use_for_an_option(names, options, match, tmp_path):
+    args = trl.DPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, loss_type=names.split(), **options
+    )
+    refused(tmp_path, match, args, alpha=0.0)
+
+
+def test_alpha_of_a_loss_that_has_none(tmp_path):
+    args = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, loss_type="apo_zero")
+    refused(tmp_path, "alpha=0.01 means nothing to loss_type 'apo_zero'", args)
 
 
 def test_an_option_that_a_later_trl_adds_is_refused(tmp_path):
@@ -243,9 +313,7 @@ def test_an_option_that_a_later_trl_adds_is_refused(tmp_path):
 
 
 def rows_of(count):
-    from datasets import Dataset
-
-    return Dataset.from_list(trl_options.rows(count))
+    return trl_options.Dataset.from_list(trl_options.rows(count))
 
 
 def test_what_else_would_be_ignored_is_refused(tmp_path, monkeypatch):

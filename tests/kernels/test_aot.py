@@ -32,7 +32,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)
 # Of the projection: the usual one, and that for more registers.  The other devices fold tiles.
-MARGIN_KINDS = [formula.name for formula in KERNEL_FORMULAS if formula.form == "margin"]
+MARGIN_KINDS = [formula.name for formula in KERNEL_FORMULAS if formula.form != "sides"]
 TILES = {
     "sm_90": (project.HOPPER, project.HOPPER_NARROW),
     "sm_100": (project.BLACKWELL, project.BLACKWELL),
@@ -205,18 +205,33 @@ def launch_keep(
     ref: bool = False,
     target: bool = True,
 ) -> None:
-    reference = (meta(N, C), optional(bias, C, dtype=dtype), meta(N)) if ref else None
+    reference = None
+    if ref:
+        bias_C, rows = optional(bias, C, dtype=dtype), (meta(N) for _ in range(3))
+        reference = fold.RefTile(meta(N, C), bias_C, *rows)
     fold.keep(
         meta(N, C), optional(bias, C, dtype=dtype), head(softcap), targets() if target else None,
         meta(N), 2 * C, meta(N, V, dtype=dtype)[:, :C], reference,
     )  # fmt: skip
 
 
-def launch_cross(C: int, dtype: torch.dtype, *, bias: bool = False, softcap: bool = False) -> None:
+def launch_cross(
+    C: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool = False,
+    softcap: bool = False,
+    stash: bool = False,
+) -> None:
+    kept = (targets(), 2 * C, meta(N, V, dtype=dtype)[:, :C]) if stash else ()
     fold.cross(
         meta(N, C), optional(bias, C, dtype=dtype), meta(N, C), optional(bias, C, dtype=dtype),
-        head(softcap), meta(N), meta(N),
+        head(softcap), meta(N), meta(N), *kept,
     )  # fmt: skip
+
+
+def launch_mix(dtype: torch.dtype) -> None:
+    fold.mix(meta(N, V, dtype=dtype), meta(N, V, dtype=dtype), meta(N), meta(N))
 
 
 def launch_merge(
@@ -280,10 +295,23 @@ def launch_factors(dtype: torch.dtype, width: int = D) -> None:
         scatter.factors(targets(), meta(N), None, None, None, None, 1.0, x_ND)
 
 
+def objective_of(kind: str, normalized: bool, numbers: bool) -> Objective:
+    """One of the pair kernel; with all ``numbers`` that its formula has a use for."""
+    formula = KERNEL_FORMULAS[pair.KINDS.index(kind)]
+    of_margin = {"alpha": 0.02, "length_normalized": normalized} if kind in MARGIN_KINDS else {}
+    if numbers and kind in MARGIN_KINDS:
+        of_margin.update(label_smoothing=0.1, target_margin=0.5)
+    own = {} if formula.parameter is None else {"parameter": 0.05}
+    least = {"label_smoothing": 1e-3} if kind == "exo_pair" else {}
+    scale = {"reference_scale": 1.1} if numbers else {}
+    return Objective(formula, 0.1, **{**own, **least, **of_margin, **scale})
+
+
 def launch_pair(
     kind: str,
     *,
     normalized: bool = False,
+    numbers: bool = False,
     options: bool = True,
     ref_dtype: torch.dtype | None = FP32,
     coef: bool = True,
@@ -293,10 +321,23 @@ def launch_pair(
     per_pair = meta(P, dtype=torch.float64) if options else None
     pair.pair_losses(
         meta(N), targets(), meta(2 * P + 1, dtype=torch.int64),
-        Objective(KERNEL_FORMULAS[pair.KINDS.index(kind)], 0.1, 0.02, normalized),
+        objective_of(kind, normalized, numbers),
         ref_logp_S=None if ref_dtype is None else meta(2 * P, dtype=ref_dtype),
         ref_logp_N=meta(N) if ref_dtype is None else None, margin_P=per_pair,
         smoothing_P=per_pair, weight_P=per_pair, num_pairs=float(P), want_coef=coef,
+    )  # fmt: skip
+
+
+def launch_sums(
+    ref_dtype: torch.dtype | None = None, *, ref: bool = True, gap: bool = True
+) -> None:
+    """``ref_dtype`` of the reference's sums, None for log-probs of its tokens."""
+    S = 7
+    pair.sequence_sums(
+        meta(N), targets(), meta(S + 1, dtype=torch.int64), ref_dtype or FP32,
+        ref_logp_S=None if ref_dtype is None else meta(S, dtype=ref_dtype),
+        ref_logp_N=meta(N) if ref and ref_dtype is None else None,
+        gap_N=meta(N, dtype=torch.float64) if gap else None,
     )  # fmt: skip
 
 
@@ -311,8 +352,10 @@ def main_launches(target: str) -> None:
         launch_fold(C, BF16, stash=True, first=True)
         launch_keep(C, BF16, bias=True, softcap=True)
     for C in (WIDTHS[0], WIDTHS[-1]):
-        launch_keep(C, BF16, bias=True, softcap=True, ref=True, target=False)
+        launch_keep(C, BF16, bias=True, softcap=True, ref=True)
     launch_cross(WIDTHS[-1], BF16, bias=True, softcap=True)
+    launch_cross(WIDTHS[-1], BF16, bias=True, softcap=True, stash=True)
+    launch_mix(BF16)
     launch_merge()
     launch_merge(frozenset(fold.STATS), BF16, softcap=True)
     launch_head_grads(BF16)
@@ -320,8 +363,9 @@ def main_launches(target: str) -> None:
     launch_place(BF16)
     launch_scales(BF16)
     launch_factors(BF16)
-    for kind in ("sigmoid", "nca_pair"):
+    for kind in ("sigmoid", "nca_pair", "robust", "discopop"):
         launch_pair(kind, options=kind in MARGIN_KINDS)
+    launch_sums(FP32)
 
 
 def further_launches(target: str) -> None:
@@ -337,8 +381,12 @@ def further_launches(target: str) -> None:
             launch_fold(C, dtype, stats=stats, stash=stash, first=stats)
         launch_fold(C, dtype, bias=True, softcap=True, stash=True, stats=True)
         launch_keep(C, dtype)
-        launch_keep(C, dtype, bias=True, softcap=True, ref=True, target=False)
-        launch_cross(C, dtype, bias=True, softcap=True)
+        for target_given in (True, False):
+            launch_keep(C, dtype, bias=True, softcap=True, ref=True, target=target_given)
+        for stash in (True, False):
+            launch_cross(C, dtype, bias=True, softcap=True, stash=stash)
+    for dtype in DTYPES:
+        launch_mix(dtype)
     for name in fold.STATS:
         launch_merge(frozenset([name]))
     for dtype, width in product(DTYPES, (576, 1000, D)):
@@ -350,9 +398,14 @@ def further_launches(target: str) -> None:
         launch_merge(frozenset(), dtype)
     for kind, normalized in product(MARGIN_KINDS, (False, True)):
         launch_pair(kind, normalized=normalized)
+        launch_pair(kind, normalized=normalized, numbers=True, options=False)
         launch_pair(kind, normalized=normalized, ref_dtype=None, coef=False)
     for kind in set(pair.KINDS) - set(MARGIN_KINDS):
         launch_pair(kind, options=False, ref_dtype=torch.float64)
+        launch_pair(kind, options=False, numbers=True)
+    launch_sums(torch.float64, gap=False)
+    for ref in (False, True):
+        launch_sums(ref=ref, gap=ref)
 
 
 # ------------------------------------------------------------------------------------------ checks

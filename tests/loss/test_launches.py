@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdpo.loss.choices import CHOICES, make_objective
 from fastdpo.loss.plan import default_workspace_mib
 
 pytestmark = interpreter.needs_kernels
@@ -111,16 +112,20 @@ def call(
     pairs: int = PAIRS,
     train_head: bool = True,
     named_rows: bool = False,
+    objective: Any = None,
     **options: Any,
 ) -> tuple[Any, list[str]]:
     """The plan of a call and what it launched, backward included."""
-    from fastdpo import linear_dpo_loss
+    from fastdpo import linear_preference_loss
 
     D, V = HEADS[head] if isinstance(head, str) else head
     bounds_S1 = torch.arange(0, tokens + 1, tokens // (2 * pairs))
     rows_N = meta(tokens, dtype=torch.int64) if named_rows else None
     h_TD, w_VD = meta(tokens, D, dtype=dtype, grad=True), meta(V, D, dtype=dtype, grad=train_head)
-    ref = {"ref_logp_S": meta(2 * pairs, dtype=torch.float32)}
+    objective = objective or make_objective()
+    ref = {}
+    if objective.needs_reference:
+        ref = {"ref_logp_S": meta(2 * pairs, dtype=torch.float32)}
     if options.pop("ref_head", False):
         ref = {"ref_h_TD": meta(tokens, D, dtype=dtype), "ref_w_VD": meta(V, D, dtype=dtype)}
     upstream = meta(dtype=torch.float32)
@@ -128,9 +133,10 @@ def call(
     edges = bounds_S1.tolist()
     bounds_S1.tolist = lambda: edges  # reading them is no launch
     with counted(launches) as names:
-        result = linear_dpo_loss(
-            h_TD, w_VD, target_N, bounds_S1, rows_N=rows_N, impl="triton", **ref, **options
-        )
+        result = linear_preference_loss(
+            h_TD, w_VD, target_N, bounds_S1, ref.pop("ref_logp_S", None), objective, rows_N=rows_N,
+            impl="triton", **ref, **options,
+        )  # fmt: skip
         result.loss.backward(upstream)
     assert h_TD.grad is not None and (w_VD.grad is not None) == train_head
     return result.plan, names
@@ -144,6 +150,17 @@ def test_a_stash_of_all_rows_takes_at_most_16(launches, head, workspace_mib):
     assert len(names) <= 16, names
     assert names.count("project_kernel") == 1 and names.count("shift_kernel") == 1
     assert not {"sort", "cumsum", "_assert_async", "zeros", "cat"} & {*names}
+
+
+KERNEL_LOSSES = [name for name, choice in CHOICES.items() if choice.build().code is not None]
+
+
+@pytest.mark.parametrize("name", KERNEL_LOSSES)
+def test_an_objective_of_the_kernel_launches_what_dpo_does(launches, name):
+    _, plain = call(launches, "SmolLM2", workspace_mib=2560)
+    _, names = call(launches, "SmolLM2", workspace_mib=2560, objective=CHOICES[name].build())
+    assert names == plain
+    assert {"sigmoid_norm", "ipo", "robust", "discopop", "exo_pair", "simpo"} <= {*KERNEL_LOSSES}
 
 
 @pytest.mark.parametrize("head", HEADS)

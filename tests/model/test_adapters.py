@@ -22,9 +22,9 @@ from fastdpo.model.prepare import packed_loss, prepare_model
 pytest.importorskip("peft")
 VOCAB = len(build_tokenizer())
 PAIRS = [
-    TokenizedPair([5, 6, 7], [8, 9, 10, 11], [12, 13], {}),
-    TokenizedPair([15, 16], [17], [18, 19, 20], {}),
-    TokenizedPair([21, 22, 23, 24], [25, 26], [27, 28, 29, 30, 31], {}),
+    TokenizedPair([5, 6, 7], [8, 9, 10, 11], [12, 13]),
+    TokenizedPair([15, 16], [17], [18, 19, 20]),
+    TokenizedPair([21, 22, 23, 24], [25, 26], [27, 28, 29, 30, 31]),
 ]
 ZEROS_S = torch.zeros(2 * len(PAIRS), dtype=torch.float64)
 FAMILIES = pytest.mark.parametrize("family", [LLAMA, QWEN, GEMMA], ids=lambda family: family.name)

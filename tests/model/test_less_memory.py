@@ -529,7 +529,7 @@ def test_packed_pairs_with_everything(family, launched, tiny_limit):
     def ids(n):
         return torch.randint(VOCAB, (n,), generator=generator).tolist()
 
-    batch = pack_pairs([TokenizedPair(ids(7), ids(5), ids(9), {}) for _ in range(2)])
+    batch = pack_pairs([TokenizedPair(ids(7), ids(5), ids(9)) for _ in range(2)])
 
     def step(model, context: Callable[[], Any] = contextlib.nullcontext):
         with context():

@@ -17,8 +17,8 @@ from fastdpo.model.prepare import packed_loss, prepare_model
 WORLD = 2
 VOCAB = len(build_tokenizer())
 PAIRS = [
-    TokenizedPair([5, 6, 7], [8, 9, 10, 11], [12, 13], {}),
-    TokenizedPair([15, 16], [17], [18, 19, 20], {}),
+    TokenizedPair([5, 6, 7], [8, 9, 10, 11], [12, 13]),
+    TokenizedPair([15, 16], [17], [18, 19, 20]),
 ]
 REF = torch.tensor([[-9.0, -8.0], [-4.0, -11.0]], dtype=torch.float64)
 

@@ -116,10 +116,10 @@ def test_consistency_becomes_smoothing():
     assert found == {0: pytest.approx(2 / 3), 1: 0.0, 2: 1.0}
     pairs, _ = best_worst(rows)
     by_prompt = smooth(pairs, found, "prompt")
-    assert [row.smoothing for row in by_prompt] == [pytest.approx(1 / 3), 1.0, 0.0]
+    assert [row.label_smoothing for row in by_prompt] == [pytest.approx(1 / 3), 1.0, 0.0]
     mean = smooth(pairs[:1], found, "mean")  # over all prompts, paired or not
-    assert [row.smoothing for row in mean] == [pytest.approx(1 - 5 / 9)]
-    assert "smoothing" not in pairs[0].to_json()
+    assert [row.label_smoothing for row in mean] == [pytest.approx(1 - 5 / 9)]
+    assert "label_smoothing" not in pairs[0].to_json()
 
 
 def test_consistency_of_a_round(tmp_path):
@@ -131,7 +131,7 @@ def test_consistency_of_a_round(tmp_path):
     for how, wanted in (("prompt", [1 / 3, 1.0, 0.0]), ("mean", [4 / 9] * 3)):
         pairing = PairConfig(consistency=how)
         summary = pair(candidates, scores, out, config=pairing, previous_scores=previous)
-        assert [x.smoothing for x in load_pairs(out)] == pytest.approx(wanted)
+        assert [x.label_smoothing for x in load_pairs(out)] == pytest.approx(wanted)
         assert summary["consistency"] == pytest.approx(5 / 9)
         assert summary["dropped"] == {"fewer than two responses": 1}
 
@@ -155,7 +155,7 @@ def test_consistency_with_an_automatic_length_penalty_uses_one_penalty(tmp_path)
     )
     assert summary["shaping"]["length_penalty"] == 0.75
     # At 0.75 the second prompt's previous scores fall with length where the present ones rise.
-    smoothing = [x.smoothing for x in load_pairs(tmp_path / "pairs.jsonl")]
+    smoothing = [x.label_smoothing for x in load_pairs(tmp_path / "pairs.jsonl")]
     assert smoothing == [0.0, 1.0] and summary["consistency"] == 0.5
 
 
@@ -186,7 +186,7 @@ def test_strength_goes_by_the_weights_of_scores():
     flipped, count = flip_weakest(pairs, 1.0, [1.0, -1.0])
     assert count == 1 and [x.flipped for x in flipped] == [None, None, True]
     softened, count = soften(pairs, 0.2, [1.0, -1.0])
-    assert count == 1 and [x.smoothing for x in softened] == [None, None, 0.2]
+    assert count == 1 and [x.label_smoothing for x in softened] == [None, None, 0.2]
     with pytest.raises(DataError, match=r"prompt 0: .* have 2 and 2 scores, of 3 scorers"):
         strengths(pairs, [1.0, 1.0, 1.0])
 
@@ -224,7 +224,7 @@ def test_the_weakest_pairs_are_flipped():
 def test_pairs_below_zero_are_softened():
     pairs = voted((1.0, 2.0), (-3.0, 1.0), (0.0, 0.0))
     softened, count = soften(pairs, 0.3)
-    assert [row.smoothing for row in softened] == [None, 0.3, None] and count == 1
+    assert [row.label_smoothing for row in softened] == [None, 0.3, None] and count == 1
 
 
 GAPS = st.lists(st.tuples(*[st.sampled_from([-2.0, -0.5, 0.0, 0.5, 2.0])] * 3), max_size=8)
@@ -260,11 +260,11 @@ def test_scorers_vote_on_the_labels_of_a_round(tmp_path):
     pairs = read_pairs(out)
     longer = [len(row.chosen_ids) - len(row.rejected_ids) for row in pairs]
     assert longer == [10, -10, 10, -10]
-    assert [row.smoothing for row in pairs] == [None, 0.1, None, None]
+    assert [row.label_smoothing for row in pairs] == [None, 0.1, None, None]
     # With the second scorer's sign turned they say -6, -1, -2 and 3, and 5 less is the label.
     config = PairConfig(soft_label=0.1, length_penalty=0.5, weights=[1.0, -1.0])
     pair(candidates, folders, out, config)
-    assert [row.smoothing for row in read_pairs(out)] == [None, None, None, 0.1]
+    assert [row.label_smoothing for row in read_pairs(out)] == [None, None, None, 0.1]
 
 
 def test_scorers_vote_on_the_labels_of_offline_pairs(tmp_path):
@@ -293,7 +293,7 @@ def test_scorers_vote_on_the_labels_of_offline_pairs(tmp_path):
     pairs = read_pairs(out)
     flipped = [row.prompt_index for row in pairs if row.flipped]
     assert flipped == [11, 13]
-    assert [row.prompt_index for row in pairs if row.smoothing is not None] == [10, 12, 14]
+    assert [row.prompt_index for row in pairs if row.label_smoothing is not None] == [10, 12, 14]
     assert samples(pairs)[5] == (0, 1) and pairs[5].scores_chosen == [7.0, -2.0]
     assert not any(row.flipped for row in pairs[:4])
     assert summary["mean_score_chosen"] == 4.0  # of what was sampled, by both scorers

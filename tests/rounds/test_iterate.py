@@ -404,7 +404,7 @@ def test_consistency_compares_the_rewards_of_cream(inputs, tmp_path):
             agreed = agreement([now[i] for i in of_prompt], [before[i] for i in of_prompt])
             means.append(agreed)
             for row in (row for row in pairs if row["prompt_index"] == place):
-                assert row["smoothing"] == pytest.approx(1 - agreed)
+                assert row["label_smoothing"] == pytest.approx(1 - agreed)
                 best = max(of_prompt, key=lambda i: now[i])
                 assert row["chosen_ids"] == rows[best]["response_ids"]
         assert len(pairs) > 3 and len(set(means)) > 1  # or there is nothing to tell apart
@@ -546,7 +546,7 @@ def test_difficult_pairs_are_dropped(inputs, tmp_path):
         ({"score__api_key_env": "my key"}, "api_key_env"),
         ({"reference": "/nowhere/at-all"}, "at-all"),
         ({"pair__transform": "cube"}, "transform"),
-        ({"pair__transform": "par"}, "transform=par changes no pair"),
+        ({"pair__transform": "par"}, "transform=par changes nothing"),
         ({"pair__transform_reference": "start"}, "transform=par"),
         ({"score__scorer": "answer"}, "prompts.jsonl:1: scorer answer needs the column 'answer'"),
         ({"evaluate__scorer": "answer"}, "scorer answer needs the column 'answer'"),

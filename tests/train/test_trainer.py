@@ -47,7 +47,7 @@ def random_pairs(count, seed=0, longest=20):
         length = int(torch.randint(1, longest, (), generator=generator))
         return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
 
-    return [TokenizedPair(ids(), ids(), ids(), {}) for _ in range(count)]
+    return [TokenizedPair(ids(), ids(), ids()) for _ in range(count)]
 
 
 def one_by_one(model, pairs, ref_logp_S):
@@ -403,10 +403,10 @@ def test_returned_metrics_are_means_over_pairs(model_path, tmp_path):
 
 
 def test_tokens_and_lengths_the_model_does_not_have(model_path, tmp_path):
-    alien = [TokenizedPair([3], [VOCAB], [4], {})]
+    alien = [TokenizedPair([3], [VOCAB], [4])]
     with pytest.raises(ModelError, match=f"up to {VOCAB}"):
         run(model_path, tmp_path / "a", pairs=alien)
-    long = [TokenizedPair([3] * 3000, [4], [5], {})]
+    long = [TokenizedPair([3] * 3000, [4], [5])]
     with pytest.raises(ModelError, match="2048 positions"):
         run(model_path, tmp_path / "b", pairs=long, max_length=4000, max_tokens=8000)
 
