@@ -1,11 +1,14 @@
 """The tables of objectives in ``fastdpo/loss/README.md``, from what they say of themselves."""
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from fastdpo.loss.choices import CHOICES, NOTATION, make_objective
 from fastdpo.loss.examples import BaseObjective
 
+ROOT = Path(__file__).resolve().parents[1]
 # What a method of the literature is here, where that is more than a name.
 METHODS: list[tuple[str, dict[str, Any], str]] = [
     ("R-DPO, iLR-DPO", {"alpha": 0.01}, "arXiv 2403.19159, eq. 9; 2406.11817"),
@@ -84,6 +87,14 @@ def shortened(options: tuple[str, ...]) -> list[str]:
     return [*(f"`{option}`" for option in options), *found]
 
 
+def costs() -> dict[str, float]:
+    """Time over DPO's loss, as `bench.losses` measured it last; none where it did not."""
+    sys.path.append(str(ROOT))  # bench is not installed
+    from bench.losses import newest_costs
+
+    return newest_costs(sorted((ROOT / "bench" / "results").glob("*losses*.jsonl")))
+
+
 def rows(cells: list[list[str]]) -> str:
     """Lines of a Markdown table."""
     return "".join(
@@ -94,11 +105,14 @@ def rows(cells: list[list[str]]) -> str:
 def tables() -> str:
     """Markdown: notation, objectives, methods."""
     head = ["objective", "of", "formula", "source", "needs", "route", "options beside `beta`"]
+    known = costs()
+    head += ["x DPO"] if known else []
     cells = [head, ["---"] * len(head)]
     for name, choice in CHOICES.items():
         objective = choice.build()
         options = ", ".join(shortened(choice.options))
         facts = [choice.formula, choice.source, needs(objective), route(objective), options]
+        facts += [f"{known[name]:.2f}" if name in known else ""] if known else []
         cells.append([f"`{name}`", objective.shape, *facts])
     methods = [["method", "options", "source"], ["---"] * 3]
     for name, options, source in METHODS:

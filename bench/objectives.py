@@ -46,7 +46,7 @@ from fastdpo.data.records import Candidate, RankedRow
 from fastdpo.data.rows import example_rows, preference_rows, prompt_rows, read_rows
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, DataError
-from fastdpo.loss.choices import make_objective
+from fastdpo.loss.choices import CHOICES, make_objective
 from fastdpo.model.load import load_tokenizer
 from fastdpo.model.logps import load_packed, pair_logps, response_logps
 from fastdpo.sample.config import SampleConfig
@@ -159,7 +159,13 @@ def read_run(text: str) -> tuple[str, dict[str, Any]]:
 def command_of(args: argparse.Namespace, text: str, folder: Path) -> tuple[str, TrainCommand]:
     """The shape of an objective's examples, and its options of `fastdpo train`."""
     name, options = read_run(text)
-    shape = make_objective(name).shape
+    known = CHOICES[name].options if name in CHOICES else ()
+    objective = make_objective(name, **{x: options[x] for x in options if x in known})
+    shape, of_reference = objective.shape, dict[str, Any]()
+    if objective.needs_kl:
+        of_reference["precompute_ref_log_probs"] = False
+    elif objective.needs_reference:
+        of_reference["reference_cache"] = str(args.out / "ref_logps")
     per_prompt = 2 if shape == "singles" else 1
     return shape, TrainCommand(
         **{
@@ -173,11 +179,11 @@ def command_of(args: argparse.Namespace, text: str, folder: Path) -> tuple[str, 
             "batch_size": args.batch_size * per_prompt,
             "max_length": args.max_length,
             "max_tokens": args.max_tokens,
-            "reference_cache": str(args.out / "ref_logps"),
             "gradient_checkpointing": False,
             "bf16": fast_bf16(),
             "save_steps": sys.maxsize,
             "seed": args.seed,
+            **of_reference,
             **options,
         }
     )
@@ -377,13 +383,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--objectives", nargs="+", default=DEFAULTS, metavar="NAME[:OPTION=VALUE,...]")
     add("--prompts", type=int, default=64, help="prompts to train on")
     add("--responses", type=int, default=4, help="responses of a prompt, in a list")
-    add("--heldout", type=int, default=32, help="prompts to measure on")
+    add("--heldout", type=int, default=24, help="prompts to measure on")
     add("--batch-size", type=int, default=8, help="prompts of a step")
     add("--epochs", type=int, default=1)
     add("--learning-rate", type=float, default=2e-5)
     add("--max-length", type=int, default=512, help="tokens of a prompt with a response")
     add("--max-tokens", type=int, default=1024, help="of a micro-batch")
-    add("--max-new-tokens", type=int, default=64, help="of a response that is drawn")
+    add("--max-new-tokens", type=int, default=48, help="of a response that is drawn")
     add("--samples", type=int, default=1, help="responses of a held-out prompt, for the KL")
     add("--instruction", default=INSTRUCTION, help="put after each prompt")
     add("--seed", type=int, default=0)

@@ -79,7 +79,7 @@ def _import_without_triton() -> None:
     names = ("triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor")
     sys.modules.update({name: _Nothing(name) for name in names})
     try:
-        for module in ("fold", "pair", "project", "scatter"):
+        for module in ("fold", "kl", "pair", "project", "scatter"):
             importlib.import_module(f".{module}", __package__)
     finally:
         for name in names:

@@ -186,68 +186,6 @@ def keep_kernel(
 
 
 @triton.jit
-def cross_kernel(
-    product_ptr,
-    bias_ptr,
-    ref_product_ptr,
-    ref_bias_ptr,
-    ref_shift_ptr,
-    cross_ptr,
-    target_ptr,
-    stash_ptr,
-    R,
-    C,
-    first_column,
-    product_stride,
-    ref_stride,
-    stash_stride,
-    scale,
-    softcap,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``sum exp(z_ref - shift_ref) * (z_ref - z)`` of each row of two tiles, for the KL.
-
-    A stash takes the exponentials, as the policy's takes its own: zero for the target, and times
-    the slope of the policy's cap.
-    """
-    n, c, row, inside = places(R, C, ROWS, BLOCK)
-    z = load_logits(product_ptr, bias_ptr, n, c, inside, C, product_stride, scale, softcap)
-    ref_z = load_logits(ref_product_ptr, ref_bias_ptr, n, c, inside, C, ref_stride, scale, softcap)
-    e = tl.exp(ref_z - tl.load(ref_shift_ptr + n, mask=row, other=0.0)[:, None])
-    # Where the reference gives no probability there is no term, even if both logits are -inf.
-    tl.store(cross_ptr + n, tl.sum(tl.where(e > 0.0, e * (ref_z - z), 0.0), 1), mask=row)
-    if stash_ptr is not None:
-        target = tl.load(target_ptr + n, mask=row, other=-1)
-        own = c[None, :] == (target - first_column)[:, None]
-        e = kept(tl.where(own, 0.0, e), z, (target >= 0)[:, None], softcap)
-        at = stash_ptr + n.to(tl.int64)[:, None] * stash_stride + c[None, :]
-        tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def mix_kernel(
-    stash_ptr,
-    ref_ptr,
-    own_ptr,
-    ref_share_ptr,
-    V,
-    stash_stride,
-    ref_stride,
-    BLOCK: tl.constexpr,
-):
-    """``stash = own * stash + ref_share * ref`` in a row, rounded once."""
-    n = tl.program_id(0).to(tl.int64)
-    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = v < V
-    at = stash_ptr + n * stash_stride + v
-    e = tl.load(at, mask=inside, other=0.0).to(tl.float32) * tl.load(own_ptr + n)
-    ref_e = tl.load(ref_ptr + n * ref_stride + v, mask=inside, other=0.0).to(tl.float32)
-    e += ref_e * tl.load(ref_share_ptr + n)
-    tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def merge_kernel(
     shift_ptr,
     rest_ptr,
@@ -354,7 +292,7 @@ def merge_kernel(
                 tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(R: int, C: int) -> tuple[tuple[int], dict[str, Any]]:
+def launch(R: int, C: int) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and block sizes of a kernel over whole rows of a tile (R, C)."""
     block = max(16, power_of_2(C))
     rows = max(1, _TILE_NUMEL // block)
@@ -399,7 +337,7 @@ def fold(
     R, C = product_RC.shape
     k = first_column // partials.width
     stats = (x_KN if x_KN is None else x_KN[k, rows] for x_KN in partials.stat_list())
-    grid, blocks = _launch(R, C)
+    grid, blocks = launch(R, C)
     fold_kernel[grid](
         product_RC, bias_C, target_R,
         partials.shift_KN[k, rows], partials.rest_KN[k, rows], partials.shift_KN[0, rows],
@@ -421,45 +359,11 @@ def keep(
 ) -> None:
     """Probabilities of a tile, or their mixtures with those of ``ref``."""
     R, C = product_RC.shape
-    grid, blocks = _launch(R, C)
+    grid, blocks = launch(R, C)
     keep_kernel[grid](
         product_RC, bias_C, target_R, lse_R, *(ref or (None,) * 5), stash_RC, R, C,
         first_column, product_RC.stride(0), 0 if ref is None else ref.product_RC.stride(0),
         stash_RC.stride(0), *head, **blocks,
-    )  # fmt: skip
-
-
-def cross(
-    product_RC: Tensor,
-    bias_C: Tensor | None,
-    ref_product_RC: Tensor,
-    ref_bias_C: Tensor | None,
-    head: HeadShape,
-    ref_shift_R: Tensor,
-    cross_R: Tensor,
-    target_R: Tensor | None = None,
-    first_column: int = 0,
-    stash_RC: Tensor | None = None,
-) -> None:
-    """Each row's share of the cross term of KL(reference || policy) from two tiles.
-
-    ``stash_RC`` takes the reference's exponentials if given.
-    """
-    R, C = product_RC.shape
-    grid, blocks = _launch(R, C)
-    cross_kernel[grid](
-        product_RC, bias_C, ref_product_RC, ref_bias_C, ref_shift_R, cross_R, target_R, stash_RC,
-        R, C, first_column, product_RC.stride(0), ref_product_RC.stride(0),
-        0 if stash_RC is None else stash_RC.stride(0), *head, **blocks,
-    )  # fmt: skip
-
-
-def mix(stash_RV: Tensor, ref_RV: Tensor, own_R: Tensor, ref_share_R: Tensor) -> None:
-    """``stash = own * stash + ref_share * ref`` row by row, in place."""
-    R, V = stash_RV.shape
-    mix_kernel[(R, cdiv(V, 2048))](
-        stash_RV, ref_RV, own_R, ref_share_R, V, stash_RV.stride(0), ref_RV.stride(0),
-        BLOCK=2048, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fastdpo import LinearDPOLoss, linear_dpo_loss, linear_logp, linear_preference_loss
 from fastdpo.kernels import support
+from fastdpo.loss.lists import lipo_lambda
 from fastdpo.loss.objectives import lr_dpo, nca_pair
 from fastdpo.loss.reference import IGNORE
 
@@ -76,6 +77,15 @@ def valid_preference() -> Args:
         "num_pairs": 2.0,
         "stats": ("entropy",),
     }
+
+
+def valid_lists() -> Args:
+    args = {**valid_preference(), "objective": lipo_lambda(0.1)}
+    return args | {
+        "margin_P": None, "smoothing_P": None,  # which lists don't have
+        "firsts_P1": (0, 2, 4), "scores_S": torch.rand(2 * PAIRS), "desirable_P": None,
+        "mean_chosen_length": 2.0, "shift": 0.1,
+    }  # fmt: skip
 
 
 def valid_dpo() -> Args:
@@ -375,6 +385,20 @@ BOUNDS_FAULTS = [
     replaced("bounds_S1", wrong_ends, alone=True),
     MASKED,
 ]
+NO_LISTS = st.lists(st.integers(-1, 5), max_size=5).filter(lambda x: x not in ([0, 2, 4], [0, 4]))
+LIST_FAULTS = [
+    not_a_tensor("firsts_P1", optional=True),
+    replaced("firsts_P1", lambda _, draw: tuple(draw(NO_LISTS)), alone=True),
+    replaced("firsts_P1", lambda x, _: torch.tensor(x)),
+    replaced("firsts_P1", lambda x, draw: (*x[:-1], draw(NOT_NUMBERS))),
+    *vector_faults("scores_S", FINITE_FLOATS),
+    replaced("scores_S", lambda *_: None),
+    replaced("desirable_P", lambda *_: torch.ones(PAIRS)),
+    *number("mean_chosen_length", NEGATIVE_OR_ZERO),
+    *number("shift", st.sampled_from(["", (), None])),
+    *vector_faults("weight_P", st.one_of(FINITE_FLOATS, st.floats(-9, -1e-3))),
+    replaced("margin_P", lambda *_: torch.ones(PAIRS)),
+]
 SCALARS = [*number("beta", NEGATIVE_OR_ZERO), *number("alpha", st.sampled_from(["", (), None]))]
 
 
@@ -437,6 +461,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], Args], list[Corruption]]] 
             UNKNOWN,
         ],
     ),
+    "linear_preference_loss of lists": (linear_preference_loss, valid_lists, LIST_FAULTS),
     "linear_dpo_loss": (
         linear_dpo_loss,
         valid_dpo,

@@ -225,6 +225,9 @@ class TrainCommand(TrainConfig, EvalConfig):
         _check_string_prompts(self)
         apart = not (self.prompt_in_likelihood and self.from_first_difference)
         require(self, "from_first_difference", apart, "left out with prompt_in_likelihood")
+        apart = not (self.prompt_in_likelihood and self.objective.needs_prompt)
+        other = f"left out with loss_type={self.loss_type}, which scores the prompt itself"
+        require(self, "prompt_in_likelihood", apart, other)
         check_control(self, self.reference)
         for name in ("candidates", "control"):
             require_used(self, name, self.alpha == "auto", "alpha be auto")

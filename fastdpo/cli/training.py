@@ -71,11 +71,11 @@ def defaults(config: type) -> dict[str, Any]:
 
 
 def data_facts(found: Tokenized, held: Sequence[TokenizedExample]) -> dict[str, Any]:
-    """Numbers and mean lengths of examples, in tokens, as `pairs.summary.json` of a round has them
-    of pairs."""
+    """Numbers and mean lengths of examples, in tokens, as `pairs.summary.json` of a round has them;
+    the number of examples by their shape."""
     examples = found.examples
     facts = {
-        "pairs": len(examples),
+        examples[0].shape: len(examples),
         "dropped": found.dropped,
         "truncated_to_max_length": found.truncated,
         "mean_length_prompt": fmean(len(x) for each in examples for x in each.prompts),

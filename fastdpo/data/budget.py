@@ -1,10 +1,17 @@
 """Examples within a number of tokens: what happens to those that are too long."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastdpo.data.examples import TokenizedExample, TokenizedList, TokenizedPair, tokens_of
+from fastdpo.data.examples import (
+    TokenizedExample,
+    TokenizedList,
+    TokenizedPair,
+    classes_of,
+    tokens_of,
+)
 from fastdpo.errors import DataError
 
 OVERLONG = ("truncate", "drop", "stop")  # what can be done with a pair that is too long
@@ -95,12 +102,16 @@ def _cut(pair: TokenizedExample, max_tokens: int, layout: str) -> TokenizedExamp
     def fits(cap: int) -> bool:
         return tokens_of(prompts, [min(length, cap) for length in lengths], layout) <= max_tokens
 
-    # Not by halves: where not all can share the prompt, a longer cap may take fewer tokens.
-    cap = next(filter(fits, range(min(max(lengths), max_tokens), 0, -1)), 0)
-    return cut_to(pair, cap)
+    caps = range(1, min(max(lengths), max_tokens) + 1)
+    if classes_of(layout):
+        # Not by halves: where not all can share the prompt, a longer cap may take fewer tokens.
+        cap = next(filter(fits, reversed(caps)), 0)
+    else:
+        cap = bisect_left(caps, True, key=lambda cap: not fits(cap))
+    return _cut_to(pair, cap)
 
 
-def cut_to(pair: TokenizedExample, cap: int) -> TokenizedExample | None:
+def _cut_to(pair: TokenizedExample, cap: int) -> TokenizedExample | None:
     """The example with its responses cut to `cap` tokens; None if that makes all of them alike."""
     if cap < 1:
         return None

@@ -221,7 +221,7 @@ def check_firsts(firsts: Any, S: int, objective: Any) -> tuple[int, ...]:
             f"firsts_P1 must run from 0 to S={S}, the number of sequences that bounds_S1 has, got "
             f"{_shortly(firsts)}"
         )
-    pair = 2, 3 if objective.needs_prompt else 2
+    pair = 2, 3 if objective.needs_prompt and objective.ld_alpha is None else 2
     sizes = {"pairs": pair, "lists": (2, sys.maxsize), "singles": (1, 1)}
     least, most = sizes[objective.shape]
     for p, (start, stop) in enumerate(pairwise(firsts)):

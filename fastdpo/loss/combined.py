@@ -32,9 +32,10 @@ class Sum(BaseObjective):
     It is ``by_margin`` if all parts are, of the same margin but for a factor and an offset.
 
     Raises:
-        ValueError: there is none, a weight is negative, or two cannot be summed: they differ in the
-            shape of their examples, in what rewards are multiplied by, in the weights of tokens, or
-            in what the step's examples share.
+        ValueError: there is none, a weight is negative, all are 0, or two cannot be summed: they
+            differ in the shape of their examples, in what rewards are multiplied by, in the weights
+            of tokens, or in what the step's examples share, or one couples the examples of a step
+            and another needs more of each than `given_slopes` can know.
     """
 
     parts: tuple[BaseObjective, ...]
@@ -48,8 +49,15 @@ class Sum(BaseObjective):
             )
         for i, weight in enumerate(self.weights):
             require_number(f"loss_weights[{i}]", weight, low=0)
+        if not any(self.weights):
+            raise ValueError("loss_weights are all 0: there is nothing to train")
         _set(self, **{name: self._common(name) for name in ("shape", "beta", "ld_alpha")})
         _set(self, **{name: any(self._all(name)) for name in _NEEDS})
+        if self.couples and (self.needs_kl or self.needs_alignment):
+            raise ValueError(
+                f"{self.name} cannot be summed: one needs all pairs of a step at once, and another "
+                "more than the log-probs of each"
+            )
         shifts = {shift for shift in self._all("shift_is") if shift is not None}
         if len(shifts) > 1 or (self.needs_prompt and not self._same_mean()):
             raise ValueError(f"{self.name} cannot be summed: their losses share different means")
@@ -61,6 +69,7 @@ class Sum(BaseObjective):
             length_normalized=normalized == {True},
             kl_shares=shares.pop() if len(shares) == 1 else None,
             alpha=max(self._all("alpha"), key=abs),
+            smoothing_below=min(filter(None, self._all("smoothing_below")), default=None),
         )
 
     @property

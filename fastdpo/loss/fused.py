@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import fold, project, scatter
+from ..kernels import fold, kl, project, scatter
 from .blocks import Block, Grads, Head, Needs, Shares, TokenRows, Tokens
 from .call import collect
 from .checks import IGNORE
@@ -108,7 +108,7 @@ class FusedStreamer:
         unit_N = torch.maximum(own_N.abs(), ref_N.abs())
         # An ignored row may not be finite.
         factors = (torch.where(tokens.target_N < 0, 0.0, x_N / unit_N) for x_N in (own_N, ref_N))
-        fold.mix(kept_RV, ref_RV, *factors)
+        kl.mix(kept_RV, ref_RV, *factors)
         block.own_N, block.ref_max_KN = block.own(shares), None
         block.max_KN = block.lse_N + unit_N.log()
 
@@ -216,16 +216,16 @@ class FusedStreamer:
                 if other is None or ref_partials is None or cross_KN is None:
                     del product  # before the next is made, so that it takes the same memory
                     continue
-                ref, (ref_h_ND, _), ref_stash_NV = other
+                ref, (ref_h_ND, _), ref_NV = other
                 ref_product, ref_bias = ref._products(ref_h_ND[rows], columns)
                 fold.fold(
                     ref_product, ref_bias, ref.shape, target_N[rows], v0, ref_partials, rows,
                     None, self.limit,
                 )  # fmt: skip
-                fold.cross(
+                kl.cross(
                     product, bias, ref_product, ref_bias, self.shape,
-                    ref_partials.shift_KN[k, rows], cross_KN[k, rows], target_N[rows], v0,
-                    None if ref_stash_NV is None else ref_stash_NV[rows, columns],
+                    ref_partials.shift_KN[k, rows], cross_KN[k, rows],
+                    None if ref_NV is None else (target_N[rows], v0, ref_NV[rows, columns]),
                 )  # fmt: skip
                 del product, ref_product
         return partials, ref_partials, cross_KN

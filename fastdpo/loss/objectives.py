@@ -134,7 +134,7 @@ class Objective(BaseObjective):
                 "exo_pair needs a label_smoothing between 0 and 1 (the paper's is 1e-3), "
                 f"got {self.label_smoothing:g}"
             )
-        if self.formula is ROBUST and self.label_smoothing >= 0.5:
+        if self.label_smoothing >= (self.smoothing_below or 2):
             raise ValueError(f"robust needs a label_smoothing < 0.5, got {self.label_smoothing:g}")
         if self._has_z:
             return
@@ -147,7 +147,8 @@ class Objective(BaseObjective):
 
     @property
     def name(self) -> str:
-        return self.formula.name
+        without = "" if self.reference_scale else " without a reference"
+        return self.formula.name + without
 
     @property
     def _has_z(self) -> bool:
@@ -162,6 +163,11 @@ class Objective(BaseObjective):
     def takes_margin(self) -> bool:
         """Whether margin and smoothing of a pair mean something."""
         return self.formula.form != "sides"
+
+    @property
+    def smoothing_below(self) -> float | None:
+        """Of labels flipped as often as not there is nothing to learn."""
+        return 0.5 if self.formula is ROBUST else None
 
     @property
     def needs_reference(self) -> bool:
@@ -224,8 +230,9 @@ class Objective(BaseObjective):
         if given:
             eps_P = given + eps_P - 2 * given * eps_P
         if self.formula.form == "label":
-            if self.formula is ROBUST:
-                require_values("smoothing_P", eps_P, eps_P < 0.5, "< 0.5 for robust")
+            if self.smoothing_below is not None:
+                below = self.smoothing_below
+                require_values("smoothing_P", eps_P, eps_P < below, f"< {below} for {self.name}")
             return f(z_P, self.beta, eps_P)
         own = (self.beta,) if self.formula.parameter is None else (self.beta, self.parameter)
         return (1 - eps_P) * f(z_P, *own) + eps_P * f(-z_P, *own)

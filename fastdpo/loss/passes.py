@@ -38,7 +38,7 @@ def score(call: Call, scoring: Scoring, blocks: list[Block], *, slopes: bool = T
     """Loss and slopes of the examples whose tokens ``blocks`` have, by a kernel in one launch."""
     logp_N, ref_logp_N = collect(blocks, "logp_N"), collect(blocks, "ref_logp_N")
     weight_N = scoring.token_weight_N
-    if weight_N is not None:
+    if weight_N is not None:  # in fp64, as those of a reference that was weighted before
         logp_N = logp_N * weight_N
         ref_logp_N = None if ref_logp_N is None else ref_logp_N * weight_N
     if call.fused and scoring.objective.code is not None:
@@ -75,7 +75,7 @@ def _sums(
     call: Call, scoring: Scoring, blocks: list[Block], logp_N: Tensor, ref_logp_N: Tensor | None
 ) -> Sums:
     """What the objective reads of each sequence, by a kernel in one launch."""
-    dtype, ref_S = scoring.sum_dtype(logp_N.dtype), scoring.ref_logp_S
+    dtype, ref_S = scoring.sum_dtype(blocks[0].logp_N.dtype), scoring.ref_logp_S
     gap_N = kl_S = None
     if scoring.objective.needs_kl:
         kl_S = sequence_sums(join([block.stats["kl_ref"] for block in blocks]), scoring, dtype)
@@ -92,29 +92,25 @@ def _sums(
         return Sums(found.logp_S, found.ref_logp_S, kl_S, found.gap_S)
     logp_S = sequence_sums(logp_N, scoring, dtype)
     if ref_S is None:
-        ref_S = (
-            torch.zeros_like(logp_S)
-            if ref_logp_N is None
-            else sequence_sums(ref_logp_N, scoring, dtype)
-        )
-    alignment_S = (
-        None if gap_N is None else sequence_sums(gap_N, scoring, gap_N.dtype) / scoring.lengths_S
-    )
-    return Sums(logp_S, ref_S, kl_S, alignment_S)
+        ref_S = torch.zeros_like(logp_S)
+        if ref_logp_N is not None:
+            ref_S = sequence_sums(ref_logp_N, scoring, dtype)
+    if gap_N is None:
+        return Sums(logp_S, ref_S, kl_S)
+    means_S = sequence_sums(gap_N, scoring, torch.float64) / scoring.lengths_S
+    return Sums(logp_S, ref_S, kl_S, means_S)
 
 
 def tail_weights(target_N: Tensor, scoring: Scoring) -> Tensor:
     """1.0 for as many tokens of a pair's longer side as the other has, ``ld_alpha`` for the rest.
 
-    (N,) fp64; a third sequence of an example keeps all of its tokens.
+    (N,) fp64.
     """
     lengths_S, sizes, ld_alpha = scoring.lengths_S, scoring.sizes, scoring.objective.ld_alpha
     assert ld_alpha is not None
     before_S = lengths_S.cumsum(0) - lengths_S
     place_N = (target_N != IGNORE).cumsum(0) - _per_token(before_S, sizes)  # from 1
-    shared_S = lengths_S.clone()
-    for first in scoring.firsts[:-1]:
-        shared_S[first : first + 2] = lengths_S[first : first + 2].amin()
+    shared_S = lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
     weight_N = torch.ones(len(target_N), dtype=torch.float64, device=target_N.device)
     return weight_N.masked_fill_(place_N > _per_token(shared_S, sizes), ld_alpha)
 

@@ -124,7 +124,7 @@ PAIRING = {
     "length_gap": "Best − worst after it, tokens",
     "mean_ches": "CHES",
     "mean_difficulty": "Difficulty, nats",
-    "held_out_pairs": "Pairs held out",
+    "held_out_pairs": "Held out",
     "longest": "Longest side, tokens",
     "truncated_to_max_length": "Truncated to max_length",
     "prompts_as_text": "Prompts without the chat template",
@@ -307,11 +307,11 @@ def _training_tiles(run: Run) -> list[tuple[str, Told, Told, str]]:
         else:
             continue
         tiles.append((f"{where} {quantity.name.lower()}", _ends(quantity, ends), Told(note), ""))
-    if pairs := one.pairing.get("pairs"):
-        pairs -= one.numbers.get("pairs_dropped", 0.0)
+    for key in KEPT.keys() & one.pairing.keys():
+        kept = one.pairing[key] - one.numbers.get("pairs_dropped", 0.0)
         epochs = number(run.option("num_train_epochs")) or 1
         note = f"{count(epochs)} epoch{'s' if epochs != 1 else ''}"
-        tiles.append(("Pairs to train on", Told(count(pairs)), Told(note), ""))
+        tiles.append((f"{KEPT[key]} to train on", Told(count(kept)), Told(note), ""))
     return tiles
 
 

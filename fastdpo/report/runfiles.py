@@ -26,7 +26,7 @@ from fastdpo.report.evaluation import (
 from fastdpo.storage import read_json, read_text
 
 PARTS = ("config", "numbers", "pairing", "steps", "held", "speed")
-KEPT = {"pairs": "Pairs", "lists": "Lists"}  # what a stage of pairing keeps
+KEPT = {"pairs": "Pairs", "lists": "Lists", "singles": "Responses"}  # what is trained on, by shape
 _ROUND = re.compile(r"round-(\d{2,6})")
 _NO_STATE: dict[str, Any] = {"config": {}, "done": [], "begun": None, "ended": {}}
 T = TypeVar("T")
@@ -327,7 +327,8 @@ def measured(run: Run, one: Round) -> dict[str, Estimate]:
 
     Where its files have none: score and length of held-out responses, and their "score change",
     "length change" and "win_rate" against the start (shares, 0 to 1). What was measured in training
-    has no interval: it changes from step to step. "pairs" or "lists" are those that training took.
+    has no interval: it changes from step to step. "pairs", "lists" and "singles" are those that
+    training took.
     """
     planned = number(run.option("evaluate.heldout")) or 0
     prompts = len(by_prompt(one.held)) or max(int(planned), 0)

@@ -200,6 +200,13 @@ class IterateConfig:
                 f"{shaped[0] if shaped else f'score.scorer={unbounded[0]}'}; set "
                 "pair.transform=win_rate"
             )
+        centred = "preference_score" in self.loss.split(",")
+        judges = [f"score.scorer={x}" for x in self.score.scorers if x.startswith("judge:")]
+        if centred and (pair.transform in ("par", "win_rate") or judges):
+            raise ConfigError(
+                f"{reads} needs scores around 0, and those of {(shaped or judges)[0]} are win "
+                "rates; use train.loss_type=sppo, which takes these"
+            )
         below = pair.transform in ("log_sigmoid", "mean_std")
         if train.score_offset == "log_ratio" and below:
             raise ConfigError(

@@ -23,7 +23,12 @@ def read_offline(run: Run) -> None:
             run.score(folder / "candidates", run.scores(folder), config.model, previous)
         write_json_atomic(folder / "summary.json", {"pairs": len(rows), "dropped": dropped})
 
-    run.stages.run("offline", work, makes=folder / "summary.json")
+    run.stages.run("offline", work, makes=[folder / "summary.json", *offline_scores(run)])
+
+
+def offline_scores(run: Run) -> list[Path]:
+    """The scores of offline pairs, a folder for each scorer; none where nothing uses them."""
+    return run.scores(run.out / "offline") if run.config.scores_offline else []
 
 
 def answer_offline(run: Run, index: int) -> None:

@@ -25,7 +25,13 @@ from fastdpo.rounds.config import IterateConfig, defaults
 from fastdpo.rounds.folder import Run
 from fastdpo.rounds.heldout import evaluate
 from fastdpo.rounds.inputs import check_inputs
-from fastdpo.rounds.replay import answer_offline, answers, offline_pairs, read_offline
+from fastdpo.rounds.replay import (
+    answer_offline,
+    answers,
+    offline_pairs,
+    offline_scores,
+    read_offline,
+)
 from fastdpo.score.stage import score
 from fastdpo.storage import locked, read_json, write_json_atomic
 from fastdpo.train.control import LengthController
@@ -111,6 +117,8 @@ def _round(run: Run, index: int) -> None:
             makes=ranked,
             needs=[candidates, earlier, before],
         )
+    if config.pair.replay_share:
+        joined += offline_scores(run)
     if config.pair.fresh_threshold is not None:
         answer_offline(run, index)
         joined += answers(run, index)

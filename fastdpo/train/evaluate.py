@@ -88,8 +88,9 @@ class Evaluator:
         if self.setup.accelerator.is_main_process:
             forget_best(self.best, done)
         if self.setup.progress:
-            pairs = self.setup.pairs
-            print(f"{len(pairs)} {pairs[0].name}s to evaluate on, {len(self.due)} times")
+            print(
+                f"{len(self.setup.pairs)} {self.setup.noun} to evaluate on, {len(self.due)} times"
+            )
 
     def after(
         self,
@@ -124,15 +125,16 @@ class Evaluator:
             shown_names = (f"eval_{name}" for name in _SHOWN if f"eval_{name}" in row)
             told = (f"{name} {row[name]:.4f}" for name in shown_names)
             tqdm.write(f"step {step}: {'  '.join(told)}")
-        # As in transformers the start is none to choose.
-        if step and self.options.load_best_model_at_end:
+        if self.options.load_best_model_at_end:
             value, best = self._metric(row), best_so_far(self.best)
-            if best is None or self.options.is_better(value, best[1]):
+            # As in transformers the start is none to choose.
+            if step and (best is None or self.options.is_better(value, best[1])):
                 # Killed, the run goes on from the checkpoint, with the best up to there.
                 forget_best(self.best, self.checkpoint)
                 save_best(self.best, step, model, value)
 
     def _metric(self, row: dict[str, float]) -> float:
+        """What the best is chosen by; single responses have no accuracy."""
         name = self.options.best_metric
         if name not in row:
             raise ConfigError(
@@ -206,11 +208,11 @@ def _check_apart(setup: Setup, pairs: Sequence[Any]) -> None:
     both = [pair for pair in pairs if key(pair) in trained]
     if len(both) == len(pairs):
         raise DataError(
-            f"eval_dataset: all {len(pairs)} pairs are trained on too, so they would say nothing "
-            "of others; keep some pairs out of dataset, and give those"
+            f"eval_dataset: all {len(pairs)} {setup.noun} are trained on too, so they would say "
+            f"nothing of others; keep some {setup.noun} out of dataset, and give those"
         )
     if both and setup.accelerator.is_main_process:
         _log.warning(
-            "eval_dataset: %d of %d pairs are trained on too (%s)",
-            len(both), len(pairs), both[0].where,
+            "eval_dataset: %d of %d %s are trained on too (%s)",
+            len(both), len(pairs), setup.noun, both[0].where,
         )  # fmt: skip

@@ -180,7 +180,9 @@ def _laid_out(setup: Setup, examples: Sequence[Any], model: nn.Module) -> Setup:
     """The setup with these examples, in the layout of a model that has their tokens."""
     ids = [ids for x in examples for ids in (*x.prompts, *x.responses)]
     what = "a response with its prompt"
-    check_range(model, max(map(max, ids)), max(x.longest for x in examples), "the pairs'", what)
+    check_range(
+        model, max(map(max, ids)), max(x.longest for x in examples), f"the {setup.noun}'", what
+    )
     layout = layout_of(model)
     lengths = [x.num_tokens(layout) for x in examples]
     return replace(setup, pairs=examples, layout=layout, lengths=lengths)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain, pairwise
 from pathlib import Path
@@ -85,7 +86,7 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
     # Every process reads what the first one found.
     logps = logps or load(own, setup.pairs, None)
     assert logps is not None
-    return logps
+    return logps if need_tokens else replace(logps, logp_N=None)
 
 
 def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:
@@ -114,8 +115,8 @@ def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:
     for i, (start, stop) in enumerate(pairwise(firsts)):
         if not logp_S[start:stop].isfinite().all():
             raise ModelError(
-                f"the reference gives pair {i} ({setup.pairs[i].where}) a log-prob that is not "
-                "finite; the model is broken or overflows in bf16 (try bf16=false)"
+                f"the reference gives {setup.noun[:-1]} {i} ({setup.pairs[i].where}) a log-prob "
+                "that is not finite; the model is broken or overflows in bf16 (try bf16=false)"
             )
     return LogProbs(logp_S, logp_N, firsts, bounds_S1)
 

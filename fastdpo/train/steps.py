@@ -64,6 +64,11 @@ class Setup:
     aux_loss_coef: float = 0.0
     mismatched: "Setup | None" = None
 
+    @property
+    def noun(self) -> str:
+        """What the examples are called."""
+        return f"{self.pairs[0].name}s"
+
     def tokens(self, index: list[int]) -> int:
         """Tokens that a micro-batch of these examples computes."""
         lengths = [self.lengths[i] for i in index]

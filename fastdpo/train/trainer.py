@@ -274,8 +274,8 @@ def _tell_plan(setup: Setup, model: nn.Module, steps: list[list[list[int]]]) -> 
     max_tokens = setup.config.max_tokens
     fill = sum(map(setup.tokens, batches)) / (len(batches) * max_tokens)
     print(
-        f"{len(setup.pairs)} {setup.pairs[0].name}s, {setup.layout}: {len(steps)} steps in "
-        f"{len(batches)} micro-batches that fill {fill:.0%} of max_tokens={max_tokens}"
+        f"{len(setup.pairs)} {setup.noun}, {setup.layout}: {len(steps)} steps in {len(batches)} "
+        f"micro-batches that fill {fill:.0%} of max_tokens={max_tokens}"
     )
 
 
@@ -284,10 +284,10 @@ def _warn_of_few_steps(setup: Setup, steps: int) -> None:
     smaller = pairs // math.ceil(_FEW_STEPS / config.num_train_epochs)
     way = f"a smaller batch_size, as {smaller}, or " if smaller else ""
     _log.warning(
-        "%d %ss with batch_size=%d and num_train_epochs=%d make %d optimizer %s, too few to "
+        "%d %s with batch_size=%d and num_train_epochs=%d make %d optimizer %s, too few to "
         "learn much: a step moves no weight by more than about learning_rate=%g. Set %smore "
         "num_train_epochs",
-        pairs, setup.pairs[0].name, config.batch_size, config.num_train_epochs, steps,
+        pairs, setup.noun, config.batch_size, config.num_train_epochs, steps,
         "steps" if steps > 1 else "step", config.learning_rate, way,
     )  # fmt: skip
 

@@ -129,7 +129,7 @@ def _over_examples(
                 accelerator.backward(loss)
         metrics = {"loss": loss.detach(), **result.metrics}
         if setup.config.alpha == "auto":
-            metrics[COVARIANCE] = _covariance(result)
+            metrics[COVARIANCE] = _covariance(result, batch.firsts)
         # A loss is scaled by the processes already, the others are means over the batch's examples,
         # or over as many as `counts` says.
         shares: dict[str, float] = {"loss": 1, "preference_loss": 1, "aux_loss": weight}
@@ -167,8 +167,11 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     return row
 
 
-def _covariance(result: PreferenceLoss) -> Tensor:
+def _covariance(result: PreferenceLoss, firsts: tuple[int, ...]) -> Tensor:
     """Mean over a batch's pairs of the log-ratio margin times the length difference."""
-    ratio_P2 = (result.logp_S.detach().double() - result.ref_logp_S).view(-1, 2)
-    lengths_P2 = result.lengths_S.double().view(-1, 2)
-    return ((ratio_P2[:, 0] - ratio_P2[:, 1]) * (lengths_P2[:, 0] - lengths_P2[:, 1])).mean()
+    ratio_S = result.logp_S.detach().double() - result.ref_logp_S
+    chosen, rejected = list(firsts[:-1]), [first + 1 for first in firsts[:-1]]
+    margin_P, longer_P = (
+        x_S[chosen] - x_S[rejected] for x_S in (ratio_S, result.lengths_S.double())
+    )
+    return (margin_P * longer_P).mean()

@@ -1,4 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false
 """Datasets of every shape: which columns tell it, what is refused, and the tokens of each."""
 
 import csv
@@ -234,6 +235,11 @@ def test_next_steps_go_on_in_the_same_turn(prompt, tokenizer):
         spoken = {name: [a(STEP[name])] for name in ("chosen", "rejected")}
         (same,) = tokenize([{"prompt": prompt, **STEP, **spoken}], tokenizer).pairs
         assert same == pair
+        answer = a(steps + STEP["chosen"])
+        wanted = tokenizer.apply_chat_template(
+            [*prompt, answer], continue_final_message=True, return_dict=True
+        )["input_ids"]
+        assert pair.prompt_ids + pair.chosen_ids == wanted
     last = {"prompt": prompt, **STEP, "append_eos": True}
     (ended,) = tokenize([last], tokenizer).pairs
     assert texts(ended, tokenizer)[0][1] == "It is blue.<|im_end|>"
@@ -327,6 +333,10 @@ def test_options_of_what_is_scored(tmp_path, tokenizer, monkeypatch):
         ConfigError, match=r"from_first_difference=True .*with prompt_in_likelihood"
     ):
         command(path, from_first_difference=True, prompt_in_likelihood=True)
+    with pytest.raises(
+        ConfigError, match=r"^prompt_in_likelihood=True .* with loss_type=orpo, whi"
+    ):
+        command(path, prompt_in_likelihood=True, loss_type="orpo")
     dove = {"i_chosen": SKY, "r_chosen": " Blue.", "i_reject": SEA, "r_reject": " Lazy."}
     (pair,) = read(path, [dove], tokenizer, monkeypatch, prompt_in_likelihood=True)
     for response, text in zip(pair.responses, (f"{SKY} Blue.", f"{SEA} Lazy.")):
@@ -364,7 +374,8 @@ def test_every_shape_is_trained_on(loss_type, tmp_path, capsys):
     ]  # fmt: skip
     assert main(argv) == 0
     facts = json.loads((out / "data.json").read_text())
-    assert facts["pairs"] == 4 and facts["mean_length_response"] > 0
+    shape = "lists" if loss_type == "lipo_lambda" else "singles"
+    assert facts[shape] == 4 and facts["mean_length_response"] > 0
     assert facts["responses"] == (12 if loss_type == "lipo_lambda" else 4)
     path.write_text("".join(json.dumps(STRINGS[0]) + "\n" for _ in range(3)))
     if loss_type == "lipo_lambda":

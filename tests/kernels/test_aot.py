@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton", minversion="3.6")
 
 import triton.language as tl  # noqa: E402
 
-from fastdpo.kernels import fold, pair, pointwise, project, scatter  # noqa: E402
+from fastdpo.kernels import fold, kl, pair, pointwise, project, scatter  # noqa: E402
 from fastdpo.loss import fused  # noqa: E402
 from fastdpo.loss.objectives import KERNEL_FORMULAS, Objective  # noqa: E402
 
@@ -42,7 +42,7 @@ TILES = {
 # 3.9 allots registers worse, and a smaller tile would cost more.
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 MOST_SPILLED = 16 if OLD_TRITON else 256
-MODULES = (fold, pair, project, scatter)
+MODULES = (fold, kl, pair, project, scatter)
 WIDTHS = [C for C in (256, 1024, 4096, 8192) if C <= fold.MAX_TILE_COLUMNS]
 N, V, D = 4096, 128_256, 4096
 # No kernel of the package is as small; an empty one has only its exit and what surrounds it.
@@ -223,15 +223,15 @@ def launch_cross(
     softcap: bool = False,
     stash: bool = False,
 ) -> None:
-    kept = (targets(), 2 * C, meta(N, V, dtype=dtype)[:, :C]) if stash else ()
-    fold.cross(
+    kept = (targets(), 2 * C, meta(N, V, dtype=dtype)[:, :C]) if stash else None
+    kl.cross(
         meta(N, C), optional(bias, C, dtype=dtype), meta(N, C), optional(bias, C, dtype=dtype),
-        head(softcap), meta(N), meta(N), *kept,
+        head(softcap), meta(N), meta(N), kept,
     )  # fmt: skip
 
 
 def launch_mix(dtype: torch.dtype) -> None:
-    fold.mix(meta(N, V, dtype=dtype), meta(N, V, dtype=dtype), meta(N), meta(N))
+    kl.mix(meta(N, V, dtype=dtype), meta(N, V, dtype=dtype), meta(N), meta(N))
 
 
 def launch_merge(
@@ -381,12 +381,9 @@ def further_launches(target: str) -> None:
             launch_fold(C, dtype, stats=stats, stash=stash, first=stats)
         launch_fold(C, dtype, bias=True, softcap=True, stash=True, stats=True)
         launch_keep(C, dtype)
-        for target_given in (True, False):
-            launch_keep(C, dtype, bias=True, softcap=True, ref=True, target=target_given)
-        for stash in (True, False):
-            launch_cross(C, dtype, bias=True, softcap=True, stash=stash)
-    for dtype in DTYPES:
-        launch_mix(dtype)
+        for both in (True, False):
+            launch_keep(C, dtype, bias=True, softcap=True, ref=True, target=both)
+            launch_cross(C, dtype, bias=True, softcap=True, stash=both)
     for name in fold.STATS:
         launch_merge(frozenset([name]))
     for dtype, width in product(DTYPES, (576, 1000, D)):
@@ -396,6 +393,12 @@ def further_launches(target: str) -> None:
             launch(dtype, width)
     for dtype in DTYPES:
         launch_merge(frozenset(), dtype)
+        launch_mix(dtype)
+    further_pairs()
+
+
+def further_pairs() -> None:
+    """Every objective of the pair kernel."""
     for kind, normalized in product(MARGIN_KINDS, (False, True)):
         launch_pair(kind, normalized=normalized)
         launch_pair(kind, normalized=normalized, numbers=True, options=False)
@@ -404,8 +407,8 @@ def further_launches(target: str) -> None:
         launch_pair(kind, options=False, ref_dtype=torch.float64)
         launch_pair(kind, options=False, numbers=True)
     launch_sums(torch.float64, gap=False)
-    for ref in (False, True):
-        launch_sums(ref=ref, gap=ref)
+    launch_sums()
+    launch_sums(ref=False, gap=False)
 
 
 # ------------------------------------------------------------------------------------------ checks

@@ -41,7 +41,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdpo import LinearDPOLoss, linear_logp, linear_preference_loss
-from fastdpo.kernels import fold, pair, pointwise, project, scatter, support
+from fastdpo.kernels import fold, kl, pair, pointwise, project, scatter, support
 from fastdpo.kernels.fold import HeadShape, Partials
 from fastdpo.loss import module, reference
 from fastdpo.loss.examples import Examples
@@ -565,10 +565,10 @@ def test_cross_against_fp64(name, size, keeps):
     stash_NV = output(N, V, torch.float16)
     for k, v0 in enumerate(range(0, V, width)):
         c = slice(v0, v0 + width)
-        fold.cross(
+        kl.cross(
             product_NV[:, c], None if bias_V is None else bias_V[c], ref_product_NV[:, c],
             None if ref_bias_V is None else ref_bias_V[c], shape.head, partials.shift_KN[k],
-            cross_KN[k], *((target_N, v0, stash_NV[:, c]) if keeps else ()),
+            cross_KN[k], (target_N, v0, stash_NV[:, c]) if keeps else None,
         )  # fmt: skip
     e_NV = (ref_z_NV - partials.shift_KN.repeat_interleave(width, 0)[:V].T.double()).exp()
     terms_NV = torch.where(e_NV > 0, e_NV * (ref_z_NV - z_NV), 0.0)
@@ -594,7 +594,7 @@ def test_mix_against_fp64(dtype):
     own_N[3], ref_N[3], own_N[4], ref_N[4] = 1.0, 0.0, 0.0, 1.0
     terms = kept_NV.double() * own_N.double()[:, None], ref_NV.double() * ref_N.double()[:, None]
     wanted = kept_NV[3].clone(), ref_NV[4].clone()
-    fold.mix(kept_NV, ref_NV, own_N, ref_N)
+    kl.mix(kept_NV, ref_NV, own_N, ref_N)
     allowed = rounding(dtype) * sum(terms).abs() + rounding(torch.float32) * 3  # type: ignore[union-attr]
     assert_within(kept_NV, sum(terms), allowed + smallest(dtype), "mix")  # type: ignore[arg-type]
     assert torch.equal(kept_NV[3], wanted[0])

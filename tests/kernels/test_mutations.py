@@ -175,8 +175,8 @@ KERNELS = {
             mask("scored = target >= 0\n        e =", "scored = row\n        e ="),
             mask("== (target - first_column)[:, None], 0.0, e)", "== target[:, None], 0.0, e)"),
             mask(
-                "mask=inside)\n\n\n@triton.jit\ndef cross_kernel",
-                "mask=row[:, None])\n\n\n@triton.jit\ndef cross_kernel",
+                "mask=inside)\n\n\n@triton.jit\ndef merge_kernel",
+                "mask=row[:, None])\n\n\n@triton.jit\ndef merge_kernel",
             ),
             scale("e = tl.exp(z - tl.load(lse_ptr", "e = 2.0 * tl.exp(z - tl.load(lse_ptr"),
             scale("ref_e = tl.exp(ref_z", "ref_e = 2.0 * tl.exp(ref_z"),
@@ -185,42 +185,6 @@ KERNELS = {
             mask("ref_share_ptr + n, mask=row, other=0.0)", "ref_share_ptr)"),
             sign("e += tl.load(ref_share_ptr", "e -= tl.load(ref_share_ptr"),
             sign("e = tl.exp(z - tl.load(lse_ptr", "e = tl.exp(z + tl.load(lse_ptr"),
-        ],
-    ),
-    "cross_kernel": Kernel(
-        "fold.py",
-        "test_cross_",
-        [
-            mask("tl.where(e > 0.0, e * (ref_z - z), 0.0)", "e * (ref_z - z)"),
-            mask(
-                "e * (ref_z - z), 0.0), 1), mask=row)",
-                "e * (ref_z - z), 0.0), 1))",
-            ),
-            scale(
-                "e = tl.exp(ref_z - tl.load(ref_shift", "e = 2.0 * tl.exp(ref_z - tl.load(ref_shift"
-            ),
-            sign("e * (ref_z - z)", "e * (z - ref_z)"),
-            sign("tl.exp(ref_z - tl.load(ref_shift", "tl.exp(ref_z + tl.load(ref_shift"),
-            mask("kept(tl.where(own, 0.0, e), z", "kept(e, z"),
-            mask("z, (target >= 0)[:, None], softcap)", "z, row[:, None], softcap)"),
-            scale("kept(tl.where(own, 0.0, e), z", "kept(tl.where(own, 0.0, e), ref_z"),
-            mask(
-                "mask=inside)\n\n\n@triton.jit\ndef mix_kernel",
-                "mask=row[:, None])\n\n\n@triton.jit\ndef mix_kernel",
-            ),
-        ],
-    ),
-    "mix_kernel": Kernel(
-        "fold.py",
-        "test_mix_",
-        [
-            mask("inside = v < V", "inside = v < V + 1"),
-            mask(
-                "ref_ptr + n * ref_stride + v, mask=inside", "ref_ptr + n * ref_stride, mask=inside"
-            ),
-            scale("* tl.load(own_ptr + n)", ""),
-            scale("tl.load(ref_share_ptr + n)", "tl.load(ref_share_ptr)"),
-            sign("e += ref_e *", "e -= ref_e *"),
         ],
     ),
     "merge_kernel": Kernel(
@@ -265,6 +229,43 @@ KERNELS = {
             sign("own * (t - shift), 0.0)", "own * (shift - t), 0.0)"),
             sign("tl.exp(-against)", "tl.exp(against)"),
             sign("lse = shift + tl.log(total)", "lse = shift - tl.log(total)"),
+        ],
+    ),
+    # ------------------------------------------------------------------------------------- kl.py
+    "cross_kernel": Kernel(
+        "kl.py",
+        "test_cross_",
+        [
+            mask("tl.where(e > 0.0, e * (ref_z - z), 0.0)", "e * (ref_z - z)"),
+            mask(
+                "e * (ref_z - z), 0.0), 1), mask=row)",
+                "e * (ref_z - z), 0.0), 1))",
+            ),
+            scale(
+                "e = tl.exp(ref_z - tl.load(ref_shift", "e = 2.0 * tl.exp(ref_z - tl.load(ref_shift"
+            ),
+            sign("e * (ref_z - z)", "e * (z - ref_z)"),
+            sign("tl.exp(ref_z - tl.load(ref_shift", "tl.exp(ref_z + tl.load(ref_shift"),
+            mask("kept(tl.where(own, 0.0, e), z", "kept(e, z"),
+            mask("z, (target >= 0)[:, None], softcap)", "z, row[:, None], softcap)"),
+            scale("kept(tl.where(own, 0.0, e), z", "kept(tl.where(own, 0.0, e), ref_z"),
+            mask(
+                "mask=inside)\n\n\n@triton.jit\ndef mix_kernel",
+                "mask=row[:, None])\n\n\n@triton.jit\ndef mix_kernel",
+            ),
+        ],
+    ),
+    "mix_kernel": Kernel(
+        "kl.py",
+        "test_mix_",
+        [
+            mask("inside = v < V", "inside = v < V + 1"),
+            mask(
+                "ref_ptr + n * ref_stride + v, mask=inside", "ref_ptr + n * ref_stride, mask=inside"
+            ),
+            scale("* tl.load(own_ptr + n)", ""),
+            scale("tl.load(ref_share_ptr + n)", "tl.load(ref_share_ptr)"),
+            sign("e += ref_e *", "e -= ref_e *"),
         ],
     ),
     # -------------------------------------------------------------------------------- project.py

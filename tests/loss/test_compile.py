@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastdpo import LinearDPOLoss, linear_dpo_loss, linear_kl, linear_logp, linear_preference_loss
+from fastdpo.loss.lists import plackett_luce
 from fastdpo.loss.objectives import (
     apo_zero,
     discopop,
@@ -15,7 +16,9 @@ from fastdpo.loss.objectives import (
     length_normalized_dpo,
     nca_pair,
     robust,
+    simpo,
 )
+from fastdpo.loss.singles import kto
 
 N, D, V = 24, 16, 101
 IMPLS = ["torch", pytest.param("triton", marks=needs_kernels)]
@@ -113,14 +116,39 @@ def test_objectives(objective):
     assert objective.code is not None
 
 
-def test_an_objective_of_the_callers_own_breaks_the_graph():
-    bounds, target, ref_logp = torch.tensor(BOUNDS), targets(), -torch.rand(4) * 9
-
-    def square(chosen, rejected, *_):
-        return (chosen - rejected).square()
+@pytest.mark.parametrize("impl", IMPLS)
+def test_pairs_without_a_reference(impl):
+    bounds, target = torch.tensor(BOUNDS), targets()
 
     def function(h, w, b):
-        return [linear_preference_loss(2 * h, w, target, bounds, ref_logp, square).loss]
+        result = linear_preference_loss(
+            h, w, target, bounds, None, simpo(2.0), firsts_P1=(0, 2, 4), impl=impl
+        )
+        return [result.loss, result.logp_S, result.ref_logp_S, *result.metrics.values()]
+
+    leaves = inputs()
+    assert_same(run(function, leaves), run(whole(function), leaves))
+
+
+def square(chosen, rejected, *_):
+    return (chosen - rejected).square()
+
+
+OTHERS = {
+    "the caller's own": (square, {}),
+    "lists": (plackett_luce(0.1), {"firsts_P1": (0, 4), "scores_S": torch.arange(4.0)}),
+    "singles": (kto(0.1), {"desirable_P": torch.tensor([1.0, 0.0, 0.0, 1.0]), "shift": 0.3}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_objective_breaks_the_graph(kind):
+    bounds, target, ref_logp = torch.tensor(BOUNDS), targets(), -torch.rand(4) * 9
+    objective, given = OTHERS[kind]
+
+    def function(h, w, b):
+        result = linear_preference_loss(2 * h, w, target, bounds, ref_logp, objective, **given)
+        return [result.loss, *result.metrics.values()]
 
     leaves = inputs()
     torch._dynamo.reset()

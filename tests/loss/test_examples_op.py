@@ -26,6 +26,7 @@ from torch import Tensor
 from fastdpo import LinearPreferenceLoss, reference
 from fastdpo.loss import objectives as of
 from fastdpo.loss.blocks import Stash
+from fastdpo.loss.choices import CHOICES
 from fastdpo.loss.examples import BaseObjective, Examples
 from fastdpo.loss.lists import lipo_lambda, plackett_luce
 from fastdpo.loss.plan import Plan
@@ -222,6 +223,40 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(op, leaves)
 
 
+OF_PAIRS = [
+    name
+    for name, choice in CHOICES.items()
+    if (made := choice.build()).shape == "pairs" and not (made.needs_kl or made.needs_prompt)
+]
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_gradcheck_of_every_loss_of_pairs(name):
+    """With a pair longer than the workspace, and where pairs are coupled all of them at once."""
+    objective = CHOICES[name].build()
+    p = make_problem((2, 1, 4, 3), 2, 11, bias=True)
+    p.extra = {"weight_P": torch.rand(2).double() + 0.5}
+    if objective.needs_scores:
+        p.extra["scores_S"] = torch.rand(4).double()
+    if not objective.needs_reference:
+        p.extra["ref_logp_S"] = None
+    case = Case(objective, (), (0, 2, 4))
+    route = "stash" if objective.couples else "unit"
+    mib = workspace(case, p, route, "torch")
+    q = p.leaves()
+    leaves: Any = (q.h_TD, q.w_VD, q.bias_V)
+    # Losses of squares are large where beta is small.
+    size = max(1.0, abs(float(preference(p, objective).loss)))
+
+    def op(h_TD, w_VD, bias_V):
+        moved = replace(q, h_TD=h_TD, w_VD=w_VD, bias_V=bias_V)
+        result = preference(moved, objective, workspace_mib=mib)
+        assert PLANS[route](result.plan)
+        return result.loss / size
+
+    assert torch.autograd.gradcheck(op, leaves)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_groups_share_the_mean_length_of_the_call(impl):
     """A mean over the step's tokens is not that of the groups' means."""
@@ -298,6 +333,20 @@ def test_tails_of_sides_alike_weigh_nothing():
     even = make_problem([5, 5, 3, 3])
     wanted = preference(even, of.lr_dpo(BETA)).loss
     torch.testing.assert_close(preference(even, of.lr_dpo(BETA, ld_alpha=0.0)).loss, wanted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_policy_that_is_its_reference_has_no_margin_with_weighted_tails(impl):
+    """To the bit, whether the reference is a head or sums of weighted tokens in fp64."""
+    p = make_problem(masked=True, dtype=torch.float32)
+    objective = of.lr_dpo(BETA, ld_alpha=0.3)
+    head = {"ref_logp_S": None, "ref_h_TD": p.h_TD, "ref_w_VD": p.w_VD}
+    found = preference(p.leaves(), objective, impl=impl, **head)
+    assert found.logp_S.dtype == torch.float32 and torch.equal(found.logp_S, found.ref_logp_S)
+    assert torch.equal(found.loss.detach(), torch.tensor(2.0).log())
+    seen = preference(p, objective, impl=impl, ref_logp_S=p.ref_logp_S.double())
+    again = preference(p.leaves(), objective, impl=impl, ref_logp_S=seen.logp_S)
+    assert torch.equal(again.loss.detach(), torch.tensor(2.0).log())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -210,3 +210,16 @@ def test_other_dtypes(launches, dtype, monkeypatch):
     else:
         tiles = names.count("fold_kernel")
         assert len(names) <= 2 * tiles + 8 and "project_kernel" not in names, names
+
+
+def test_lists_are_summed_in_one_launch(launches):
+    """Then PyTorch computes their loss from a number a sequence, without a wait for them."""
+    _, pairs = call(launches, "Llama-3-8B", workspace_mib=2560)
+    plan, names = call(
+        launches, "Llama-3-8B", objective=make_objective("lipo_lambda"), workspace_mib=2560,
+        scores_S=meta(2 * PAIRS, dtype=torch.float32), firsts_P1=(0, 3, 2 * PAIRS),
+    )  # fmt: skip
+    assert plan.route == "stash" and "pair_kernel" not in names
+    assert not {"nonzero", "_local_scalar_dense"} & {*names}
+    kernels = [name for name in names if name.endswith("_kernel")]
+    assert kernels == [x.replace("pair", "sums") for x in pairs if x.endswith("_kernel")]

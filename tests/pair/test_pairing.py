@@ -417,10 +417,12 @@ def test_reading_pairs_checks_what_the_loss_will_use(tmp_path):
     (row,), _ = best_worst(group([1.0, 2.0]))
     good = row.to_json()
     path = tmp_path / "pairs.jsonl"
-    more = {"weight": 0.5, "label_smoothing": 1.0, "stage": 2, "source": "offline"}
-    storage.write_jsonl_atomic(path, [{**good, **more}, good])
-    loaded, plain = load_pairs(path)
-    assert (loaded.weight, loaded.label_smoothing) == (0.5, 1.0)
+    more = {"weight": 0.5, "label_smoothing": 1.0, "margin": -2.0, "stage": 2, "source": "offline"}
+    old = {"smoothing": 0.25}  # the column's name in files of older runs
+    storage.write_jsonl_atomic(path, [{**good, **more}, good, {**good, **old}])
+    loaded, plain, older = load_pairs(path)
+    assert (loaded.weight, loaded.label_smoothing, loaded.margin) == (0.5, 1.0, -2.0)
+    assert older.label_smoothing == 0.25 and older.scores == [2.0, 1.0]
     assert loaded.extra == {**plain.extra, "stage": 2, "source": "offline"}
     assert (plain.weight, plain.label_smoothing) == (1.0, 0.0)
     for key, value in (
@@ -428,6 +430,7 @@ def test_reading_pairs_checks_what_the_loss_will_use(tmp_path):
         ("weight", "1"),
         ("label_smoothing", 1.5),
         ("label_smoothing", None),
+        ("margin", "1"),
         ("stage", 1.0),
         ("stage", -1),
         ("source", "elsewhere"),

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from fastdpo.data.batch import TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
+from fastdpo.data.examples import TokenizedList, TokenizedPair, TokenizedSingle
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.kernels import device, support
 from fastdpo.loss.streaming import Stash
@@ -77,16 +78,26 @@ def _train(sizes: Any, config: TrainConfig) -> None:
     def ids(count: int) -> list[int]:
         return torch.randint(sizes.vocab_size, (count,), generator=draw).tolist()
 
-    layout = layout_of(model)
-    tokens = TokenizedPair([0] * PROMPT, [0] * RESPONSE, [0] * RESPONSE).num_tokens(layout)
+    layout, objective = layout_of(model), config.objective
+
+    def example() -> Any:
+        if objective.shape == "singles":
+            return TokenizedSingle(ids(PROMPT), ids(RESPONSE), True)
+        if objective.shape == "lists":
+            return TokenizedList(ids(PROMPT), [ids(RESPONSE), ids(RESPONSE)], [1.0, 0.0])
+        return TokenizedPair(ids(PROMPT), ids(RESPONSE), ids(RESPONSE))
+
+    tokens = example().num_tokens(layout)
     count = min(config.batch_size, max(1, config.max_tokens // tokens))
     for _ in range(2):
         for _ in range(2 if count < config.batch_size else 1):
-            pairs = [TokenizedPair(ids(PROMPT), ids(RESPONSE), ids(RESPONSE)) for _ in range(count)]
-            reference = torch.full((2 * count,), -1000.0, dtype=torch.float64)
+            batch = pack_pairs([example() for _ in range(count)], layout=layout)
+            reference = None
+            if objective.needs_reference:
+                reference = torch.full((batch.firsts[-1],), -1000.0, dtype=torch.float64)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16, cache_enabled=False):
                 result = packed_loss(
-                    model, pack_pairs(pairs, layout=layout), reference, beta=0.1, alpha=0.01,
+                    model, batch, reference, objective=objective,
                     workspace_mib=config.workspace_mib, router_aux_loss_coef=added,
                 )  # fmt: skip
             result.loss.backward()
@@ -108,6 +119,9 @@ def _train(sizes: Any, config: TrainConfig) -> None:
         ("Gemma3Text", {"layout": "packed"}),
         ("Mixtral", {"use_peft": True, "layout": "padded"}),
         ("Mistral", {"dtype": "bfloat16", "gradient_checkpointing": False}),
+        ("Llama", {"loss_type": "kto", "workspace_mib": 2.0}),
+        ("Llama", {"loss_type": ["plackett_luce"]}),
+        ("Llama", {"loss_type": "simpo", "gradient_checkpointing": False}),
     ],
 )
 def test_the_peak_of_a_real_step(family, options):
@@ -137,6 +151,15 @@ def test_options_save_what_they_promise():
     assert cuda(use_peft=True, load_in_4bit=True).weights < 0.7 * lora.weights
     assert cuda(precompute_ref_log_probs=False).reference == plain.weights
     assert cuda(precompute_ref_log_probs=False, use_peft=True).reference == 0
+
+
+def test_a_loss_says_what_it_takes():
+    plain = cuda()
+    assert cuda(loss_type="aot").peak == pytest.approx(plain.peak, rel=0.01)
+    assert cuda(loss_type="kto").pairs > plain.pairs
+    assert cuda(loss_type="simpo").reference == 0
+    fit = longest_pair(configuration("Llama"), TrainConfig(loss_type="kto"), 24.0)
+    assert "Longest response" in str(fit) and "1 x" in str(fit)
 
 
 def test_a_shared_prompt_saves_memory():

@@ -127,7 +127,7 @@ def test_the_data_is_that_of_the_pairs(folder, evaluated):
     ]
     told = section_text((evaluated / "report.html").read_text(encoding="utf-8"), "pairs")
     assert "Pairs kept 20" in told and f"Longest side, tokens {max(sides)}" in told
-    assert f"Length of chosen, tokens {sum(chosen) / 20:.4g}" in told and "Pairs held out 6" in told
+    assert f"Length of chosen, tokens {sum(chosen) / 20:.4g}" in told and "Held out 6" in told
 
 
 def test_a_training_of_before_and_one_that_stopped(evaluated, tmp_path, capsys):

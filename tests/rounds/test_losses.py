@@ -17,6 +17,7 @@ from fastdpo import storage
 from fastdpo.cli import main
 from fastdpo.cli.options import build
 from fastdpo.errors import ConfigError
+from fastdpo.rounds import run as outer
 from fastdpo.rounds.config import IterateConfig
 
 LISTS = ["lipo_lambda", "ranknet", "skip_ranknet", "plackett_luce", "pro"]
@@ -83,6 +84,10 @@ def test_pairing_makes_what_the_loss_takes():
          "not those of pair.transform=mean_std; set pair.transform=win_rate"),
         ({"train__loss_type": "sppo", "pair__transform": "win_rate", "pair__length_penalty": 0.1},
          "needs win rates, which pair.length_penalty=0.1 takes something off"),
+        ({"train__loss_type": "preference_score", "pair__transform": "win_rate"},
+         "needs scores around 0, and those of pair.transform=win_rate are win rates"),
+        ({"train__loss_type": "preference_score", "score__scorer": "judge:j"},
+         "needs scores around 0, and those of score.scorer=judge:j are win rates"),
         ({"train__score_offset": "log_ratio", "pair__transform": "log_sigmoid"},
          "log_ratio needs scores above 0, which pair.transform=log_sigmoid does not give"),
         ({"train__score_offset": "log_difference", "pair__flip_share": 0.2,
@@ -188,22 +193,27 @@ def test_a_loss_of_lists_trains_on_all_samples_of_a_prompt(inputs, plain, tmp_pa
     assert "Lists trained on" in page and "lipo_lambda" in page and "Lists kept" in page
     card = (folder / "policy" / "README.md").read_text()
     assert "The loss is `lipo_lambda`" in card and "arXiv 2402.01878" in card
+    assert "ranking them, and training on the lists." in card
+    assert "Here beta is 0.1 and alpha is 0.01." in card and "- lipo_lambda" in card
     # By the stages as commands it is the same file, and the same weights.
     command = ["pair", f"--candidates={folder / 'candidates'}", f"--scores=[{folder / 'scores'}]"]
     out = tmp_path / "lists.jsonl"
     argv = [*command, "--rule=listwise", "--transform=mean_std", f"--output={out}"]
     assert main(argv) == 0
     assert out.read_bytes() == (folder / "pairs.jsonl").read_bytes()
-    alone = train_alone(
-        inputs, folder / "pairs.jsonl", tmp_path / "alone", "--loss_type=lipo_lambda"
-    )
+    alone = train_alone(inputs, out, tmp_path / "alone", "--loss_type=lipo_lambda")
     assert same(alone, trained)
+    page = (tmp_path / "alone" / "report.html").read_text()
+    assert "Lists to train on" in page and "Lists kept" in page
+    assert "on the lists of" in (tmp_path / "alone" / "policy" / "README.md").read_text()
 
 
 def test_shaped_scores_change_what_is_trained(inputs, plain, tmp_path):
     """PAR's scores as an offset: the policy is that of margins written by hand."""
     options = dict(train__score_offset="difference", train__score_offset_weight=2.0)
     folder = run(inputs, plain, tmp_path / "run", pair__transform="par", **options)
+    card = (folder / "policy" / "README.md").read_text()
+    assert "changed by options of training: `score_offset=difference`, `score_offset_wei" in card
     rows = rows_of(folder)
     plain_rows = rows_of(plain / "round-01")
     assert [row["chosen_ids"] for row in rows] == [row["chosen_ids"] for row in plain_rows]
@@ -251,6 +261,23 @@ def test_offline_pairs_are_scored_where_the_loss_reads_scores(inputs, plain, tmp
     assert all(row["score_chosen"] > row["score_rejected"] == 0 for row in drawn)
     summary = json.loads((folder / "pairs.summary.json").read_text())
     assert summary["dropped"]["offline: chosen scores no higher"] == 4
+
+
+def test_offline_pairs_are_scored_when_the_loss_comes_to_read_scores(inputs, plain, tmp_path):
+    """The options of training may change until there is a pair: what they need is made then."""
+    rows = [{"prompt": f"say {i}", "chosen": " a e i o", "rejected": " brr"} for i in range(8)]
+    offline, out = tmp_path / "offline.jsonl", tmp_path / "run"
+    offline.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replay = dict(pair__replay=offline, pair__replay_share=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outer, "pair", lambda *args, **options: (_ for _ in ()).throw(OSError("no")))
+        for name in ("candidates", "scores"):
+            shutil.copytree(plain / "round-01" / name, out / "round-01" / name)
+        assert main(options_of(inputs, out, **replay)) == 2
+    assert (out / "offline").is_dir() and not (out / "offline" / "scores").exists()
+    assert main(options_of(inputs, out, **replay, train__score_offset="difference")) == 0
+    drawn = [row for row in rows_of(out / "round-01") if row["source"] == "offline"]
+    assert drawn and all(row["score_chosen"] > 0 for row in drawn)
 
 
 def test_sppo_trains_on_win_rates(inputs, plain, tmp_path):

@@ -312,6 +312,8 @@ def assert_same_training(found, wanted):
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_what_is_of_a_step_does_not_depend_on_its_packing(name, alone, model_path, tmp_path):
+    run_coupled(model_path, tmp_path / "padded", name, layout="padded")
+    assert_same_training(tmp_path / "padded", alone / name)
     run_coupled(model_path, tmp_path, name, max_tokens=4000)
     assert_same_training(tmp_path, alone / name)
     (first, *_) = [row for row in read_metrics(tmp_path) if "loss" in row]
@@ -448,6 +450,27 @@ def test_a_reference_in_every_step_gives_the_same(options, model_path, tmp_path)
     assert not (tmp_path / "each" / "ref_logps").exists()
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_tdpo_runs_the_reference_in_each_step(lora, model_path, tmp_path):
+    if lora:
+        pytest.importorskip("peft")
+    options = dict(use_peft=True, lora_r=4, learning_rate=1e-2) if lora else {}
+    run(
+        model_path, tmp_path / "own", random_pairs(8), loss_type="tdpo2", num_train_epochs=3,
+        precompute_ref_log_probs=False, eval_pairs=random_pairs(3, seed=5), **options,
+    )  # fmt: skip
+    rows = [row for row in read_metrics(tmp_path / "own") if "loss" in row]
+    assert torch.tensor(rows[0]["loss"]) == LOG_2 and rows[-1]["loss"] < 0.6
+    assert not (tmp_path / "own" / "ref_logps").exists()
+    if not lora:  # the same model under its name
+        run(
+            model_path, tmp_path / "named", random_pairs(8), loss_type="tdpo2", num_train_epochs=3,
+            precompute_ref_log_probs=False, reference=model_path,
+        )  # fmt: skip
+        again = [row["loss"] for row in read_metrics(tmp_path / "named")]
+        assert again == pytest.approx([row["loss"] for row in rows], rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------- scores, columns
 def softplus(x):
     return math.log1p(math.exp(x))
@@ -518,6 +541,7 @@ def test_alpha_is_found_for_every_loss_of_the_margin(model_path, tmp_path):
         (dict(loss_type="ranknet", alpha="auto"), "alpha=auto needs .* of pairs, not loss_type=r"),
         (dict(loss_type=["sigmoid", "orpo"], alpha="auto"), "alpha=auto needs .* of pairs, not"),
         (dict(loss_type="simpo", precompute_ref_log_probs=False), "precompute_ref.*no reference"),
+        (dict(loss_type="tdpo1"), "precompute_ref_log_probs=True gives no KL.*set precompute_ref"),
         (dict(loss_type="orpo", reference_cache="x"), "reference_cache=x.*orpo needs no reference"),
         (dict(loss_type="kto", score_label=True), "score_label=True.*has no margin of a pair"),
         (dict(loss_type="plackett_luce", score_weight=True), "score_weight=True.*not of pairs"),
@@ -550,7 +574,11 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         (replace(PAIR, margin=0.5), dict(loss_type="kto"), "margin=0.5 means something to a pair"),
         (replace(PAIR, label_smoothing=0.2), dict(loss_type="cdpo", label_smoothing=0.1),
          "beside the option label_smoothing=0.1"),
+        (replace(PAIR, label_smoothing=0.5), dict(loss_type=["hinge", "robust"]),
+         "label_smoothing < 0.5, and this row has 0.5"),
         (PAIR, dict(loss_type="plackett_luce"), "takes lists, rows of prompt, responses and sco"),
+        (replace(lists_of([PAIR])[0], scores=[1.0, 1.0, 0.0]), dict(loss_type="plackett_luce"),
+         "loss_type=plackett_luce: plackett_luce needs scores without ties"),
         (lists_of([PAIR])[0], dict(), "takes pairs, rows of prompt, chosen and rejected"),
     ],
     ids=str,

@@ -1,5 +1,6 @@
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false
+# pyright: reportArgumentType=false
 """Lists, pairs of two prompts and scored prompts in a batch: each sequence against itself alone."""
 
 import copy

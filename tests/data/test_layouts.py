@@ -1,5 +1,6 @@
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 # pyright: reportArgumentType=false
+# pyright: reportArgumentType=false
 """Examples of every shape as tokens: what they refuse, how they are packed and cut."""
 
 import pytest
