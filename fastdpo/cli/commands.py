@@ -95,9 +95,10 @@ def run_plan(config: PlanCommand) -> None:
 
     prompt = max(1, config.max_length // 4)
     response = config.max_length - prompt
+    whats = {"pairs": "pairs", "lists": "lists of two", "singles": "single responses"}
     print(
-        f"a full micro-batch of max_tokens={config.max_tokens}, pairs of a prompt of {prompt} and "
-        f"responses of {response} tokens:"
+        f"a full micro-batch of max_tokens={config.max_tokens}, {whats[config.objective.shape]} "
+        f"of a prompt of {prompt} and responses of {response} tokens:"
     )
     gpu_gib = config.gpu_gib
     print(estimate(config.model, config, prompt=prompt, response=response, gpu_gib=gpu_gib))

@@ -1,27 +1,17 @@
 """Raw preference datasets -> checked rows.
 
-    rows = preference_rows(read_rows("pairs.jsonl"))
+    rows = example_rows(read_rows("pairs.jsonl"))
     result = tokenize_dataset(rows, tokenizer, max_length=2048)
 
-A dataset is of one shape, told by its columns; texts are strings or message lists:
-
-| shape | columns |
-|---|---|
-| pairs | `prompt`, `chosen`, `rejected` as in TRL's DPOTrainer: the prompt explicit, or the shared beginning of both responses |
-| pairs of two prompts | `prompt_chosen`, `chosen`, `prompt_rejected`, `rejected`; or DOVE's `i_chosen`, `r_chosen`, `i_reject`, `r_reject` |
-| pairs of next steps | as Step-DPO has them, `prompt`, `initial_reason_steps`, `chosen`, `rejected`: the steps are what both responses go on after, and do not end |
-| lists | `prompt`, `responses`, and `scores` (or `rewards`), or `ranks` of which 1 is the best; or a JSON object of prompts, each with `responses` and scores |
-| singles | `prompt`, `completion`, `label` as in TRL's KTOTrainer |
-
-Optional: `tools` and `chat_template_kwargs` for the template; `append_eos: false` in a row whose
-responses don't end; `weight`, `margin`, `label_smoothing`, and of pairs `score_chosen` and
-`score_rejected`, numbers of the row's loss. Every other column is kept in `extra`.
+A dataset is of one shape, told by its columns: preference pairs, also with a prompt for each side or
+of next steps, lists of responses with scores, or single responses with a label. The README of this
+room has a table of them. Every column that is not used is kept in `extra`.
 
 Messages can stand as JSON text in a string, as in a CSV cell: a string is messages when it is a
 JSON list of one or more objects with a `role`, each with `content` or `tool_calls`.
 
 A mistake in the data raises one DataError that names the place, what is wrong and the fix.
-"""  # noqa: E501
+"""
 
 import csv
 import json

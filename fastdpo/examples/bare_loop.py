@@ -20,8 +20,7 @@ def padded(pairs: Sequence[TokenizedPair], device: torch.device) -> tuple[Tensor
 
     Row t predicts label t; -100 marks prompts and padding.
     """
-    sides = [pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]
-    rows = [(x.prompt_ids, ids) for side in sides for x, ids in zip(pairs, side)]
+    rows = [(pair.prompts[side], pair.responses[side]) for side in (0, 1) for pair in pairs]
     longest = max(len(prompt) + len(ids) for prompt, ids in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     labels = torch.full_like(tokens, -100)

@@ -46,6 +46,14 @@ _NEUTRAL = {
     "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0,
 }  # fmt: skip
 
+# Options of training that make a loss another one than its formula says.
+_OF_LOSS = (
+    "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha",
+    "use_weighting", "reference_scale", "target_margin", "simpo_gamma", "cpo_alpha",
+    "desirable_weight", "undesirable_weight", "tdpo_alpha", "pro_sft_weight", "max_skip",
+    "score_offset", "score_offset_weight", "score_weight", "score_label",
+)  # fmt: skip
+
 _TEMPLATES = Environment(
     loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True,
     lstrip_blocks=True, keep_trailing_newline=True,
@@ -64,7 +72,8 @@ def write_cards(
     Args:
         out: folder of `fastdpo train` or `fastdpo iterate`.
         defaults: of all options, by their names with the section.
-        losses: of each name of ``loss_type`` its ``formula`` and ``source``, where they are known.
+        losses: of each name of ``loss_type`` its ``formula``, ``source`` and ``options``, where
+            they are known.
 
     Returns the cards.
     """
@@ -124,6 +133,13 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any], losses: Mapping[
         beta=as_text(_beta(run)),
         alpha=as_text(run.option("train.alpha")),
         losses=_losses(run, losses),
+        of_loss=", ".join(
+            _code(f"{name}={as_text(x)}") or ""
+            for name in _OF_LOSS
+            for x in (changed.get(name, changed.get(f"train.{name}")),)
+            if x is not None
+        ),
+        penalized=any("alpha" in losses[x].options for x in _names(run) if x in losses),
         examples=next((KEPT[x] for one in run.rounds for x in KEPT if x in one.pairing), "Pairs"),
         extrapolates=bool(run.option("extrapolation")),
         scorer=_code(run.option("score.scorer")),
@@ -150,10 +166,7 @@ def _write(run: Run, folder: Path, defaults: Mapping[str, Any], losses: Mapping[
 
 def _losses(run: Run, losses: Mapping[str, Any]) -> list[str]:
     """The losses of a run in words, none where it is the length-regularized DPO of all defaults."""
-    names = run.option("train.loss_type")
-    if names in (None, "sigmoid"):
-        return []
-    names = names if isinstance(names, list) else [names]
+    names = _names(run)
     weights = run.option("train.loss_weights") or [1.0] * len(names)
     told = []
     for name, weight in zip(names, weights):
@@ -162,6 +175,13 @@ def _losses(run: Run, losses: Mapping[str, Any]) -> list[str]:
         what = f", {_code(known.formula)} ({_text(known.source)})" if known else ""
         told.append(f"{factor}{_code(name)}{what}")
     return told
+
+
+def _names(run: Run) -> list[str]:
+    """The names of other losses than the default one."""
+    names = run.option("train.loss_type")
+    names = names if isinstance(names, list) else [names]
+    return [] if names in ([None], ["sigmoid"]) else list(map(str, names))
 
 
 def _what(run: Run, folder: Path) -> str:
@@ -179,11 +199,9 @@ def _metadata(run: Run, folder: Path) -> str:
     adapter = folder.name == "adapter"
     start = _hub(_base(folder) if adapter else run.option("model"))
     alpha, data = run.option("train.alpha"), _hub(run.option("dataset" if run.alone else "prompts"))
-    losses = run.option("train.loss_type")
-    tags = ["fastdpo", "dpo", *(["length-regularized-dpo"] if alpha not in (None, 0) else [])]
-    if losses not in (None, "sigmoid"):
-        tags = ["fastdpo", *map(str, losses if isinstance(losses, list) else [losses])]
+    tags = ["dpo", *(["length-regularized-dpo"] if alpha not in (None, 0) else [])]
     tags += [] if run.alone else ["iterative-dpo"]
+    tags = ["fastdpo", *(_names(run) or tags)]
     tags += ["lora"] if run.option("train.use_peft") else []
     more = {"base_model_relation": "adapter" if adapter else "finetune"} if start else {}
     return ModelCardData(

@@ -327,8 +327,8 @@ def measured(run: Run, one: Round) -> dict[str, Estimate]:
 
     Where its files have none: score and length of held-out responses, and their "score change",
     "length change" and "win_rate" against the start (shares, 0 to 1). What was measured in training
-    has no interval: it changes from step to step. "pairs", "lists" and so on are those that training
-    took.
+    has no interval: it changes from step to step. "pairs", "lists" and "singles" are those that
+    training took.
     """
     planned = number(run.option("evaluate.heldout")) or 0
     prompts = len(by_prompt(one.held)) or max(int(planned), 0)

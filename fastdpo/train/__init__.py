@@ -1,9 +1,11 @@
 """Training: tokenized pairs and a start come in, a policy in Hugging Face format goes out.
 
-Open `trainer.py` first: its loop reads from top to bottom.  `config.py` has the options,
-`prepare.py` what is done to a model and its pairs before the first step, `reference.py` the
-reference's log-probs, `steps.py` which pairs a process takes at a step, and how, `evaluate.py` the
-evaluations between them.
+Open `trainer.py` first: its loop reads from top to bottom.  `config.py` has the options and makes
+the objective of them, `examples.py` says what it makes of the rows, `prepare.py` what is done to a
+model and its examples before the first step.  `reference.py` computes the reference's log-probs,
+which `logps.py` keeps; `steps.py` says which examples a process takes at a step, and what it
+computes of a micro-batch, `coupling.py` what the examples of a step take from each other, and
+`update.py` is one optimizer step.  `evaluate.py` has the evaluations between them.
 """
 
 from fastdpo.lazy import lazy

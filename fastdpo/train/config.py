@@ -43,7 +43,8 @@ class TrainConfig:
         loss_type: the objective, or several that are summed: TRL's names and others, in the table
             of `fastdpo/loss/README.md`. The length penalty composes with those by margin.
         loss_weights: factor of each of several; by default all 1.
-        label_smoothing: probability that a pair's label is flipped, where its row gives none.
+        label_smoothing: probability that a pair's label is flipped, of the losses that read one;
+            rows may have their own instead, for every loss of the margin.
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence".
         f_alpha_divergence_coef: of alpha_divergence.
         discopop_tau: temperature of discopop.

@@ -125,15 +125,16 @@ class Evaluator:
             shown_names = (f"eval_{name}" for name in _SHOWN if f"eval_{name}" in row)
             told = (f"{name} {row[name]:.4f}" for name in shown_names)
             tqdm.write(f"step {step}: {'  '.join(told)}")
-        # As in transformers the start is none to choose.
-        if step and self.options.load_best_model_at_end:
+        if self.options.load_best_model_at_end:
             value, best = self._metric(row), best_so_far(self.best)
-            if best is None or self.options.is_better(value, best[1]):
+            # As in transformers the start is none to choose.
+            if step and (best is None or self.options.is_better(value, best[1])):
                 # Killed, the run goes on from the checkpoint, with the best up to there.
                 forget_best(self.best, self.checkpoint)
                 save_best(self.best, step, model, value)
 
     def _metric(self, row: dict[str, float]) -> float:
+        """What the best is chosen by; single responses have no accuracy."""
         name = self.options.best_metric
         if name not in row:
             raise ConfigError(

@@ -4,11 +4,11 @@ Of a pair with scores ``rw`` and ``rl``, those of its chosen and rejected respon
 
 | option | what it sets | source |
 |---|---|---|
-| score_offset: log_difference | margin ``-k log(rw - rl)`` | ODPO, arXiv 2402.10571, eq. 4 |
+| score_offset: log_difference | margin ``-k log(rw - rl)`` | ODPO, arXiv 2402.10571 |
 | score_offset: log_ratio | margin ``-k log(rw / rl)`` | ODPO's released code |
-| score_offset: difference | margin ``-k (rw - rl)`` | Secrets of RLHF II, arXiv 2401.06080, its reward model's loss |
+| score_offset: difference | margin ``-k (rw - rl)`` | Secrets of RLHF II, arXiv 2401.06080, the loss of its reward model; on DPO's z it is ours |
 | score_weight | weight ``rw - rl`` | ours |
-| score_label | label_smoothing ``sigmoid(-(rw - rl))``, by a Bradley-Terry model of the scores | cDPO's eps from a reward model |
+| score_label | label_smoothing ``sigmoid(-(rw - rl))``: scores as rewards of a Bradley-Terry model | cDPO's label noise |
 
 ``k`` is ``score_offset_weight``.  A margin is added to ``z``, so an offset that is wanted of the
 pair is subtracted from it.  Margins and weights of the row's own are kept: a margin is added to, a

@@ -30,7 +30,7 @@ class LogProbs:
 
     Attributes:
         logp_S: sum of each sequence, fp64.
-        logp_N: of each scored token, fp32; None in files of before.
+        logp_N: of each scored token, fp32; None in files of before, and where nothing reads them.
         firsts: example p has the sequences ``firsts[p] : firsts[p + 1]``.
         bounds: sequence s has the tokens ``bounds[s] : bounds[s + 1]``.
     """

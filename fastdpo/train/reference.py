@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain, pairwise
 from pathlib import Path
@@ -85,7 +86,7 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
     # Every process reads what the first one found.
     logps = logps or load(own, setup.pairs, None)
     assert logps is not None
-    return logps
+    return logps if need_tokens else replace(logps, logp_N=None)
 
 
 def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:

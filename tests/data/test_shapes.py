@@ -235,6 +235,11 @@ def test_next_steps_go_on_in_the_same_turn(prompt, tokenizer):
         spoken = {name: [a(STEP[name])] for name in ("chosen", "rejected")}
         (same,) = tokenize([{"prompt": prompt, **STEP, **spoken}], tokenizer).pairs
         assert same == pair
+        answer = a(steps + STEP["chosen"])
+        wanted = tokenizer.apply_chat_template(
+            [*prompt, answer], continue_final_message=True, return_dict=True
+        )["input_ids"]
+        assert pair.prompt_ids + pair.chosen_ids == wanted
     last = {"prompt": prompt, **STEP, "append_eos": True}
     (ended,) = tokenize([last], tokenizer).pairs
     assert texts(ended, tokenizer)[0][1] == "It is blue.<|im_end|>"

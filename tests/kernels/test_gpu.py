@@ -30,9 +30,11 @@ from fastdpo import linear_dpo_loss, linear_kl, linear_logp
 from fastdpo.loss import reference
 from fastdpo.loss.choices import CHOICES
 from fastdpo.loss.examples import Examples
+from fastdpo.loss.lists import lipo_lambda
 from fastdpo.loss.objectives import lr_dpo, nca_pair
 from fastdpo.loss.plan import MIB, Plan, make_plan
 from fastdpo.loss.reference import IGNORE
+from fastdpo.loss.singles import kto
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -490,6 +492,45 @@ def test_pairs_of_each_objective(name):
     torch.testing.assert_close(found.slope_S, slope_S, rtol=1e-11, atol=1e-13)
     coef_N = slope_S.repeat_interleave(20).float()
     torch.testing.assert_close(found.coef_N, coef_N, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [1.6, 0.7, 0.25], ids=["stash", "in parts", "longer examples"])
+@pytest.mark.parametrize("name", ["lists", "singles", "tails"])
+def test_other_examples_by_every_workspace(name, share):
+    """Sums of any sequences, and tokens of unlike weights, against fp64."""
+    p = make(MODERATE)
+    S, V = 2 * MODERATE.P, len(p.w_VD)
+    lists, pairs = (0, 3, 5, S), tuple(range(0, S + 1, 2))
+    desirable_P = (torch.arange(S, device=DEVICE) % 2).float()
+    objective, firsts, given = {
+        "lists": (lipo_lambda(BETA), lists, {"scores_S": torch.rand(S, device=DEVICE)}),
+        "singles": (kto(BETA), tuple(range(S + 1)), {"desirable_P": desirable_P, "shift": 0.2}),
+        "tails": (lr_dpo(BETA, ld_alpha=0.3), pairs, {}),
+    }[name]
+    q, gold = p.leaves(), Streamed(p, exact)
+    mib = share * p.h_TD.itemsize * len(p.target_N) * (V + 64) / MIB
+    result = preference(q, objective, firsts_P1=firsts, workspace_mib=mib, impl="triton", **given)
+    assert (result.plan.route == "stash") == (share > 1)
+    result.loss.backward()
+    weight_N = torch.ones(len(p.target_N), dtype=torch.float64, device=DEVICE)
+    lengths_S = reference.sequence_sums(gold.scored_N.double(), p.bounds_S1)
+    if objective.ld_alpha is not None:
+        edges = p.bounds_S1.tolist()
+        for s, length in enumerate(lengths_S.tolist()):
+            shared = min(length, float(lengths_S[s ^ 1]))
+            place_n = gold.scored_N[edges[s] : edges[s + 1]].cumsum(0)
+            weight_N[edges[s] : edges[s + 1]][place_n > shared] = objective.ld_alpha
+    gold_S = reference.sequence_sums(gold.logp_N * weight_N, p.bounds_S1)
+    allowed = gold.allowed * float(lengths_S.max()) + 4 * U * float(gold_S.abs().max())
+    assert float((result.logp_S - gold_S).abs().max()) <= allowed
+    leaf_S, none_P = result.logp_S.double().requires_grad_(), gold_S.new_zeros(len(firsts) - 1)
+    numbers: Any = {k: x.double() if isinstance(x, Tensor) else x for k, x in given.items()}
+    x = Examples(leaf_S, p.ref_logp_S.double(), lengths_S, firsts, none_P, none_P, **numbers)
+    loss = objective.losses(x).mean()
+    (slope_S,) = torch.autograd.grad(loss, leaf_S)
+    assert abs(float(result.loss.detach()) - float(loss)) <= 4 * U * abs(float(loss))
+    coef_N = slope_S.repeat_interleave(p.bounds_S1.diff().to(DEVICE)) * weight_N
+    assert_gradients(p, q.grads(), gold, coef_N)
 
 
 @pytest.mark.parametrize("route", WAYS)

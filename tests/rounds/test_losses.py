@@ -194,6 +194,7 @@ def test_a_loss_of_lists_trains_on_all_samples_of_a_prompt(inputs, plain, tmp_pa
     card = (folder / "policy" / "README.md").read_text()
     assert "The loss is `lipo_lambda`" in card and "arXiv 2402.01878" in card
     assert "ranking them, and training on the lists." in card
+    assert "Here beta is 0.1 and alpha is 0.01." in card and "- lipo_lambda" in card
     # By the stages as commands it is the same file, and the same weights.
     command = ["pair", f"--candidates={folder / 'candidates'}", f"--scores=[{folder / 'scores'}]"]
     out = tmp_path / "lists.jsonl"
@@ -211,6 +212,8 @@ def test_shaped_scores_change_what_is_trained(inputs, plain, tmp_path):
     """PAR's scores as an offset: the policy is that of margins written by hand."""
     options = dict(train__score_offset="difference", train__score_offset_weight=2.0)
     folder = run(inputs, plain, tmp_path / "run", pair__transform="par", **options)
+    card = (folder / "policy" / "README.md").read_text()
+    assert "changed by options of training: `score_offset=difference`, `score_offset_wei" in card
     rows = rows_of(folder)
     plain_rows = rows_of(plain / "round-01")
     assert [row["chosen_ids"] for row in rows] == [row["chosen_ids"] for row in plain_rows]

@@ -312,6 +312,8 @@ def assert_same_training(found, wanted):
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_what_is_of_a_step_does_not_depend_on_its_packing(name, alone, model_path, tmp_path):
+    run_coupled(model_path, tmp_path / "padded", name, layout="padded")
+    assert_same_training(tmp_path / "padded", alone / name)
     run_coupled(model_path, tmp_path, name, max_tokens=4000)
     assert_same_training(tmp_path, alone / name)
     (first, *_) = [row for row in read_metrics(tmp_path) if "loss" in row]
@@ -575,6 +577,8 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         (replace(PAIR, label_smoothing=0.5), dict(loss_type=["hinge", "robust"]),
          "label_smoothing < 0.5, and this row has 0.5"),
         (PAIR, dict(loss_type="plackett_luce"), "takes lists, rows of prompt, responses and sco"),
+        (replace(lists_of([PAIR])[0], scores=[1.0, 1.0, 0.0]), dict(loss_type="plackett_luce"),
+         "loss_type=plackett_luce: plackett_luce needs scores without ties"),
         (lists_of([PAIR])[0], dict(), "takes pairs, rows of prompt, chosen and rejected"),
     ],
     ids=str,
