@@ -35,6 +35,7 @@ LIMITS = {torch.float16: 10.0, torch.bfloat16: 30.0, torch.float32: 30.0}
 STATS = ("mean_logit", "entropy", "log_sum_sq_probs", "top1")
 MAX_TILE_COLUMNS = 4096  # wider ones spill registers on some chips
 _TILE_NUMEL = 4096  # elements a program holds
+TWO_HEADS_WARPS = 8  # with the logits of two heads, four spill registers
 
 
 @dataclass
@@ -292,11 +293,11 @@ def merge_kernel(
                 tl.store(at, e.to(stash_ptr.dtype.element_ty), mask=inside)
 
 
-def launch(R: int, C: int) -> tuple[tuple[int], dict[str, Any]]:
+def launch(R: int, C: int, warps: int = 4) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and block sizes of a kernel over whole rows of a tile (R, C)."""
     block = max(16, power_of_2(C))
     rows = max(1, _TILE_NUMEL // block)
-    return (cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": 4, **OPTIONS}
+    return (cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": warps, **OPTIONS}
 
 
 class HeadShape(NamedTuple):
@@ -359,7 +360,7 @@ def keep(
 ) -> None:
     """Probabilities of a tile, or their mixtures with those of ``ref``."""
     R, C = product_RC.shape
-    grid, blocks = launch(R, C)
+    grid, blocks = launch(R, C, 4 if ref is None else TWO_HEADS_WARPS)
     keep_kernel[grid](
         product_RC, bias_C, target_R, lse_R, *(ref or (None,) * 5), stash_RC, R, C,
         first_column, product_RC.stride(0), 0 if ref is None else ref.product_RC.stride(0),

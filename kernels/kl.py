@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fold import HeadShape, launch, load_logits, places
+from .fold import TWO_HEADS_WARPS, HeadShape, launch, load_logits, places
 from .pointwise import OPTIONS, kept
 from .support import cdiv
 
@@ -91,7 +91,7 @@ def cross(
     """
     R, C = product_RC.shape
     target_R, first_column, stash_RC = kept or (None, 0, None)
-    grid, blocks = launch(R, C)
+    grid, blocks = launch(R, C, TWO_HEADS_WARPS)
     cross_kernel[grid](
         product_RC, bias_C, ref_product_RC, ref_bias_C, ref_shift_R, cross_R, target_R, stash_RC,
         R, C, first_column, product_RC.stride(0), ref_product_RC.stride(0),

@@ -353,6 +353,7 @@ def main_launches(target: str) -> None:
         launch_keep(C, BF16, bias=True, softcap=True)
     for C in (WIDTHS[0], WIDTHS[-1]):
         launch_keep(C, BF16, bias=True, softcap=True, ref=True)
+        launch_keep(C, BF16, ref=True)
     launch_cross(WIDTHS[-1], BF16, bias=True, softcap=True)
     launch_cross(WIDTHS[-1], BF16, bias=True, softcap=True, stash=True)
     launch_mix(BF16)
