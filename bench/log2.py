@@ -20,7 +20,7 @@ import torch
 
 from bench import architectures
 from bench.sweep import VARIANTS, Case, random_pairs
-from fastdpo.data.batch import LAYOUTS, TokenizedPair
+from fastdpo.data.examples import LAYOUTS, TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.trainer import train

@@ -45,7 +45,7 @@ OP, DPO, LIVE = "loss costs", "sigmoid", "sigmoid, with reference"
 BETA = 0.1
 AT_MOST = 1.05  # of DPO's time for a loss of the margin
 KL_AT_MOST = 2.2  # for one that computes the reference and a KL
-NEAR = 0.1  # how far the reference's hidden states are from the policy's, in standard deviations
+NEAR = 0.02  # how far the reference's hidden states are from the policy's, in standard deviations
 WHOLE, ROWS = 2**30, 128  # a head and batch that is compared whole, else rows of h that are
 # Shares of an example's tokens for each of its sequences: of unequal lengths, so that what depends
 # on them is checked too. In eighths.

@@ -49,7 +49,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedPair
 
 from .rows import append, command_line, load, this_device, where
 from .step_crew import Crew, crew_of

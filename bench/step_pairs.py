@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.data.rows import preference_rows, read_rows
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.storage import CACHE, cache_path

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastdpo.data.batch import TokenizedPair, plan_steps
+from fastdpo.data.batch import plan_steps
+from fastdpo.data.examples import TokenizedPair
 
 from .peak import resident_mib
 from .turns import note_of, release

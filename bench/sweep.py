@@ -29,7 +29,8 @@ from torch import Tensor
 
 from bench import architectures
 from bench.rows import append, matching, resume, where
-from fastdpo.data.batch import LAYOUTS, TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
+from fastdpo.data.examples import LAYOUTS, TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.loss import reference
 from fastdpo.model.prepare import layout_of, packed_loss, prepare_model

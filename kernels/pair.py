@@ -206,6 +206,7 @@ def pair_kernel(
     BY_MARGIN: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    MEAN_REWARDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """All pairs in one program, in fp64 and in order, so that the totals need no atomics.
@@ -295,6 +296,9 @@ def pair_kernel(
             _spread(coef_ptr, target_ptr, start, middle, slope_w, BLOCK)
             _spread(coef_ptr, target_ptr, middle, stop, slope_l, BLOCK)
         loss += value * factor
+        if MEAN_REWARDS:
+            ratio_w /= count_w
+            ratio_l /= count_l
         chosen += beta * ratio_w
         rejected += beta * ratio_l
         right += (ratio_w > ratio_l).to(tl.float64)
@@ -414,8 +418,8 @@ def pair_losses(
         *_unless(objective.label_smoothing, 0.0), *_unless(objective.target_margin, 0.0),
         *_unless(objective.reference_scale, 1.0), *_unless(objective.parameter, 0.0),
         KIND=objective.code, BY_MARGIN=objective.by_margin, NORMALIZED=objective.length_normalized,
-        SMOOTHED=smoothing_P is not None or objective.label_smoothing != 0, BLOCK=1024,
-        num_warps=4, **ASSERTING,
+        SMOOTHED=smoothing_P is not None or objective.label_smoothing != 0,
+        MEAN_REWARDS=objective.mean_rewards, BLOCK=1024, num_warps=4, **ASSERTING,
     )  # fmt: skip
     return PairResult(loss, means, lengths_S, totals, logp_S, ref_S, slope_S, coef_N)
 

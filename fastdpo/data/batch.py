@@ -26,13 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastdpo.data.examples import (  # noqa: F401
-    ANY_LENGTH,
-    LAYOUTS,
-    Layout,
+from fastdpo.data.examples import (
     LengthClasses,
     TokenizedExample,
-    TokenizedPair,
     TokenizedSingle,
     check_layout,
     classes_of,

@@ -3,9 +3,9 @@
     rows = example_rows(read_rows("pairs.jsonl"))
     result = tokenize_dataset(rows, tokenizer, max_length=2048)
 
-A dataset is of one shape, told by its columns: preference pairs, also with a prompt for each side or
-of next steps, lists of responses with scores, or single responses with a label. The README of this
-room has a table of them. Every column that is not used is kept in `extra`.
+A dataset is of one shape, told by its columns: preference pairs, also with a prompt for each side
+or of next steps, lists of responses with scores, or single responses with a label. The README of
+this room has a table of them. Every column that is not used is kept in `extra`.
 
 Messages can stand as JSON text in a string, as in a CSV cell: a string is messages when it is a
 JSON list of one or more objects with a `role`, each with `content` or `tool_calls`.

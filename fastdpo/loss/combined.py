@@ -15,7 +15,7 @@ from .formulas import softplus
 
 _NEEDS = (
     "needs_reference", "needs_scores", "needs_kl", "needs_alignment", "needs_prompt",
-    "needs_mean_length", "couples", "takes_margin",
+    "needs_mean_length", "couples", "takes_margin", "mean_rewards",
 )  # fmt: skip
 
 
@@ -111,7 +111,9 @@ class GivenSlopes(BaseObjective):
     needs_scores = True
 
     def __post_init__(self) -> None:
-        kept = ("shape", "needs_reference", "needs_prompt", "beta", "alpha", "ld_alpha")
+        kept = (
+            "shape", "needs_reference", "needs_prompt", "beta", "mean_rewards", "alpha", "ld_alpha",
+        )  # fmt: skip
         _set(self, **{name: getattr(self.like, name) for name in kept})
 
     def losses(self, x: Examples) -> Tensor:
@@ -174,6 +176,7 @@ class OddsRatio(BaseObjective):
     needs_reference = False
     needs_prompt = True
     needs_mean_length = True
+    mean_rewards = True
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, low=0, open_low=True)

@@ -111,6 +111,7 @@ class BaseObjective:
             examples at hand for all.
         code: its number in the pair kernel; None if PyTorch computes it.
         beta: what rewards in the metrics are multiplied by.
+        mean_rewards: whether those are of means over the tokens, as the loss is, not of sums.
         alpha: length penalty per token.
         ld_alpha: weight of the tokens of a pair's longer side beyond the length of the shorter one
             (LD-DPO), in the sums of policy and reference; None counts all tokens alike.
@@ -133,6 +134,7 @@ class BaseObjective:
     needs_mean_length: bool = False
     code: int | None = None
     beta: float = 1.0
+    mean_rewards: bool = False
     alpha: float = 0.0
     ld_alpha: float | None = None
 

@@ -24,7 +24,7 @@ from .blocks import Block, Grads, Head, Needs, Shares, TokenRows, Tokens
 from .call import collect
 from .checks import IGNORE
 from .gemm import fp32_product, matrix, padded, tiles
-from .plan import Plan, even_blocks
+from .plan import Plan
 
 
 @dataclass
@@ -84,17 +84,9 @@ class FusedStreamer:
         if stash_NV is None or shares is None:
             block = self._forward(span, tokens, stats, ref, ref_tokens, stash_NV)
         else:
-            parts = []
-            for start, stop in even_blocks(*span, self.plan.mixed_rows):
-                rows = slice(start - span[0], stop - span[0])
-                own = tokens.rows(rows)
-                other = None if ref_tokens is None else ref_tokens.rows(rows)
-                ref_RV = matrix(stop - start, self.V, dtype, device)
-                part = self._forward((start, stop), own, stats, ref, other, stash_NV[rows], ref_RV)
-                self._mix(part, own, shares.rows(rows), stash_NV[rows], ref_RV)
-                parts.append(part)
-                del ref_RV  # before the next is made
-            block = Block.joined(parts, tokens, stash_NV)
+            ref_NV = matrix(N, self.V, dtype, device)
+            block = self._forward(span, tokens, stats, ref, ref_tokens, stash_NV, ref_NV)
+            self._mix(block, tokens, shares, stash_NV, ref_NV)
         block.tokens, block.stash = (tokens, stash_NV) if keep else (None, None)
         return block
 

@@ -175,6 +175,11 @@ class Objective(BaseObjective):
         return self.reference_scale != 0
 
     @property
+    def mean_rewards(self) -> bool:
+        """As in TRL's trainers without a reference; with one its rewards are of sums."""
+        return self.length_normalized and not self.needs_reference
+
+    @property
     def needs_alignment(self) -> bool:
         """Whether it reads how much of the policy's own the responses are."""
         return self.use_weighting

@@ -110,9 +110,16 @@ class _Space(NamedTuple):
     mixed_rows: int = 0  # that have a second stash for a moment
 
     def mixing(self, workspace_bytes: int) -> "_Space":
-        """The same with a second stash of some rows: enough for products of a good size."""
+        """The same with a second stash of some rows.
+
+        In PyTorch they are enough for products of a good size.  The kernels' tiles are as many
+        launches whatever rows they have, so there they are all the rows that are kept at a time.
+        """
         enough = min(workspace_bytes // 4, _MIXED_ROWS * self.row_bytes)
-        rows = max(1, max(workspace_bytes // 8, enough) // self.row_bytes)
+        share = max(workspace_bytes // 8, enough)
+        if self.fused:
+            share = (workspace_bytes - self.fixed_bytes) // 2
+        rows = max(1, share // self.row_bytes)
         fixed_bytes = self.fixed_bytes + rows * self.row_bytes
         return self._replace(mixed_rows=rows, fixed_bytes=fixed_bytes)
 
@@ -124,14 +131,14 @@ def _torch_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
     return _Space(chunk, row_bytes, itemsize * V, itemsize * chunk * D, 0, fused=False)
 
 
-def _fused_space(D: int, V: int, itemsize: int, workspace_bytes: int) -> _Space:
-    """Kernels: a stash of operands of ``itemsize`` bytes beside an fp32 tile.
+def _fused_space(D: int, V: int, itemsize: int, workspace_bytes: int, heads: int) -> _Space:
+    """Kernels: a stash of operands of ``itemsize`` bytes beside an fp32 tile of each head.
 
     The backward of a row needs an fp32 product and a scaled copy.
     """
     stash = itemsize * (-(-V // 64) * 64)
     sums = V // 16  # two in fp32 for a tile of 128 columns
-    tile = min(_TILE_BYTES, workspace_bytes // _TILE_SHARE)
+    tile = min(heads * _TILE_BYTES, workspace_bytes // _TILE_SHARE)
     return _Space(V, stash + sums, stash, tile, (4 + itemsize) * D, fused=True)
 
 
@@ -142,7 +149,7 @@ def _space(
     if fused_itemsize is None:
         space, tile_bytes = _torch_space(D, V, itemsize, workspace_bytes), 0
     else:
-        space = _fused_space(D, V, fused_itemsize, workspace_bytes)
+        space = _fused_space(D, V, fused_itemsize, workspace_bytes, heads=2 if mixes else 1)
         tile_bytes = space.fixed_bytes
     return space.mixing(workspace_bytes) if mixes else space, tile_bytes
 

@@ -97,7 +97,10 @@ def metrics_of(
             means = (totals[1:] / scoring.count).float()
         return dict(zip(METRICS, means.unbind())), {}
     logp_S, lengths_S = logp_S.double(), scoring.lengths_S.double()
-    seen = _Seen(scoring.objective.beta * (logp_S - ref_S.double()), logp_S, lengths_S)
+    reward_S = scoring.objective.beta * (logp_S - ref_S.double())
+    if scoring.objective.mean_rewards:
+        reward_S = reward_S / lengths_S
+    seen = _Seen(reward_S, logp_S, lengths_S)
     if scoring.desirable_P is not None:
         return _of_singles(seen, scoring.desirable_P)
     shape, sizes = scoring.objective.shape, sizes_of(scoring.firsts)

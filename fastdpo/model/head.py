@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.data.batch import Layout, PackedPairs, Segments
+from fastdpo.data.batch import PackedPairs, Segments
+from fastdpo.data.examples import Layout
 from fastdpo.errors import ModelError
 from fastdpo.loss.ops import linear_logp
 from fastdpo.model.load import one_line

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.data.batch import TokenizedPair, pack_pairs, plan_batches
+from fastdpo.data.batch import pack_pairs, plan_batches
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.data.records import Candidate
 from fastdpo.loss.ops import linear_logp
 from fastdpo.loss.reference import sequence_sums

@@ -17,15 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.data.batch import (
-    ANY_LENGTH,
-    LAYOUTS,
-    Layout,
-    LengthClasses,
-    PackedPairs,
-    TokenizedPair,
-    pack_pairs,
-)
+from fastdpo.data.batch import PackedPairs, pack_pairs
+from fastdpo.data.examples import ANY_LENGTH, LAYOUTS, Layout, LengthClasses, TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.loss.examples import BaseObjective
 from fastdpo.loss.objectives import lr_dpo

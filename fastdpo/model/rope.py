@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastdpo.data.batch import ANY_LENGTH, LengthClasses
+from fastdpo.data.examples import ANY_LENGTH, LengthClasses
 from fastdpo.errors import ModelError
 
 _FIRST = 3  # positions whose values a probe compares

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.data.batch import TokenizedPair, pack_pairs, plan_batches
+from fastdpo.data.batch import pack_pairs, plan_batches
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.data.records import PairRow, Scored
 from fastdpo.errors import DataError
 from fastdpo.progress import advance, bar

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.data.records import Text, messages_of
 from fastdpo.data.rendering import text_of
 from fastdpo.model.logps import pair_logps

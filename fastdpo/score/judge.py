@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.data.records import Candidate, Text
 from fastdpo.data.rendering import content_of, text_of
 from fastdpo.errors import ConfigError, ModelError

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fastdpo.data.batch import LAYOUTS
 from fastdpo.data.budget import OVERLONG
+from fastdpo.data.examples import LAYOUTS
 from fastdpo.errors import ConfigError, is_default, require, require_used
 from fastdpo.kernels.support import METRICS
 from fastdpo.loss.choices import CHOICES, make_objective

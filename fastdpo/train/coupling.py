@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.data.batch import PackedPairs, TokenizedSingle, plan_batches
+from fastdpo.data.batch import PackedPairs, plan_batches
+from fastdpo.data.examples import TokenizedSingle
 from fastdpo.errors import DataError
 from fastdpo.loss.examples import BaseObjective, Examples
 from fastdpo.loss.objectives import given_slopes

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastdpo.data.batch import TokenizedPair, TokenizedSingle
+from fastdpo.data.examples import TokenizedPair, TokenizedSingle
 from fastdpo.errors import DataError
 from fastdpo.loss.examples import BaseObjective
 from fastdpo.train.config import TrainConfig

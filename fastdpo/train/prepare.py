@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdpo.data.batch import Layout
 from fastdpo.data.budget import counted, fit_to_budget
+from fastdpo.data.examples import Layout
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import balance
 from fastdpo.model.adapters import add_lora, load_4bit

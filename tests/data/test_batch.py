@@ -14,14 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdpo.data.batch import (
-    LAYOUTS,
-    TokenizedPair,
-    pack_pairs,
-    plan_batches,
-    plan_steps,
-    share_step,
-)
+from fastdpo.data.batch import pack_pairs, plan_batches, plan_steps, share_step
+from fastdpo.data.examples import LAYOUTS, TokenizedPair
 
 PAIRS = [
     TokenizedPair([1, 2, 3], [4, 5], [6]),

@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdpo.data.batch import TokenizedPair
 from fastdpo.data.budget import OVERLONG, Fitted, fit_to_budget
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.data.records import PreferenceRow
 from fastdpo.data.rendering import render_prompt
 from fastdpo.data.rows import Rows, preference_rows, prompt_rows, read_rows

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batch import seen_by
 
-from fastdpo.data.batch import LAYOUTS, pack_pairs
+from fastdpo.data.batch import pack_pairs
 from fastdpo.data.budget import fit_to_budget
-from fastdpo.data.examples import TokenizedList, TokenizedPair, TokenizedSingle
+from fastdpo.data.examples import LAYOUTS, TokenizedList, TokenizedPair, TokenizedSingle
 from fastdpo.data.scored import from_first_difference, with_scored_prompt
 from fastdpo.errors import DataError
 

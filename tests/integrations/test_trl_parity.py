@@ -14,7 +14,8 @@ from datasets import load_from_disk
 from test_rope import DYNAMIC, PHI3, SWITCH, alone
 from tiny import GEMMA, LLAMA, MIXTRAL, OPT, QWEN
 
-from fastdpo.data.batch import TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.prepare import packed_loss, prepare_model
 

@@ -1093,7 +1093,7 @@ def test_compute_sanitizer(tool, monkeypatch):
     output = done.stdout + done.stderr
     if re.search("not supported|unsupported", output, re.IGNORECASE):
         pytest.skip(f"compute-sanitizer: {output.strip().splitlines()[0]}")
-    # Of version 13.0 on an H100, racecheck fails in itself; memcheck and the bare program do not.
+    # On an H100 with CUDA 13.0 racecheck fails in itself; memcheck and the bare program do not.
     if tool == "racecheck" and "Internal Sanitizer Error" in output:
         pytest.skip("compute-sanitizer: racecheck ended in an error of its own")
     assert "finished" in output, output[-4000:]

@@ -1056,6 +1056,8 @@ def assert_pairs(
     torch.testing.assert_close(found.totals[0], loss.detach(), rtol=1e-12, atol=lost)
     torch.testing.assert_close(found.slope_S, slope_S, rtol=1e-12, atol=1e-300 + lost)
     ratio_S, logp_S = ratio_S.detach(), logp_S.detach()
+    if objective.mean_rewards:
+        ratio_S = ratio_S / n_S
     reward_S = objective.beta * ratio_S
     wanted = {
         "rewards/chosen": reward_S[0::2],

@@ -518,6 +518,7 @@ KERNELS = {
         "test_pair_",
         [
             mask("(ratio_w > ratio_l)", "(ratio_w > 0.0)"),
+            mask("if MEAN_REWARDS:", "if not MEAN_REWARDS:"),
             mask("if NORMALIZED:", "if not NORMALIZED:"),
             scale("beta = zero + beta_high + beta_low", "beta = zero + beta_high"),
             scale("alpha = zero + alpha_high + alpha_low", "alpha = zero + alpha_high"),

@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections import defaultdict
 from inspect import signature
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdpo import PreferenceLoss, linear_preference_loss
 from fastdpo.loss.choices import make_objective
 from fastdpo.loss.examples import BaseObjective, Examples
 
@@ -242,26 +244,26 @@ def pair_batch(P: int, seed: int) -> tuple[dict[str, Tensor], list[tuple[int, in
 
 def reference_free(
     objective: BaseObjective, logits: Tensor, ids: Tensor, sizes: list[tuple[int, int, int]]
-) -> Tensor:
-    """Our loss of the logits that TRL saw, (2P, T, V), chosen responses first."""
-    logp_ST = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-    sums, lengths, firsts = [], [], [0]
+) -> PreferenceLoss:
+    """The op on the logits that TRL saw, (2P, T, V), chosen responses first; its head is the unit
+    matrix.
+    """
+    P, (_, T, V) = len(sizes), logits.shape
+    rows, lengths, firsts = [], [], [0]
     for p, (prompt, chosen, rejected) in enumerate(sizes):
-        own = slice(prompt - 1, prompt - 1 + chosen), slice(prompt - 1, prompt - 1 + rejected)
-        parts = [logp_ST[p, own[0]], logp_ST[p + len(sizes), own[1]]]
+        spans = [(p, prompt - 1, chosen), (p + P, prompt - 1, rejected)]
         if objective.needs_prompt and prompt > 1:
-            parts.append(logp_ST[p, : prompt - 1])
-        sums += [part.sum() for part in parts]
-        lengths += [float(len(part)) for part in parts]
-        firsts.append(len(sums))
-    zeros_P = torch.zeros(len(sizes), dtype=torch.float64)
-    logp_S = torch.stack(sums)
-    x = Examples(
-        logp_S, torch.zeros_like(logp_S), torch.tensor(lengths).double(), tuple(firsts), zeros_P,
-        zeros_P,
+            spans.append((p, 0, prompt - 1))
+        for row, start, length in spans:
+            rows += range(row * T + start, row * T + start + length)
+            lengths.append(length)
+        firsts.append(len(lengths))
+    rows_N = torch.tensor(rows)
+    target_N = ids.reshape(-1)[rows_N + 1]
+    return linear_preference_loss(
+        logits.view(-1, V), torch.eye(V, dtype=logits.dtype), target_N,
+        torch.tensor([0, *accumulate(lengths)]), None, objective, rows_N=rows_N, firsts_P1=firsts,
     )  # fmt: skip
-    assert not objective.needs_reference
-    return objective.losses(x).mean()
 
 
 OF_CPO = ("beta", "loss_type", "cpo_alpha", "simpo_gamma", "label_smoothing", "alpha")
@@ -298,9 +300,9 @@ def test_a_loss_without_a_reference_is_trls(name):
     trainer, config, theirs, options = REFERENCE_FREE[name]
     values = {**{field.name: field.default for field in dataclasses.fields(config)}, **theirs}
     for seed, scale in enumerate((1e-3, 1.0, 10.0, 60.0)):
-        batch, sizes = pair_batch(50, seed)
+        batch, sizes = pair_batch(20, seed)
         widths = [batch[f"{side}_input_ids"].shape[1] for side in ("chosen", "rejected")]
-        logits = torch.randn(100, max(widths), VOCAB, dtype=torch.float64) * scale
+        logits = torch.randn(40, max(widths), VOCAB, dtype=torch.float64) * scale
         logits.requires_grad_()
         seen = []
 
@@ -312,10 +314,13 @@ def test_a_loss_without_a_reference_is_trls(name):
             trainer, is_encoder_decoder=False, pad_token_id=0, padding_value=0,
             **{name: value for name, value in values.items() if name in OF_CPO},
         )  # fmt: skip
-        wanted, _ = made.get_batch_loss_metrics(model, batch)
-        found = reference_free(make_objective(**options), logits, seen[0], sizes)
+        wanted, metrics = made.get_batch_loss_metrics(model, batch)
+        result = reference_free(make_objective(**options), logits, seen[0], sizes)
+        found = result.loss
         slopes = [torch.autograd.grad(loss, logits)[0] for loss in (found, wanted)]
         # ORPO's odds are of fp32 in TRL.
         rtol = 1e-4 if name.startswith("orpo") else 1e-6
         torch.testing.assert_close(found, wanted.double(), rtol=rtol, atol=1e-7)
         torch.testing.assert_close(*slopes, rtol=rtol, atol=1e-7)
+        for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"):
+            assert float(result.metrics[key]) == pytest.approx(metrics[key], 1e-5, 1e-6), key

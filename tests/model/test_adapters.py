@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tiny import GEMMA, LLAMA, QWEN, build_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM
 
-from fastdpo.data.batch import TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.loss import reference
 from fastdpo.model import adapters

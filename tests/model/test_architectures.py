@@ -3,7 +3,7 @@
 import pytest
 
 from bench import architectures, log2, sweep
-from fastdpo.data.batch import LAYOUTS
+from fastdpo.data.examples import LAYOUTS
 
 # Model -> the first layout that it has.
 SAMPLE = {

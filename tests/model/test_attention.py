@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdpo.data.batch import TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.model import attention
 
 PAIRS = [

@@ -19,7 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo import linear_logp
-from fastdpo.data.batch import TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.model import liger, offload, tiling
 from fastdpo.model.liger import use_liger

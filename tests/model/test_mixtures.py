@@ -15,7 +15,8 @@ import torch
 import transformers
 from tiny import build_tokenizer
 
-from fastdpo.data.batch import TokenizedPair, pack_pairs, plan_batches
+from fastdpo.data.batch import pack_pairs, plan_batches
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import balance
 from fastdpo.model.adapters import (

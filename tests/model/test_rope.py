@@ -10,8 +10,9 @@ import torch
 from tiny import LLAMA, Family, build_tokenizer
 from torch.utils.checkpoint import checkpoint
 
-from fastdpo.data.batch import Layout, LengthClasses, TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
 from fastdpo.data.budget import fit_to_budget
+from fastdpo.data.examples import Layout, LengthClasses, TokenizedPair
 from fastdpo.errors import ModelError
 from fastdpo.loss import reference
 from fastdpo.model import rope

@@ -11,7 +11,8 @@ import torch
 from tiny import LLAMA, build_tokenizer
 from torch.multiprocessing.spawn import spawn
 
-from fastdpo.data.batch import TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.model.prepare import packed_loss, prepare_model
 
 WORLD = 2

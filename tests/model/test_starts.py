@@ -28,7 +28,7 @@ from transformers.utils import chat_template_utils
 
 from bench import architectures
 from fastdpo.cli import main
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.load import check_folder, combine, load_causal_lm, load_tokenizer
 from fastdpo.plan.longest import longest_pair

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from test_pairing import candidate, gap, group, read_pairs, samples, write_stage
 
 from fastdpo import storage
-from fastdpo.data.batch import TokenizedPair, pack_pairs
+from fastdpo.data.batch import pack_pairs
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.data.records import PreferenceRow, Prompt, prompt_key
 from fastdpo.data.rendering import render_prompt
 from fastdpo.data.rows import preference_rows, read_rows

@@ -27,7 +27,8 @@ from tiny import (
     save_tiny,
 )
 
-from fastdpo.data.batch import LAYOUTS, Segments, TokenizedPair, pack_pairs
+from fastdpo.data.batch import Segments, pack_pairs
+from fastdpo.data.examples import LAYOUTS, TokenizedPair
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.loss import reference
 from fastdpo.model import attention, head

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from test_trainer import CONFIG, random_pairs, read_metrics, run, weights
 from tiny import LLAMA, MAMBA, QWEN, build_tokenizer, save_tiny
 
-from fastdpo.data.batch import TokenizedPair
+from fastdpo.data.examples import TokenizedPair
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model import liger, offload
 from fastdpo.model.load import load_causal_lm, load_tokenizer, weights_digest
