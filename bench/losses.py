@@ -74,7 +74,8 @@ ADDED = {
     "sigmoid, smoothed": {"loss_type": "cdpo", "label_smoothing": 0.1, "alpha": 0.01},
     "sigmoid, target margin": {"target_margin": 0.5},
     "sigmoid, forward KL": {"f_divergence_type": "forward_kl"},
-    "sigmoid, scaled reference": {"reference_scale": 1.5},
+    # More than this would saturate the loss of long responses here.
+    "sigmoid, scaled reference": {"reference_scale": 1.002},
     "sigmoid, LD-DPO": {"ld_alpha": 0.5},
     "sigmoid, WPO": {"use_weighting": True},
     "sigmoid + sft (RPO)": {"loss_type": ["sigmoid", "sft"]},
