@@ -265,7 +265,8 @@ def _objective_of(args: Any, alpha: float) -> BaseObjective:
             f"DPOConfig(loss_type={args.loss_type}): {unknown!r} is no loss of TRL's DPOTrainer; "
             f"take of {', '.join(LOSSES)}"
         )
-    if args.truncation_mode == "keep_end" and _NORMALIZED & {*args.loss_type}:
+    cut = args.max_length is not None and args.truncation_mode == "keep_end"
+    if cut and _NORMALIZED & {*args.loss_type}:
         raise ConfigError(
             f"DPOConfig(truncation_mode='keep_end', loss_type={args.loss_type}): where a prompt is "
             "cut off, TRL divides by a length that counts a token which is not scored; leave it at "

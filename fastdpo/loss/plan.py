@@ -20,11 +20,11 @@ Only the kernels' `frozen` never recomputes: where tokens name their rows it kee
 sum into those rows would need as much, and elsewhere it keeps the unit gradients in the memory of
 the gradient, rounded to the gradient's dtype, so that a result is rounded twice.
 
-A loss that reads the KL to a reference streams both heads, one product more in each forward and each
-recomputation.  Where each KL's share beside the log-probs is known beforehand, a row of the gradient
-by the logits is ``onehot`` less a known mixture of the two distributions, so one stash is kept, of
-mixtures: `mixed_rows` at a time have a second one, of the reference, for a moment.  Other losses of
-a KL, and the ops of tokens with one, recompute.
+A loss that reads the KL to a reference streams both heads, one product more in each forward and
+each recomputation.  Where each KL's share beside the log-probs is known beforehand, a row of the
+gradient by the logits is ``onehot`` less a known mixture of the two distributions, so one stash is
+kept, of mixtures: `mixed_rows` at a time have a second one, of the reference, for a moment.  Other
+losses of a KL, and the ops of tokens with one, recompute.
 
 The blocks of rows (`spans`) depend on the sizes alone, not on what needs a gradient, so a policy
 and a reference evaluated on the same packed rows run the same instructions and agree to the bit.

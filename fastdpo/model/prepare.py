@@ -83,7 +83,7 @@ def packed_loss(
         margin_P=batch.margin_P,
         weight_P=batch.weight_P,
         smoothing_P=batch.smoothing_P,
-        # Pairs keep theirs, as those of `fastdpo pair` do, whatever they are trained by.
+        # What pairing wrote has scores, whatever the loss is.
         scores_S=batch.scores_S if objective.needs_scores else None,
         desirable_P=batch.desirable_P,
         num_pairs=num_pairs,

@@ -1,26 +1,35 @@
 """TDPO in the trainer, against a loop with the logits of both models, one response at a time."""
 
 from copy import deepcopy
+from itertools import chain
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_losses import BATCH, BETA, RATE, in_their_order, run
-from test_trainer import random_pairs, read_metrics, weights
+from test_trainer import CONFIG, random_pairs, read_metrics, weights
 from tiny import LLAMA, save_tiny
 from torch.nn import functional as F
 
+from fastdpo.data.batch import plan_steps
 from fastdpo.errors import ConfigError
 from fastdpo.model.head import base_of
+from fastdpo.model.load import load_tokenizer
 from fastdpo.train import trainer
 from fastdpo.train.config import TrainConfig
+from fastdpo.train.trainer import train
 
-ALPHA, TDPO_ALPHA = 0.05, 0.7
+BETA, ALPHA, TDPO_ALPHA = 0.3, 0.05, 0.7
+BATCH, RATE = 4, 0.1  # of clipped gradients
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     return str(save_tiny(LLAMA, tmp_path_factory.mktemp("model") / "llama"))
+
+
+def run(model_path, out, pairs, **changes):
+    config = TrainConfig(**{**CONFIG, "bf16": False, **changes})
+    train(model_path, load_tokenizer(model_path), pairs, config, out, progress=False)
 
 
 def response_sums(model, reference, prompt_ids, response_ids):
@@ -38,9 +47,9 @@ def plain_steps(model, reference, pairs, loss_type):
     """The losses of three steps by SGD on clipped gradients; ``model`` is trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.SGD(trained, lr=RATE), []
-    for start in range(0, 3 * BATCH, BATCH):
+    for step in plan_steps([1] * len(pairs), batch_pairs=BATCH, max_tokens=10**6, seed=0):
         terms = []
-        for pair in pairs[start : start + BATCH]:
+        for pair in (pairs[i] for i in chain.from_iterable(step)):
             sides = pair.chosen_ids, pair.rejected_ids
             chosen, rejected = (response_sums(model, reference, pair.prompt_ids, x) for x in sides)
             d = (chosen[0] - chosen[1]) - (rejected[0] - rejected[1])
@@ -75,7 +84,7 @@ def test_three_steps_are_those_of_a_plain_loop(loss_type, lora, model_path, tmp_
     pairs = random_pairs(3 * BATCH)
     options = {"tdpo_alpha": TDPO_ALPHA} if loss_type == "tdpo2" else {}
     run(
-        model_path, tmp_path / "ours", in_their_order(pairs), loss_type=loss_type, beta=BETA,
+        model_path, tmp_path / "ours", pairs, loss_type=loss_type, beta=BETA,
         alpha=ALPHA, batch_size=BATCH, max_tokens=200, precompute_ref_log_probs=False,
         num_train_epochs=1, use_peft=lora, **({"lora_r": 4} if lora else {}), **options,
     )  # fmt: skip
