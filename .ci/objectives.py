@@ -14,7 +14,10 @@ METHODS: list[tuple[str, dict[str, Any], str]] = [
     ("R-DPO, iLR-DPO", {"alpha": 0.01}, "arXiv 2403.19159, eq. 9; 2406.11817"),
     ("ODPO", {"score_offset": "log_difference"}, "arXiv 2402.10571; or log_ratio"),
     ("Secrets of RLHF II, adaptive margin", {"score_offset": "difference"}, "arXiv 2401.06080"),
-    ("CREAM", {"loss_type": "cdpo"}, "arXiv 2410.12735; a row's smoothing is 1 - consistency"),
+    (
+        "CREAM", {"loss_type": "sigmoid"},
+        "arXiv 2410.12735; a row's label_smoothing is 1 - consistency",
+    ),
     ("RPO", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, "TRL's form"),
     (
         "RPO, average form", {"loss_type": ["sigmoid", "nll_mean"], "loss_weights": [1.0, 0.2]},
