@@ -17,10 +17,11 @@ import objectives  # noqa: E402 # pyright: ignore[reportMissingImports]
 TABLE = (ROOT / "fastdpo/loss/README.md").read_text().partition("| method |")[2]
 ROWS = re.findall(r"^\| ([^|]+) \| (`[^|]+`) \| [^|]+ \|$", TABLE, re.MULTILINE)
 COMMANDS_OF = {name: re.findall("`([^`]+)`", cell) for name, cell in ROWS}
-OF_FIELD = """R-DPO, iLR-DPO; Step-DPO; ODPO; ODPO, ratio; TDPO1; TDPO2; DPO^γ; rDPO; PAR as an offset;
-    Secrets of RLHF II, adaptive margin; SPPO; GPO's form; PRO; LiPO-λ; RankNet; DOVE; RPO; MPO;
-    DPO on rankings (Plackett-Luce); RPO, average form; RPO, cumulative form; CPO; SimPO; CPO-SimPO;
-    ORPO; AIPO; CREAM; MCTS-DPO; WPO; LD-DPO; KTO; BCO; f-DPO"""
+OF_FIELD = """R-DPO, iLR-DPO; Step-DPO; ODPO; ODPO, ratio; TDPO1; TDPO2; DPO^γ; rDPO; PAR as an
+    offset; Secrets of RLHF II, adaptive margin; SPPO; GPO's form; PRO; LiPO-λ; RankNet;
+    DOVE; RPO; MPO; DPO on rankings (Plackett-Luce); RPO, average form; RPO, cumulative
+    form; CPO; SimPO; CPO-SimPO; ORPO; AIPO; CREAM; MCTS-DPO; WPO; LD-DPO; KTO; BCO;
+    f-DPO"""
 
 
 def test_the_table_has_every_method():
