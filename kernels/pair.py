@@ -399,8 +399,8 @@ def pair_losses(
 
     ``objective`` is one of ``loss/objectives.py`` that has its place in `KINDS` as ``code``.
     ``bounds_S1`` lies on the device and counts from the first token of ``logp_N``; ``margin_P``,
-    ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference, without one in
-    fp64.  A sequence without a scored token, and a reference that is no number, trip a device
+    ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference, without one
+    in fp64.  A sequence without a scored token, and a reference that is no number, trip a device
     assert.
     """
     S = bounds_S1.shape[0] - 1

@@ -276,8 +276,8 @@ def cdpo(
     beta: float = 0.1, label_smoothing: float = 0.1, alpha: float = 0.0, **more: "Unpack[OfMargin]"
 ) -> Objective:
     """Conservative DPO: ``(1 - eps) f(z) + eps f(-z)`` with DPO's f, whose labels are flipped with
-    probability eps.  `lr_dpo` is that with each pair's own eps; with ``eps = 1 - consistency`` it is
-    CREAM (arXiv 2410.12735).
+    probability eps.  `lr_dpo` is that with each pair's own eps; with ``eps = 1 - consistency`` it
+    is CREAM (arXiv 2410.12735).
 
     Raises:
         ValueError: ``label_smoothing`` is 0.

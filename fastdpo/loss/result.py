@@ -22,8 +22,8 @@ class PreferenceLoss(dict[str, Tensor]):
 
     Entries:
         loss: scalar, the summed loss of the examples divided by ``num_pairs``.
-        logp_S: summed log-probs of each sequence under the policy, in the dtype of the reference; in
-            fp64 if the objective needs none.
+        logp_S: summed log-probs of each sequence under the policy, in the dtype of the reference;
+            in fp64 if the objective needs none.
         ref_logp_S: those of the reference; zeros for an objective that needs none.
         lengths_S: scored tokens of each sequence, int64.
 
