@@ -97,13 +97,15 @@ class Rows:
             firsts_P1 = device_numbers(firsts, device)
             place_PL = firsts_P1[:-1, None] + torch.arange(max(sizes), device=device)
             self.valid_PL = place_PL < firsts_P1[1:, None]
+            self._empty_PL = ~self.valid_PL
             self._index = place_PL.clamp_(max=firsts[-1] - 1).view(-1)
 
     def of(self, x_S: Tensor, fill: float = 0.0) -> Tensor:
         """Numbers of the sequences as (P, L), with ``fill`` where there is none."""
         if self.valid_PL is None:
             return x_S.view(self.shape)
-        return torch.where(self.valid_PL, x_S.index_select(0, self._index).view(self.shape), fill)
+        x_PL = x_S.index_select(0, self._index).view(self.shape)
+        return x_PL.masked_fill(self._empty_PL, fill)
 
 
 def device_numbers(numbers: Sequence[int], device: torch.device) -> Tensor:

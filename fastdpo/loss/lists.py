@@ -75,8 +75,8 @@ class ListGrid(NamedTuple):
         return by_PL.argsort(dim=1, descending=True, stable=True)
 
     def take(self, order_PL: Tensor) -> "ListGrid":
-        """The same lists with their responses in another order."""
-        return ListGrid(*(field.gather(1, order_PL) for field in self))
+        """The same lists with their responses in an order that `ranked` gave."""
+        return ListGrid(self.valid_PL, *(field.gather(1, order_PL) for field in self[1:]))
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,12 @@ _softplus_of_minus = SIGMOID.f
 def _lipo_lambda(grid: ListGrid) -> Tensor:
     with torch.no_grad():
         by_score_PL = grid.ranked(grid.score_PL)
-        ranked = grid.take(by_score_PL)
-        by_reward_PL = by_score_PL.gather(1, ranked.ranked(ranked.reward_PL))
-        tau_PL = by_reward_PL.argsort(dim=1).double() + 1
+        reward_PL = grid.reward_PL.gather(1, by_score_PL)
+        by_reward_PL = by_score_PL.gather(1, grid.ranked(reward_PL))
+        place_L = torch.arange(
+            1.0, 1 + reward_PL.shape[1], dtype=torch.float64, device=reward_PL.device
+        )
+        tau_PL = torch.empty_like(reward_PL).scatter_(1, by_reward_PL, place_L.expand_as(reward_PL))
         gain_PL = grid.score_PL.exp2()
         discount_PL = 1 / torch.log1p(tau_PL)
         gain_PLL = (gain_PL[:, :, None] - gain_PL[:, None, :]).abs()
@@ -197,7 +200,7 @@ def sum_over_better(grid: ListGrid) -> Tensor:
 def _ranknet(grid: ListGrid) -> Tensor:
     losses_PLL = _softplus_of_minus(grid.gap_PLL)
     even_PLL = 0.5 * (losses_PLL + losses_PLL.transpose(1, 2))
-    return sum_over_better(grid) + _sum_of(even_PLL, grid.tied_PLL)
+    return _sum_of(losses_PLL, grid.better_PLL) + _sum_of(even_PLL, grid.tied_PLL)
 
 
 def _skip_ranknet(grid: ListGrid, *, max_skip: int) -> Tensor:
@@ -207,8 +210,8 @@ def _skip_ranknet(grid: ListGrid, *, max_skip: int) -> Tensor:
 
 
 def _plackett_luce(grid: ListGrid) -> Tensor:
-    ranked = grid.take(grid.ranked(grid.score_PL))
-    return (_log_sums_of_rest(ranked.reward_PL[:, None, :], ranked) - ranked.reward_PL).sum(1)
+    reward_PL = grid.reward_PL.gather(1, grid.ranked(grid.score_PL))
+    return (_log_sums_of_rest(reward_PL[:, None, :], grid.valid_PL) - reward_PL).sum(1)
 
 
 def _pro(grid: ListGrid, *, pro_sft_weight: float) -> Tensor:
@@ -219,21 +222,20 @@ def _pro(grid: ListGrid, *, pro_sft_weight: float) -> Tensor:
     own_PL = (ranked.score_PL - last_P1).masked_fill(~ranked.valid_PL, 0.0)
     gap_PLL = ranked.score_PL[:, :, None] - ranked.score_PL[:, None, :]
     gap_PLL = gap_PLL + torch.diag_embed(own_PL)
-    sums_PL = _log_sums_of_rest(p_PL[:, None, :] * gap_PLL, ranked)
+    sums_PL = _log_sums_of_rest(p_PL[:, None, :] * gap_PLL, ranked.valid_PL)
     ranking_P = (sums_PL - p_PL * own_PL).sum(1)
     return ranking_P - pro_sft_weight * (ranked.logp_PL[:, 0] * (sizes_P - 1).square())
 
 
-def _log_sums_of_rest(what_PLL: Tensor, ranked: ListGrid) -> Tensor:
+def _log_sums_of_rest(what_PLL: Tensor, valid_PL: Tensor) -> Tensor:
     """[p, k]: log of the sum of ``exp(what[p, k, j])`` over the responses j >= k of list p; 0 where
     the list has no response k.
     """
-    L = ranked.valid_PL.shape[1]
-    rest_LL = torch.ones(L, L, dtype=torch.bool, device=ranked.valid_PL.device).triu()
-    valid_PL1 = ranked.valid_PL[:, :, None]
-    among_PLL = torch.where(valid_PL1, rest_LL & ranked.valid_PL[:, None, :], rest_LL)
+    L = valid_PL.shape[1]
+    rest_LL = torch.ones(L, L, dtype=torch.bool, device=valid_PL.device).triu()
+    among_PLL = torch.where(valid_PL[:, :, None], rest_LL & valid_PL[:, None, :], rest_LL)
     sums_PL = what_PLL.expand_as(among_PLL).masked_fill(~among_PLL, -torch.inf).logsumexp(2)
-    return sums_PL.masked_fill(~ranked.valid_PL, 0.0)
+    return sums_PL.masked_fill(~valid_PL, 0.0)
 
 
 # -------------------------------------------------------------------------------------- objectives

@@ -30,11 +30,12 @@ from fastdpo import linear_dpo_loss, linear_kl, linear_logp
 from fastdpo.loss import reference
 from fastdpo.loss.choices import CHOICES
 from fastdpo.loss.examples import Examples
-from fastdpo.loss.lists import lipo_lambda
-from fastdpo.loss.objectives import lr_dpo, nca_pair
+from fastdpo.loss.lists import lipo_lambda, plackett_luce
+from fastdpo.loss.objectives import given_slopes, lr_dpo, nca_pair, orpo
 from fastdpo.loss.plan import MIB, Plan, make_plan
 from fastdpo.loss.reference import IGNORE
 from fastdpo.loss.singles import kto
+from fastdpo.loss.tokens import tdpo2
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -811,6 +812,55 @@ def test_the_host_never_waits_for_other_ops():
     step()
     with no_synchronization():
         step()
+
+
+def examples_of(name: str) -> tuple[Any, dict[str, Any]]:
+    """An objective whose examples are not all pairs of the kernel, and what it needs."""
+    S, ref = 2 * MODERATE.P, make(MODERATE, seed=5)
+    scores = {"scores_S": normal(S, seed=6, dtype=FP32)}
+    lists = {"firsts_P1": (0, 3, 5, S), **scores}
+    desirable_P = (torch.arange(S, device=DEVICE) % 2).float()
+    return {
+        "lists": (lipo_lambda(BETA), lists),
+        "rankings": (plackett_luce(BETA), lists),
+        "singles": (kto(BETA), {"firsts_P1": tuple(range(S + 1)), "desirable_P": desirable_P}),
+        # The second and the last pair have prompts of one token.
+        "orpo": (orpo(BETA), {"firsts_P1": (0, 3, 5, 8, S), "ref_logp_S": None}),
+        "tdpo2": (
+            tdpo2(BETA), {"ref_logp_S": None, "ref_h_TD": ref.h_TD, "ref_w_VD": ref.w_VD},
+        ),
+        "known slopes": (given_slopes(lr_dpo(BETA)), scores),
+    }[name]  # fmt: skip
+
+
+OF_EXAMPLES = ["lists", "rankings", "singles", "orpo", "tdpo2", "known slopes"]
+
+
+@pytest.mark.parametrize("name", OF_EXAMPLES)
+def test_the_host_never_waits_for_examples(name):
+    p, (objective, given) = make(MODERATE), examples_of(name)
+
+    def step() -> None:
+        preference(p.leaves(), objective, impl="triton", **given).loss.backward()
+
+    step()
+    with no_synchronization():
+        step()
+
+
+@pytest.mark.parametrize("name", OF_EXAMPLES)
+def test_a_captured_step_of_examples(name):
+    p, (objective, given) = make(MODERATE), examples_of(name)
+    q = p.leaves()
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = preference(q, objective, impl="triton", **given).loss
+        return loss.detach(), torch.autograd.grad(loss, q.h_TD)[0]
+
+    wanted = step()
+    replay, found = captured(step)
+    replay()
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted))
 
 
 BACKEND = "inductor" if ON_GPU else "aot_eager"
