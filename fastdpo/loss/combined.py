@@ -189,10 +189,11 @@ class OddsRatio(BaseObjective):
 
     def losses(self, x: Examples) -> Tensor:
         """The loss of each pair, (P,); a prompt of one token has no third sequence."""
-        w_P, l_P = (x.nth(x.logp_S, k) / x.nth(x.lengths_S, k) for k in (0, 1))
+        logp_PL, lengths_PL = x.rows.of(x.logp_S), x.rows.of(x.lengths_S)
+        w_P, l_P = (logp_PL[:, k] / lengths_PL[:, k] for k in (0, 1))
         log_ratio_P = (w_P - l_P) - (_log_of_rest(w_P) - _log_of_rest(l_P))
-        nll_P = -x.nth(x.logp_S, 0) - _of_prompts(x, x.logp_S)
-        length_P = x.nth(x.lengths_S, 0) + _of_prompts(x, x.lengths_S)
+        nll_P = -logp_PL[:, 0] - logp_PL[:, 2:].sum(1)
+        length_P = lengths_PL[:, 0] + lengths_PL[:, 2:].sum(1)
         return nll_P / _mean_length(x, length_P) + self.beta * softplus(-log_ratio_P)
 
 
@@ -206,11 +207,6 @@ def _log_of_rest(logp_P: Tensor) -> Tensor:
     near_P = logp_P > -0.7
     small_P, large_P = torch.where(near_P, logp_P, -1.0), torch.where(near_P, -1.0, logp_P)
     return torch.where(near_P, (-torch.expm1(small_P)).log(), torch.log1p(-torch.exp(large_P)))
-
-
-def _of_prompts(x: Examples, x_S: Tensor) -> Tensor:
-    """The numbers of the prompts' own sequences, 0 where a pair has none."""
-    return x.rows.of(x_S)[:, 2:].sum(1)
 
 
 # ------------------------------------------------------------------------------- sorted over a step

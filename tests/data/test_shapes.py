@@ -1,5 +1,6 @@
 # pyright: reportAttributeAccessIssue=false
 # pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false
 """Datasets of every shape: which columns tell it, what is refused, and the tokens of each."""
 
 import csv

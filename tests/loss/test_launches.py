@@ -73,7 +73,7 @@ def launches(monkeypatch) -> Launches:
     monkeypatch.setattr(project, "TensorDescriptor", MagicMock())
     for module in (autograd, eager):
         monkeypatch.setattr(module, "plainly", lambda device: nullcontext())
-    empty = torch.empty(2 * PAIRS + 1, dtype=torch.int64, device="meta")
+    empty = torch.empty(64, dtype=torch.int64, device="meta")
     for module in (eager, examples):
         monkeypatch.setattr(module, "device_numbers", lambda x, device: empty[: len(x)])
     return found
@@ -224,3 +224,17 @@ def test_lists_are_summed_in_one_launch(launches):
     assert not {"nonzero", "_local_scalar_dense"} & {*names}
     kernels = [name for name in names if name.endswith("_kernel")]
     assert kernels == [x.replace("pair", "sums") for x in pairs if x.endswith("_kernel")]
+
+
+@pytest.mark.parametrize("name", ["lipo_lambda", "plackett_luce", "orpo"])
+def test_launches_do_not_grow_with_examples_of_several_sizes(launches, name):
+    found = []
+    for pairs, firsts in ((4, (0, 3, 6, 8)), (8, (0, 3, 6, 8, 11, 14, 16))):
+        objective = make_objective(name)
+        scores_S = meta(2 * pairs, dtype=torch.float32) if objective.needs_scores else None
+        _, names = call(
+            launches, "SmolLM2", pairs=pairs, objective=objective, workspace_mib=2560,
+            scores_S=scores_S, firsts_P1=firsts,
+        )  # fmt: skip
+        found.append(names)
+    assert found[0] == found[1]
