@@ -1108,7 +1108,7 @@ def test_pair_of_each_kind(name, ignored):
     assert_pairs(found, objective, tokens, 7.3, **extra)
 
 
-@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in PAIR_OBJECTIVES if name != "simpo"])
 def test_pair_with_a_reference_of_tokens(name):
     """Sums in fp32, rounded once; no options and no coefficients."""
     objective, tokens = PAIR_OBJECTIVES[name], pair_tokens(PAIR_LENGTHS, True)
@@ -1129,7 +1129,9 @@ def test_pair_without_a_reference():
     objective, tokens = simpo(0.3, 0.9), pair_tokens(PAIR_LENGTHS, True)
     logp_N, _, target_N, bounds_S1, _ = tokens
     found = pair.pair_losses(logp_N, target_N, bounds_S1, objective, num_pairs=7.0, want_coef=True)
-    assert not found.ref_logp_S.any() and found.logp_S.dtype == torch.float32
+    assert not found.ref_logp_S.any() and found.logp_S.dtype == torch.float64
+    sums = reference.sequence_sums(logp_N.double(), bounds_S1)
+    torch.testing.assert_close(found.logp_S, sums, rtol=1e-13, atol=0)
     assert_pairs(found, objective, tokens, 7.0)
 
 

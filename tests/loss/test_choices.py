@@ -278,7 +278,7 @@ def test_a_forward_kl_stays_finite():
         )
         assert loss_P.tolist() == [LOG(2) if name == "sigmoid" else 1.0] * 2
         loss_P.sum().backward()
-        assert torch.equal(leaf_S.grad, torch.zeros(4).double())
+        assert leaf_S.grad is not None and not leaf_S.grad.any()
 
 
 def test_given_slopes_have_the_gradients_of_what_they_are_of():
