@@ -414,7 +414,8 @@ Written by `python tests/trl_options.py` ({versions}).
 
 Three steps of either trainer on the same tiny model and pairs, in fp32 on a CPU, at `alpha=0`:
 largest differences of losses, gradient norms, everything else that is logged and the weights at
-the end, relative to the value or to one.
+the end, relative to the value or to one.  `sft` alone runs no reference and logs no rewards, unless
+they are precomputed.
 
 {cases_table(figures)}
 

@@ -1,7 +1,7 @@
 """Every objective in the trainer: TRL's trainers, whole steps, references, single responses.
 
-Training here runs on a GPU where there is one, TRL's on the CPU; ``-m gpu`` takes one case of each
-kind of objective.
+They run on a GPU where there is one, but for comparisons with TRL, whose trainers are set to the
+CPU.  ``-m gpu`` takes a few of each kind of objective.
 """
 
 import logging
@@ -46,11 +46,6 @@ def run(model_path, out, examples, **changes):
     config = config_of(**changes)
     tokenizer = load_tokenizer(model_path)
     return train(model_path, tokenizer, examples, config, out, progress=False, **options)
-
-
-def on_gpu(*names, among):
-    """The names, with a mark on those that a GPU is to see."""
-    return [pytest.param(x, marks=pytest.mark.gpu if x in names else ()) for x in among]
 
 
 def scored(pairs):
@@ -130,7 +125,7 @@ OF_TRL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", on_gpu("ipo", "aot", "sft", "ld_dpo", "wpo", among=OF_TRL))
+@pytest.mark.parametrize("name", OF_TRL)
 def test_three_steps_are_those_of_trls_trainer(name, model_path, tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
     from trl_options import make_trainer
@@ -187,7 +182,7 @@ def assert_same_run(model_path, out, theirs, examples, monkeypatch, **options):
     assert_same_weights(out, theirs.model, model_path)
 
 
-@pytest.mark.parametrize("name", on_gpu("kto", among=["kto", "apo_zero_unpaired"]))
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
 def test_kto_is_that_of_trls_trainer(name, model_path, tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
     rows = [
@@ -236,7 +231,7 @@ OF_OTHER_TRAINERS = {
 }
 
 
-@pytest.mark.parametrize("name", on_gpu("orpo", among=OF_OTHER_TRAINERS))
+@pytest.mark.parametrize("name", OF_OTHER_TRAINERS)
 def test_losses_without_a_reference_are_those_of_trls_trainers(
     name, model_path, tmp_path, monkeypatch
 ):
@@ -333,7 +328,8 @@ def assert_same_training(found, wanted):
         torch.testing.assert_close(x, weights(wanted)[name], rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", on_gpu("kto", "bco", among=COUPLED))
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", COUPLED)
 def test_what_is_of_a_step_does_not_depend_on_its_packing(name, alone, model_path, tmp_path):
     run_one(model_path, tmp_path / "padded", name, layout="padded")
     assert_same_training(tmp_path / "padded", alone / name)
@@ -430,6 +426,7 @@ def test_mismatched_completions_where_one_prompt_dominates():
 
 
 # -------------------------------------------------------------------------------------- references
+@pytest.mark.gpu
 def test_no_reference_is_computed_for_a_loss_that_needs_none(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "compute_reference", None)
     monkeypatch.setattr(trainer, "weights_digest", None)
@@ -482,6 +479,7 @@ def _metadata(path):
         return file.metadata()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "options", [dict(loss_type="sigmoid", ld_alpha=0.3), dict(loss_type="kto")], ids=str
 )
