@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.errors import ModelError
-from fastdpo.loss.examples import BaseObjective, nth
+from fastdpo.loss.examples import BaseObjective, Rows
 from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.loss.singles import RunningMean
 from fastdpo.model.noise import random_state_kept
@@ -170,5 +170,6 @@ def _covariance(result: PreferenceLoss, firsts: tuple[int, ...]) -> Tensor:
     """Mean over a batch's pairs of the log-ratio margin times the length difference."""
     ratio_S = result.logp_S.detach().double() - result.ref_logp_S
     lengths_S = result.lengths_S.double()
-    margin_P, longer_P = (nth(x_S, firsts, 0) - nth(x_S, firsts, 1) for x_S in (ratio_S, lengths_S))
+    rows = Rows(firsts, ratio_S.device)
+    margin_P, longer_P = (x[:, 0] - x[:, 1] for x in map(rows.of, (ratio_S, lengths_S)))
     return (margin_P * longer_P).mean()
