@@ -70,6 +70,9 @@ class Sum(BaseObjective):
             kl_shares=shares.pop() if len(shares) == 1 else None,
             alpha=max(self._all("alpha"), key=abs),
             smoothing_below=min(filter(None, self._all("smoothing_below")), default=None),
+            smoothing_above=max(
+                (x for x in self._all("smoothing_above") if x is not None), default=None
+            ),
         )
 
     @property

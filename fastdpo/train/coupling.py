@@ -168,13 +168,17 @@ def _estimate_kl(
     return max(0.0, float(accelerator.reduce(total, "sum")) / examples)
 
 
-def mismatched(examples: Sequence[Any], most: int) -> list[TokenizedSingle]:
+def mismatched(examples: Sequence[Any], most: int, name: str = "") -> list[TokenizedSingle]:
     """Each example's prompt with the completion of another whose prompt differs.
 
     Which one is fixed by the examples alone, so that the reference's log-probs of them are known
     beforehand: a permutation of the completions, in which one that meets its own prompt gives way
     to the next that does not.  (KTO's own code and TRL take the batch's next completion, which
     makes them depend on how batches are drawn.)  Completions are cut where ``most`` tokens end.
+    Prompts must be whole, none of their tokens among those that are scored.
+
+    Args:
+        name: of the examples, where they are not those of training.
 
     Raises:
         DataError: all prompts are the same.
@@ -184,9 +188,12 @@ def mismatched(examples: Sequence[Any], most: int) -> list[TokenizedSingle]:
     order = torch.randperm(count, generator=generator).tolist()
     prompts = [tuple(example.prompt_ids) for example in examples]
     if len(set(prompts)) < 2:
+        place = f"{name}: " if name else ""
+        rows = f"rows of {name}" if name else "rows"
+        other = f"leave {name} out" if name else "loss_type=apo_zero_unpaired"
         raise DataError(
-            "loss_type=kto estimates a KL from completions of other prompts, and all rows have "
-            "the same prompt; give rows of other prompts too, or loss_type=apo_zero_unpaired"
+            f"{place}loss_type=kto estimates a KL from completions of other prompts, and all "
+            f"{rows} have the same prompt; give {rows} with other prompts too, or {other}"
         )
     found = []
     for i, prompt in enumerate(prompts):
