@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data.records import TextRow
+from fastdpo.data.columns import warn_of_near_names
+from fastdpo.data.records import ListRow, PairRow, TextRow
 from fastdpo.data.rendering import takes_as_chat
 from fastdpo.data.rows import Rows, example_rows
 from fastdpo.data.scored import from_first_difference, with_scored_prompt
@@ -103,7 +104,10 @@ def _tokenized(config: Any, name: str, rows: Rows) -> list[Any]:
     """What ``fastdpo pair`` wrote."""
     path = getattr(config, name)
     examples: list[Any]
-    if rows.rows[0].keys() >= _PAIRS:
+    of_pairs = rows.rows[0].keys() >= _PAIRS
+    columns = [field.name for field in fields(PairRow if of_pairs else ListRow)]
+    warn_of_near_names(rows.source, rows.rows, columns)
+    if of_pairs:
         examples = load_pairs(Path(path))
         if len(stages := split_stages(examples)) > 1:
             raise ConfigError(

@@ -7,9 +7,12 @@ column, and the caller the row (`fastdpo.data.records.placed`).
 import ast
 import json
 import re
+import warnings
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
-from fastdpo.data.records import Text
+from fastdpo.data.records import OLD_SMOOTHING, Text
 from fastdpo.errors import DataError, is_number
 
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
@@ -108,6 +111,38 @@ def others(row: dict[str, Any], *used: str) -> dict[str, Any]:
             raise DataError(f"images can't be trained on. Remove the column {column!r}.")
     extra = {k: v for k, v in row.items() if k not in used and k not in _TEMPLATE_COLUMNS}
     return {"tools": tools, "chat_template_kwargs": template_kwargs or {}, "extra": extra}
+
+
+def refuse_old_names(row: dict[str, Any]) -> None:
+    """Refuse a value by a name that a column had before, and which no longer counts."""
+    if row.get(OLD_SMOOTHING) not in (None, ""):
+        raise DataError(
+            f"{OLD_SMOOTHING} is no column that is read. Rename it to label_smoothing, or remove "
+            "it."
+        )
+
+
+def warn_of_near_names(source: str, rows: Iterable[Mapping[str, Any]], read: Iterable[str]) -> None:
+    """Warn once for each column that is not read but called nearly as one of `read` that is not
+    there: `weights`, `chosen_score`, `lable_smoothing`. Columns without a value do not count."""
+    given = {name for row in rows for name, value in row.items() if value not in (None, "")}
+    missing = {name: _letters(name) for name in read if name not in given}
+    for name in sorted(given.difference(read)):
+        same = [x for x, letters in missing.items() if letters == _letters(name)]
+        near = same or get_close_matches(name.lower(), missing, 1, cutoff=0.88)
+        if near:
+            warnings.warn(
+                f"{source}: the column {name!r} is not read; {near[0]!r} would be. Rename it if "
+                "that is what it holds.",
+                stacklevel=4,
+            )
+
+
+def _letters(name: str) -> list[str]:
+    """What stays the same of a name with its words in another order, in the plural, in another
+    case, or with two letters exchanged."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+    return sorted("".join(word.lower().removesuffix("s") for word in words))
 
 
 def _text(value: Any, column: str, *, may_be_empty: bool) -> Text:

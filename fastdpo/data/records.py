@@ -309,8 +309,8 @@ class PairRow:
         column is missing, or a number is out of its range.
         """
         row = {"prompt": "", "chosen": "", "rejected": "", **row}
-        if _OLD_SMOOTHING in row:
-            row.setdefault("label_smoothing", row.pop(_OLD_SMOOTHING))
+        if OLD_SMOOTHING in row:
+            row.setdefault("label_smoothing", row.pop(OLD_SMOOTHING))
         names = [x.name for x in fields(cls) if x.name in row or x.name not in _OPTIONAL]
         for name in names:
             if name not in row:
@@ -327,7 +327,7 @@ _SIDES = {  # what a pair has of its two candidates, and the columns of chosen a
     "finish_reason": ("chosen_finish", "rejected_finish"),
     "scores": ("scores_chosen", "scores_rejected"),
 }
-_OLD_SMOOTHING = "smoothing"  # the name of label_smoothing in files of older runs
+OLD_SMOOTHING = "smoothing"  # the name of label_smoothing in files of older runs
 _OPTIONAL = {x.name for x in fields(PairRow) if x.default is None}
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "score_chosen": lambda x: x is None or is_number(x),

@@ -29,10 +29,12 @@ from fastdpo.data.columns import (
     flag,
     numbers,
     others,
+    refuse_old_names,
     require_column,
     scores_column,
     text_column,
     texts_column,
+    warn_of_near_names,
 )
 from fastdpo.data.records import LabeledRow, PreferenceRow, Prompt, RankedRow, Text, TextRow, placed
 from fastdpo.data.rendering import named
@@ -44,6 +46,9 @@ _OTHER_SUFFIXES = {".txt", ".tsv", ".arrow", ".gz", ".zip", ".zst", ".xz", ".ndj
 Checked = TypeVar("Checked", bound=TextRow | Prompt)
 _PROMPTS = ("prompt_chosen", "prompt_rejected")
 _SCORES = ("score_chosen", "score_rejected")
+# Columns that a row of any shape may have, and those that a pair may have.
+_OPTIONAL = (*COUNTS, "tools", "chat_template_kwargs", "append_eos")
+_OF_PAIRS = (*_OPTIONAL, *_SCORES, "prompt", "initial_reason_steps")
 # DOVE's columns, and those that they stand for.
 _DOVE = {
     "i_chosen": "prompt_chosen", "r_chosen": "chosen",
@@ -264,11 +269,10 @@ def example_rows(rows: Rows) -> Sequence[TextRow]:
     """
     columns = rows.rows[0].keys()
     pairs = {"chosen", "rejected"} <= columns or _DOVE.keys() <= columns
-    if not pairs and "responses" in columns:
-        return _checked(rows, _ranked_row)
-    if not pairs and "completion" in columns:
-        return _checked(rows, _labeled_row)
-    return preference_rows(rows)
+    if pairs or not columns & {"responses", "completion"}:
+        return preference_rows(rows)
+    warn_of_near_names(rows.source, rows.rows, _OPTIONAL)
+    return _checked(rows, _ranked_row if "responses" in columns else _labeled_row)
 
 
 def preference_rows(rows: Rows) -> list[PreferenceRow]:
@@ -281,6 +285,7 @@ def preference_rows(rows: Rows) -> list[PreferenceRow]:
 
     Raises DataError at the first malformed row.
     """
+    warn_of_near_names(rows.source, rows.rows, _OF_PAIRS)
     return _checked(rows, _preference_row)
 
 
@@ -344,6 +349,7 @@ def _labeled_row(row: dict[str, Any], where: str) -> LabeledRow:
 
 def _rest(row: dict[str, Any], *used: str, ends: bool = True) -> dict[str, Any]:
     """What of a row is the same in all shapes, and the numbers among `used`."""
+    refuse_old_names(row)
     counts = (*COUNTS, *(name for name in used if name in _SCORES))
     return {
         **others(row, "prompt", "append_eos", *used, *counts),

@@ -27,6 +27,7 @@ LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+ALPHA = 0.01  # the length penalty of sigmoid alone, where none is given
 # Options of DPOConfig that mean here what they mean in TRL, by what acts on them.
 HONOURED = {
     "the loss": """loss_type loss_weights beta label_smoothing f_divergence_type
@@ -103,7 +104,8 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
 
     Args:
         alpha: length penalty per token, not multiplied by ``args.beta``, of every loss of the
-            margin; 0 is TRL's loss, and all that losses of other forms take.
+            margin; 0 is TRL's loss, and all that losses of other forms take.  None is 0.01 where
+            ``loss_type`` is TRL's default, sigmoid alone, and 0 with every other.
 
     Raises:
         ConfigError: an option asks for what this loss does not do, or for nothing.
@@ -111,7 +113,7 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             the router of a mixture of experts has a loss of its own.
     """
 
-    def __init__(self, *args: Any, alpha: float = 0.01, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, alpha: float | None = None, **kwargs: Any) -> None:
         given = inspect.signature(DPOTrainer).bind(*args, **kwargs).arguments
         _check_options(given)
         self.objective = _objective_of(given.get("args"), alpha)
@@ -252,11 +254,13 @@ def _rewards(reward_S: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _objective_of(args: Any, alpha: float) -> BaseObjective:
+def _objective_of(args: Any, alpha: float | None) -> BaseObjective:
     """The objective of a DPOConfig's options, None for its defaults.
 
     Raises ConfigError for a loss that is none of TRL's, and for options that go together with none.
     """
+    if alpha is None:
+        alpha = ALPHA if args is None or args.loss_type == ["sigmoid"] else 0.0
     if args is None:
         return lr_dpo(alpha=alpha)
     unknown = next((name for name in args.loss_type if name not in LOSSES), None)
@@ -280,7 +284,7 @@ def _objective_of(args: Any, alpha: float) -> BaseObjective:
         )
     try:
         return make_objective(
-            args.loss_type, args.loss_weights, beta=args.beta, alpha=alpha, **options
+            args.loss_type, args.loss_weights, beta=args.beta, alpha=alpha, among=LOSSES, **options
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"LengthRegularizedDPOTrainer: {error}") from error

@@ -4,7 +4,7 @@ To add a name, give `CHOICES` a line: what builds it, the options it reads, and 
 ``loss/README.md`` states it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -186,6 +186,7 @@ def make_objective(
     tdpo_alpha: float = 0.5,
     pro_sft_weight: float = 0.05,
     max_skip: int = 1,
+    among: Container[str] = CHOICES,
 ) -> BaseObjective:
     """The objective of one name, or the weighted sum of several.
 
@@ -212,6 +213,7 @@ def make_objective(
         tdpo_alpha: weight of the difference of the two sides' KL in tdpo2.
         pro_sft_weight: weight of the best response's negative log-likelihood in pro.
         max_skip: places in the ranking between which skip_ranknet compares, at most.
+        among: the names that are taken, and that errors name, where not all are.
 
     Raises:
         TypeError, ValueError: an unknown name, weights of another number, a number outside its
@@ -219,9 +221,9 @@ def make_objective(
     """
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-    unknown = next((name for name in names if name not in CHOICES), None)
-    if unknown is not None or not names:
-        raise ValueError(f"loss_type must be of {', '.join(CHOICES)}; got {loss_type!r}")
+    taken = [name for name in CHOICES if name in among]
+    if not names or not set(names) <= set(taken):
+        raise ValueError(f"loss_type must be of {', '.join(taken)}; got {loss_type!r}")
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     if len(weights) != len(names):
         raise ValueError(
@@ -229,7 +231,7 @@ def make_objective(
         )
     require_number("beta", beta, low=0, open_low=True)
     parts = [_build(name, beta, given) for name in names]
-    _refuse_unused(names, parts, given)
+    _refuse_unused(names, parts, given, taken)
     if len(parts) == 1 and weights[0] == 1:
         return parts[0]
     return Sum(tuple(parts), tuple(weights))
@@ -238,7 +240,7 @@ def make_objective(
 _DEFAULTS = {
     name: option.default
     for name, option in signature(make_objective).parameters.items()
-    if name not in ("loss_type", "loss_weights", "beta")
+    if name not in ("loss_type", "loss_weights", "beta", "among")
 }
 # What concerns a pair as a whole, so that in a sum each loss has to have a use for it, or, of the
 # latter, no reference.
@@ -253,9 +255,13 @@ def _build(name: str, beta: float, given: dict[str, Any]) -> BaseObjective:
 
 
 def _refuse_unused(
-    names: Sequence[str], parts: Sequence[BaseObjective], given: dict[str, Any]
+    names: Sequence[str],
+    parts: Sequence[BaseObjective],
+    given: dict[str, Any],
+    taken: Sequence[str],
 ) -> None:
-    """An option that was changed and that no loss reads, or not each that has to."""
+    """An option that was changed and that no loss reads, or not each that has to; the error names
+    those of `taken` that do."""
     changed = [option for option, value in given.items() if value != _DEFAULTS[option]]
     if "f_alpha_divergence_coef" in changed and given["f_divergence_type"] != "alpha_divergence":
         raise ValueError("f_alpha_divergence_coef needs f_divergence_type='alpha_divergence'")
@@ -267,8 +273,8 @@ def _refuse_unused(
             elif option not in _OF_ALL:
                 continue
         if deaf:
-            able = ", ".join(name for name, choice in CHOICES.items() if option in choice.options)
+            able = ", ".join(name for name in taken if option in CHOICES[name].options)
             raise ValueError(
                 f"{option}={given[option]!r} means nothing to loss_type "
-                f"{', '.join(map(repr, deaf))}: leave it out, or use it with {able}"
+                f"{', '.join(map(repr, deaf))}: leave it out{able and f', or use it with {able}'}"
             )

@@ -272,6 +272,7 @@ class ScoreSquares(BaseObjective):
             return (
                 f"{self.name} needs probabilities to win, between 0 and 1, as scores, got "
                 + " and ".join(f"{score:g}" for score in scores)
+                + "; transform=win_rate of pairing makes such of any scores"
             )
         return None
 

@@ -19,7 +19,7 @@ from fastdpo.score.config import ScoreConfig, check_address
 from fastdpo.train.config import TrainConfig, check_control, default_alpha
 
 _SCORE_OPTIONS = ("score_offset", "score_weight", "score_label")  # what of training reads scores
-_UNBOUNDED = ("reward model", "pooling", "follow-up", "implicit")  # scorers, by `kind_of`
+_IN_UNIT = ("judge", "remote judge", "answer")  # scorers known to be from 0 to 1, by `kind_of`
 OWN_POLICIES = ("round", "average")  # what `reference` names beside a model
 _SEEDED = ("sample", "pair", "train")  # sections with a seed, which is the run's
 
@@ -199,15 +199,18 @@ class IterateConfig:
         ]
         win_rates = objective.needs_scores and objective.problem([1e3, -1e3]) is not None
         win_rates = win_rates and objective.shape == "pairs"
-        unbounded = [x for x in self.score.scorers if kind_of(x) in _UNBOUNDED]
+        unknown = [x for x in self.score.scorers if kind_of(x) not in _IN_UNIT]
         if win_rates and pair.length_penalty != 0:
             raise ConfigError(f"{reads} needs win rates, which {shaped[-1]} takes something off")
-        if win_rates and pair.transform not in ("par", "win_rate") and (shaped or unbounded):
-            raise ConfigError(
-                f"{reads} needs win rates, in [0, 1], for scores, and not those of "
-                f"{shaped[0] if shaped else f'score.scorer={unbounded[0]}'}; set "
-                "pair.transform=win_rate"
-            )
+        if win_rates and pair.transform not in ("par", "win_rate"):
+            scaled = [f"pair.weights={pair.weights}"] if pair.weights else []
+            several = self.score.scorers if len(self.score.scorers) > 1 else []  # added up
+            of = shaped or scaled or [f"score.scorer={x}" for x in unknown or several]
+            if of:
+                raise ConfigError(
+                    f"{reads} needs win rates, in [0, 1], for scores, and those of {of[0]} may be "
+                    "others; set pair.transform=win_rate, which makes them of any scores, or par"
+                )
         centred = "preference_score" in self.loss.split(",")
         judges = [f"score.scorer={x}" for x in self.score.scorers if x.startswith("judge:")]
         if centred and (pair.transform in ("par", "win_rate") or judges):

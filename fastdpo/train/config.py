@@ -71,6 +71,7 @@ class TrainConfig:
         tdpo_alpha: weight of the KL terms in tdpo2.
         pro_sft_weight: weight of the best response's likelihood in pro.
         max_skip: places in the ranking of a list between which skip_ranknet compares, at most.
+        list_size: responses that each list has to have; null takes any number from 2.
         score_offset: what a pair's scores add to the margin that is wanted: "log_difference" and
             "log_ratio" are ODPO's (arXiv 2402.10571), "difference" the adaptive margin of Secrets
             of RLHF II (arXiv 2401.06080). "none" adds nothing.
@@ -141,6 +142,7 @@ class TrainConfig:
     tdpo_alpha: float = 0.5
     pro_sft_weight: float = 0.05
     max_skip: int = 1
+    list_size: int | None = None
     score_offset: str = "none"
     score_offset_weight: float = 1.0
     score_weight: bool = False
@@ -235,6 +237,12 @@ class TrainConfig:
         for name in ("score_offset", "score_label"):
             wanted = f"another loss_type be given: {self.loss_type} has no margin of a pair"
             require_used(self, name, objective.takes_margin, wanted)
+        size, wanted = (
+            self.list_size,
+            f"another loss_type be given: {self.loss_type} takes no lists",
+        )
+        require(self, "list_size", size is None or size >= 2, ">= 2")
+        require_used(self, "list_size", objective.shape == "lists", wanted)
         pairs = objective.shape == "pairs"
         wanted = f"another loss_type be given: {self.loss_type} is not of pairs"
         require_used(self, "score_weight", pairs, wanted)

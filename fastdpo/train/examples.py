@@ -126,6 +126,12 @@ def _as_trained(example: Any, config: TrainConfig, objective: BaseObjective) -> 
             f"it has label_smoothing={example.label_smoothing} of its own, beside the option "
             f"label_smoothing={config.label_smoothing}; give one of them"
         )
+    size, wanted = len(example.responses), config.list_size
+    if wanted is not None and size != wanted:
+        raise ValueError(
+            f"it has {size} responses, not list_size={wanted}; give it as many, leave the row out, "
+            "or leave list_size out to take lists of any length"
+        )
     if example.shape == "pairs":
         example = _with_scores(example, config)
         _check_smoothing(example.label_smoothing, named, objective)

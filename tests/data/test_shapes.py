@@ -81,8 +81,54 @@ def test_columns_of_pairs_that_count(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("row", "near"),
+    [
+        ({**STRINGS[0], "weights": 2.0}, {"weights": "weight"}),
+        ({**STRINGS[0], "Margin": 1, "lable_smoothing": 0.1},
+         {"Margin": "margin", "lable_smoothing": "label_smoothing"}),
+        ({**STRINGS[0], "chosen_score": 2, "rejectedScore": 1},
+         {"chosen_score": "score_chosen", "rejectedScore": "score_rejected"}),
+        ({"chosen": "ab", "rejected": "ac", "prompts": "x"}, {"prompts": "prompt"}),
+        ({**LIST, "margins": [1, 2]}, {"margins": "margin"}),
+        ({"prompt": "a", "completion": "b", "label": True, "wieght": 2}, {"wieght": "weight"}),
+        # A name that stands for what is there too, without a value, or for something else.
+        ({**STRINGS[0], "margin": 1, "margins": "wide"}, {}),
+        ({**STRINGS[0], "weights": None, "margins": ""}, {}),
+        ({**STRINGS[0], "prompt_id": 1, "height": 2, "score": 3, "source_chosen": "x",
+          "messages": [u("a")], "chosen_rating": 5, "origin": "y", "tags": ["z"]}, {}),
+    ],
+)  # fmt: skip
+def test_columns_called_nearly_as_one_that_counts(row, near):
+    """Each is told of once, whatever the number of rows; all are kept."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = example_rows(Rows("here", [row] * 3))
+    told = sorted(str(x.message) for x in caught)
+    assert told == [
+        f"here: the column {name!r} is not read; {meant!r} would be. Rename it if that is what it "
+        "holds."
+        for name, meant in sorted(near.items())
+    ]
+    assert near.keys() <= found[0].extra.keys()
+
+
+def test_a_hand_made_column_of_tokenized_pairs(tokenizer, tmp_path):
+    row = {"prompt_index": 0, "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3],
+           "score_chosen": None, "score_rejected": None, "chosen_finish": "stop",
+           "rejected_finish": "stop", "smoothing": 0.25, "weights": 2.0}  # fmt: skip
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    config = TrainCommand(model="m", dataset=str(path))
+    with pytest.warns(UserWarning, match="'weights' is not read; 'weight' would be"):
+        (pair,) = datasets.read_examples(config, "dataset", read_rows(path), tokenizer).examples
+    assert (pair.weight, pair.label_smoothing) == (1.0, 0.25)  # by its name of before
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({**STRINGS[0], "smoothing": 0.1}, "no column .* Rename it to label_smoothing"),
+        ({**LIST, "smoothing": 0.1}, "smoothing is no column that is read"),
         ({**STRINGS[0], "weight": -1}, "weight is -1. Write a finite number >= 0, or leave it out"),
         ({**STRINGS[0], "label_smoothing": "2"}, "label_smoothing is '2'. Write a number from"),
         ({**STRINGS[0], "margin": float("inf")}, "margin is inf. Write a finite number, or leave"),

@@ -25,7 +25,7 @@ import trl_options  # noqa: E402
 from trl_options import BATCH, BETA, RATE, STEPS, compare, make_trainer  # noqa: E402
 
 from fastdpo.integrations import trl as integration  # noqa: E402
-from fastdpo.integrations.trl import HONOURED, REFUSED  # noqa: E402
+from fastdpo.integrations.trl import HONOURED, LOSSES, REFUSED  # noqa: E402
 from fastdpo.integrations.trl import LengthRegularizedDPOTrainer as Trainer  # noqa: E402
 
 FAMILIES = [LLAMA, QWEN, GEMMA]
@@ -296,8 +296,24 @@ def test_losses_that_have_no_use_for_an_option(names, options, match, tmp_path):
 
 
 def test_alpha_of_a_loss_that_has_none(tmp_path):
+    """The error names losses that this trainer takes."""
     args = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, loss_type="apo_zero")
-    refused(tmp_path, "alpha=0.01 means nothing to loss_type 'apo_zero'", args)
+    message = "alpha=0.01 means nothing to loss_type 'apo_zero'.* use it with sigmoid, .*discopop$"
+    with pytest.raises(ConfigError, match=message) as error:
+        Trainer(str(tmp_path / "none"), args=args, alpha=0.01)
+    named = str(error.value).rpartition(" with ")[2].split(", ")
+    assert set(named) < set(LOSSES)
+
+
+@pytest.mark.parametrize("names", LOSSES, ids=str)
+def test_alpha_that_is_not_given(names, tmp_path):
+    """The length penalty of sigmoid alone; of every other loss TRL's own, with none."""
+    needed = {"label_smoothing": 0.1} if names in ("exo_pair", "robust") else {}
+    args = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, loss_type=names, **needed)
+    assert integration._objective_of(args, None).alpha == (0.01 if names == "sigmoid" else 0)
+    both = dataclasses.replace(args, loss_type=[names, "hinge"])
+    assert integration._objective_of(both, None).alpha == 0
+    assert integration._objective_of(None, None).alpha == 0.01
 
 
 def test_an_option_that_a_later_trl_adds_is_refused(tmp_path):

@@ -73,6 +73,7 @@ IDLE: list[tuple[tuple[type, ...], dict[str, Any], str, dict[str, Any]]] = [
      dict(loss_type="tdpo2", precompute_ref_log_probs=False)),
     (TRAIN, dict(pro_sft_weight=0.1), "pro_sft_weight", dict(loss_type="pro")),
     (TRAIN, dict(max_skip=2), "max_skip", dict(loss_type="skip_ranknet")),
+    (TRAIN, dict(list_size=4), "list_size", dict(loss_type="lipo_lambda")),
     (TRAIN, dict(score_offset_weight=2.0), "score_offset_weight",
      dict(score_offset="difference")),
     ((TrainCommand,), dict(candidates="c"), "candidates", dict(alpha="auto")),

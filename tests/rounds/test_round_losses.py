@@ -79,9 +79,17 @@ def test_pairing_makes_what_the_loss_takes():
           "score__scorer": ["a:b", "a:c"], "pair__combine": "log_sigmoid"},
          "pair.soft_label=0.1 and train.label_smoothing both"),
         ({"train__loss_type": "sppo", "score__scorer": REWARD},
-         f"train.loss_type=sppo needs win rates, .* score.scorer={REWARD}; .*transform=win_rate"),
+         f"loss_type=sppo needs win rates, .* score.scorer={REWARD} may .*transform=win_rate"),
+        ({"train__loss_type": "sppo"},
+         "loss_type=sppo needs win rates, .* score.scorer=a:b may .* pair.transform=win_rate"),
+        ({"train__loss_type": ["sigmoid", "sppo"], "score__scorer": "http://localhost:1"},
+         "train.loss_type=sigmoid,sppo needs win rates, .* score.scorer=http://localhost:1 may"),
+        ({"train__loss_type": "sppo", "score__scorer": "judge:j", "pair__weights": [2.0]},
+         r"needs win rates, .* pair.weights=\[2.0\] may be others"),
+        ({"train__loss_type": "sppo", "score__scorer": ["answer", "judge:j"]},
+         "needs win rates, .* score.scorer=answer may be others"),
         ({"train__loss_type": "sppo", "pair__transform": "mean_std"},
-         "not those of pair.transform=mean_std; set pair.transform=win_rate"),
+         "those of pair.transform=mean_std may be others; set pair.transform=win_rate"),
         ({"train__loss_type": "sppo", "pair__transform": "win_rate", "pair__length_penalty": 0.1},
          "needs win rates, which pair.length_penalty=0.1 takes something off"),
         ({"train__loss_type": "preference_score", "pair__transform": "win_rate"},
@@ -121,11 +129,13 @@ def test_scores_that_the_loss_reads_give_a_transform_its_use():
         {"train__score_weight": True},
         {"train__score_label": True},
         {"train__loss_type": "sppo"},
+        {"train__loss_type": ["sigmoid", "sppo"]},
         {"train__loss_type": "lipo_lambda"},
     ):
         assert config(pair__transform="par", **used).reads_scores
     assert config(train__loss_type="sppo", pair__transform="win_rate", score__scorer=REWARD)
     assert config(train__loss_type="sppo", score__scorer="judge:j")  # its scores are win rates
+    assert config(train__loss_type="sppo", score__scorer="answer")  # 1 or 0
     # Offline pairs are scored where the loss reads scores.
     options = {name.replace(".", "__"): value for name, value in OFFLINE.items()}
     assert config(train__score_offset="log_difference", **options).scores_offline
