@@ -238,7 +238,7 @@ def test_exo_pair_takes_the_smoothing_of_each_pair():
 def test_the_op_refuses_an_exo_pair_without_smoothing(given):
     p = make_problem((3, 2, 1, 2), 3, 11)
     smoothing_P = None if given is None else torch.tensor(given).double()
-    with pytest.raises(ValueError, match="smoothing_P.* (needs a label_smoothing|must be) > 0"):
+    with pytest.raises(ValueError, match=r"smoothing_P.* (needs a label_smoothing|must be) > 0"):
         linear_preference_loss(
             p.h_TD, p.w_VD, p.target_N, p.bounds_S1, p.ref_logp_S, make_objective("exo_pair"),
             smoothing_P=smoothing_P,
