@@ -578,7 +578,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
          "label_smoothing < 0.5, and this row has 0.5"),
         (PAIR, dict(loss_type="plackett_luce"), "takes lists, rows of prompt, responses and sco"),
         (replace(lists_of([PAIR])[0], scores=[1.0, 1.0, 0.0]), dict(loss_type="plackett_luce"),
-         "loss_type=plackett_luce: plackett_luce needs scores without ties"),
+         "loss_type=plackett_luce needs scores without ties"),
         (lists_of([PAIR])[0], dict(loss_type="lipo_lambda", list_size=4),
          "it has 3 responses, not list_size=4; give it as many"),
         (lists_of([PAIR])[0], dict(), "takes pairs, rows of prompt, chosen and rejected"),
