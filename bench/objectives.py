@@ -361,12 +361,13 @@ def markdown(rows: list[dict[str, Any]], plots: list[str]) -> str:
         steps = -(-x["prompts"] // x["batch_size"]) * x["epochs"]
         parts += [
             f"**{row['model']}, {' and '.join(row['data'])}: {steps} steps of {x['batch_size']} "
-            f"prompts, {x['prompts']} prompts with {x['responses']} responses in all, learning "
+            f"prompts, {x['prompts']} prompts with {x['responses']} responses each, learning "
             f"rate {x['learning_rate']:g}; {x['heldout']} prompts held out** on {row['device']}"
             f"{threads} ({build(row)}{also})",
             table(found),
             "Trained by the same steps, measured on held-out prompts against the start; margin "
-            "and KL are of log-probabilities, without beta. Minutes are those of training.",
+            "and KL are of log-probabilities, without beta. Responses are cut off at "
+            f"{x['max_new_tokens']} tokens. Minutes are those of training.",
         ]
     return "\n\n".join(parts)
 

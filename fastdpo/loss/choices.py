@@ -153,7 +153,8 @@ CHOICES: dict[str, Choice] = {
         "PRO, arXiv 2306.17492, its code",
     ),
     "kto": Choice(
-        singles.kto, _KINDS, "w σ(-β(c - KL)); w σ(β(r - KL))", "KTO, arXiv 2402.01306, eq. 7"
+        singles.kto, _KINDS, "w σ(-β(c - KL)); w σ(β(r - KL))",
+        "KTO, arXiv 2402.01306, eq. 7; mismatched completions by a permutation of the data",
     ),
     "apo_zero_unpaired": Choice(
         singles.apo_zero_unpaired, _KINDS, "w σ(-βc); w σ(βr)", "APO, arXiv 2408.06266; TRL's name"
