@@ -201,7 +201,7 @@ def test_kto_is_that_of_trls_trainer(name, model_path, tmp_path, monkeypatch):
         tuple(x["prompt_ids"] + x["completion_ids"]): x.get("KL_completion_ids") for x in given
     }
 
-    def mismatched(singles, most):
+    def mismatched(singles, most, name=""):
         keys = [tuple(x.prompt_ids + x.response_ids) for x in singles]
         return [TokenizedSingle(x.prompt_ids, others[key], True) for x, key in zip(singles, keys)]
 
