@@ -98,7 +98,7 @@ METHODS: list[tuple[str, tuple[str, ...], str]] = [
     ),
     ("RankNet", ("iterate --train.loss_type ranknet",), "Burges et al. 2005"),
     ("KTO", ("train --loss_type kto",), "arXiv 2402.01306; TRL's KTOTrainer"),
-    ("BCO", ("train --loss_type bco",), "arXiv 2404.04656, without UDM"),
+    ("BCO", ("train --loss_type bco",), "TRL's form of arXiv 2404.04656, without UDM"),
     (
         "TDPO1", ("train --loss_type tdpo1 --precompute_ref_log_probs false",), "arXiv 2404.11999"
     ),

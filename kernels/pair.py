@@ -399,12 +399,14 @@ def pair_losses(
 
     ``objective`` is one of ``loss/objectives.py`` that has its place in `KINDS` as ``code``.
     ``bounds_S1`` lies on the device and counts from the first token of ``logp_N``; ``margin_P``,
-    ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference.  A sequence
-    without a scored token, and a reference that is no number, trip a device assert.
+    ``smoothing_P`` and ``weight_P`` are fp64.  Sums are in the dtype of the reference, without one
+    in fp64.  A sequence without a scored token, and a reference that is no number, trip a device
+    assert.
     """
     S = bounds_S1.shape[0] - 1
     device = logp_N.device
-    dtype = torch.float32 if ref_logp_S is None else ref_logp_S.dtype
+    dtype = torch.float32 if objective.needs_reference else torch.float64
+    dtype = dtype if ref_logp_S is None else ref_logp_S.dtype
     logp_S, ref_S = (torch.empty(S, dtype=dtype, device=device) for _ in range(2))
     slope_S = torch.empty(S, dtype=torch.float64, device=device)
     coef_N = torch.empty_like(logp_N) if want_coef else None

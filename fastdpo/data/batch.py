@@ -101,7 +101,7 @@ class PackedPairs:
     firsts: tuple[int, ...]  # example p has the sequences [p]:[p + 1]
     pair_index_P: Tensor  # CPU: which examples of the dataset these are
     weight_P: Tensor | None = None  # of each example's loss; None: all 1
-    smoothing_P: Tensor | None = None  # label noise of each example; None: all 0
+    smoothing_P: Tensor | None = None  # fp64, label noise of each example; None: all 0
     margin_P: Tensor | None = None  # fp64, each example's offset; None: all 0
     scores_S: Tensor | None = None  # fp64, of each sequence; None: an example has none
     desirable_P: Tensor | None = None  # fp64, of single responses: 1 desirable, 0 undesirable
@@ -166,7 +166,7 @@ def pack_pairs(
         firsts=(0, *accumulate(map(len, responses_P))),
         pair_index_P=torch.tensor(list(index)),
         weight_P=_values([pair.weight for pair in pairs], 1.0, torch.float32),
-        smoothing_P=_values([pair.label_smoothing for pair in pairs], 0.0, torch.float32),
+        smoothing_P=_values([pair.label_smoothing for pair in pairs], 0.0),
         margin_P=_values([pair.margin for pair in pairs], 0.0),
         scores_S=_scores(pairs),
         desirable_P=_desirable(pairs),

@@ -5,6 +5,7 @@ Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P examples, S se
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .blocks import Block, Head, Needs, Shares, TokenRows
 from .checks import check_losses
-from .examples import BaseObjective, Examples
+from .examples import BaseObjective, Examples, Rows
 from .plan import Plan
 
 
@@ -142,7 +143,9 @@ class Scoring:
     mean_chosen_length: Any = None
     shift: float = 0.0
     token_weight_N: Tensor | None = None  # of each token in its sequence's sum; None for 1
-    results: list[Any] = field(default_factory=list)  # what a kernel found of some examples each
+    # What was found of some examples each: by the pair kernel, or the sequences' KLs in fp64.
+    results: list[Any] = field(default_factory=list)
+    kl_sums: list[Tensor] = field(default_factory=list)
 
     @property
     def sizes(self) -> list[int]:
@@ -154,8 +157,13 @@ class Scoring:
         """Examples."""
         return len(self.firsts) - 1
 
+    @cached_property
+    def rows(self) -> Rows:
+        """How the examples lie one below the other."""
+        return Rows(self.firsts, self.lengths_S.device)
+
     def part(self, first: int, last: int) -> "Scoring":
-        """Some of the examples; what a kernel finds of them is left with that of the others."""
+        """Some of the examples; what is found of them is left with that of the others."""
         s0, s1 = self.firsts[first], self.firsts[last]
         tokens = [self.edges[s] - self.edges[0] for s in (s0, s1)]
 
@@ -174,7 +182,9 @@ class Scoring:
         )  # fmt: skip
 
     def sum_dtype(self, acc: torch.dtype) -> torch.dtype:
-        """Sums are taken in the reference's precision and at least in fp32."""
+        """Sums are taken in the reference's precision and at least in fp32; in fp64 without one."""
+        if not self.objective.needs_reference:
+            return torch.float64
         return torch.promote_types(getattr(self.ref_logp_S, "dtype", acc), torch.float32)
 
     def loss(self, sums: Sums) -> Tensor:

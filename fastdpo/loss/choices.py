@@ -161,7 +161,7 @@ CHOICES: dict[str, Choice] = {
     ),
     "bco": Choice(
         singles.bco, (), "-log σ(βc - δ); -log σ(δ - βr), δ the running mean of rewards",
-        "BCO, arXiv 2404.04656",
+        "BCO, TRL's form of arXiv 2404.04656",
     ),
 }  # fmt: skip
 
@@ -195,7 +195,7 @@ def make_objective(
 
     Args:
         loss_type: a name of `CHOICES`, or several.
-        loss_weights: weight of each name; 1.0 each if None.
+        loss_weights: weight of each name; 1.0 each if None.  One of weight 0 is left out.
         beta: scale of the log-ratios.
         alpha: length penalty per token, of every loss of the margin.
         label_smoothing: probability that a pair's label is flipped, for robust, cdpo, exo_pair,
@@ -233,9 +233,8 @@ def make_objective(
     require_number("beta", beta, low=0, open_low=True)
     parts = [_build(name, beta, given) for name in names]
     _refuse_unused(names, parts, given, taken)
-    if len(parts) == 1 and weights[0] == 1:
-        return parts[0]
-    return Sum(tuple(parts), tuple(weights))
+    total = Sum(tuple(parts), tuple(weights))
+    return total.parts[0] if total.weights == (1.0,) else total
 
 
 _DEFAULTS = {

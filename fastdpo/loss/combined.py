@@ -15,7 +15,7 @@ from .formulas import softplus
 
 _NEEDS = (
     "needs_reference", "needs_scores", "needs_kl", "needs_alignment", "needs_prompt",
-    "needs_mean_length", "couples", "takes_margin", "mean_rewards",
+    "needs_mean_length", "couples", "takes_margin",
 )  # fmt: skip
 
 
@@ -29,7 +29,9 @@ def _set(objective: Any, **values: Any) -> None:
 class Sum(BaseObjective):
     """A weighted sum of objectives of the same examples.
 
-    It is ``by_margin`` if all parts are, of the same margin but for a factor and an offset.
+    It is ``by_margin`` if all parts are, of the same margin but for a factor and an offset.  Parts
+    of weight 0 are left out, with all that they need.  Rewards in the metrics are of means over the
+    tokens only if those of all parts are; a likelihood has none.
 
     Raises:
         ValueError: there is none, a weight is negative, all are 0, or two cannot be summed: they
@@ -49,8 +51,10 @@ class Sum(BaseObjective):
             )
         for i, weight in enumerate(self.weights):
             require_number(f"loss_weights[{i}]", weight, low=0)
-        if not any(self.weights):
+        used = [(part, weight) for part, weight in zip(self.parts, self.weights) if weight]
+        if not used:
             raise ValueError("loss_weights are all 0: there is nothing to train")
+        _set(self, parts=tuple(x for x, _ in used), weights=tuple(x for _, x in used))
         _set(self, **{name: self._common(name) for name in ("shape", "beta", "ld_alpha")})
         _set(self, **{name: any(self._all(name)) for name in _NEEDS})
         if self.couples and (self.needs_kl or self.needs_alignment):
@@ -58,6 +62,7 @@ class Sum(BaseObjective):
                 f"{self.name} cannot be summed: one needs all pairs of a step at once, and another "
                 "more than the log-probs of each"
             )
+        rewards = {x.mean_rewards for x in self.parts if not isinstance(x, ChosenLikelihood)}
         shifts = {shift for shift in self._all("shift_is") if shift is not None}
         if len(shifts) > 1 or (self.needs_prompt and not self._same_mean()):
             raise ValueError(f"{self.name} cannot be summed: their losses share different means")
@@ -69,6 +74,7 @@ class Sum(BaseObjective):
             length_normalized=normalized == {True},
             kl_shares=shares.pop() if len(shares) == 1 else None,
             alpha=max(self._all("alpha"), key=abs),
+            mean_rewards=rewards == {True},
             smoothing_below=min(filter(None, self._all("smoothing_below")), default=None),
             smoothing_above=max(
                 (x for x in self._all("smoothing_above") if x is not None), default=None
@@ -122,7 +128,7 @@ class GivenSlopes(BaseObjective):
     def losses(self, x: Examples) -> Tensor:
         """``sum scores_S * logp_S`` over the sequences of each example, (P,)."""
         assert x.scores_S is not None
-        return torch.stack([part.sum() for part in (x.scores_S * x.logp_S).split(x.sizes)])
+        return x.rows.of(x.scores_S * x.logp_S).sum(1)
 
 
 def given_slopes(objective: BaseObjective) -> BaseObjective:
@@ -194,7 +200,12 @@ class OddsRatio(BaseObjective):
 
 
 def _log_of_rest(logp_P: Tensor) -> Tensor:
-    """``log(1 - e^logp)`` with all digits near both ends."""
+    """``log(1 - e^logp)`` with all digits near both ends.
+
+    A response whose tokens all have probability 1 has no rest: it counts as one that has 1e-12, and
+    without a gradient here.
+    """
+    logp_P = logp_P.clamp(max=-1e-12)
     near_P = logp_P > -0.7
     small_P, large_P = torch.where(near_P, logp_P, -1.0), torch.where(near_P, -1.0, logp_P)
     return torch.where(near_P, (-torch.expm1(small_P)).log(), torch.log1p(-torch.exp(large_P)))
@@ -202,11 +213,7 @@ def _log_of_rest(logp_P: Tensor) -> Tensor:
 
 def _of_prompts(x: Examples, x_S: Tensor) -> Tensor:
     """The numbers of the prompts' own sequences, 0 where a pair has none."""
-    sizes = x.sizes
-    if min(sizes) > 2:
-        return x.nth(x_S, 2)
-    parts = (part[2:].sum() for part in x_S.split(sizes))
-    return torch.stack(list(parts))
+    return x.rows.of(x_S)[:, 2:].sum(1)
 
 
 # ------------------------------------------------------------------------------- sorted over a step

@@ -196,9 +196,9 @@ def _preference(*fields):
 
 @_preference.register_fake
 def _(*fields):
-    given, inputs, _, wanted = _bundles(fields)
+    given, inputs, objective, wanted = _bundles(fields)
     new, acc, S = given.h_TD.new_empty, _accumulator(given), inputs.bounds_S1.shape[0] - 1
-    sums = acc
+    sums = acc if objective.needs_reference else torch.float64
     if inputs.ref_logp_S is not None:
         sums = torch.promote_types(inputs.ref_logp_S.dtype, torch.float32)
     return (

@@ -5,7 +5,7 @@ Legend as in `ops`.
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import cycle, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from .autograd import LinearPreference, LinearTokens, LinearTokensKL, plainly, s
 from .blocks import Needs, Shares
 from .call import Call, ExampleInputs, HeadInputs, Scoring, collect, join
 from .checks import IGNORE
-from .examples import BaseObjective, nth, sizes_of
+from .examples import BaseObjective, device_numbers, sizes_of
 from .objectives import as_objective
-from .passes import forward_blocks, sequence_sums, tail_weights
+from .passes import forward_blocks, per_token, tail_weights
 from .plan import MIB, default_workspace_mib, make_plan
 from .result import PreferenceLoss, kl_metrics, metrics_of
 from .streaming import Streamer
@@ -162,8 +162,7 @@ def preference(
     entries = {"loss": loss, "logp_S": logp_S, "ref_logp_S": ref_S, "lengths_S": scoring.lengths_S}
     metrics, counts = metrics_of(scoring, logp_S, ref_S)
     if objective.needs_kl:
-        kl_N = join([block.stats["kl_ref"] for block in call.blocks])
-        metrics |= kl_metrics(scoring, sequence_sums(kl_N, scoring, torch.float64))
+        metrics |= kl_metrics(scoring)
     return PreferenceLoss(entries, metrics, _stats(call, stats), call.plan, counts)
 
 
@@ -181,9 +180,9 @@ def _known_shares(call: Call, objective: BaseObjective, dtype: torch.dtype) -> S
     """How policy and reference are mixed in each token's gradient, without a synchronization."""
     assert objective.kl_shares is not None
     acc = torch.promote_types(dtype, torch.float32)
-    ref_N = torch.empty(call.target_N.shape, dtype=acc, device=call.target_N.device)
-    for (start, stop), share in zip(pairwise(call.edges), cycle(objective.kl_shares)):
-        ref_N[start:stop].fill_(share)
+    device, sizes = call.target_N.device, [b - a for a, b in pairwise(call.edges)]
+    shares = [torch.full((), share, dtype=acc, device=device) for share in objective.kl_shares]
+    ref_N = per_token(shares * (len(sizes) // len(shares)), sizes)
     return Shares(1 - ref_N, ref_N)
 
 
@@ -197,10 +196,10 @@ def _stats(call: Call, wanted: frozenset[str]) -> dict[str, Tensor]:
 
 def mean_length(scoring: Scoring) -> Tensor:
     """Mean over the examples of the first's tokens, and of the prompt's if the objective does."""
-    lengths_S, firsts = scoring.lengths_S.double(), scoring.firsts
+    lengths_S = scoring.lengths_S.double()
     if scoring.objective.needs_prompt:  # all that are not the rejected one's
-        return (lengths_S.sum() - nth(lengths_S, firsts, 1).sum()) / scoring.count
-    return nth(lengths_S, firsts, 0).mean()
+        return (lengths_S.sum() - scoring.rows.of(lengths_S)[:, 1].sum()) / scoring.count
+    return scoring.rows.of(lengths_S)[:, 0].mean()
 
 
 def _lengths(call: Call, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -210,10 +209,10 @@ def _lengths(call: Call, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
     """
     device = call.target_N.device
     if call.fused:
-        from .fused import count_scored, device_bounds
+        from .fused import count_scored
 
         with plainly(device):
-            bounds_S1 = device_bounds(call.edges, device)
+            bounds_S1 = device_numbers(call.edges, device)
             return bounds_S1, count_scored(call.target_N, bounds_S1) if wanted else None
     sizes = [b - a for a, b in pairwise(call.edges)]
     if device.type == "cpu":

@@ -9,6 +9,7 @@ P examples, S sequences.  All tensors are fp64.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -66,9 +67,14 @@ class Examples:
         """Sequences of each example."""
         return sizes_of(self.firsts)
 
+    @cached_property
+    def rows(self) -> "Rows":
+        """How the examples lie one below the other."""
+        return Rows(self.firsts, self.logp_S.device)
+
     def nth(self, x_S: Tensor, k: int) -> Tensor:
         """The numbers of sequence k of each example, (P,)."""
-        return nth(x_S, self.firsts, k)
+        return self.rows.of(x_S)[:, k]
 
 
 def sizes_of(firsts: Sequence[int]) -> list[int]:
@@ -76,12 +82,45 @@ def sizes_of(firsts: Sequence[int]) -> list[int]:
     return [stop - start for start, stop in pairwise(firsts)]
 
 
-def nth(x_S: Tensor, firsts: Sequence[int], k: int) -> Tensor:
-    """The numbers of sequence k of each example, (P,), without a wait for the device."""
-    sizes = {*sizes_of(firsts)}
-    if len(sizes) == 1:
-        return x_S[k :: sizes.pop()]
-    return torch.stack([x_S[first + k] for first in firsts[:-1]])
+class Rows:
+    """Examples as rows of L sequences, the size of the largest, without a wait for the device.
+
+    Attributes:
+        valid_PL: where an example has a sequence, from the left; None if everywhere.
+    """
+
+    def __init__(self, firsts: Sequence[int], device: torch.device) -> None:
+        sizes = sizes_of(firsts)
+        self.shape = len(sizes), max(sizes)
+        self.valid_PL: Tensor | None = None
+        if len({*sizes}) > 1:
+            firsts_P1 = device_numbers(firsts, device)
+            place_PL = firsts_P1[:-1, None] + torch.arange(max(sizes), device=device)
+            self.valid_PL = place_PL < firsts_P1[1:, None]
+            self._index = place_PL.clamp_(max=firsts[-1] - 1).view(-1)
+
+    def of(self, x_S: Tensor, fill: float = 0.0) -> Tensor:
+        """Numbers of the sequences as (P, L), with ``fill`` where there is none."""
+        if self.valid_PL is None:
+            return x_S.view(self.shape)
+        return torch.where(self.valid_PL, x_S.index_select(0, self._index).view(self.shape), fill)
+
+
+def device_numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Integers on the device, without a synchronization.
+
+    A captured CUDA graph keeps no host memory alive, so there the numbers become arguments of
+    fills.
+    """
+    if device.type != "cuda":
+        return torch.tensor(numbers, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        numbers_X = torch.empty(len(numbers), dtype=torch.int64, device=device)
+        for i, number in enumerate(numbers):
+            numbers_X[i].fill_(number)
+        return numbers_X
+    numbers_X = torch.tensor(numbers, device="cpu", pin_memory=True)
+    return numbers_X.to(device, non_blocking=True)
 
 
 class BaseObjective:

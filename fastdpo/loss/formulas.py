@@ -107,13 +107,15 @@ KERNEL_FORMULAS = (
 # ------------------------------------------------------------------------------------- f-divergence
 # Where the exponential of an alpha-divergence stops, as in TRL: e^80 is the last that fits fp32.
 _LARGEST = 80.0
+# Where that of the forward KL does, which is fp64's end, so that two sides beyond it do not differ.
+_LARGEST_FP64 = 709.78
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 def divergence_score(ratio_S: Tensor, kind: str, coef: float) -> Tensor:
     """``f'(pi / pi_ref)`` of log-ratios (f-DPO, arXiv 2309.16240); of reverse KL themselves."""
     if kind == "forward_kl":
-        return 1 - torch.exp(-ratio_S)
+        return 1 - torch.exp((-ratio_S).clamp(max=_LARGEST_FP64))
     if kind == "js_divergence":
         return math.log(2) - softplus(-ratio_S)
     if kind == "alpha_divergence" and abs(coef - 1) >= 1e-6:  # whose limit at 1 is reverse KL

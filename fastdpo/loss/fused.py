@@ -469,22 +469,6 @@ def _rows_in_memory(h_ND: Tensor) -> Tensor:
     return h_ND if h_ND.stride(1) == 1 else h_ND.contiguous()
 
 
-def device_bounds(edges: list[int], device: torch.device) -> Tensor:
-    """Sequence bounds on the device, without a synchronization.
-
-    A captured CUDA graph keeps no host memory alive, so there the numbers become arguments of
-    fills.
-    """
-    if device.type == "cpu":
-        return torch.tensor(edges)
-    if torch.cuda.is_current_stream_capturing():
-        bounds_S1 = torch.empty(len(edges), dtype=torch.int64, device=device)
-        for s, edge in enumerate(edges):
-            bounds_S1[s].fill_(edge)
-        return bounds_S1
-    return torch.tensor(edges, pin_memory=True).to(device, non_blocking=True)
-
-
 def count_scored(target_N: Tensor, bounds_S1: Tensor) -> Tensor:
     """Scored tokens of each sequence."""
     before = torch.nn.functional.pad((target_N != IGNORE).cumsum(0), (1, 0))

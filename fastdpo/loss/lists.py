@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -134,41 +133,39 @@ class ListObjective(BaseObjective):
         """
         if x.scores_S is None:
             raise ValueError(str(self.problem(None)))
-        on_cpu = x.scores_S.device.type == "cpu"
-        values = x.scores_S.tolist() if on_cpu else [-float(s) for s in range(x.firsts[-1])]
-        for p, (start, stop) in enumerate(pairwise(x.firsts)):
-            problem = self.problem(values[start:stop])  # elsewhere of the list's size alone
+        sizes, seen = x.sizes, range(len(x.firsts) - 1)
+        if on_device := x.scores_S.device.type != "cpu":
+            shortest = sizes.index(min(sizes))  # only sizes are seen there
+            seen, values = [shortest], range(-x.firsts[-1], 0)
+        else:
+            values = x.scores_S.tolist()
+        for p in seen:
+            problem = self.problem(values[x.firsts[p] : x.firsts[p + 1]])
             if problem is not None:
                 raise ValueError(f"list {p}: {problem}")
         grid = _grid(x, self.beta, self.alpha)
-        if not on_cpu:
+        if on_device and self.needs_ranks:
+            message = f"{self.name} needs scores without ties"
+            torch.ops.aten._assert_async.msg(~grid.tied_PLL.any(), message)
+        elif on_device and self.max_score < math.inf:
             message = f"{self.name} needs scores of at most {self.max_score:g}"
-            valid = grid.score_PL.amax() <= self.max_score
-            if self.needs_ranks:
-                message = f"{self.name} needs scores without ties"
-                valid = ~grid.tied_PLL.any()
-            torch.ops.aten._assert_async.msg(valid, message)
+            torch.ops.aten._assert_async.msg(x.scores_S.amax() <= self.max_score, message)
         return self.f(grid)
 
 
 def _grid(x: Examples, beta: float, alpha: float) -> ListGrid:
     """Lists one below the other, filled up on the right."""
-    device = x.logp_S.device
-    sizes_P1 = torch.tensor(x.sizes)[:, None]
-    first_P1 = torch.tensor(x.firsts[:-1])[:, None]
-    place_L = torch.arange(max(x.sizes))
-    valid_PL = place_L < sizes_P1
-    index_PL = (first_P1 + place_L).where(valid_PL, first_P1).to(device)
-    valid_PL = valid_PL.to(device)
-
-    def rows(v_S: Tensor, fill: float = 0.0) -> Tensor:
-        return v_S[index_PL].masked_fill(~valid_PL, fill)
-
+    rows, reward_S = x.rows, beta * x.ratio_S
+    if alpha:
+        reward_S = reward_S + alpha * x.lengths_S
+    valid_PL = rows.valid_PL
+    if valid_PL is None:
+        valid_PL = torch.ones(rows.shape, dtype=torch.bool, device=reward_S.device)
     assert x.scores_S is not None
-    reward_S = beta * x.ratio_S + alpha * x.lengths_S
     return ListGrid(
-        valid_PL, rows(x.scores_S), rows(reward_S), rows(x.logp_S), rows(x.lengths_S, 1.0)
-    )
+        valid_PL, rows.of(x.scores_S), rows.of(reward_S), rows.of(x.logp_S),
+        rows.of(x.lengths_S, 1.0),
+    )  # fmt: skip
 
 
 def _sum_of(what_PLL: Tensor, where_PLL: Tensor) -> Tensor:

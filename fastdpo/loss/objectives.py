@@ -278,8 +278,17 @@ def cdpo(
     beta: float = 0.1, label_smoothing: float = 0.1, alpha: float = 0.0, **more: "Unpack[OfMargin]"
 ) -> Objective:
     """Conservative DPO: ``(1 - eps) f(z) + eps f(-z)`` with DPO's f, whose labels are flipped with
-    probability eps.  With a pair's own ``eps = 1 - consistency`` it is CREAM (arXiv 2410.12735).
+    probability eps.  `lr_dpo` is that with each pair's own eps; with ``eps = 1 - consistency`` it
+    is CREAM (arXiv 2410.12735).
+
+    Raises:
+        ValueError: ``label_smoothing`` is 0.
     """
+    if not label_smoothing:
+        raise ValueError(
+            "cdpo needs a label_smoothing > 0, as 0.1; rows that have a label_smoothing of their "
+            "own are for loss_type sigmoid"
+        )
     return Objective(SIGMOID, beta, alpha, label_smoothing=label_smoothing, **more)
 
 

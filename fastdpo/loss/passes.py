@@ -7,6 +7,7 @@ used again for every group of examples.
 Legend: T hidden rows, N scored tokens, D hidden, V vocabulary, P examples, S sequences.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +49,9 @@ def score(call: Call, scoring: Scoring, blocks: list[Block], *, slopes: bool = T
         if not slopes:
             return Share(scoring.loss(sums), *sums[:2], None, None)
         loss, slope_S, kl_slope_S = scoring.loss_and_slopes(sums)
-        share = Share(loss, *sums[:2], slope_S, _per_token(slope_S, scoring.sizes))
+        share = Share(loss, *sums[:2], slope_S, per_token(slope_S, scoring.sizes))
         if kl_slope_S is not None and call.shares is None:
-            share = share._replace(kl_coef_N=_per_token(kl_slope_S, scoring.sizes))
+            share = share._replace(kl_coef_N=per_token(kl_slope_S, scoring.sizes))
     if weight_N is not None and share.coef_N is not None:
         share = share._replace(coef_N=share.coef_N * weight_N)
     return share
@@ -78,7 +79,8 @@ def _sums(
     dtype, ref_S = scoring.sum_dtype(blocks[0].logp_N.dtype), scoring.ref_logp_S
     gap_N = kl_S = None
     if scoring.objective.needs_kl:
-        kl_S = sequence_sums(join([block.stats["kl_ref"] for block in blocks]), scoring, dtype)
+        kl_S = _kl_sums(call, scoring, join([block.stats["kl_ref"] for block in blocks]))
+        scoring.kl_sums.append(kl_S)
     if scoring.objective.needs_alignment:  # zero where a target is ignored
         squares_N = join([block.stats["log_sum_sq_probs"] for block in blocks])
         gap_N = collect(blocks, "logp_N").double() - squares_N
@@ -101,6 +103,16 @@ def _sums(
     return Sums(logp_S, ref_S, kl_S, means_S)
 
 
+def _kl_sums(call: Call, scoring: Scoring, kl_N: Tensor) -> Tensor:
+    """Of each sequence in fp64; a KL is 0 where a target is ignored."""
+    if not call.fused:
+        return sequence_sums(kl_N, scoring, torch.float64)
+    from ..kernels import pair  # only where Triton is
+
+    targets_N, bounds_S1 = _targets(call, scoring), _bounds(scoring)
+    return pair.sequence_sums(kl_N, targets_N, bounds_S1, torch.float64).logp_S
+
+
 def tail_weights(target_N: Tensor, scoring: Scoring) -> Tensor:
     """1.0 for as many tokens of a pair's longer side as the other has, ``ld_alpha`` for the rest.
 
@@ -109,10 +121,10 @@ def tail_weights(target_N: Tensor, scoring: Scoring) -> Tensor:
     lengths_S, sizes, ld_alpha = scoring.lengths_S, scoring.sizes, scoring.objective.ld_alpha
     assert ld_alpha is not None
     before_S = lengths_S.cumsum(0) - lengths_S
-    place_N = (target_N != IGNORE).cumsum(0) - _per_token(before_S, sizes)  # from 1
+    place_N = (target_N != IGNORE).cumsum(0) - per_token(before_S, sizes)  # from 1
     shared_S = lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
     weight_N = torch.ones(len(target_N), dtype=torch.float64, device=target_N.device)
-    return weight_N.masked_fill_(place_N > _per_token(shared_S, sizes), ld_alpha)
+    return weight_N.masked_fill_(place_N > per_token(shared_S, sizes), ld_alpha)
 
 
 def _targets(call: Call, scoring: Scoring) -> Tensor:
@@ -130,7 +142,7 @@ def sequence_sums(x_N: Tensor, scoring: Scoring, dtype: torch.dtype) -> Tensor:
     return torch.stack([part.sum(dtype=dtype) for part in x_N.split(scoring.sizes)])
 
 
-def _per_token(x_S: Tensor, sizes: list[int]) -> Tensor:
+def per_token(x_S: Iterable[Tensor], sizes: list[int]) -> Tensor:
     """Repeat each sequence's number over its tokens, without a wait for the device."""
     return torch.cat([x.expand(size) for x, size in zip(x_S, sizes)])
 
@@ -282,7 +294,7 @@ def _unit_group(call: Call, scoring: Scoring, group: Group, streamer: Any, total
     sizes, by_margin = scoring.sizes, scoring.objective.by_margin
     h_TD = streamer.rows.h_TD
     sign_S = scoring.objective.token_signs(scoring.lengths_S, len(sizes), h_TD.device)
-    sign_N = _per_token(sign_S, sizes)
+    sign_N = per_token(sign_S, sizes)
     if scoring.token_weight_N is not None:
         sign_N = sign_N * scoring.token_weight_N
     offset, middle = group.rows[0], group.rows[0] + sizes[0]
@@ -308,7 +320,7 @@ def _unit_group(call: Call, scoring: Scoring, group: Group, streamer: Any, total
         total.w = _add_scaled(total.w, unit.w, scalar)
         total.bias = _add_scaled(total.bias, unit.bias, scalar)
     if total.h is not None and unit_h is not None:
-        scalar_N = _per_token(scalar_S, sizes)
+        scalar_N = per_token(scalar_S, sizes)
         streamer.add_rows(total.h, group.rows, unit_h.mul_(scalar_N[:, None]))
     return share
 

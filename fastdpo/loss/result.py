@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import register_pytree_node
 
 from ..kernels.support import METRICS
-from .call import Scoring
-from .examples import nth, sizes_of
+from .call import Scoring, join
+from .examples import Rows
 from .plan import Plan
 
 
@@ -23,7 +22,8 @@ class PreferenceLoss(dict[str, Tensor]):
 
     Entries:
         loss: scalar, the summed loss of the examples divided by ``num_pairs``.
-        logp_S: summed log-probs of each sequence under the policy, in the dtype of the reference.
+        logp_S: summed log-probs of each sequence under the policy, in the dtype of the reference;
+            in fp64 if the objective needs none.
         ref_logp_S: those of the reference; zeros for an objective that needs none.
         lengths_S: scored tokens of each sequence, int64.
 
@@ -101,15 +101,16 @@ def metrics_of(
     if scoring.objective.mean_rewards:
         reward_S = reward_S / lengths_S
     seen = _Seen(reward_S, logp_S, lengths_S)
+    rows = scoring.rows
     if scoring.desirable_P is not None:
         return _of_singles(seen, scoring.desirable_P)
-    shape, sizes = scoring.objective.shape, sizes_of(scoring.firsts)
+    shape = scoring.objective.shape
     counts: dict[str, Tensor] = {}
     if shape == "pairs":
-        best, worst = ([nth(x_S, scoring.firsts, k) for x_S in seen] for k in (0, 1))
+        best, worst = ([rows.of(x_S)[:, k] for x_S in seen] for k in (0, 1))
         right = (best[0] > worst[0]).double().mean()
     elif scoring.scores_S is not None:
-        best, worst, right, ordered = _of_lists(seen, scoring.scores_S, sizes)
+        best, worst, right, ordered = _of_lists(seen, scoring.scores_S, rows)
         counts["rewards/accuracies"] = ordered
     else:
         return {f"{name}/mean": x_S.mean().float() for name, x_S in seen._asdict().items()}, {}
@@ -124,16 +125,17 @@ def metrics_of(
         worst[2].mean(),
         scoring.objective.alpha * (best[2] - worst[2]).mean(),
     )
-    return {name: x.float() for name, x in zip(METRICS, values)}, counts
+    return dict(zip(METRICS, torch.stack(values).float().unbind())), counts
 
 
 @torch.no_grad()
-def kl_metrics(scoring: Scoring, kl_S: Tensor) -> dict[str, Tensor]:
+def kl_metrics(scoring: Scoring) -> dict[str, Tensor]:
     """Means of the sequences' KL to the reference: ``kl/chosen`` and ``kl/rejected`` of pairs."""
+    kl_S = join(scoring.kl_sums)
     if scoring.objective.shape != "pairs":
         return {"kl/mean": kl_S.mean().float()}
     sides = ("chosen", 0), ("rejected", 1)
-    return {f"kl/{side}": nth(kl_S, scoring.firsts, k).mean().float() for side, k in sides}
+    return {f"kl/{side}": scoring.rows.of(kl_S)[:, k].mean().float() for side, k in sides}
 
 
 class _Seen(NamedTuple):
@@ -145,23 +147,21 @@ class _Seen(NamedTuple):
 
 
 def _of_lists(
-    seen: _Seen, scores_S: Tensor, sizes: list[int]
+    seen: _Seen, scores_S: Tensor, rows: Rows
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """What is seen of the best and the worst of each list; share of ordered pairs, their number.
 
     A pair is ordered if its scores differ, and it counts as right if its rewards do likewise.
     """
-    scores_PM, *seen_PM = (
-        pad_sequence(list(x_S.split(sizes)), batch_first=True, padding_value=torch.nan)
-        for x_S in (scores_S, *seen)
-    )
-    best_P1 = scores_PM.nan_to_num(nan=-torch.inf).argmax(1, keepdim=True)
-    worst_P1 = scores_PM.nan_to_num(nan=torch.inf).argmin(1, keepdim=True)
-    best, worst = ([x.gather(1, i)[:, 0] for x in seen_PM] for i in (best_P1, worst_P1))
-    above_PMM = scores_PM[:, :, None] > scores_PM[:, None]  # of NaN nothing is
-    right_PMM = above_PMM & (seen_PM[0][:, :, None] > seen_PM[0][:, None])
-    ordered = above_PMM.sum().double()
-    return best, worst, right_PMM.sum() / ordered.clamp(min=1), ordered
+    best_P1 = rows.of(scores_S, -torch.inf).argmax(1, keepdim=True)
+    worst_P1 = rows.of(scores_S, torch.inf).argmin(1, keepdim=True)
+    seen_PL = [rows.of(x_S) for x_S in seen]
+    best, worst = ([x.gather(1, i)[:, 0] for x in seen_PL] for i in (best_P1, worst_P1))
+    scores_PL = rows.of(scores_S, torch.nan)
+    above_PLL = scores_PL[:, :, None] > scores_PL[:, None]  # of NaN nothing is
+    right_PLL = above_PLL & (seen_PL[0][:, :, None] > seen_PL[0][:, None])
+    ordered = above_PLL.sum().double()
+    return best, worst, right_PLL.sum() / ordered.clamp(min=1), ordered
 
 
 def _of_singles(seen: _Seen, desirable_P: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

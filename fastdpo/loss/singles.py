@@ -91,8 +91,8 @@ def apo_zero_unpaired(
 
 
 def bco(beta: float = 0.1) -> SingleObjective:
-    """BCO (arXiv 2404.04656): ``-log sigmoid(reward - delta)`` of a desirable response,
-    ``-log sigmoid(delta - reward)`` of another.
+    """BCO (arXiv 2404.04656) in TRL's form: ``-log sigmoid(reward - delta)`` of a desirable
+    response, ``-log sigmoid(delta - reward)`` of another.
 
     ``shift`` is delta, the running mean of all rewards (`RunningMean`), without a gradient.  The
     paper's weights for undesirable responses to prompts that are unlike those of the desirable ones

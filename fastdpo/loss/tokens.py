@@ -23,7 +23,9 @@ class TokenObjective(BaseObjective):
     ``z = beta * (d + k_w K_w - k_l K_l) + alpha * (nw - nl) + m``, where ``d`` is the difference of
     the log-ratios of chosen and rejected, ``K_w`` and ``K_l`` their KLs, and ``kl_shares`` is
     ``(k_w, k_l)``.  `detached_chosen` adds ``K_w`` without a gradient.  ``alpha``, the margin ``m``
-    and the smoothing ``eps`` are those of `objectives.Objective`.
+    and the smoothing ``eps`` are those of `objectives.Objective`.  Rewards in the metrics are beta
+    times log-ratios, as DPO's, and not the authors' ``beta * (log-ratio + K)``; the KLs stand
+    beside them.
 
     Attributes:
         kl_shares: what a unit of KL counts beside one of log-prob, in the gradient of the chosen

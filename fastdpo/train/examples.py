@@ -146,7 +146,7 @@ def _as_trained(example: Any, config: TrainConfig, objective: BaseObjective) -> 
         changes: dict[str, Any] = {}
         if not objective.needs_scores and scores is not None:
             changes |= {"score_chosen": None, "score_rejected": None}
-        if objective.needs_prompt:
+        if objective.needs_prompt and len(example.prompt_ids) > 1:
             changes["prompt_nll"] = True
         example = replace(example, **changes) if changes else example
     return example
@@ -216,4 +216,4 @@ def _softplus(x: float) -> float:
 def chosen_tokens(example: Any, objective: BaseObjective) -> int:
     """Tokens of an example that a mean over the step's chosen tokens counts."""
     first, *rest = map(len, example.responses)
-    return first + (rest[-1] if objective.needs_prompt else 0)
+    return first + (sum(rest[1:]) if objective.needs_prompt else 0)

@@ -170,11 +170,9 @@ def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
     setup = _laid_out(setup, fitted.pairs, model)
     if config.objective.shift_is != "kl":
         return setup
-    most = min(config.max_length, config.max_tokens)
-    name, kept_as = f"{name} mismatched".lstrip(), "mismatched"
-    others = replace(setup, name=name, logps_name=kept_as)
-    found = mismatched(setup.pairs, most, setup.name)
-    return replace(setup, mismatched=_laid_out(others, found, model))
+    others = mismatched(setup.pairs, min(config.max_length, config.max_tokens), setup.name)
+    named = replace(setup, name=f"{name} mismatched".lstrip(), logps_name="mismatched")
+    return replace(setup, mismatched=_laid_out(named, others, model))
 
 
 def _laid_out(setup: Setup, examples: Sequence[Any], model: nn.Module) -> Setup:

@@ -205,7 +205,7 @@ def of_reference(
     if reference.logps is not None:
         index = batch.pair_index_P.tolist()
         ref_logp_S = reference.logps.sums(index, objective.ld_alpha)
-        return {"ref_logp_S": ref_logp_S.to(batch.target_N.device)}
+        return {"ref_logp_S": ref_logp_S.to(batch.target_N.device, non_blocking=True)}
     return {"ref_logp_S": reference_logps_of(setup, of_model, batch, objective.ld_alpha).logp_S}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import make_problem
 
-from fastdpo import linear_preference_loss
+from fastdpo import linear_logp, linear_preference_loss
 from fastdpo.loss import objectives, reference
 from fastdpo.loss.choices import CHOICES, make_objective
 from fastdpo.loss.combined import Sum
@@ -50,7 +50,7 @@ BY_HAND: dict[str, tuple[dict[str, Any], dict[str, Any], list[float]]] = {
     ),
     # CREAM: a consistency of 0.75 is a smoothing of 0.25.
     "cream": (
-        {"loss_type": "cdpo", "beta": 0.5}, {"smoothing_P": [0.25, 0.0]},
+        {"loss_type": "sigmoid", "beta": 0.5}, {"smoothing_P": [0.25, 0.0]},
         [0.75 * sp(-1) + 0.25 * sp(1), sp(0.25)],
     ),
     # Two flips: 0.1 * 0.8 + 0.9 * 0.2 = 0.26.
@@ -200,6 +200,7 @@ def test_sorted_margins_by_hand():
         ({"loss_type": "exo_pair", "label_smoothing": 1.0}, "exo_pair needs a label_smoothing < 1"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "robust needs a label_smoothing < 0.5"),
         ({"loss_type": "cdpo", "label_smoothing": 1.5}, "label_smoothing must be"),
+        ({"loss_type": "cdpo"}, "cdpo needs a label_smoothing > 0.* loss_type sigmoid"),
         ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau must be"),
         ({"loss_type": "simpo", "cpo_alpha": -1.0}, "cpo_alpha must be"),
         ({"simpo_gamma": 0.7}, "simpo_gamma=0.7 .*use it with simpo"),
@@ -279,6 +280,32 @@ def test_a_sum_says_what_its_parts_say():
     )
 
 
+def test_a_part_of_weight_0_needs_nothing():
+    sigmoid = make_objective()
+    parts = ["sigmoid", "sppo", "tdpo2", "kto", "aot"]
+    assert make_objective(parts, [1.0, 0.0, 0.0, 0.0, 0.0]) == sigmoid
+    assert make_objective(["sigmoid", "sft"], [0.0, 2.0]).needs_reference is False
+
+
+def test_rewards_of_a_sum_are_means_if_all_are():
+    """As TRL's of CPO-SimPO, whose likelihood has no rewards."""
+    assert make_objective("simpo", cpo_alpha=0.5).mean_rewards
+    assert not make_objective(["sigmoid", "orpo"]).mean_rewards
+    assert not make_objective("sft").mean_rewards and not make_objective("cpo").mean_rewards
+
+
+def test_a_forward_kl_stays_finite():
+    x = examples([-1e3, -2e3, -9e3, -1e4], [0.0] * 4, [4, 2, 5, 10], (0, 2, 4))
+    for name in ("sigmoid", "hinge"):
+        leaf_S = x.logp_S.clone().requires_grad_()
+        loss_P = make_objective(name, f_divergence_type="forward_kl").losses(
+            replace(x, logp_S=leaf_S)
+        )
+        assert loss_P.tolist() == [LOG(2) if name == "sigmoid" else 1.0] * 2
+        loss_P.sum().backward()
+        assert torch.equal(leaf_S.grad, torch.zeros(4).double())
+
+
 def test_given_slopes_have_the_gradients_of_what_they_are_of():
     objective = make_objective(["aot", "sft"], [1.0, 0.3], label_smoothing=0.1)
     x = examples(*TWO)
@@ -292,10 +319,41 @@ def test_given_slopes_have_the_gradients_of_what_they_are_of():
 
 
 # --------------------------------------------------------------------------------- through the head
+@pytest.mark.parametrize("sure", [0, 2])
+def test_orpo_of_a_response_without_doubt(sure):
+    """Its tokens have probability 1 in fp32, so that nothing is left for others."""
+    h_ND = torch.zeros(6, 4)
+    h_ND[sure : sure + 2, 0] = 1e4
+    h_ND.requires_grad_()
+    w_VD = torch.eye(4)
+    result = linear_preference_loss(
+        h_ND, w_VD, torch.zeros(6, dtype=torch.int64), torch.tensor([0, 2, 4, 6]), None,
+        make_objective("orpo"), firsts_P1=(0, 3),
+    )  # fmt: skip
+    assert result.logp_S[sure // 2] == 0 and result.loss.isfinite()
+    result.loss.backward()
+    assert h_ND.grad is not None and h_ND.grad.isfinite().all() and h_ND.grad.any()
+
+
+@pytest.mark.parametrize("name", ["simpo", "cpo", "orpo", "sft"])
+def test_sums_without_a_reference_are_of_fp64(name):
+    """As with one, whose dtype they have."""
+    p, given = problem_of(make_objective(name))
+    h, w, target_N = p.h_TD.float(), p.w_VD.float(), p.target_N
+    result = linear_preference_loss(
+        h, w, target_N, p.bounds_S1, None, make_objective(name), **given
+    )
+    logp_N = linear_logp(h, w, target_N)
+    assert torch.equal(result.logp_S, reference.sequence_sums(logp_N.double(), p.bounds_S1))
+
+
 # Of both models' logits test_tdpo has its own.
 BUILT = {name: choice.build() for name, choice in CHOICES.items()}
 PAIR_NAMES = [name for name, x in BUILT.items() if x.shape == "pairs" and not x.needs_kl]
-LEAST = {"exo_pair": {"label_smoothing": 0.01}, "robust": {"label_smoothing": 0.1}}
+LEAST = {
+    "exo_pair": {"label_smoothing": 0.01}, "robust": {"label_smoothing": 0.1},
+    "cdpo": {"label_smoothing": 0.1},
+}  # fmt: skip
 THROUGH: dict[str, dict[str, Any]] = {
     **{name: {"loss_type": name, **LEAST.get(name, {})} for name in PAIR_NAMES},
     "cpo-simpo": {"loss_type": "simpo", "cpo_alpha": 0.5, "label_smoothing": 0.1},

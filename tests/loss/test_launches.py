@@ -61,7 +61,7 @@ class Kernel:
 def launches(monkeypatch) -> Launches:
     """A GPU that projects from descriptors, as far as the host can tell."""
     from fastdpo.kernels import fold, pair, project, scatter, support
-    from fastdpo.loss import autograd, eager, fused
+    from fastdpo.loss import autograd, eager, examples
 
     found = Launches()
     for module in (fold, pair, project, scatter):
@@ -74,7 +74,8 @@ def launches(monkeypatch) -> Launches:
     for module in (autograd, eager):
         monkeypatch.setattr(module, "plainly", lambda device: nullcontext())
     empty = torch.empty(2 * PAIRS + 1, dtype=torch.int64, device="meta")
-    monkeypatch.setattr(fused, "device_bounds", lambda edges, device: empty[: len(edges)])
+    for module in (eager, examples):
+        monkeypatch.setattr(module, "device_numbers", lambda x, device: empty[: len(x)])
     return found
 
 

@@ -86,8 +86,8 @@ def trl_loss(x, loss_type, beta, weights, kl_logp_S, kl_ref_logp_S):
 def test_losses_are_trls(loss_type):
     pytest.importorskip("trl")
     generator = torch.Generator().manual_seed(1)
-    for case in range(1000):
-        P = 1 + case % 9
+    for case in range(60):
+        P = (1, 9, 40)[case // 20]  # 1,000 responses
         beta = (0.01, 0.1, 0.5, 3.0)[case % 4]
         weights = ((1.0, 1.0), (1.5, 0.7), (0.0, 2.0))[case % 3]
         x = some_singles(P, 10.0 ** (case % 5 - 2), generator=generator)
