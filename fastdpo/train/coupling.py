@@ -196,11 +196,11 @@ def mismatched(examples: Sequence[Any], most: int, name: str = "") -> list[Token
     # Prompts by number; `changes[i]` is the next place in the order that has another than place i.
     prompts = [numbers.setdefault(tuple(x.prompt_ids), len(numbers)) for x in examples]
     if len(numbers) < 2:
-        of, rows = (f"{name}: ", f"rows of {name}") if name else ("", "rows")
+        of = f"{name}: " if name else ""
         other = f"leave {name} out" if name else "loss_type=apo_zero_unpaired"
         raise DataError(
             f"{of}loss_type=kto estimates a KL from completions of other prompts, and all {count} "
-            f"{rows} have the prompt of {examples[0].where or 'the first'}; give {rows} with other "
+            f"rows have the prompt of {examples[0].where or 'the first'}; give rows of other "
             f"prompts too, or {other}"
         )
     changes = [0] * count
