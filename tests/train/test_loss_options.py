@@ -191,7 +191,7 @@ def test_a_training_on_some_ties_warns(model_path, tmp_path, caplog):
 # ---------------------------------------------------------------------------------------- messages
 def test_held_out_rows_of_one_prompt_are_named(model_path, tmp_path):
     held = [replace(x, prompt_ids=[5, 6]) for x in random_pairs(3, seed=5)]
-    with pytest.raises(DataError, match=r"^eval_dataset: .*kto.* all 3 rows have.* leave eval_d"):
+    with pytest.raises(DataError, match=r"^eval_dataset: .*kto.* all 6 rows have.* leave eval_d"):
         run(model_path, tmp_path, random_pairs(4), loss_type="kto", eval_pairs=held)
 
 
