@@ -60,7 +60,7 @@ def as_trained(examples: Sequence[Any], config: TrainConfig, name: str = "") -> 
         except ValueError as error:
             raise DataError(f"{_place(examples, i, name)}: {error}") from None
     tied = _all_tied(found)
-    if tied and len(tied) == len(found) and not name:  # to evaluate on them is to measure them
+    if tied and len(tied) == len(found) and not name:  # to evaluate on, they may be
         raise DataError(
             f"{_place(found, 0, name)}: it has no response better than another, nor has any of "
             f"the {len(found)} lists: they teach loss_type={config.loss_type} nothing of an order; "
