@@ -282,6 +282,11 @@ def _objective_of(args: Any, alpha: float | None) -> BaseObjective:
             "'keep_start'"
         )
     options = {name: getattr(args, name) for name in _OF_LOSS}
+    if "exo_pair" in args.loss_type and not args.label_smoothing:
+        raise ConfigError(
+            f"DPOConfig(label_smoothing={args.label_smoothing}): exo_pair needs one between 0 and "
+            "1 (the paper's is 1e-3)"
+        )
     try:
         return make_objective(
             args.loss_type, args.loss_weights, beta=args.beta, alpha=alpha, among=LOSSES, **options

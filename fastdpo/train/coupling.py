@@ -174,13 +174,17 @@ def _estimate_kl(
     return max(0.0, float(accelerator.reduce(total, "sum")) / examples)
 
 
-def mismatched(examples: Sequence[Any], most: int) -> list[TokenizedSingle]:
+def mismatched(examples: Sequence[Any], most: int, name: str = "") -> list[TokenizedSingle]:
     """Each example's prompt with the completion of another whose prompt differs.
 
     Which one is fixed by the examples alone, so that the reference's log-probs of them are known
     beforehand: a permutation of the completions, in which one that meets its own prompt gives way
     to the next that does not.  (KTO's own code and TRL take the batch's next completion, which
     makes them depend on how batches are drawn.)  Completions are cut where ``most`` tokens end.
+    Prompts must be whole, none of their tokens among those that are scored.
+
+    Args:
+        name: of the examples, where they are not those of training.
 
     Raises:
         DataError: all prompts are the same.
@@ -192,10 +196,12 @@ def mismatched(examples: Sequence[Any], most: int) -> list[TokenizedSingle]:
     # Prompts by number; `changes[i]` is the next place in the order that has another than place i.
     prompts = [numbers.setdefault(tuple(x.prompt_ids), len(numbers)) for x in examples]
     if len(numbers) < 2:
+        of = f"{name}: " if name else ""
+        other = f"leave {name} out" if name else "loss_type=apo_zero_unpaired"
         raise DataError(
-            f"loss_type=kto estimates a KL from completions of other prompts, and all {count} rows "
-            f"have the prompt of {examples[0].where or 'the first'}; give rows of other prompts "
-            "too, or loss_type=apo_zero_unpaired"
+            f"{of}loss_type=kto estimates a KL from completions of other prompts, and all {count} "
+            f"rows have the prompt of {examples[0].where or 'the first'}; give rows of other "
+            f"prompts too, or {other}"
         )
     changes = [0] * count
     for place in reversed(range(2 * count)):  # twice round: at first the end's are not known

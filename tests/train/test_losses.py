@@ -207,7 +207,7 @@ def test_kto_is_that_of_trls_trainer(name, model_path, tmp_path, monkeypatch):
         tuple(x["prompt_ids"] + x["completion_ids"]): x.get("KL_completion_ids") for x in given
     }
 
-    def mismatched(singles, most):
+    def mismatched(singles, most, name=""):
         keys = [tuple(x.prompt_ids + x.response_ids) for x in singles]
         return [TokenizedSingle(x.prompt_ids, others[key], True) for x, key in zip(singles, keys)]
 
@@ -639,7 +639,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
          "label_smoothing < 0.5, and this row has 0.5"),
         (PAIR, dict(loss_type="plackett_luce"), "takes lists, rows of prompt, responses and sco"),
         (replace(lists_of([PAIR])[0], scores=[1.0, 1.0, 0.0]), dict(loss_type="plackett_luce"),
-         "loss_type=plackett_luce: plackett_luce needs scores without ties"),
+         "loss_type=plackett_luce needs scores without ties"),
         (lists_of([PAIR])[0], dict(loss_type="lipo_lambda", list_size=4),
          "it has 3 responses, not list_size=4; give it as many"),
         (lists_of([PAIR])[0], dict(), "takes pairs, rows of prompt, chosen and rejected"),
