@@ -228,6 +228,13 @@ class TrainCommand(TrainConfig, EvalConfig):
         apart = not (self.prompt_in_likelihood and self.objective.needs_prompt)
         other = f"left out with loss_type={self.loss_type}, which scores the prompt itself"
         require(self, "prompt_in_likelihood", apart, other)
+        whole = self.objective.shift_is != "kl"
+        for name in ("prompt_in_likelihood", "from_first_difference"):
+            other = (
+                f"left out with loss_type={self.loss_type}, which estimates a KL from each prompt "
+                "with the completion of another: it needs prompts and completions as they are"
+            )
+            require(self, name, whole or not getattr(self, name), other)
         check_control(self, self.reference)
         for name in ("candidates", "control"):
             require_used(self, name, self.alpha == "auto", "alpha be auto")

@@ -14,6 +14,7 @@ from fastdpo.loss.choices import CHOICES
 from fastdpo.report import card
 from fastdpo.report import summary as report
 from fastdpo.storage import write_json_atomic
+from fastdpo.train.config import default_alpha
 from fastdpo.train.prepare import steps_and_end
 
 _LEAST_SHARE = 50  # a page takes at most one part in so many of the time
@@ -64,10 +65,12 @@ class TrainingPage:
 
 
 def defaults(config: type) -> dict[str, Any]:
-    """The options of a command at their defaults, None for those that have to be given."""
-    return {
+    """The options of a command at their defaults, None for those that have to be given; ``alpha``
+    as a function of the others (`fastdpo.report.runfiles.resolved`)."""
+    found = {
         field.name: None if field.default is MISSING else field.default for field in fields(config)
     }
+    return found | {"alpha": lambda config: default_alpha(config.get("loss_type"))}
 
 
 def data_facts(found: Tokenized, held: Sequence[TokenizedExample]) -> dict[str, Any]:

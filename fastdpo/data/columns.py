@@ -64,7 +64,10 @@ def scores_column(row: dict[str, Any], count: int) -> list[float]:
     given = [name for name in ("scores", "rewards", "ranks") if row.get(name) is not None]
     if len(given) != 1:
         has = f"it has {' and '.join(given)}" if given else f"it has {sorted(row)}"
-        raise DataError(f"a list needs scores or ranks (1 is the best), one of them; {has}.")
+        raise DataError(
+            "a list needs one of the columns scores, rewards (both: higher is better) and ranks (1 "
+            f"is the best); {has}. Write one number a response."
+        )
     column = given[0]
     values = [_number(value) for value in _list_column(row, column)]
     if len(values) != count:

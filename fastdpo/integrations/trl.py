@@ -89,6 +89,7 @@ _OF_LOSS = (
 _NORMALIZED = {"ipo", "sigmoid_norm"}  # losses that divide by the lengths
 _PROMPTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 NOT_LOGGED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "aux_loss")
+_REWARDS = "rewards/"
 _NO_INPUT = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 
 
@@ -100,7 +101,8 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
     tokens does so within it.  Every option is honoured or refused before anything is loaded;
     `HONOURED` and `REFUSED` say which, and one that the losses have no use for is refused too.
     ``lengths/chosen``, ``lengths/rejected`` and ``length_margin`` are logged as well; TRL's metrics
-    of the logits are not, because none are kept.
+    of the logits are not, because none are kept.  ``loss_type="sft"`` alone needs no reference, so
+    none is run for its rewards: they are logged where they are precomputed.
 
     Args:
         alpha: length penalty per token, not multiplied by ``args.beta``, of every loss of the
@@ -117,6 +119,7 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
         given = inspect.signature(DPOTrainer).bind(*args, **kwargs).arguments
         _check_options(given)
         self.objective = _objective_of(given.get("args"), alpha)
+        _check_best(given.get("args"), self.objective)
         self._preference_loss = LinearPreferenceLoss(self.objective)
         self._reference_loss = LinearPreferenceLoss(lr_dpo(ld_alpha=self.objective.ld_alpha))
         self._fused_heads = self._needs_positions = False
@@ -206,17 +209,19 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
             return self._fused(model, inputs, zeros_S, self._reference_loss).logp_S.chunk(2)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        ref_logp_S, needed = None, self.objective.needs_reference
         if self.precompute_ref_logps:
-            reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        else:
+            ref_logp_S = torch.cat((inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]))
+        elif needed:
             reference_model = self.model if self.ref_model is None else self.ref_model
-            reference = self.compute_ref_log_probs(reference_model, inputs)
-        ref_logp_S = torch.cat(reference)
-        read_S = ref_logp_S if self.objective.needs_reference else None
+            ref_logp_S = torch.cat(self.compute_ref_log_probs(reference_model, inputs))
+        read_S = ref_logp_S if needed else None
         result = self._fused(model, inputs, read_S, self._preference_loss)
         metrics = result.metrics
-        if read_S is None:
-            metrics |= _rewards(self.beta * (result.logp_S - ref_logp_S).detach())
+        if not needed:
+            metrics = {k: x for k, x in metrics.items() if not k.startswith(_REWARDS)}
+            if ref_logp_S is not None:
+                metrics |= _rewards(self.beta * (result.logp_S - ref_logp_S).detach())
         trained: Any = self.model
         mode = "train" if trained.training else "eval"
         gather: Any = self.accelerator.gather
@@ -277,6 +282,11 @@ def _objective_of(args: Any, alpha: float | None) -> BaseObjective:
             "'keep_start'"
         )
     options = {name: getattr(args, name) for name in _OF_LOSS}
+    if "exo_pair" in args.loss_type and not args.label_smoothing:
+        raise ConfigError(
+            f"DPOConfig(label_smoothing={args.label_smoothing}): exo_pair needs one between 0 and "
+            "1 (the paper's is 1e-3)"
+        )
     try:
         return make_objective(
             args.loss_type, args.loss_weights, beta=args.beta, alpha=alpha, among=LOSSES, **options
@@ -350,9 +360,20 @@ def _check_config(args: Any) -> None:
                     f"DPOConfig({name}={getattr(args, name)!r}) does nothing without "
                     "sync_ref_model=True"
                 )
-    metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    if metric in NOT_LOGGED:
+
+
+def _check_best(args: Any, objective: BaseObjective) -> None:
+    """Refuse to choose the best model by what is not logged."""
+    if args is None or args.metric_for_best_model is None:
+        return
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    why, other = "the fused loss keeps no logits and", "'loss' or 'rewards/accuracies'"
+    unknown = metric in NOT_LOGGED
+    if not (objective.needs_reference or args.precompute_ref_log_probs):
+        unknown = unknown or metric.startswith(_REWARDS)
+        why, other = f"loss_type={args.loss_type} needs no reference, so it", "'loss'"
+    if unknown:
         raise ConfigError(
-            f"DPOConfig(metric_for_best_model={args.metric_for_best_model!r}): the fused loss "
-            f"keeps no logits and logs no {metric}; take 'loss' or 'rewards/accuracies'"
+            f"DPOConfig(metric_for_best_model={args.metric_for_best_model!r}): {why} logs no "
+            f"{metric}; take {other}"
         )

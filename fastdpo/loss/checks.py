@@ -159,6 +159,22 @@ def require_values(name: str, x: Tensor, valid: Tensor, wanted: str) -> None:
         raise ValueError(f"{name}[{i}] = {x[i].item()} must be {wanted}")
 
 
+def require_smoothing(objective: Any, smoothing_P: Tensor | None) -> None:
+    """Smoothing of pairs within the bounds of an objective that has some."""
+    above, below = objective.smoothing_above, objective.smoothing_below
+    if above is not None and smoothing_P is None:
+        raise ValueError(
+            f"smoothing_P is None, but {objective.name} needs a label_smoothing > {above:g} (the "
+            "paper's is 1e-3), or a smoothing_P of each pair"
+        )
+    if below is None or smoothing_P is None:
+        return
+    valid, wanted = smoothing_P < below, f"< {below:g}"
+    if above is not None:
+        valid, wanted = valid & (smoothing_P > above), f"> {above:g} and {wanted}"
+    require_values("smoothing_P", smoothing_P, valid, f"{wanted} for {objective.name}")
+
+
 def check_objective(objective: Any) -> None:
     """A function of the six arguments of `fastdpo.objectives`."""
     wanted = "one of fastdpo.objectives (such as lr_dpo(beta=0.1)) or a function of their signature"

@@ -76,6 +76,9 @@ class Sum(BaseObjective):
             alpha=max(self._all("alpha"), key=abs),
             mean_rewards=rewards == {True},
             smoothing_below=min(filter(None, self._all("smoothing_below")), default=None),
+            smoothing_above=max(
+                (x for x in self._all("smoothing_above") if x is not None), default=None
+            ),
         )
 
     @property

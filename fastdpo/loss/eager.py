@@ -314,6 +314,8 @@ def _check_values(
         elif neutral and value is not None:
             x = torch.full((count,), value, dtype=torch.float64, device=device)
         values[name] = x
+    if objective.smoothing_above is not None:  # the pair kernel doesn't look
+        checks.require_smoothing(objective, values["smoothing_P"] if named else None)
     values["num_pairs"] = float(P)
     for name in ("num_pairs", "mean_chosen_length"):
         x = getattr(given, name)

@@ -143,6 +143,7 @@ class BaseObjective:
             completions, the running mean of the rewards, or nothing.
         takes_margin: whether margin and smoothing of an example mean something.
         smoothing_below: what an example's smoothing must be less than; None for no more than 1.
+        smoothing_above: what it must be more than; None for no less than 0.
         by_margin: whether a pair enters by its margin alone, so that the gradients of its tokens
             are one unknown scalar times signs known beforehand (`token_signs`).
         length_normalized: whether those signs are divided by the lengths.
@@ -169,6 +170,7 @@ class BaseObjective:
     shift_is: Shift = None
     takes_margin: bool = False
     smoothing_below: float | None = None
+    smoothing_above: float | None = None
     by_margin: bool = False
     length_normalized: bool = False
     needs_prompt: bool = False

@@ -113,8 +113,9 @@ class ListObjective(BaseObjective):
         if self.needs_ranks and len(set(scores)) < len(scores):
             twice = sorted({score for score in scores if list(scores).count(score) > 1})
             return (
-                f"{self.name} needs scores without ties, got {twice[0]:g} more than once: break "
-                "the ties, drop such lists, or use lipo_lambda, which does not compare tied ones"
+                f"{self.name} needs scores without ties, got the score {twice[0]:g} more than "
+                "once: break the ties, drop such lists, or use lipo_lambda, which does not compare "
+                "tied ones"
             )
         if max(scores) > self.max_score:
             return (

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from .checks import check_objective, require_number, require_values
+from .checks import check_objective, require_number, require_smoothing
 from .combined import (
     ChosenLikelihood,
     OddsRatio,
@@ -129,11 +129,8 @@ class Objective(BaseObjective):
             )
         if self.formula.parameter is not None:
             require_number(self.formula.parameter, self.parameter, low=0, open_low=True)
-        if self.formula is EXO_PAIR and not 0 < self.label_smoothing < 1:
-            raise ValueError(
-                "exo_pair needs a label_smoothing between 0 and 1 (the paper's is 1e-3), "
-                f"got {self.label_smoothing:g}"
-            )
+        if self.formula is EXO_PAIR and self.label_smoothing == 1:
+            raise ValueError("exo_pair needs a label_smoothing < 1, got 1")
         if self.label_smoothing >= (self.smoothing_below or 2):
             raise ValueError(f"robust needs a label_smoothing < 0.5, got {self.label_smoothing:g}")
         if self._has_z:
@@ -166,8 +163,15 @@ class Objective(BaseObjective):
 
     @property
     def smoothing_below(self) -> float | None:
-        """Of labels flipped as often as not there is nothing to learn."""
-        return 0.5 if self.formula is ROBUST else None
+        """Of labels flipped as often as not there is nothing to learn for robust."""
+        if self.formula is ROBUST:
+            return 0.5
+        return None if self.smoothing_above is None else 1.0
+
+    @property
+    def smoothing_above(self) -> float | None:
+        """Without one for all, exo_pair needs each pair's own, which it takes the logarithm of."""
+        return 0.0 if self.formula is EXO_PAIR and self.label_smoothing == 0 else None
 
     @property
     def needs_reference(self) -> bool:
@@ -235,9 +239,7 @@ class Objective(BaseObjective):
         if given:
             eps_P = given + eps_P - 2 * given * eps_P
         if self.formula.form == "label":
-            if self.smoothing_below is not None:
-                below = self.smoothing_below
-                require_values("smoothing_P", eps_P, eps_P < below, f"< {below} for {self.name}")
+            require_smoothing(self, eps_P)
             return f(z_P, self.beta, eps_P)
         own = (self.beta,) if self.formula.parameter is None else (self.beta, self.parameter)
         return (1 - eps_P) * f(z_P, *own) + eps_P * f(-z_P, *own)
@@ -311,7 +313,7 @@ def exo_pair(
     beta: float = 0.1, label_smoothing: float = 1e-3, alpha: float = 0.0, **more: "Unpack[OfMargin]"
 ) -> Objective:
     """EXO on pairs (arXiv 2402.00856, eq. 16): ``KL((q, 1 - q) || (1 - eps, eps))`` of
-    ``q = sigmoid(z)``.
+    ``q = sigmoid(z)``.  With a ``label_smoothing`` of 0 every pair needs one of its own.
     """
     return Objective(EXO_PAIR, beta, alpha, label_smoothing=label_smoothing, **more)
 

@@ -184,4 +184,6 @@ def _example(objective: BaseObjective, prompt: int, response: int) -> TokenizedE
         return TokenizedList(prompt_ids, [ids, ids], [1.0, 0.0])
     if objective.shape == "singles":
         return TokenizedSingle(prompt_ids, ids, True)
-    return TokenizedPair(prompt_ids, ids, ids, prompt_nll=objective.needs_prompt)
+    nll = objective.needs_prompt and prompt > 1
+    eps = 0.0 if objective.smoothing_above is None else 0.5  # where each pair has to have one
+    return TokenizedPair(prompt_ids, ids, ids, prompt_nll=nll, label_smoothing=eps)

@@ -31,7 +31,7 @@ from fastdpo.report.evaluation import (
     number,
     over_prompts,
 )
-from fastdpo.report.runfiles import KEPT, Round, Run
+from fastdpo.report.runfiles import KEPT, Round, Run, resolved
 from fastdpo.report.tables import (
     HELD,
     STEPS,
@@ -191,6 +191,7 @@ def picture(figures: Sequence[tuple[str, str, charts.Chart]], *, steps: bool) ->
 
 def differing(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The options that differ from their defaults; what a run is of comes first."""
+    defaults = resolved(defaults, config)
     found = {name: x for name, x in config.items() if name in defaults and defaults[name] != x}
     first = [name for name in ("model", "prompts", "dataset", "eval_dataset") if name in found]
     return {name: found[name] for name in dict.fromkeys([*first, *found])}

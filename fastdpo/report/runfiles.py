@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -285,6 +285,11 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
         section = value if isinstance(value, dict) else {}
         found |= {f"{name}.{key}": x for key, x in section.items()} or {name: value}
     return found
+
+
+def resolved(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a run's options; one that depends on other options is a function of them."""
+    return {name: x(config) if callable(x) else x for name, x in defaults.items()}
 
 
 def _options(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fastdpo.pair.config import PairConfig
 from fastdpo.report.runfiles import flat
 from fastdpo.sample.config import SampleConfig
 from fastdpo.score.config import ScoreConfig, check_address
-from fastdpo.train.config import TrainConfig, check_control
+from fastdpo.train.config import TrainConfig, check_control, default_alpha
 
 _SCORE_OPTIONS = ("score_offset", "score_weight", "score_label")  # what of training reads scores
 _IN_UNIT = ("judge", "remote judge", "answer")  # scorers known to be from 0 to 1, by `kind_of`
@@ -174,6 +174,14 @@ class IterateConfig:
                 raise ConfigError(
                     f"{given} and train.{others[0]} both say how far a label holds; choose one"
                 )
+        smoothed = any(map(self.train.uses, ("label_smoothing", "score_label"))) or any(
+            not is_default(self.pair, name) for name in ("consistency", "soft_label")
+        )
+        if objective.smoothing_above is not None and not smoothed:
+            raise ConfigError(
+                f"{loss} needs a label smoothing > 0; give train.label_smoothing, as 0.001, or "
+                "train.score_label or pair.consistency"
+            )
         if self.reads_scores:
             self._check_scores(objective)
 
@@ -363,5 +371,7 @@ def _in(section: str) -> Iterator[None]:
 
 
 def defaults() -> dict[str, Any]:
-    """What all options are by default, by their names with the section."""
-    return flat(IterateConfig(model="", prompts="").to_dict())
+    """What all options are by default, by their names with the section; ``train.alpha`` as a
+    function of the others (`fastdpo.report.runfiles.resolved`)."""
+    known = flat(IterateConfig(model="", prompts="").to_dict())
+    return known | {"train.alpha": lambda config: default_alpha(config.get("train.loss_type"))}

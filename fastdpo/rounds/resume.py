@@ -16,7 +16,7 @@ import torch
 from fastdpo.data.clock import KEY, Clock
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.report import summary as report
-from fastdpo.report.runfiles import flat
+from fastdpo.report.runfiles import flat, resolved
 from fastdpo.rounds.config import IterateConfig, defaults
 from fastdpo.rounds.old_names import moved, old_names
 from fastdpo.storage import check_directory, list_parts, read_json, write_json_atomic
@@ -120,7 +120,8 @@ class Stages:
             )
         used = {x.rpartition("/")[2] for x in state["done"]}
         # An option that is newer than the run had its default's meaning.
-        before = defaults() | flat(state["config"])
+        recorded = flat(state["config"])
+        before = resolved(defaults(), recorded) | recorded
         for name, value in flat(self.config).items():
             # Nothing depends on how pairs are made before the first, or on how they are trained on.
             early = (name.startswith("pair.") and "pair" not in used) or (

@@ -1,9 +1,11 @@
 """Options of training, and what they may be."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fastdpo.data.budget import OVERLONG
 from fastdpo.data.examples import LAYOUTS
@@ -22,6 +24,13 @@ _OF_OBJECTIVE = (
     "ld_alpha", "use_weighting", "reference_scale", "target_margin", "simpo_gamma", "cpo_alpha",
     "desirable_weight", "undesirable_weight", "tdpo_alpha", "pro_sft_weight", "max_skip",
 )  # fmt: skip
+_OF_SCORES = ("score_offset", "score_offset_weight", "score_weight", "score_label")
+# Of the numbers that a loss has, what changes nothing where that is not the default: None is no
+# number, as these always count.
+_NEUTRAL = dict.fromkeys(
+    ("beta", "f_alpha_divergence_coef", "discopop_tau", "simpo_gamma", "tdpo_alpha",
+     "pro_sft_weight", "max_skip"),
+) | {"alpha": 0.0}  # fmt: skip
 _CHOICES = {
     "overlong": OVERLONG,
     "layout": ("auto", *LAYOUTS),
@@ -36,15 +45,17 @@ class TrainConfig:
 
     Attributes:
         beta: strength of the KL penalty.
-        alpha: length penalty per token, not multiplied by beta; 0 is plain DPO. "auto" holds the
-            mean response length at `target_length`, see `fastdpo.train.control`.
+        alpha: length penalty per token, not multiplied by beta; 0 is plain DPO, and null is 0.01
+            for loss_type sigmoid alone and 0 for all others. "auto" holds the mean response length
+            at `target_length`, see `fastdpo.train.control`.
         target_length: tokens that alpha="auto" holds; by default the mean length of the samples
             that the first round starts with.
         loss_type: the objective, or several that are summed: TRL's names and others, in the table
             of `fastdpo/loss/README.md`. The length penalty composes with those by margin.
         loss_weights: factor of each of several; by default all 1.
         label_smoothing: probability that a pair's label is flipped, of the losses that read one;
-            rows may have their own instead, for every loss of the margin.
+            rows may have their own instead, for every loss of the margin. exo_pair needs one > 0,
+            here or of every row.
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence".
         f_alpha_divergence_coef: of alpha_divergence.
         discopop_tau: temperature of discopop.
@@ -72,8 +83,10 @@ class TrainConfig:
         warmup_ratio: share of the steps that warm up linearly.
         weight_decay: AdamW's.
         max_grad_norm: gradient norm that is clipped to.
-        num_train_epochs: passes over the pairs.
-        batch_size: pairs of an optimizer step, over all processes and micro-batches.
+        num_train_epochs: passes over the examples.
+        batch_size: examples of an optimizer step, over all processes and micro-batches: pairs,
+            lists or single responses, as the loss takes them. A pair that is given to a loss of
+            single responses is two examples.
         max_length: tokens of prompt and response kept, from the start.
         max_tokens: tokens of a micro-batch.
         overlong: what becomes of a pair over max_length or max_tokens: "truncate" keeps the start
@@ -110,7 +123,7 @@ class TrainConfig:
     """
 
     beta: float = 0.1
-    alpha: float | str = 0.01
+    alpha: float | str | None = None
     target_length: float | None = None
     loss_type: str | list[str] = "sigmoid"
     loss_weights: list[float] | None = None
@@ -165,6 +178,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.alpha is None:
+            self.alpha = default_alpha(self.loss_type)
         above = ("beta", "learning_rate", "max_grad_norm", "lora_alpha", "workspace_mib")
         counts = ("num_train_epochs", "batch_size", "save_steps", "lora_r", "mlp_tile_tokens")
         least = dict.fromkeys(counts, 1) | {"weight_decay": 0, "seed": 0, "router_aux_loss_coef": 0}
@@ -213,7 +228,10 @@ class TrainConfig:
                     f"{named}; give alpha a number, or leave it out"
                 )
         else:
-            wanted = "another loss_type be given: the length penalty is of losses of the margin"
+            wanted = (
+                f"another loss_type be given: {self.loss_type} has no length penalty, which is of "
+                "losses of the margin, of lists and of tokens"
+            )
             require_used(self, "alpha", self._takes_alpha or self.alpha == 0, wanted)
         require(self, "score_offset", self.score_offset in OFFSETS, f"one of {', '.join(OFFSETS)}")
         for name in ("score_offset", "score_label"):
@@ -237,8 +255,7 @@ class TrainConfig:
     @property
     def _takes_alpha(self) -> bool:
         """Whether the length penalty means something to one of the losses."""
-        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
-        return any("alpha" in CHOICES[name].options for name in names)
+        return any("alpha" in CHOICES[name].options for name in _names(self.loss_type))
 
     @cached_property
     def objective(self) -> BaseObjective:
@@ -247,7 +264,7 @@ class TrainConfig:
         Raises:
             ConfigError: the losses are unknown, or have no use for an option that is given.
         """
-        return self.objective_at(0.0 if self.alpha == "auto" else float(self.alpha))
+        return self.objective_at(0.0 if self.alpha == "auto" else float(self.alpha or 0.0))
 
     def objective_at(self, alpha: float) -> BaseObjective:
         """The objective with another length penalty per token."""
@@ -263,6 +280,40 @@ class TrainConfig:
     def uses(self, name: str) -> bool:
         """Whether one of the options that read a pair's scores is given."""
         return not is_default(self, name)
+
+    @property
+    def told_loss(self) -> str:
+        """The losses with the numbers that they are trained with, as "ipo, beta=0.1"; those that
+        change nothing are left out."""
+        names = _names(self.loss_type)
+        weights = self.loss_weights or [1.0] * len(names)
+        told = [" + ".join(x if w == 1 else f"{w:g} {x}" for x, w in zip(names, weights))]
+        read = {"beta", *(option for name in names for option in CHOICES[name].options)}
+        if self.f_divergence_type != "alpha_divergence":
+            read.discard("f_alpha_divergence_coef")
+        for name in ("beta", "alpha", *_OF_OBJECTIVE[1:], *_OF_SCORES):
+            value = getattr(self, name)
+            neutral = _NEUTRAL.get(name, getattr(type(self), name))
+            if (name in read or name in _OF_SCORES) and value not in (neutral, None):
+                told.append(f"{name}={_as_given(value)}")
+        return ", ".join(told)
+
+
+def default_alpha(loss_type: str | Sequence[str] | None) -> float:
+    """What alpha=null is: the length penalty is of length-regularized DPO, and no other loss has
+    one unasked. Runs of before there were others name none."""
+    return 0.01 if _names(loss_type or "sigmoid") == ["sigmoid"] else 0.0
+
+
+def _names(loss_type: str | Sequence[str]) -> list[str]:
+    return [loss_type] if isinstance(loss_type, str) else list(loss_type)
+
+
+def _as_given(value: Any) -> str:
+    """The value of an option, as one would give it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(kw_only=True)

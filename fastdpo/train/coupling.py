@@ -51,7 +51,8 @@ class Shared:
         for p, example in enumerate(batch.pair_index_P.tolist()):
             size = batch.firsts[p + 1] - batch.firsts[p]
             slopes += self.slopes.get(example, [0.0] * size)  # an idle process's is of no step
-        scores_S = torch.tensor(slopes, dtype=torch.float64, device=batch.target_N.device)
+        scores_S = torch.tensor(slopes, dtype=torch.float64)
+        scores_S = scores_S.to(batch.target_N.device, non_blocking=True)
         # They have the weights, margins and labels in them.
         return replace(batch, scores_S=scores_S, weight_P=None, margin_P=None, smoothing_P=None)
 
@@ -80,11 +81,12 @@ def couple(
         if objective.shift_is == "kl":
             kl = _estimate_kl(setup, plain, batches, reference, totals.examples)
             return Shared(objective, kl, metrics={"kl": kl})
+        if objective.shift_is == "mean_reward" and not learn:  # the rewards change nothing
+            return _with_mean(objective, running)
         numbers, x = _whole_step(setup, plain, batches, objective, reference, totals)
     if objective.shift_is == "mean_reward":
-        if learn:
-            running.update(objective.beta * x.ratio_S)
-        return Shared(objective, running.mean, metrics={"rewards/running_mean": running.mean})
+        running.update(objective.beta * x.ratio_S)
+        return _with_mean(objective, running)
     weight_P = torch.tensor([setup.pairs[i].weight for i in numbers], dtype=torch.float64)
     with torch.enable_grad():
         x.logp_S.requires_grad_()
@@ -93,6 +95,10 @@ def couple(
     slopes = dict(zip(numbers, map(Tensor.tolist, slope_S.split(x.sizes))))
     mean = loss.item() / totals.examples
     return Shared(given_slopes(objective), slopes=slopes, loss=mean)
+
+
+def _with_mean(objective: BaseObjective, running: RunningMean) -> Shared:
+    return Shared(objective, running.mean, metrics={"rewards/running_mean": running.mean})
 
 
 def _whole_step(
@@ -115,9 +121,9 @@ def _whole_step(
         logp_S = batch_logps(setup, model, batch, objective.ld_alpha).logp_S
         ref_S = of_reference(setup, model, batch, objective, reference)["ref_logp_S"]
         ref_S = torch.zeros_like(logp_S) if ref_S is None else ref_S
-        for p, example in enumerate(index):
-            rows = slice(batch.firsts[p], batch.firsts[p + 1])
-            found.append((example, logp_S[rows].tolist(), ref_S[rows].tolist()))
+        logps, refs = torch.stack((logp_S, ref_S)).tolist()  # one wait for the device
+        for example, start, stop in zip(index, batch.firsts, batch.firsts[1:]):
+            found.append((example, logps[start:stop], refs[start:stop]))
     gathered = sorted(gather_object(found))
     numbers = [example for example, *_ in gathered]
     examples = [setup.pairs[i] for i in numbers]
@@ -168,32 +174,44 @@ def _estimate_kl(
     return max(0.0, float(accelerator.reduce(total, "sum")) / examples)
 
 
-def mismatched(examples: Sequence[Any], most: int) -> list[TokenizedSingle]:
+def mismatched(examples: Sequence[Any], most: int, name: str = "") -> list[TokenizedSingle]:
     """Each example's prompt with the completion of another whose prompt differs.
 
     Which one is fixed by the examples alone, so that the reference's log-probs of them are known
     beforehand: a permutation of the completions, in which one that meets its own prompt gives way
     to the next that does not.  (KTO's own code and TRL take the batch's next completion, which
     makes them depend on how batches are drawn.)  Completions are cut where ``most`` tokens end.
+    Prompts must be whole, none of their tokens among those that are scored.
+
+    Args:
+        name: of the examples, where they are not those of training.
 
     Raises:
         DataError: all prompts are the same.
     """
     generator = torch.Generator().manual_seed(_MISMATCHES)
     count = len(examples)
+    numbers: dict[tuple[int, ...], int] = {}
     order = torch.randperm(count, generator=generator).tolist()
-    prompts = [tuple(example.prompt_ids) for example in examples]
-    if len(set(prompts)) < 2:
+    # Prompts by number; `changes[i]` is the next place in the order that has another than place i.
+    prompts = [numbers.setdefault(tuple(x.prompt_ids), len(numbers)) for x in examples]
+    if len(numbers) < 2:
+        of = f"{name}: " if name else ""
+        other = f"leave {name} out" if name else "loss_type=apo_zero_unpaired"
         raise DataError(
-            "loss_type=kto estimates a KL from completions of other prompts, and all rows have "
-            "the same prompt; give rows of other prompts too, or loss_type=apo_zero_unpaired"
+            f"{of}loss_type=kto estimates a KL from completions of other prompts, and all {count} "
+            f"rows have the prompt of {examples[0].where or 'the first'}; give rows of other "
+            f"prompts too, or {other}"
         )
+    changes = [0] * count
+    for place in reversed(range(2 * count)):  # twice round: at first the end's are not known
+        i, following = place % count, (place + 1) % count
+        same = prompts[order[i]] == prompts[order[following]]
+        changes[i] = changes[following] if same else following
     found = []
-    for i, prompt in enumerate(prompts):
-        places = (order[(i + step) % count] for step in range(count))
-        other = examples[next(j for j in places if prompts[j] != prompt)]
-        room = most - len(prompt)
-        found.append(
-            TokenizedSingle(list(prompt), other.response_ids[:room], True, where=other.where)
-        )
+    for i, example in enumerate(examples):
+        met = prompts[order[i]] == prompts[i]
+        other = examples[order[changes[i] if met else i]]
+        prompt, room = list(example.prompt_ids), most - len(example.prompt_ids)
+        found.append(TokenizedSingle(prompt, other.response_ids[:room], True, where=other.where))
     return found

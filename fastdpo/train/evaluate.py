@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastdpo.errors import ConfigError, DataError, ModelError, require_used
+from fastdpo.kernels.support import METRICS
 from fastdpo.loss.examples import BaseObjective
 from fastdpo.loss.singles import RunningMean
 from fastdpo.progress import bar
@@ -41,7 +42,8 @@ class Evaluator:
     `after` for each step.
 
     Raises:
-        ConfigError: there are options of evaluation, and no pairs.
+        ConfigError: there are options of evaluation, and no pairs; or the best is to be chosen by
+            what an evaluation of these does not have.
         DataError: the pairs are those of training.
     """
 
@@ -49,6 +51,7 @@ class Evaluator:
         for field in fields(EvalConfig):
             require_used(options, field.name, bool(pairs), "eval_pairs be given")
         _check_apart(setup, pairs)
+        _check_best(setup, pairs, options)
         self.options, self.best = options, setup.out / "best"
         own = replace(setup.config, batch_size=max(len(pairs), 1))
         self.setup = replace(setup, pairs=pairs, config=own, out=setup.out / _FOLDER, name=_FOLDER)
@@ -126,23 +129,12 @@ class Evaluator:
             told = (f"{name} {row[name]:.4f}" for name in shown_names)
             tqdm.write(f"step {step}: {'  '.join(told)}")
         if self.options.load_best_model_at_end:
-            value, best = self._metric(row), best_so_far(self.best)
+            value, best = row[self.options.best_metric], best_so_far(self.best)
             # As in transformers the start is none to choose.
             if step and (best is None or self.options.is_better(value, best[1])):
                 # Killed, the run goes on from the checkpoint, with the best up to there.
                 forget_best(self.best, self.checkpoint)
                 save_best(self.best, step, model, value)
-
-    def _metric(self, row: dict[str, float]) -> float:
-        """What the best is chosen by; single responses have no accuracy."""
-        name = self.options.best_metric
-        if name not in row:
-            raise ConfigError(
-                f"metric_for_best_model={name} is no metric of "
-                f"loss_type={self.setup.config.loss_type}; give one of "
-                f"{', '.join(x for x in row if x != 'step')}"
-            )
-        return row[name]
 
     def saved(self, step: int) -> None:
         """Called after a checkpoint: the run never goes on from before it."""
@@ -194,6 +186,32 @@ def _check_finite(setup: Setup, step: int, row: dict[str, float]) -> None:
             else "the model is broken or overflows in bf16 (try bf16=false)"
         )
     )
+
+
+def _check_best(setup: Setup, examples: Sequence[Any], options: EvalConfig) -> None:
+    """Refuse to choose the best by what an evaluation of these examples does not have."""
+    known = [f"eval_{name}" for name in _metrics_of(examples)] if examples else []
+    if examples and options.best_metric not in known:
+        raise ConfigError(
+            f"metric_for_best_model={options.best_metric} is no metric of eval_dataset with "
+            f"loss_type={setup.config.loss_type}; give one of {', '.join(known)}"
+        )
+
+
+def _metrics_of(examples: Sequence[Any]) -> list[str]:
+    """Of `METRICS` those that these examples have, and the loss.
+
+    Single responses have no accuracy, and nothing of a side that none of them is on; lists without
+    two scores that differ have no order to be right about.
+    """
+    names = ["loss", *METRICS]
+    if examples[0].shape == "singles":
+        sides = {"chosen" if x.desirable else "rejected" for x in examples}
+        both = {"rewards/margins"} if len(sides) > 1 else set()
+        return [x for x in names if x == "loss" or x.partition("/")[2] in sides or x in both]
+    if examples[0].shape == "lists" and all(len({*x.scores}) == 1 for x in examples):
+        names.remove("rewards/accuracies")
+    return names
 
 
 def _check_apart(setup: Setup, pairs: Sequence[Any]) -> None:

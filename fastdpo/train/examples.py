@@ -15,6 +15,7 @@ pair is subtracted from it.  Margins and weights of the row's own are kept: a ma
 weight multiplied.
 """  # noqa: E501
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,8 +29,9 @@ from fastdpo.train.config import TrainConfig
 _NEEDED = {
     "pairs": "prompt, chosen and rejected",
     "lists": "prompt, responses and scores",
-    "singles": "prompt, completion and label",
+    "singles": "prompt, completion and label, or pairs, each of which is two",
 }
+_log = logging.getLogger(__name__)
 
 
 def as_trained(examples: Sequence[Any], config: TrainConfig, name: str = "") -> list[Any]:
@@ -53,12 +55,38 @@ def as_trained(examples: Sequence[Any], config: TrainConfig, name: str = "") -> 
         examples = [*_unpaired(examples)]
     found = []
     for i, example in enumerate(examples):
-        place = example.where or f"{name and f'{name}: '}example {i} (counting from 0)"
         try:
             found.append(_as_trained(example, config, objective))
         except ValueError as error:
-            raise DataError(f"{place}: {error}") from None
+            raise DataError(f"{_place(examples, i, name)}: {error}") from None
+    tied = _all_tied(found)
+    if tied and len(tied) == len(found) and not name:  # to evaluate on, they may be
+        raise DataError(
+            f"{_place(found, 0, name)}: it has no response better than another, nor has any of "
+            f"the {len(found)} lists: they teach loss_type={config.loss_type} nothing of an order; "
+            "give scores that differ"
+        )
     return found
+
+
+def _place(examples: Sequence[Any], i: int, name: str = "") -> str:
+    return examples[i].where or f"{name and f'{name}: '}example {i} (counting from 0)"
+
+
+def warn_of_ties(examples: Sequence[Any], config: TrainConfig) -> None:
+    """Say which lists a loss of lists learns nothing from; those that need ranks refuse them."""
+    tied = _all_tied(examples)
+    if tied:
+        _log.warning(
+            "%d of %d lists have no response better than another, the first is %s: they teach %s "
+            "nothing of an order",
+            len(tied), len(examples), _place(examples, tied[0]), config.loss_type,
+        )  # fmt: skip
+
+
+def _all_tied(examples: Sequence[Any]) -> list[int]:
+    lists = ((i, x) for i, x in enumerate(examples) if x.shape == "lists")
+    return [i for i, example in lists if len(set(example.scores)) == 1]
 
 
 def _unpaired(pairs: Sequence[TokenizedPair]) -> Iterator[TokenizedSingle]:
@@ -106,26 +134,34 @@ def _as_trained(example: Any, config: TrainConfig, objective: BaseObjective) -> 
         )
     if example.shape == "pairs":
         example = _with_scores(example, config)
-        below = objective.smoothing_below
-        if below is not None and example.label_smoothing >= below:
-            raise ValueError(
-                f"{named} needs label_smoothing < {below:g}, and this row has "
-                f"{example.label_smoothing:g}"
-            )
+        _check_smoothing(example.label_smoothing, named, objective)
     scores = example.scores
     if objective.needs_scores and scores is None:
         raise ValueError(f"{named} needs scores; give columns score_chosen and score_rejected")
     problem = objective.problem(scores) if objective.needs_scores else None
     if problem is not None:
-        raise ValueError(f"{named}: {problem}")
+        alone = problem.startswith(f"{config.loss_type} ")
+        raise ValueError(f"loss_type={problem}" if alone else f"{named}: {problem}")
     if example.shape == "pairs":
         changes: dict[str, Any] = {}
         if not objective.needs_scores and scores is not None:
             changes |= {"score_chosen": None, "score_rejected": None}
-        if objective.needs_prompt:
+        if objective.needs_prompt and len(example.prompt_ids) > 1:
             changes["prompt_nll"] = True
         example = replace(example, **changes) if changes else example
     return example
+
+
+def _check_smoothing(eps: float, named: str, objective: BaseObjective) -> None:
+    above, below = objective.smoothing_above, objective.smoothing_below
+    if above is not None and eps <= above:
+        raise ValueError(
+            f"{named} needs label_smoothing > {above:g}, and this row has {eps:g}; give the option "
+            "label_smoothing (the paper's is 1e-3), a column label_smoothing in every row, or "
+            "score_label"
+        )
+    if below is not None and eps >= below:
+        raise ValueError(f"{named} needs label_smoothing < {below:g}, and this row has {eps:g}")
 
 
 def _with_scores(pair: TokenizedPair, config: TrainConfig) -> TokenizedPair:
@@ -180,4 +216,4 @@ def _softplus(x: float) -> float:
 def chosen_tokens(example: Any, objective: BaseObjective) -> int:
     """Tokens of an example that a mean over the step's chosen tokens counts."""
     first, *rest = map(len, example.responses)
-    return first + (rest[-1] if objective.needs_prompt else 0)
+    return first + (sum(rest[1:]) if objective.needs_prompt else 0)

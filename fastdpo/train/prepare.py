@@ -170,10 +170,9 @@ def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
     setup = _laid_out(setup, fitted.pairs, model)
     if config.objective.shift_is != "kl":
         return setup
-    most = min(config.max_length, config.max_tokens)
-    name, kept_as = f"{name} mismatched".lstrip(), "mismatched"
-    others = replace(setup, name=name, logps_name=kept_as)
-    return replace(setup, mismatched=_laid_out(others, mismatched(setup.pairs, most), model))
+    others = mismatched(setup.pairs, min(config.max_length, config.max_tokens), setup.name)
+    named = replace(setup, name=f"{name} mismatched".lstrip(), logps_name="mismatched")
+    return replace(setup, mismatched=_laid_out(named, others, model))
 
 
 def _laid_out(setup: Setup, examples: Sequence[Any], model: nn.Module) -> Setup:
@@ -228,7 +227,7 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
     # Every process waits, whether or not it could already see the file.
     setup.accelerator.wait_for_everyone()
     # An option that is newer than the run had its default's meaning.
-    known = {x.name: x.default for config in (TrainConfig, EvalConfig) for x in fields(config)}
+    known = asdict(TrainConfig()) | asdict(EvalConfig())
     recorded = read_json(path)
     before = known | recorded
     asked, had = run["num_train_epochs"], before["num_train_epochs"]

@@ -39,6 +39,7 @@ class Setup:
         progress: whether this process shows how far it is.
         pairs: all examples of the round; once a model is known, those that it gets.
         keep_checkpoint: whether the state after the last step is left, for more epochs.
+        unpaired: whether the examples are single responses that were given as pairs.
         name: of the examples, where they are not those of training.
         logps_name: of the file that keeps the reference's log-probs of them.
         layout: of the micro-batches; None until a model is known, as are the fields below.
@@ -56,6 +57,7 @@ class Setup:
     progress: bool
     pairs: Sequence[Any]
     keep_checkpoint: bool = True
+    unpaired: bool = False
     name: str = ""
     logps_name: str = "ref_logps"
     layout: Any = None
@@ -203,7 +205,7 @@ def of_reference(
     if reference.logps is not None:
         index = batch.pair_index_P.tolist()
         ref_logp_S = reference.logps.sums(index, objective.ld_alpha)
-        return {"ref_logp_S": ref_logp_S.to(batch.target_N.device)}
+        return {"ref_logp_S": ref_logp_S.to(batch.target_N.device, non_blocking=True)}
     return {"ref_logp_S": reference_logps_of(setup, of_model, batch, objective.ld_alpha).logp_S}
 
 

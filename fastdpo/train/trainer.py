@@ -36,7 +36,7 @@ from fastdpo.train.checkpoint import load_checkpoint, remove_checkpoint, save_ch
 from fastdpo.train.config import EvalConfig, TrainConfig, check_control
 from fastdpo.train.control import LengthController
 from fastdpo.train.evaluate import Evaluator
-from fastdpo.train.examples import as_trained
+from fastdpo.train.examples import as_trained, warn_of_ties
 from fastdpo.train.metrics import MetricsLog, mean_metrics
 from fastdpo.train.prepare import (
     FITTED,
@@ -107,15 +107,19 @@ def train(
     from accelerate import Accelerator
 
     check_control(config, reference)
+    given = pairs
     pairs, eval_pairs = as_trained(pairs, config), as_trained(eval_pairs, config, "eval_dataset")
     # Its precision belongs to the process, so autocast is entered in `batch_loss` instead.
     accelerator, out = _check_accelerator(Accelerator()), Path(out)
     progress = progress and accelerator.is_main_process
     setup = Setup(accelerator, config, out, reference, progress, pairs, keep_checkpoint)
+    setup = replace(setup, unpaired=len(pairs) > len(given))
     evaluator = Evaluator(setup, eval_pairs, evaluation or EvalConfig())
     with _repeatable(accelerator.device):
         claim_folder(setup, model, evaluator.facts())
         if not is_finished(setup):
+            if accelerator.is_main_process:
+                warn_of_ties(pairs, config)
             begun = control or LengthController(config.target_length)
             control = begun if config.alpha == "auto" else None
             _train(setup, model, tokenizer, control, lengths, evaluator, on_step)
@@ -270,11 +274,13 @@ def _tell_plan(setup: Setup, model: nn.Module, steps: list[list[list[int]]]) -> 
     if not setup.progress:
         return
     print(trainable_share(model))
+    print(f"loss: {setup.config.told_loss}")
     batches = list(chain.from_iterable(steps))
     max_tokens = setup.config.max_tokens
     fill = sum(map(setup.tokens, batches)) / (len(batches) * max_tokens)
     print(
-        f"{len(setup.pairs)} {setup.noun}, {setup.layout}: {len(steps)} steps in {len(batches)} "
+        f"{len(setup.pairs)} {setup.noun}{' (two of each pair)' if setup.unpaired else ''}, "
+        f"{setup.layout}: {len(steps)} steps in {len(batches)} "
         f"micro-batches that fill {fill:.0%} of max_tokens={max_tokens}"
     )
 

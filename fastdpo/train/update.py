@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.errors import ModelError
-from fastdpo.loss.examples import BaseObjective
+from fastdpo.loss.examples import BaseObjective, Rows
 from fastdpo.loss.ops import PreferenceLoss
 from fastdpo.loss.singles import RunningMean
 from fastdpo.model.noise import random_state_kept
@@ -75,7 +75,6 @@ def measure(
         row, totals = _over_examples(
             setup, plain, batches, objective, reference, running, learn=False
         )
-    row.pop(COVARIANCE, None)
     count, took = totals.examples, time.perf_counter() - started
     row |= {"pairs": count, "runtime": took, "samples_per_second": count / took}
     return {f"eval_{name}": value for name, value in row.items()}
@@ -128,7 +127,7 @@ def _over_examples(
             if learn:
                 accelerator.backward(loss)
         metrics = {"loss": loss.detach(), **result.metrics}
-        if setup.config.alpha == "auto":
+        if learn and setup.config.alpha == "auto":
             metrics[COVARIANCE] = _covariance(result, batch.firsts)
         # A loss is scaled by the processes already, the others are means over the batch's examples,
         # or over as many as `counts` says.
@@ -170,8 +169,7 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
 def _covariance(result: PreferenceLoss, firsts: tuple[int, ...]) -> Tensor:
     """Mean over a batch's pairs of the log-ratio margin times the length difference."""
     ratio_S = result.logp_S.detach().double() - result.ref_logp_S
-    chosen, rejected = list(firsts[:-1]), [first + 1 for first in firsts[:-1]]
-    margin_P, longer_P = (
-        x_S[chosen] - x_S[rejected] for x_S in (ratio_S, result.lengths_S.double())
-    )
+    lengths_S = result.lengths_S.double()
+    rows = Rows(firsts, ratio_S.device)
+    margin_P, longer_P = (x[:, 0] - x[:, 1] for x in map(rows.of, (ratio_S, lengths_S)))
     return (margin_P * longer_P).mean()

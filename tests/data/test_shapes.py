@@ -149,7 +149,7 @@ def test_a_hand_made_column_of_tokenized_pairs(tokenizer, tmp_path):
         ({**LIST, "scores": [1, 2, None]}, "scores has None among its entries"),
         ({**LIST, "scores": "high"}, "scores is not valid JSON"),
         ({**LIST, "ranks": [1, 2, 3]}, "it has scores and ranks"),
-        ({"prompt": SKY, "responses": ["a"]}, "a list needs scores or ranks .* it has .'prompt'"),
+        ({"prompt": SKY, "responses": ["a"]}, "scores, rewards .* and ranks .*it has .'prompt'"),
         ({"prompt": SKY, "responses": ["a", "b"], "ranks": [1, 1]}, "ranks are .1, 1., with ties"),
         ({"prompt": SKY, "responses": ["a", "b"], "ranks": [0, 1]}, "Write each of 1 to 2 once"),
         ({**LIST, "responses": {"a": 1}}, "responses is of type dict. Write a list"),
@@ -384,6 +384,12 @@ def test_options_of_what_is_scored(tmp_path, tokenizer, monkeypatch):
         ConfigError, match=r"^prompt_in_likelihood=True .* with loss_type=orpo, whi"
     ):
         command(path, prompt_in_likelihood=True, loss_type="orpo")
+    for name in ("prompt_in_likelihood", "from_first_difference"):
+        with pytest.raises(
+            ConfigError, match=rf"^{name}=True .* loss_type=kto, which estimates a K"
+        ):
+            command(path, loss_type="kto", **{name: True})
+        assert command(path, loss_type="bco", **{name: True}).objective.shift_is == "mean_reward"
     dove = {"i_chosen": SKY, "r_chosen": " Blue.", "i_reject": SEA, "r_reject": " Lazy."}
     (pair,) = read(path, [dove], tokenizer, monkeypatch, prompt_in_likelihood=True)
     for response, text in zip(pair.responses, (f"{SKY} Blue.", f"{SEA} Lazy.")):

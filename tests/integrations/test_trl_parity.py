@@ -256,6 +256,21 @@ def test_log_probs_that_were_kept_are_of_the_same_weights_of_tokens(tmp_path):
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), ld_alpha
 
 
+def test_no_reference_is_run_for_a_loss_that_needs_none(tmp_path, monkeypatch):
+    """Its rewards are logged where the reference's log-probs are there anyway."""
+    monkeypatch.setattr(Trainer, "compute_ref_log_probs", None)
+    logged, _ = trl_options.train(make_trainer(Trainer, LLAMA, tmp_path, loss_type="sft"))
+    assert not [name for name in logged[0] if name.startswith("rewards/")]
+    monkeypatch.undo()
+    options = dict(loss_type="sft", precompute_ref_log_probs=True, max_steps=2)
+    mine, theirs = (
+        trl_options.train(make_trainer(kind, LLAMA, tmp_path / kind.__name__, **options))[0]
+        for kind in (Trainer, trl.DPOTrainer)
+    )
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert mine[1][name] == pytest.approx(theirs[1][name], abs=1e-5), name
+
+
 # -------------------------------------------------------------------------------------- refusals
 def refused(tmp_path, match, args=None, **given):
     """Before anything is loaded: there is no model."""
@@ -341,6 +356,8 @@ def test_what_else_would_be_ignored_is_refused(tmp_path, monkeypatch):
 
     refused(tmp_path, "without sync_ref_model", config(ref_model_sync_steps=2))
     refused(tmp_path, "logs no entropy", config(metric_for_best_model="eval_entropy"))
+    of_rewards = config(metric_for_best_model="rewards/margins", loss_type="sft")
+    refused(tmp_path, "needs no reference, so it logs no rewards/margins; take 'loss'", of_rewards)
     adapters = {"peft_config": trl_options.lora()}
     refused(tmp_path, "disable_dropout=False", config(disable_dropout=False), **adapters)
     learned = peft.CPTConfig(

@@ -197,7 +197,7 @@ def test_sorted_margins_by_hand():
         ({"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "f_divergence_type='f"),
         ({"f_divergence_type": "kl"}, "f_divergence_type must be one of reverse_kl"),
         ({"f_alpha_divergence_coef": 0.7}, "needs f_divergence_type='alpha_divergence'"),
-        ({"loss_type": "exo_pair"}, "exo_pair needs a label_smoothing"),
+        ({"loss_type": "exo_pair", "label_smoothing": 1.0}, "exo_pair needs a label_smoothing < 1"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "robust needs a label_smoothing < 0.5"),
         ({"loss_type": "cdpo", "label_smoothing": 1.5}, "label_smoothing must be"),
         ({"loss_type": "cdpo"}, "cdpo needs a label_smoothing > 0.* loss_type sigmoid"),
@@ -219,6 +219,31 @@ def test_what_means_nothing_is_refused(options, message):
 def test_a_robust_pair_of_a_coin_is_refused():
     with pytest.raises(ValueError, match=r"smoothing_P\[1\] = 0.5"):
         make_objective("robust").losses(examples(*TWO, smoothing_P=[0.4, 0.5]))
+
+
+def test_exo_pair_takes_the_smoothing_of_each_pair():
+    objective = make_objective("exo_pair", beta=0.5, alpha=0.02)
+    found = objective.losses(examples(*TWO, smoothing_P=[0.1, 0.3])).tolist()
+    for i, eps in enumerate([0.1, 0.3]):
+        alike = make_objective("exo_pair", beta=0.5, alpha=0.02, label_smoothing=eps)
+        assert found[i] == pytest.approx(alike.losses(examples(*TWO)).tolist()[i], rel=1e-12)
+    for eps, wrong in ((0.0, "0.0"), (1.0, "1.0")):
+        with pytest.raises(ValueError, match=rf"smoothing_P\[1\] = {wrong} must be > 0 and < 1"):
+            objective.losses(examples(*TWO, smoothing_P=[0.4, eps]))
+    both = make_objective(["exo_pair", "robust"], beta=0.5)
+    assert (both.smoothing_above, both.smoothing_below) == (0.0, 0.5)
+    assert make_objective("exo_pair", label_smoothing=0.1).smoothing_above is None
+
+
+@pytest.mark.parametrize("given", [None, [0.0, 0.2]])
+def test_the_op_refuses_an_exo_pair_without_smoothing(given):
+    p = make_problem((3, 2, 1, 2), 3, 11)
+    smoothing_P = None if given is None else torch.tensor(given).double()
+    with pytest.raises(ValueError, match=r"smoothing_P.* (needs a label_smoothing|must be) > 0"):
+        linear_preference_loss(
+            p.h_TD, p.w_VD, p.target_N, p.bounds_S1, p.ref_logp_S, make_objective("exo_pair"),
+            smoothing_P=smoothing_P,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["alpha", "label_smoothing", "target_margin"])

@@ -158,6 +158,9 @@ def test_a_loss_says_what_it_takes():
     assert cuda(loss_type="aot").peak == pytest.approx(plain.peak, rel=0.01)
     assert cuda(loss_type="kto").pairs > plain.pairs
     assert cuda(loss_type="simpo").reference == 0
+    assert cuda(loss_type="exo_pair").peak == pytest.approx(plain.peak, rel=0.01)
+    orpo = TrainConfig(loss_type="orpo", batch_size=2)
+    assert estimate(configuration("Llama"), orpo, prompt=1, response=5).tokens == 2 * 11
     fit = longest_pair(configuration("Llama"), TrainConfig(loss_type="kto"), 24.0)
     assert "Longest response" in str(fit) and "1 x" in str(fit)
 

@@ -204,7 +204,7 @@ def test_a_loss_of_lists_trains_on_all_samples_of_a_prompt(inputs, plain, tmp_pa
     card = (folder / "policy" / "README.md").read_text()
     assert "The loss is `lipo_lambda`" in card and "arXiv 2402.01878" in card
     assert "ranking them, and training on the lists." in card
-    assert "Here beta is 0.1 and alpha is 0.01." in card and "- lipo_lambda" in card
+    assert "Here beta is 0.1 and alpha is 0." in card and "- lipo_lambda" in card
     # By the stages as commands it is the same file, and the same weights.
     command = ["pair", f"--candidates={folder / 'candidates'}", f"--scores=[{folder / 'scores'}]"]
     out = tmp_path / "lists.jsonl"

@@ -1,4 +1,8 @@
-"""Every objective in the trainer: TRL's trainers, whole steps, references, single responses."""
+"""Every objective in the trainer: TRL's trainers, whole steps, references, single responses.
+
+They run on a GPU where there is one, but for comparisons with TRL, whose trainers are set to the
+CPU.  ``-m gpu`` takes a few of each kind of objective.
+"""
 
 import logging
 import math
@@ -18,9 +22,10 @@ from torch.multiprocessing.spawn import spawn
 from fastdpo.data.batch import plan_steps
 from fastdpo.data.examples import TokenizedList, TokenizedPair, TokenizedSingle
 from fastdpo.errors import ConfigError, DataError
+from fastdpo.kernels.support import METRICS
 from fastdpo.model.load import load_tokenizer
-from fastdpo.train import coupling, logps, prepare, reference, trainer
-from fastdpo.train.config import TrainConfig
+from fastdpo.train import control, coupling, logps, prepare, reference, trainer
+from fastdpo.train.config import EvalConfig, TrainConfig
 from fastdpo.train.trainer import train
 
 LOG_2 = torch.tensor(2.0).log()
@@ -36,7 +41,8 @@ def config_of(**changes):
 
 
 def run(model_path, out, examples, **changes):
-    options = {x: changes.pop(x) for x in ("eval_pairs", "reference") if x in changes}
+    given = ("eval_pairs", "evaluation", "reference")
+    options = {x: changes.pop(x) for x in given if x in changes}
     config = config_of(**changes)
     tokenizer = load_tokenizer(model_path)
     return train(model_path, tokenizer, examples, config, out, progress=False, **options)
@@ -201,7 +207,7 @@ def test_kto_is_that_of_trls_trainer(name, model_path, tmp_path, monkeypatch):
         tuple(x["prompt_ids"] + x["completion_ids"]): x.get("KL_completion_ids") for x in given
     }
 
-    def mismatched(singles, most):
+    def mismatched(singles, most, name=""):
         keys = [tuple(x.prompt_ids + x.response_ids) for x in singles]
         return [TokenizedSingle(x.prompt_ids, others[key], True) for x, key in zip(singles, keys)]
 
@@ -236,6 +242,8 @@ def test_losses_without_a_reference_are_those_of_trls_trainers(
         for i in range(1, 13)
     ]
     if name == "orpo":
+        rows[0]["prompt"] = "t"  # of one token, which nothing is before
+
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
         theirs = other_trainer(ORPOTrainer, ORPOConfig, tmp_path, rows)
@@ -251,7 +259,7 @@ def test_losses_without_a_reference_are_those_of_trls_trainers(
         for x in theirs.train_dataset
         if (prompt := x["prompt_input_ids"])
     ]
-    assert len(pairs) == 12
+    assert len(pairs) == 12 and (len(pairs[0].prompt_ids) == 1) == (name == "orpo")
     out = tmp_path / "ours"
     assert_same_run(model_path, out, theirs, pairs, monkeypatch, **options)
     assert not (out / "ref_logps").exists()
@@ -265,6 +273,14 @@ COUPLED = {
     "bco": dict(loss_type="bco"),
 }
 
+ALL = {
+    **COUPLED,
+    "plackett_luce": dict(loss_type="plackett_luce"),
+    "tdpo2": dict(loss_type="tdpo2", precompute_ref_log_probs=False),
+    "orpo": dict(loss_type="orpo"),
+    "ld_alpha": dict(loss_type="ipo", ld_alpha=0.3),
+}
+
 
 def in_two_processes(rank, port, model_path, folder):
     """What `run` does, as one of two processes."""
@@ -273,19 +289,21 @@ def in_two_processes(rank, port, model_path, folder):
         ACCELERATE_USE_CPU="true", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    for name in COUPLED:
-        run_coupled(model_path, Path(folder) / name, name)
+    for name in ALL:
+        run_one(model_path, Path(folder) / name, name)
     torch.distributed.destroy_process_group()
 
 
-def run_coupled(model_path, out, name, **changes):
+def run_one(model_path, out, name, **changes):
     # Of the first step each process has several examples, of the last one has none.
     weighed = [replace(x, weight=1 + i % 2) for i, x in enumerate(random_pairs(9))]
     options = {"batch_size": 16} if name in ("kto", "bco") else {}
     held = random_pairs(3, seed=5)
+    if name == "plackett_luce":
+        weighed, held = lists_of(weighed), lists_of(held)
     run(
         model_path, out, weighed, eval_pairs=held, num_train_epochs=2,
-        **{**COUPLED[name], **options, **changes},
+        **{**ALL[name], **options, **changes},
     )  # fmt: skip
 
 
@@ -294,7 +312,7 @@ def alone(model_path, tmp_path_factory):
     """The runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
     for name in COUPLED:
-        run_coupled(model_path, folder / name, name)
+        run_one(model_path, folder / name, name)
     return folder
 
 
@@ -310,11 +328,12 @@ def assert_same_training(found, wanted):
         torch.testing.assert_close(x, weights(wanted)[name], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", COUPLED)
 def test_what_is_of_a_step_does_not_depend_on_its_packing(name, alone, model_path, tmp_path):
-    run_coupled(model_path, tmp_path / "padded", name, layout="padded")
+    run_one(model_path, tmp_path / "padded", name, layout="padded")
     assert_same_training(tmp_path / "padded", alone / name)
-    run_coupled(model_path, tmp_path, name, max_tokens=4000)
+    run_one(model_path, tmp_path, name, max_tokens=4000)
     assert_same_training(tmp_path, alone / name)
     (first, *_) = [row for row in read_metrics(tmp_path) if "loss" in row]
     (tight, *_) = [row for row in read_metrics(alone / name) if "loss" in row]
@@ -327,7 +346,9 @@ def test_what_is_of_a_step_does_not_depend_on_its_processes(alone, model_path, t
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     spawn(in_two_processes, args=(port, model_path, str(tmp_path)), nprocs=2)
-    for name in COUPLED:
+    for name in ALL:
+        if name not in COUPLED:
+            run_one(model_path, alone / name, name)
         assert_same_training(tmp_path / name, alone / name)
 
 
@@ -343,6 +364,14 @@ def test_only_what_couples_takes_a_second_pass(model_path, tmp_path, monkeypatch
     assert not passes
     run(model_path, tmp_path / "aot", random_pairs(8), loss_type="aot_unpaired")
     assert len(passes) >= 2
+    # An evaluation takes BCO's mean as it is.
+    held = {"eval_pairs": random_pairs(3, seed=5)}
+    found = []
+    for name, options in (("bco", {}), ("evaluated", held)):
+        passes.clear()
+        run(model_path, tmp_path / name, random_pairs(8), loss_type="bco", **options)
+        found.append(len(passes))
+    assert found[0] == found[1] > 2
 
 
 def test_bco_goes_on_with_the_same_bits(model_path, tmp_path, monkeypatch):
@@ -380,11 +409,24 @@ def test_mismatched_completions_are_of_other_prompts_and_fit():
         assert by_response[other.response_ids[0]] != single.prompt_ids
         assert len(other.response_ids) >= 1 and other.longest <= 12
     assert found == coupling.mismatched(singles, 12)
-    with pytest.raises(DataError, match="all rows have the same prompt"):
-        coupling.mismatched(singles[-2:], 12)
+
+
+def test_mismatched_completions_where_one_prompt_dominates():
+    """Each is the first in the order, from its own place on, that another prompt has."""
+    singles = [TokenizedSingle([2 + (i % 40 == 7)], [5 + i], True) for i in range(120)]
+    generator = torch.Generator().manual_seed(coupling._MISMATCHES)
+    order = torch.randperm(len(singles), generator=generator).tolist()
+    for i, other in enumerate(coupling.mismatched(singles, 12)):
+        places = (singles[j] for j in order[i:] + order[:i])
+        found = next(x for x in places if x.prompt_ids != singles[i].prompt_ids)
+        assert other.response_ids == found.response_ids
+    same = [TokenizedSingle([2], [5 + i], True, where=f"data:{i}") for i in range(3)]
+    with pytest.raises(DataError, match="all 3 rows have the prompt of data:0; give rows of"):
+        coupling.mismatched(same, 12)
 
 
 # -------------------------------------------------------------------------------------- references
+@pytest.mark.gpu
 def test_no_reference_is_computed_for_a_loss_that_needs_none(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "compute_reference", None)
     monkeypatch.setattr(trainer, "weights_digest", None)
@@ -437,6 +479,7 @@ def _metadata(path):
         return file.metadata()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "options", [dict(loss_type="sigmoid", ld_alpha=0.3), dict(loss_type="kto")], ids=str
 )
@@ -450,6 +493,7 @@ def test_a_reference_in_every_step_gives_the_same(options, model_path, tmp_path)
     assert not (tmp_path / "each" / "ref_logps").exists()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("lora", [False, True])
 def test_tdpo_runs_the_reference_in_each_step(lora, model_path, tmp_path):
     if lora:
@@ -509,6 +553,7 @@ def test_scores_that_nothing_reads_change_nothing(model_path, tmp_path):
     run(model_path, tmp_path, scored(random_pairs(8)))  # the same run
 
 
+@pytest.mark.gpu
 def test_a_list_is_trained_to_its_order(model_path, tmp_path):
     held = lists_of(random_pairs(3, seed=3))
     run(
@@ -522,10 +567,26 @@ def test_a_list_is_trained_to_its_order(model_path, tmp_path):
     assert read_metrics(tmp_path)[0]["eval_loss"] == pytest.approx(math.log(6))
 
 
-def test_alpha_is_found_for_every_loss_of_the_margin(model_path, tmp_path):
-    for name in ("hinge", "ipo", "discopop"):
-        run(model_path, tmp_path / name, random_pairs(8), loss_type=name, alpha="auto")
-        assert {"alpha", "length_tilt"} <= read_metrics(tmp_path / name)[0].keys()
+@pytest.mark.parametrize("longer", [True, False])
+@pytest.mark.parametrize("name", ["hinge", "ipo", "sigmoid_norm", "discopop"])
+def test_alpha_is_found_for_every_loss_of_the_margin(
+    name, longer, model_path, tmp_path, monkeypatch
+):
+    """Against the lengths that are learned, which without a look-ahead the steps alone tell.
+
+    DiscoPOP's loss rises with z at 0, so it learns the rejected side's first.
+    """
+    monkeypatch.setattr(control, "neutral_alpha", lambda *_: 0.0)
+    pairs = [
+        replace(pair, chosen_ids=both[longer], rejected_ids=both[not longer])
+        for pair in random_pairs(8)
+        if (both := sorted((pair.chosen_ids, pair.rejected_ids), key=len))
+    ]
+    run(model_path, tmp_path, pairs, loss_type=name, alpha="auto", num_train_epochs=3)
+    rows, sign = read_metrics(tmp_path), 1 if longer == (name != "discopop") else -1
+    alphas = [sign * row["alpha"] for row in rows]
+    assert alphas[:2] == [0, 0] and alphas[2:] == sorted(alphas[2:]) and alphas[2] > 0
+    assert all(abs(row["alpha"]) < row["alpha/bound"] for row in rows)
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -578,7 +639,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
          "label_smoothing < 0.5, and this row has 0.5"),
         (PAIR, dict(loss_type="plackett_luce"), "takes lists, rows of prompt, responses and sco"),
         (replace(lists_of([PAIR])[0], scores=[1.0, 1.0, 0.0]), dict(loss_type="plackett_luce"),
-         "loss_type=plackett_luce: plackett_luce needs scores without ties"),
+         "loss_type=plackett_luce needs scores without ties"),
         (lists_of([PAIR])[0], dict(loss_type="lipo_lambda", list_size=4),
          "it has 3 responses, not list_size=4; give it as many"),
         (lists_of([PAIR])[0], dict(), "takes pairs, rows of prompt, chosen and rejected"),
@@ -588,6 +649,38 @@ def test_options_that_do_not_go_together_are_refused(options, message):
 def test_rows_that_a_loss_cannot_take_are_named(example, options, message, tmp_path):
     with pytest.raises(DataError, match=f"^data:7: .*{message}"):
         train("model", None, [replace(example, where="data:7")], config_of(**options), tmp_path)
+
+
+METRICS_OF = {
+    "pairs": (random_pairs(3, seed=5), "ipo", METRICS),
+    "lists": (lists_of(random_pairs(3, seed=5)), "plackett_luce", METRICS),
+    "singles": (
+        random_pairs(3, seed=5), "kto", {*METRICS} - {"rewards/accuracies", "length_margin"},
+    ),
+    "desirable": ([TokenizedSingle([5, 6], [7 + i, 8], True) for i in range(3)], "bco", {
+        "rewards/chosen", "logps/chosen", "lengths/chosen",
+    }),
+    "tied": ([replace(x, scores=[1.0] * 3) for x in lists_of(random_pairs(3, seed=5))], "ranknet",
+        {*METRICS} - {"rewards/accuracies"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METRICS_OF)
+def test_the_best_is_chosen_by_a_metric_that_there_is(name, model_path, tmp_path):
+    held, loss_type, names = METRICS_OF[name]
+    examples = random_pairs(4) if held[0].shape != "lists" else lists_of(random_pairs(4))
+    for metric in {*METRICS} - {*names}:
+        best = EvalConfig(load_best_model_at_end=True, metric_for_best_model=metric)
+        with pytest.raises(
+            ConfigError, match=rf"=eval_{metric} is no metric of .*=\w+; give one of"
+        ):
+            train(
+                "no model", None, examples, config_of(loss_type=loss_type), tmp_path,
+                eval_pairs=held, evaluation=best,
+            )  # fmt: skip
+    run(model_path, tmp_path, examples, loss_type=loss_type, eval_pairs=held)
+    found = {x.removeprefix("eval_") for x in read_metrics(tmp_path)[0] if x.startswith("eval_")}
+    assert found & {*METRICS} == {*names}
 
 
 def test_a_reference_that_nothing_reads_is_refused(model_path, tmp_path):

@@ -34,8 +34,9 @@ def run(model_path, out, pairs, **changes):
 
 def response_sums(model, reference, prompt_ids, response_ids):
     """Log-prob under the policy, under the reference, and KL(reference || policy), each summed."""
-    ids, first = torch.tensor([prompt_ids + response_ids]), len(prompt_ids) - 1
-    target_N = torch.tensor(response_ids)[:, None]
+    device = next(model.parameters()).device  # where the trainer has put it
+    ids, first = torch.tensor([prompt_ids + response_ids], device=device), len(prompt_ids) - 1
+    target_N = ids[0, len(prompt_ids) :, None]
     logp_NV = model(input_ids=ids).logits[0, first:-1].log_softmax(-1)
     with torch.no_grad():
         ref_NV = reference(ids)[0, first:-1].log_softmax(-1)
@@ -107,7 +108,7 @@ def test_three_steps_are_those_of_a_plain_loop(loss_type, lora, model_path, tmp_
         model = model.merge_and_unload()
     before = load_file(f"{model_path}/model.safetensors")
     for name, ours in weights(tmp_path / "ours").items():
-        theirs = model.get_parameter(name)
+        theirs = model.get_parameter(name).detach().cpu()
         assert (ours - theirs).norm() < 1e-5 * theirs.norm(), name
         assert (ours - theirs).norm() < 1e-3 * (theirs - before[name]).norm() + 1e-7, name
 
