@@ -182,10 +182,8 @@ def _lipo_lambda(grid: ListGrid) -> Tensor:
         by_score_PL = grid.ranked(grid.score_PL)
         reward_PL = grid.reward_PL.gather(1, by_score_PL)
         by_reward_PL = by_score_PL.gather(1, grid.ranked(reward_PL))
-        place_L = torch.arange(
-            1.0, 1 + reward_PL.shape[1], dtype=torch.float64, device=reward_PL.device
-        )
-        tau_PL = torch.empty_like(reward_PL).scatter_(1, by_reward_PL, place_L.expand_as(reward_PL))
+        place_PL = torch.ones_like(reward_PL).cumsum(1)
+        tau_PL = torch.empty_like(reward_PL).scatter_(1, by_reward_PL, place_PL)
         gain_PL = grid.score_PL.exp2()
         discount_PL = 1 / torch.log1p(tau_PL)
         gain_PLL = (gain_PL[:, :, None] - gain_PL[:, None, :]).abs()

@@ -199,7 +199,9 @@ def test_ties():
     all_tied = replace(x, scores_S=torch.zeros_like(x.ratio_S))
     assert lists.lipo_lambda().losses(all_tied).item() == 0.0
     for name in ("pro", "plackett_luce", "skip_ranknet"):
-        with pytest.raises(ValueError, match=f"list 0: {name} needs scores without ties, got 1 "):
+        with pytest.raises(
+            ValueError, match=f"list 0: {name} needs scores without ties, got the score 1 "
+        ):
             OBJECTIVES[name].losses(x)
 
 
