@@ -1092,7 +1092,7 @@ def test_pair_of_each_kind(name, ignored):
     objective, tokens = PAIR_OBJECTIVES[name], pair_tokens(PAIR_LENGTHS, ignored)
     logp_N, ref_N, target_N, bounds_S1, lengths_S = tokens
     P = len(lengths_S) // 2
-    extra = {"weight_P": torch.rand(P).double() + 0.5}
+    extra: dict[str, Any] = {"weight_P": torch.rand(P).double() + 0.5}
     if objective.by_margin:
         extra["margin_P"] = torch.randn(P).double()
         extra["smoothing_P"] = torch.rand(P).double() / (4 if name == "robust" else 2)
