@@ -6,7 +6,6 @@
 import csv
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 from test_data import CHATS, STRINGS, a, make_tokenizer, u
@@ -18,7 +17,6 @@ from fastdpo.data.rows import Rows, example_rows, read_rows
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.errors import ConfigError, DataError
 
-SHARED = Path("/work/shared/data")
 SKY, SEA = "What color is the sky?", "What color is the sea?"
 
 
@@ -333,19 +331,6 @@ def test_published_lists_by_prompt(tmp_path):
     path.write_text(json.dumps({SKY: {"chosen": "a"}}))
     with pytest.raises(DataError, match=r"a JSON dict. Write a list of objects"):
         read_rows(path)
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
-def test_published_files(tokenizer):
-    lists = tokenize_dataset(
-        example_rows(read_rows(SHARED / "odpo_tldr_train.json")), tokenizer, max_length=None,
-        progress=False,
-    )  # fmt: skip
-    # All 572 prompts but three of one response.
-    assert lists.dropped["fewer than 2 responses"] == 3
-    assert sum(lists.dropped.values()) + len(lists.examples) == 572
-    rows = example_rows(read_rows(SHARED / "dove_helpful.jsonl"))
-    assert len(rows) == 363 and all(x.prompt == x.rejected_prompt for x in rows)
 
 
 # ------------------------------------------------------------------------------- in fastdpo train
