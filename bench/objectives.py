@@ -330,7 +330,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A line an objective, the start first."""
     titles = [
         "objective", "trained on", "margin, nats", "accuracy", "KL, nats", "greedy length, tokens",
-        "change of length", "cut off", "minutes",
+        "change of length", "cut off",
     ]  # fmt: skip
     body = [
         [
@@ -342,7 +342,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             ranged(row["length"], ".1f"),
             ranged(row.get("length_change"), "+.1f"),
             f"{row['truncated']:.0%}",
-            "" if row["kind"] == START else f"{row['seconds'] / 60:.1f}",
         ]
         for row in rows
     ]
@@ -367,7 +366,7 @@ def markdown(rows: list[dict[str, Any]], plots: list[str]) -> str:
             table(found),
             "Trained by the same steps, measured on held-out prompts against the start; margin "
             "and KL are of log-probabilities, without beta. Responses are cut off at "
-            f"{x['max_new_tokens']} tokens. Minutes are those of training.",
+            f"{x['max_new_tokens']} tokens, so lengths say little where most are.",
         ]
     return "\n\n".join(parts)
 
