@@ -6,7 +6,7 @@ is right is tested elsewhere.  Legend as in `test_ops`; P examples.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -85,11 +85,13 @@ LONG = {name: "unit" if name.startswith(UNITS) else "recompute" for name in CASE
 WAYS = [(name, route) for name, case in CASES.items() for route in (*case.routes, "recompute")]
 WAYS = [x for x in WAYS if x[1] != "recompute" or LONG[x[0]] != "recompute"]  # which "long" is
 # The interpreter is slow: what the routes have in common it runs for two of the cases.
+# The kernels are interpreted, which is slow: each case by one route, two of them by all.
+KERNEL_ROUTES = dict(zip(CASES, cycle(("stash", "long", "grouped"))))
 GRID = [("torch", *x) for x in WAYS]
 GRID += [
     pytest.param("triton", name, route, marks=needs_kernels)
     for name, route in WAYS
-    if route in ("stash", "grouped", "long") or name in ("lists", "tails, one slope")
+    if route == KERNEL_ROUTES[name] or name in ("lists", "tails, one slope")
 ]
 
 
