@@ -295,7 +295,7 @@ def test_options_are_refused(name, tmp_path):
         ("sigmoid", {"discopop_tau": 0.1}, "discopop_tau=0.1 means nothing"),
         ("sigmoid", {"f_alpha_divergence_coef": 0.7}, "needs f_divergence_type"),
         ("apo_zero", {"f_divergence_type": "forward_kl"}, "means nothing to .*'apo_zero'"),
-        ("exo_pair", {}, "exo_pair needs a label_smoothing between 0 and 1"),
+        ("exo_pair", {}, "exo_pair needs one between 0 and 1"),
         ("aot", {"use_weighting": True}, "use_weighting=True means nothing to .*'aot'"),
         ("sigmoid sft", {"use_weighting": True}, "means nothing to .*'sft'"),
         ("sigmoid sft", {"ld_alpha": 0.5}, "ld_alpha=0.5 means nothing to .*'sft'"),
