@@ -56,10 +56,10 @@ def _margin_loss(z, beta, parameter, KIND: tl.constexpr):
         share = z / parameter
         logistic = _sigmoid(-share)  # what the logistic loss counts; the exponential has the rest
         grown = tl.exp(-z - _softplus(-share))
-        mixing = logistic * _sigmoid(share) / parameter
-        value = logistic * _softplus(-z) + grown
-        slope = grown * (logistic / parameter - 1.0) - logistic * _sigmoid(-z)
-        slope -= mixing * _softplus(-z)
+        value = logistic * _softplus(-z)
+        slope = (grown * logistic - value * _sigmoid(share)) / parameter
+        slope -= grown + logistic * _sigmoid(-z)
+        value += grown
     return value, slope
 
 

@@ -95,7 +95,7 @@ def test_a_study_of_three_kinds_goes_on_where_it_was(folder, capsys):
         for name in ("margin", "accuracy", "kl", "length", "length_change"):
             value, low, high = row[name]
             assert low <= value <= high, name
-        assert row["margin"][0] != 0 and row["seconds"] > 0
+        assert row["margin"][0] != 0
     steps = (folder / "out/ipo/metrics/metrics.jsonl").read_text().splitlines()
     assert len(steps) == 2 and not (folder / "out/ipo/policy").exists()
     text = document_of([folder / "out" / "results.jsonl"], folder / "RESULTS.md")

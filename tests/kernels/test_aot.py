@@ -38,7 +38,6 @@ TILES = {
     "sm_100": (project.BLACKWELL, project.BLACKWELL),
     "sm_120": (project.SMALL, project.SMALL),
 }
-MOST_SPILLED_BY_PAIRS = 16  # bytes, of discopop with smoothing on an A100
 # Bytes of registers that a projection may spill.  Triton 3.6 is what the tile was measured with;
 # 3.9 allots registers worse, and a smaller tile would cost more.
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
@@ -422,8 +421,6 @@ def flaws(job: dict[str, Any], report: dict[str, Any]) -> list[str]:
     projects = job["kernel"].endswith(":project_kernel")
     if ".project:" in job["kernel"] and report["spill_bytes"] <= MOST_SPILLED:
         pass  # the measured tile is worth more than its few spills
-    elif job["kernel"].endswith(":pair_kernel") and report["spill_bytes"] <= MOST_SPILLED_BY_PAIRS:
-        pass  # of one program a call, whose fp64 numbers of two formulas fill the registers
     elif report["spill_bytes"] or report["stack_bytes"] or report["local_memory_instructions"]:
         found.append(
             f"{report['spill_bytes']} bytes of spills, {report['stack_bytes']} of stack, "
