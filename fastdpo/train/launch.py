@@ -6,6 +6,7 @@ so its settings are read here, and the same code runs on the processes of a CPU.
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
 
 _PARALLEL = "PARALLELISM_CONFIG_"  # accelerate's, in the environment
+# How long a process waits for the others; the first one may write a large model meanwhile.
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ def joined() -> Any:
     Raises:
         ConfigError: they cannot, and each would train alone.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     # torchrun says nothing of CPUs, and accelerate would leave each process alone there.
-    accelerator = Accelerator(cpu=wanted > 1 and not torch.accelerator.is_available())
+    on_cpu = wanted > 1 and not torch.accelerator.is_available()
+    waits = InitProcessGroupKwargs(timeout=_PATIENCE)
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits])
     if accelerator.num_processes != wanted:
         raise ConfigError(
             f"{wanted} processes were launched, and accelerate joined {accelerator.num_processes} "
