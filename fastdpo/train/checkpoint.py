@@ -22,6 +22,7 @@ _STEP = "step-{:08d}"
 def save_checkpoint(
     folder: Path,
     step: int,
+    engine: Any,
     model: Any,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
@@ -30,9 +31,13 @@ def save_checkpoint(
 ) -> None:
     """Save weights, optimizer, schedule and random state after ``step`` steps; drop older ones.
 
+    All processes call it.
+
     Args:
         extra: JSON that `load_checkpoint` gives back.
     """
+    if not engine.is_main:
+        return
     with atomic_directory(folder / _STEP.format(step)) as scratch:
         _save_weights(model, scratch)
         tensors = {
@@ -110,7 +115,7 @@ def load_best(folder: Path, model: Any) -> None:
 
 
 def load_checkpoint(
-    folder: Path, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
+    folder: Path, engine: Any, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> tuple[int, Any]:
     """Restore the newest checkpoint in place.
 

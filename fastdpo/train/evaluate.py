@@ -88,7 +88,7 @@ class Evaluator:
         self.due = {step for step in due if step > done or done == 0}
         [self.batches] = plan_epoch(self.setup, 0)
         self.checkpoint = done
-        if self.setup.accelerator.is_main_process:
+        if self.setup.is_main:
             forget_best(self.best, done)
         if self.setup.progress:
             print(
@@ -139,19 +139,18 @@ class Evaluator:
     def saved(self, step: int) -> None:
         """Called after a checkpoint: the run never goes on from before it."""
         self.checkpoint = step
-        if self.options.load_best_model_at_end:
+        if self.setup.is_main and self.options.load_best_model_at_end:
             keep_newest(self.best)
 
     def finish(self, model: nn.Module, steps: int) -> None:
         """Put the best weights into the model, where they are asked for, and say of which step."""
         if not self.options.load_best_model_at_end:
             return
-        accelerator = self.setup.accelerator
-        accelerator.wait_for_everyone()  # for what the first process saved
+        self.setup.engine.accelerator.wait_for_everyone()  # for what the first process saved
         found = best_so_far(self.best)
         assert found is not None  # the last step is evaluated
         load_best(self.best, model)
-        if accelerator.is_main_process:
+        if self.setup.is_main:
             facts = {
                 "global_step": steps,
                 "best_global_step": found[0],
@@ -229,7 +228,7 @@ def _check_apart(setup: Setup, pairs: Sequence[Any]) -> None:
             f"eval_dataset: all {len(pairs)} {setup.noun} are trained on too, so they would say "
             f"nothing of others; keep some {setup.noun} out of dataset, and give those"
         )
-    if both and setup.accelerator.is_main_process:
+    if both and setup.is_main:
         _log.warning(
             "eval_dataset: %d of %d %s are trained on too (%s)",
             len(both), len(pairs), setup.noun, both[0].where,
