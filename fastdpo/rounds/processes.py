@@ -6,9 +6,8 @@ processes. No collective is pending then: those time out.
 """
 
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastdpo.report.evaluation import by_prompt
 from fastdpo.rounds.resume import release
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.control import LengthController
+from fastdpo.train.engine import Engine
 from fastdpo.train.trainer import train
 
 _PAUSE = 0.5  # seconds between looks at the store, at most
@@ -56,13 +56,14 @@ class Training:
     stage: int
     candidates: str | None
 
-    def read(self) -> tuple[Any, Sequence[Any]]:
-        """The tokenizer and the examples."""
+    def ready(self, engine: Engine) -> Callable[[], Any]:
+        """Read the files; returns the work."""
         stages = split_stages(load_examples(Path(self.pairs)))
-        return load_tokenizer(self.model, self.chat_template), stages[self.stage]
+        tokenizer = load_tokenizer(self.model, self.chat_template)
+        return lambda: self.run(tokenizer, stages[self.stage], progress=False)
 
     def run(self, tokenizer: Any, examples: Sequence[Any], *, progress: bool) -> dict[str, float]:
-        """`train` on the examples that `read` gives; returns its metrics."""
+        """`train` on the examples, which are those of the file; returns its metrics."""
         control, candidates = self.control, self.candidates
         return train(
             self.start,
@@ -78,6 +79,24 @@ class Training:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """A model that is to be trained, loaded to see that it can be; ``config`` as JSON has it."""
+
+    model: str
+    config: dict[str, Any]
+
+    def ready(self, engine: Engine) -> Callable[[], Any]:
+        return lambda: self.run(engine)
+
+    def run(self, engine: Engine) -> Any:
+        model, _ = engine.load(self.model, TrainConfig(**self.config), digest=False)
+        return model
+
+
+_WORK = {work.__name__: work for work in (Training, Loading)}
+
+
 def response_lengths(candidates: Path) -> list[list[int]]:
     """Tokens of each response, a list for each prompt."""
     groups = by_prompt(read_candidates(candidates).values()).values()
@@ -87,42 +106,20 @@ def response_lengths(candidates: Path) -> list[list[int]]:
 class Processes:
     """Those that a run was launched as; one alone is the first, and has nobody to tell.
 
-    Attributes:
-        count: how many there are.
-        is_first: whether this is the one that runs the rounds.
+    Args:
+        engine: how they train together.
 
-    Raises:
-        ConfigError: there are several, and torch.distributed did not connect them.
+    Attributes:
+        is_first: whether this is the one that runs the rounds.
     """
 
-    def __init__(self) -> None:
-        self.count, self.is_first = 1, True
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.is_first = engine, engine.is_main
+        self._others = engine.world - 1
         self._said = 0  # the number of the last word that was said, or heard
         self._store: Any = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            self._connect()
-
-    def _connect(self) -> None:
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
-        from torch import distributed
-        from torch.distributed.distributed_c10d import PrefixStore
-
-        # accelerate connects the processes of a CPU where it is told that they are of one.
-        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        state = PartialState(cpu=on_cpu)
-        group = distributed.group.WORLD
-        store = None if group is None else group.get_group_store()
-        if store is None:
-            raise ConfigError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but torch.distributed did not connect the "
-                "processes; launch them by torchrun or accelerate launch"
-            )
-        self.count, self.is_first = state.num_processes, state.is_main_process
-        self._rank = state.process_index
-        # The same processes may do several runs, one after the other.
-        runs = store.add(f"fastdpo/{self._rank}", 1)
-        self._store = PrefixStore(f"fastdpo/run-{runs}", store)
+        if self._others:
+            self._store = _own_store(engine.rank)
 
     # ------------------------------------------------------------------------- the first process
     @contextmanager
@@ -138,7 +135,7 @@ class Processes:
             last = {"do": "fail", "kind": kind, "message": str(error)}
             raise
         finally:
-            if self.count > 1:
+            if self._others:
                 with suppress(RuntimeError):  # the store is gone, and so are they
                     self._say(last)
                     if last["do"] == "fail":
@@ -155,18 +152,32 @@ class Processes:
             ProcessError: another process failed or doesn't answer.
             Exception: whatever `fastdpo.train.trainer.train` raises.
         """
-        if self.count == 1:
-            return given.run(tokenizer, examples, progress=progress)
-        self._say({"do": "train", "given": asdict(given)})
+        return self._do(given, lambda: given.run(tokenizer, examples, progress=progress))
+
+    def load(self, name: str, config: TrainConfig) -> Any:
+        """Load a model to be trained, or the first process's part of it.
+
+        Raises:
+            ProcessError: another process failed or doesn't answer.
+            ModelError: it cannot be trained.
+        """
+        given = Loading(model=name, config=asdict(config))
+        return self._do(given, lambda: given.run(self.engine))
+
+    def _do(self, given: Any, work: Callable[[], Any]) -> Any:
+        """What the work returns, which all processes do at once."""
+        if not self._others:
+            return work()
+        self._say({"do": type(given).__name__, "given": asdict(given)})
         self._wait_for_others("heard", _HEARD)
         self._wait_for_others("ready", _DONE)
         try:
-            metrics = given.run(tokenizer, examples, progress=progress)
+            found = work()
         except RuntimeError:  # as where one is gone whom a collective waits for
             self._check_others()
             raise
         self._wait_for_others("done", _DONE)
-        return metrics
+        return found
 
     def _say(self, word: dict[str, Any]) -> None:
         """Leave the next word for the others."""
@@ -177,7 +188,7 @@ class Processes:
         """Until all have left this mark; raises ProcessError where one failed, or is too slow."""
         if not self._have_marked(mark, limit, checked=True):
             raise ProcessError(
-                f"{self._mark(mark, 0)} of {self.count - 1} other processes answer after "
+                f"{self._mark(mark, 0)} of {self._others} other processes answer after "
                 f"{limit:.0f} seconds; launch them again, the same command goes on"
             )
 
@@ -186,7 +197,7 @@ class Processes:
         for _ in _looks(limit):
             if checked:
                 self._check_others()
-            if self._mark(mark, 0) == self.count - 1:
+            if self._mark(mark, 0) == self._others:
                 return True
         return False
 
@@ -201,19 +212,19 @@ class Processes:
 
     # ------------------------------------------------------------------------- the other ones
     def follow(self) -> None:
-        """As one of the others, train whenever the first process does, until it ends.
+        """As one of the others, do what the first process asks for, until it ends.
 
         Raises:
             ProcessError: the first process is gone, or this one failed alone.
             Exception: what the first process failed with.
         """
         try:
-            while (word := self._hear())["do"] == "train":
-                self._join(Training(**word["given"]))
+            while (word := self._hear())["do"] in _WORK:
+                self._join(_WORK[word["do"]](**word["given"]))
         except torch.distributed.DistError as error:
             raise ProcessError(
-                f"process {self._rank}: the first process is gone; launch them again, the same "
-                "command goes on"
+                f"process {self.engine.rank}: the first process is gone; launch them again, the "
+                "same command goes on"
             ) from error
         self._leave(word)
 
@@ -227,21 +238,22 @@ class Processes:
                 return json.loads(self._store.get(key))
         return {"do": "nothing"}
 
-    def _join(self, given: Training) -> None:
+    def _join(self, given: Any) -> None:
         try:
-            tokenizer, examples = given.read()
+            work = given.ready(self.engine)
             self._mark("ready")
-            given.run(tokenizer, examples, progress=False)
+            work()
         except Exception as error:
             self._fail(error)
+        del work
         release()
         self._mark("done")
 
     def _fail(self, error: Exception) -> NoReturn:
         """End with the first process's error where it has one, or else with this one."""
-        told = f"process {self._rank}: {one_line(error)}"
+        told = f"process {self.engine.rank}: {one_line(error)}"
         if not isinstance(error, _ERRORS):
-            told = f"process {self._rank}: {type(error).__name__}: {one_line(error)}"
+            told = f"process {self.engine.rank}: {type(error).__name__}: {one_line(error)}"
         self._store.compare_set("failed", "", told)
         _let_go()
         word = self._hear(_HEARD)
@@ -259,6 +271,15 @@ class Processes:
         if word["kind"] is None:
             raise SystemExit(1)  # the first process shows where its code failed
         raise kinds[word["kind"]](word["message"])
+
+
+def _own_store(rank: int) -> Any:
+    """A part of the processes' store for this run: they may do several, one after the other."""
+    from torch.distributed.distributed_c10d import PrefixStore, group
+
+    assert group.WORLD is not None  # they have joined
+    store = group.WORLD.get_group_store()
+    return PrefixStore(f"fastdpo/run-{store.add(f'fastdpo/{rank}', 1)}", store)
 
 
 def _let_go() -> None:

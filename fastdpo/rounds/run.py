@@ -34,6 +34,7 @@ from fastdpo.rounds.replay import (
 from fastdpo.score.stage import score
 from fastdpo.storage import locked, read_json, write_json_atomic
 from fastdpo.train.examples import as_trained
+from fastdpo.train.launch import launched
 from fastdpo.train.trainer import CONTROL
 
 
@@ -50,7 +51,7 @@ def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, A
         ModelError: a model cannot be loaded or trained.
         ProcessError: another process of the launch failed, or is gone.
     """
-    processes = Processes()
+    processes = Processes(launched(config.train))
     if not processes.is_first:
         processes.follow()
         return []
@@ -64,7 +65,7 @@ def _lead(config: IterateConfig, processes: Processes, progress: bool) -> list[d
         raise ConfigError(f"output_dir={out} is a file; name a folder")
     state = out / "state.json"
     if not state.exists():
-        check_inputs(config)
+        check_inputs(config, processes)
     with locked(out):
         before = read_json(state) if state.exists() else None
         time = before.get(KEY) if isinstance(before, dict) else None
