@@ -16,7 +16,10 @@ from fastdpo.loss.examples import BaseObjective
 from fastdpo.storage import CACHE
 
 # What does not change the weights that come out.
-FREE = {"save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading"}
+FREE = {
+    "save_steps", "reference_cache", "gradient_checkpointing", "activation_offloading",
+    "engine", "dp_replicate_size", "sp_size", "offload_params", "reshard_after_forward",
+}  # fmt: skip
 OFFSETS = ("none", "log_difference", "log_ratio", "difference")
 # What `make_objective` gets beside the names of the losses and the length penalty.
 _OF_OBJECTIVE = (
@@ -36,6 +39,7 @@ _CHOICES = {
     "layout": ("auto", *LAYOUTS),
     "impl": ("auto", "triton", "torch"),
     "dtype": ("float32", "bfloat16"),
+    "engine": ("auto", "ddp", "fsdp2", "deepspeed"),
 }
 
 
@@ -119,6 +123,15 @@ class TrainConfig:
         router_aux_loss_coef: of the balancing loss that a mixture of experts has, added to the
             loss; 0 is none. By default the model's own where its configuration has
             output_router_logits.
+        engine: how several processes hold the model: each a whole one ("ddp"), each a part of it by
+            PyTorch's FSDP2 ("fsdp2"), or by DeepSpeed's ZeRO ("deepspeed"). "auto" is what
+            accelerate's launch was configured for, and else ddp.
+        dp_replicate_size: groups of processes that FSDP2 divides a model within, as in accelerate
+            (hybrid sharding); gradients are averaged over all.
+        sp_size: processes that divide the tokens of each sequence between them, as in accelerate.
+        offload_params: of FSDP2, keep weights, gradients and the optimizer in CPU memory.
+        reshard_after_forward: of FSDP2, let go of a layer's weights after its forward, and gather
+            them again for its backward.
         seed: order of the pairs.
     """
 
@@ -175,13 +188,21 @@ class TrainConfig:
     lora_target_parameters: list[str] | None = None
     load_in_4bit: bool = False
     router_aux_loss_coef: float | None = None
+    engine: str = "auto"
+    dp_replicate_size: int = 1
+    sp_size: int = 1
+    offload_params: bool = False
+    reshard_after_forward: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.alpha is None:
             self.alpha = default_alpha(self.loss_type)
         above = ("beta", "learning_rate", "max_grad_norm", "lora_alpha", "workspace_mib")
-        counts = ("num_train_epochs", "batch_size", "save_steps", "lora_r", "mlp_tile_tokens")
+        counts = (
+            "num_train_epochs", "batch_size", "save_steps", "lora_r", "mlp_tile_tokens",
+            "dp_replicate_size", "sp_size",
+        )  # fmt: skip
         least = dict.fromkeys(counts, 1) | {"weight_decay": 0, "seed": 0, "router_aux_loss_coef": 0}
         for name in above:
             value = getattr(self, name)

@@ -76,7 +76,7 @@ def couple(
     """
     if not objective.couples and objective.shift_is is None:
         return Shared(objective)
-    plain = setup.accelerator.unwrap_model(model)
+    plain = setup.engine.plain(model)
     with torch.no_grad(), random_state_kept():
         if objective.shift_is == "kl":
             kl = _estimate_kl(setup, plain, batches, reference, totals.examples)
@@ -113,18 +113,18 @@ def _whole_step(
 
     They are in the order of their numbers, which does not depend on how they are dealt out.
     """
-    from accelerate.utils import gather_object
-
     found: list[tuple[int, list[float], list[float]]] = []
-    for index in batches:
+    for index, real in setup.engine.forwards(batches, setup.filler):
         batch = setup.batch(index)
         logp_S = batch_logps(setup, model, batch, objective.ld_alpha).logp_S
         ref_S = of_reference(setup, model, batch, objective, reference)["ref_logp_S"]
         ref_S = torch.zeros_like(logp_S) if ref_S is None else ref_S
+        if not real:
+            continue
         logps, refs = torch.stack((logp_S, ref_S)).tolist()  # one wait for the device
         for example, start, stop in zip(index, batch.firsts, batch.firsts[1:]):
             found.append((example, logps[start:stop], refs[start:stop]))
-    gathered = sorted(gather_object(found))
+    gathered = sorted(setup.engine.gather(found))
     numbers = [example for example, *_ in gathered]
     examples = [setup.pairs[i] for i in numbers]
     sizes = [len(example.responses) for example in examples]
@@ -159,19 +159,21 @@ def _estimate_kl(
 ) -> float:
     """KTO's KL of a step: mean log-ratio of its mismatched completions, at least 0 (arXiv
     2402.01306, section 4.1)."""
-    others, accelerator = setup.mismatched, setup.accelerator
+    others, engine = setup.mismatched, setup.engine
     assert others is not None
     given = replace(reference, logps=reference.mismatched)
     mine = [i for batch in batches for i in batch]
     lengths = [others.lengths[i] for i in mine]
     padded, most = others.layout == "padded", others.config.max_tokens
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for places in plan_batches(lengths, max_tokens=most, padded=padded) if mine else ():
-        batch = others.batch([mine[i] for i in places])
+    total = torch.zeros((), dtype=torch.float64, device=setup.device)
+    plan = plan_batches(lengths, max_tokens=most, padded=padded) if mine else []
+    planned = [[mine[i] for i in places] for places in plan]
+    for index, real in engine.forwards(planned, others.filler):
+        batch = others.batch(index)
         logp_S = batch_logps(others, model, batch).logp_S
         ref_S = of_reference(others, model, batch, setup.config.objective, given)["ref_logp_S"]
-        total += (logp_S - ref_S).sum()
-    return max(0.0, float(accelerator.reduce(total, "sum")) / examples)
+        total += (logp_S - ref_S).sum() if real else 0.0
+    return max(0.0, float(engine.sum(total)) / examples)
 
 
 def mismatched(examples: Sequence[Any], most: int, name: str = "") -> list[TokenizedSingle]:

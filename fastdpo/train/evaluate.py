@@ -27,6 +27,7 @@ from fastdpo.train.metrics import MetricsLog, read_metrics
 from fastdpo.train.prepare import fit_pairs
 from fastdpo.train.reference import known_reference, pairs_digest
 from fastdpo.train.steps import Reference, Setup, plan_epoch
+from fastdpo.train.together import of_first
 from fastdpo.train.update import measure
 
 BEST = "best.json"  # which step the policy is of, where the best one is kept
@@ -88,7 +89,7 @@ class Evaluator:
         self.due = {step for step in due if step > done or done == 0}
         [self.batches] = plan_epoch(self.setup, 0)
         self.checkpoint = done
-        if self.setup.accelerator.is_main_process:
+        if self.setup.is_main:
             forget_best(self.best, done)
         if self.setup.progress:
             print(
@@ -121,37 +122,34 @@ class Evaluator:
             given = replace(self.reference, model=reference)
             row = measure(self.setup, model, self.batches, objective, given, running)
         _check_finite(self.setup, step, row)
-        if log is None:
-            return
-        log.add({"step": step, **row})
+        if log is not None:
+            log.add({"step": step, **row})
         if self.setup.progress:
             shown_names = (f"eval_{name}" for name in _SHOWN if f"eval_{name}" in row)
             told = (f"{name} {row[name]:.4f}" for name in shown_names)
             tqdm.write(f"step {step}: {'  '.join(told)}")
-        if self.options.load_best_model_at_end:
-            value, best = row[self.options.best_metric], best_so_far(self.best)
-            # As in transformers the start is none to choose.
-            if step and (best is None or self.options.is_better(value, best[1])):
-                # Killed, the run goes on from the checkpoint, with the best up to there.
-                forget_best(self.best, self.checkpoint)
-                save_best(self.best, step, model, value)
+        # As in transformers the start is none to choose.
+        if step and self.options.load_best_model_at_end:
+            engine, value = self.setup.engine, row[self.options.best_metric]
+            best = of_first(engine, lambda: best_so_far(self.best))
+            if best is None or self.options.is_better(value, best[1]):
+                if engine.is_main:
+                    # Killed, the run goes on from the checkpoint, with the best up to there.
+                    forget_best(self.best, self.checkpoint)
+                save_best(self.best, step, engine, model, value)
 
     def saved(self, step: int) -> None:
         """Called after a checkpoint: the run never goes on from before it."""
         self.checkpoint = step
-        if self.options.load_best_model_at_end:
+        if self.setup.is_main and self.options.load_best_model_at_end:
             keep_newest(self.best)
 
     def finish(self, model: nn.Module, steps: int) -> None:
         """Put the best weights into the model, where they are asked for, and say of which step."""
         if not self.options.load_best_model_at_end:
             return
-        accelerator = self.setup.accelerator
-        accelerator.wait_for_everyone()  # for what the first process saved
-        found = best_so_far(self.best)
-        assert found is not None  # the last step is evaluated
-        load_best(self.best, model)
-        if accelerator.is_main_process:
+        found = load_best(self.best, self.setup.engine, model)  # the last step is evaluated
+        if self.setup.is_main:
             facts = {
                 "global_step": steps,
                 "best_global_step": found[0],
@@ -229,7 +227,7 @@ def _check_apart(setup: Setup, pairs: Sequence[Any]) -> None:
             f"eval_dataset: all {len(pairs)} {setup.noun} are trained on too, so they would say "
             f"nothing of others; keep some {setup.noun} out of dataset, and give those"
         )
-    if both and setup.accelerator.is_main_process:
+    if both and setup.is_main:
         _log.warning(
             "eval_dataset: %d of %d %s are trained on too (%s)",
             len(both), len(pairs), setup.noun, both[0].where,

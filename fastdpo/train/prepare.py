@@ -4,7 +4,7 @@ Whatever cannot be trained, in a model, its options or the pairs, is refused her
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -94,10 +94,19 @@ def load_start(start: Any, config: TrainConfig, device: torch.device) -> Any:
     return start.to(device)
 
 
-def prepare_policy(model: Any, config: TrainConfig, *, prove: bool = True) -> nn.Module:
+def prepare_policy(
+    model: Any,
+    config: TrainConfig,
+    *,
+    place: Callable[[Any], None] | None = None,
+    prove: bool = True,
+) -> nn.Module:
     """Everything that the options patch onto a model: adapters, layout, head, memory.
 
-    Without ``prove`` nothing is run, as for a model whose tensors have no content.
+    Args:
+        place: called where all parameters are there, adapters too, and before the first forward; it
+            may divide them between processes.
+        prove: without it nothing is run, as for a model whose tensors have no content.
     """
     if config.use_peft:
         model = add_lora(
@@ -113,6 +122,8 @@ def prepare_policy(model: Any, config: TrainConfig, *, prove: bool = True) -> nn
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(f"this {type(model).__name__} is frozen: no parameter requires_grad")
     added = balance.coefficient(model, config.router_aux_loss_coef)
+    if place is not None:
+        place(model)
     model = prepare_model(
         model,
         layout=config.layout,
@@ -140,9 +151,8 @@ def load_reference(setup: Setup) -> tuple[nn.Module, str, Setup]:
     config = replace(
         setup.config, **off, use_peft=False, load_in_4bit=False, router_aux_loss_coef=0.0
     )
-    model = load_start(setup.reference, config, setup.accelerator.device)
-    weights = weights_digest(model) if setup.accelerator.is_main_process else ""
-    model = prepare_policy(model, config).requires_grad_(False).eval()
+    model, weights = setup.engine.load(setup.reference, config, digest=True)
+    model = model.requires_grad_(False).eval()
     return model, weights, fit_pairs(setup, model)
 
 
@@ -159,7 +169,7 @@ def fit_pairs(setup: Setup, model: nn.Module) -> Setup:
         _check_reference_layout(setup, before, layout, changed)
     found = {"pairs_dropped": fitted.dropped_at, "pairs_truncated": fitted.truncated_at}
     too_long = {why: setup.too_long.get(why, 0) + len(at) for why, at in found.items()}
-    if setup.accelerator.is_main_process:
+    if setup.is_main:
         write_json_atomic(setup.out / FITTED, too_long)
         if changed:
             print(
@@ -219,13 +229,13 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
     run["reference"] = None if setup.reference is None else str(setup.reference)
     run |= facts
     path = setup.out / _RUN
-    if setup.accelerator.is_main_process:
+    if setup.is_main:
         for name in ("policy", "adapter"):
             settle_directory(setup.out / name)
         if not path.exists():
             write_json_atomic(path, run)
     # Every process waits, whether or not it could already see the file.
-    setup.accelerator.wait_for_everyone()
+    setup.engine.accelerator.wait_for_everyone()
     # An option that is newer than the run had its default's meaning.
     known = asdict(TrainConfig()) | asdict(EvalConfig())
     recorded = read_json(path)
@@ -255,7 +265,7 @@ def _change_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:
     Raises:
         ConfigError: it is finished, and what it would go on from is gone.
     """
-    accelerator, more = setup.accelerator, run["num_train_epochs"]
+    accelerator, more = setup.engine.accelerator, run["num_train_epochs"]
     told = (
         f"goes on to num_train_epochs={more}, after {before} before; from its last checkpoint on, "
         f"the learning rate is that of the schedule of all {more}"
@@ -274,7 +284,7 @@ def _change_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:
             )
         run.setdefault(_FINISHED, before)
     accelerator.wait_for_everyone()  # all have read what was there
-    if accelerator.is_main_process:
+    if setup.is_main:
         write_json_atomic(setup.out / _RUN, run)
     if setup.progress:
         print(f"{setup.out} {told}")

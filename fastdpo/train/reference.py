@@ -57,12 +57,12 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
     """
     from accelerate.utils import gather_object
 
-    accelerator, logps, shared = setup.accelerator, None, None
+    logps, shared = None, None
     own = setup.out / "ref_logps" / f"{setup.logps_name}.safetensors"
     need_tokens = setup.config.objective.ld_alpha is not None
     if setup.layout.classes:
         weights = cache_key(weights=weights, layout=setup.layout.key)
-    if accelerator.is_main_process:
+    if setup.is_main:
         logps = load(own, setup.pairs, weights, need_tokens=need_tokens)
         if logps is None and setup.config.reference_cache is not None:
             shared = _cache_path(setup, weights)
@@ -72,7 +72,7 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
     [known, *_] = gather_object([logps is not None])
     if not known:
         logps = compute_reference(setup, model)
-        if accelerator.is_main_process:
+        if setup.is_main:
             save(own, logps, weights)
         if shared is not None:
             try:
@@ -82,7 +82,7 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
                     "reference_cache: %s cannot be written, other runs will not find it: %s",
                     shared, error,
                 )  # fmt: skip
-    accelerator.wait_for_everyone()
+    setup.engine.accelerator.wait_for_everyone()
     # Every process reads what the first one found.
     logps = logps or load(own, setup.pairs, None)
     assert logps is not None
@@ -91,24 +91,23 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
 
 def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:
     """`reference_logps` by the model, on the micro-batches of the first epoch."""
-    from accelerate.utils import gather_object
-
     found: list[tuple[int, np.ndarray, np.ndarray]] = []
     batches = list(chain.from_iterable(plan_epoch(setup, 0)))
     purpose = f"reference of {setup.name}" if setup.name else "reference"
-    with bar(purpose, len(batches), "batch", shown=setup.progress):
-        for index in batches:
+    planned = list(setup.engine.forwards(batches, setup.filler))
+    with bar(purpose, len(planned), "batch", shown=setup.progress):
+        for index, real in planned:
             batch = setup.batch(index)
             result = reference_logps_of(setup, model, batch)
             logp_S, logp_N = result.logp_S.cpu().numpy(), result.stats["logp"].cpu().numpy()
             bounds = batch.bounds_S1.tolist()
-            for i, start, stop in zip(index, batch.firsts, batch.firsts[1:]):
+            for i, start, stop in zip(index if real else [], batch.firsts, batch.firsts[1:]):
                 found.append((i, logp_S[start:stop], logp_N[bounds[start] : bounds[stop]]))
             advance()
     firsts, bounds_S1 = places_of(setup.pairs)
     logp_S = torch.full((firsts[-1],), float("nan"), dtype=torch.float64)
     logp_N = torch.full((bounds_S1[-1],), float("nan"), dtype=torch.float32)
-    for i, sums, tokens in gather_object(found):
+    for i, sums, tokens in setup.engine.gather(found):
         start, stop = firsts[i : i + 2]
         logp_S[start:stop] = torch.from_numpy(sums)
         logp_N[bounds_S1[start] : bounds_S1[stop]] = torch.from_numpy(tokens)
@@ -123,7 +122,7 @@ def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:
 
 def _cache_path(setup: Setup, weights: str) -> Path:
     """Where runs that compute the same log-probs keep them."""
-    config, device = setup.config, setup.accelerator.device.type
+    config, device = setup.config, setup.device.type
     key = cache_key(
         weights=weights,
         pairs=pairs_digest(setup.pairs, tokens_only=True),

@@ -33,7 +33,7 @@ class Setup:
     """What stays the same from step to step.
 
     Attributes:
-        accelerator: of accelerate; the processes and their device.
+        engine: how the processes hold the model, and what they exchange.
         out: folder of the run.
         reference: folder or hub name of another reference than the start.
         progress: whether this process shows how far it is.
@@ -50,7 +50,7 @@ class Setup:
             estimates a KL from them.
     """
 
-    accelerator: Any
+    engine: Any
     config: TrainConfig
     out: Path
     reference: str | Path | None
@@ -65,6 +65,20 @@ class Setup:
     too_long: dict[str, int] = field(default_factory=dict)
     aux_loss_coef: float = 0.0
     mismatched: "Setup | None" = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which writes files and talks."""
+        return self.engine.is_main
+
+    @property
+    def filler(self) -> list[int]:
+        """The shortest example, for a micro-batch that counts for nothing."""
+        return [min(range(len(self.pairs)), key=self.lengths.__getitem__)]
 
     @property
     def noun(self) -> str:
@@ -86,7 +100,7 @@ class Setup:
     def batch(self, index: list[int]) -> PackedPairs:
         """The micro-batch of these examples, on the device."""
         batch = pack_pairs([self.pairs[i] for i in index], index, layout=self.layout)
-        return batch.to(self.accelerator.device)
+        return batch.to(self.device)
 
 
 def plan_epoch(setup: Setup, epoch: int) -> list[list[list[int]]]:
@@ -94,7 +108,7 @@ def plan_epoch(setup: Setup, epoch: int) -> list[list[list[int]]]:
 
     It has none in a step of fewer examples than processes.
     """
-    config, lengths, world = setup.config, setup.lengths, setup.accelerator.num_processes
+    config, lengths, world = setup.config, setup.lengths, setup.engine.dp_size
     fit = {"max_tokens": config.max_tokens, "padded": setup.layout == "padded"}
     counts = [pair.num_computed for pair in setup.pairs]
     size, seed = config.batch_size, config.seed
@@ -104,7 +118,7 @@ def plan_epoch(setup: Setup, epoch: int) -> list[list[list[int]]]:
     own = []
     for step in steps:
         pairs = list(chain.from_iterable(step))
-        mine = share_step(pairs, lengths, world)[setup.accelerator.process_index]
+        mine = share_step(pairs, lengths, world)[setup.engine.dp_rank]
         of_mine = [lengths[i] for i in mine], [counts[i] for i in mine]
         plan = plan_batches(of_mine[0], sequences=of_mine[1], **fit)
         own.append([[mine[i] for i in batch] for batch in plan])
@@ -174,7 +188,7 @@ def batch_logps(
 @contextmanager
 def _as_reference(setup: Setup, model: nn.Module) -> Iterator[nn.Module]:
     """The reference without DDP; ``model`` is it, or has adapters that are switched off for it."""
-    plain = setup.accelerator.unwrap_model(model)
+    plain = setup.engine.plain(model)
     adapters_off = setup.config.use_peft and setup.reference is None
     with reference_mode(plain) if adapters_off else nullcontext():
         yield plain
@@ -224,5 +238,4 @@ def totals_of(setup: Setup, batches: list[list[int]], objective: BaseObjective) 
     tokens, routed = (sum(map(count, batches)) for count in (setup.tokens, setup.routed))
     chosen = sum(chosen_tokens(x, objective) for x in examples)
     counts = torch.tensor([len(examples), tokens, len(batches), routed, chosen])
-    accelerator = setup.accelerator
-    return Totals(*accelerator.reduce(counts.to(accelerator.device), "sum").tolist())
+    return Totals(*setup.engine.sum(counts.to(setup.device)).tolist())

@@ -10,7 +10,6 @@ A run that was interrupted goes on from its last checkpoint and ends in the same
 one that is finished, where more epochs are asked for.
 """
 
-import copy
 import gc
 import logging
 import math
@@ -27,9 +26,8 @@ from torch import nn
 from fastdpo.errors import ConfigError
 from fastdpo.loss.singles import RunningMean
 from fastdpo.model import balance
-from fastdpo.model.adapters import merged, merged_in_place, save_adapter, trainable_share
+from fastdpo.model.adapters import trainable_share
 from fastdpo.model.attention import use_own_attention
-from fastdpo.model.load import save_policy, weights_digest
 from fastdpo.progress import bar
 from fastdpo.storage import read_json, write_json_atomic
 from fastdpo.train.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
@@ -37,6 +35,7 @@ from fastdpo.train.config import EvalConfig, TrainConfig, check_control
 from fastdpo.train.control import LengthController
 from fastdpo.train.evaluate import Evaluator
 from fastdpo.train.examples import as_trained, warn_of_ties
+from fastdpo.train.launch import launched
 from fastdpo.train.metrics import MetricsLog, mean_metrics
 from fastdpo.train.prepare import (
     FITTED,
@@ -44,10 +43,8 @@ from fastdpo.train.prepare import (
     fit_pairs,
     is_finished,
     load_reference,
-    load_start,
     note_finished,
     note_saving,
-    prepare_policy,
     steps_and_end,
 )
 from fastdpo.train.reference import known_reference
@@ -104,21 +101,18 @@ def train(
         DataError: a pair does not fit, and ``config.overlong`` is "stop".
         ConfigError: ``out`` holds another run, or the options do not go together.
     """
-    from accelerate import Accelerator
-
     check_control(config, reference)
     given = pairs
     pairs, eval_pairs = as_trained(pairs, config), as_trained(eval_pairs, config, "eval_dataset")
-    # Its precision belongs to the process, so autocast is entered in `batch_loss` instead.
-    accelerator, out = _check_accelerator(Accelerator()), Path(out)
-    progress = progress and accelerator.is_main_process
-    setup = Setup(accelerator, config, out, reference, progress, pairs, keep_checkpoint)
+    engine, out = launched(config), Path(out)
+    progress = progress and engine.is_main
+    setup = Setup(engine, config, out, reference, progress, pairs, keep_checkpoint)
     setup = replace(setup, unpaired=len(pairs) > len(given))
     evaluator = Evaluator(setup, eval_pairs, evaluation or EvalConfig())
-    with _repeatable(accelerator.device):
+    with _repeatable(setup.device):
         claim_folder(setup, model, evaluator.facts())
         if not is_finished(setup):
-            if accelerator.is_main_process:
+            if engine.is_main:
                 warn_of_ties(pairs, config)
             begun = control or LengthController(config.target_length)
             control = begun if config.alpha == "auto" else None
@@ -129,7 +123,7 @@ def train(
                 f"{out} holds a finished run; load its policy instead, or give a larger "
                 "num_train_epochs to go on"
             )
-    if accelerator.is_main_process and not keep_checkpoint:
+    if engine.is_main and not keep_checkpoint:
         remove_checkpoint(out / "checkpoint")
         remove_checkpoint(evaluator.best)
     steps, _ = steps_and_end(out)
@@ -147,17 +141,14 @@ def _train(
     on_step: Callable[[dict[str, float]], None] | None,
 ) -> None:
     """From the start to the saved policy; ``control`` is None where alpha is a number."""
-    config, accelerator, out = setup.config, setup.accelerator, setup.out
+    config, engine, out = setup.config, setup.engine, setup.out
     reference = Reference()
     if setup.reference is not None:  # it comes first, so that its memory is free again
         reference, setup = _other_reference(setup, evaluator)
 
     # The policy, and the plan of its steps.
-    model = load_start(start, config, accelerator.device)
     of_start = setup.reference is None and config.objective.needs_reference
-    digested = of_start and accelerator.is_main_process  # before there are adapters
-    weights = weights_digest(model) if digested else ""
-    model = prepare_policy(model, config)
+    model, weights = engine.load(start, config, digest=of_start)
     coefficient = balance.coefficient(model, config.router_aux_loss_coef)
     setup = replace(fit_pairs(setup, model), aux_loss_coef=coefficient)
     evaluator.fit(model, coefficient)
@@ -168,21 +159,20 @@ def _train(
 
     # The start as the reference: its log-probs, its copy, or the model without its adapters.
     if of_start and not config.precompute_ref_log_probs and not config.use_peft:
-        reference = Reference(model=copy.deepcopy(model).requires_grad_(False).eval())
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain = accelerator.unwrap_model(model)
+        reference = Reference(model=engine.frozen_copy(model, start, config))
+    model, optimizer = engine.prepare(model, optimizer)
+    plain = engine.plain(model)
     if of_start and config.precompute_ref_log_probs:
         reference = known_reference(setup, model, weights)
         evaluator.refer(model, weights)
 
     # Where an earlier run left off.
-    adamw = optimizer.optimizer
-    done, state = _restore(setup, plain, adamw, scheduler, len(steps))
+    done, state = _restore(setup, plain, optimizer, scheduler, len(steps))
     running = RunningMean(**(state or {})) if control is None else RunningMean()
     if control is not None:
         control = _begin_control(setup, control, state, response_lengths, done / len(steps))
     objective = config.objective if control is None else config.objective_at(control.alpha)
-    log = MetricsLog(out / "metrics", done) if accelerator.is_main_process else None
+    log = MetricsLog(out / "metrics", done) if engine.is_main else None
     evaluator.begin([len(epoch) for epoch in epochs], done)
     evaluator.after(done, plain, objective, reference.model, running, log)
     with bar("training", len(steps), "step", done=done, shown=setup.progress) as shown:
@@ -200,9 +190,9 @@ def _train(
             shown.note(", ".join(f"{name} {row[x]:.4f}" for x, name in _SHOWN.items() if x in row))
             evaluator.after(step, plain, objective, reference.model, running, log)
             due = setup.keep_checkpoint if step == len(steps) else step % config.save_steps == 0
-            if due and accelerator.is_main_process:
-                extra = _state(control, running)
-                save_checkpoint(out / "checkpoint", step, plain, adamw, scheduler, extra=extra)
+            if due:
+                kept, extra = (engine, plain, optimizer, scheduler), _state(control, running)
+                save_checkpoint(out / "checkpoint", step, *kept, extra=extra)
                 evaluator.saved(step)
             if on_step is not None:
                 on_step(row)
@@ -211,9 +201,8 @@ def _train(
         log.close()
         note_saving(setup)
     evaluator.finish(plain, len(steps))
-    if log is not None:
-        _save(setup, plain, start, tokenizer, control, len(steps))
-    accelerator.wait_for_everyone()
+    _save(setup, plain, start, tokenizer, control, len(steps))
+    engine.accelerator.wait_for_everyone()
     if not isinstance(start, str | Path) and not config.use_peft:
         use_own_attention(plain.eval())  # the caller's model generates again
 
@@ -242,7 +231,9 @@ def _restore(
 
     A run has one that went on to more epochs and was stopped.
     """
-    done, state = load_checkpoint(setup.out / "checkpoint", model, optimizer, scheduler)
+    done, state = load_checkpoint(
+        setup.out / "checkpoint", setup.engine, model, optimizer, scheduler
+    )
     if done > steps:
         raise ConfigError(
             f"num_train_epochs={setup.config.num_train_epochs} is {steps} steps, and the "
@@ -269,7 +260,7 @@ def _begin_control(
 
 
 def _tell_plan(setup: Setup, model: nn.Module, steps: list[list[list[int]]]) -> None:
-    if len(steps) < _FEW_STEPS and setup.accelerator.is_main_process:
+    if len(steps) < _FEW_STEPS and setup.is_main:
         _warn_of_few_steps(setup, len(steps))
     if not setup.progress:
         return
@@ -306,23 +297,12 @@ def _save(
     control: LengthController | None,
     steps: int,
 ) -> None:
-    """Leave the policy as a whole model; adapters are merged in fp32 and kept beside it.
-
-    Merged in bf16, most of a small change would be rounded away.
-    """
-    if control is not None:
+    """Leave the policy, and the state of alpha=auto; all processes call it."""
+    if control is not None and setup.is_main:
         write_json_atomic(setup.out / CONTROL, control.to_dict(), checksum=True)
-    named, adapter = isinstance(start, str | Path), setup.out / "adapter"
-    if setup.config.use_peft:
-        save_adapter(model, adapter, tokenizer)
-        # Neither way needs room for an fp32 model on the device.
-        if named:
-            model = merged(str(start), adapter, torch.float32)
-        else:
-            model = merged_in_place(model.cpu(), torch.float32)
-    name = str(start if named else start.name_or_path)
-    save_policy(model, tokenizer, setup.out / "policy", start=name)
-    note_finished(setup, steps)
+    setup.engine.save_policy(model, start, setup.config, tokenizer, setup.out)
+    if setup.is_main:
+        note_finished(setup, steps)
 
 
 @contextmanager
@@ -341,25 +321,6 @@ def _repeatable(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-
-
-def _check_accelerator(accelerator: Any) -> Any:
-    """Refuse launch settings that would change what a step means."""
-    from accelerate.utils import DistributedType
-
-    plain = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
-    if accelerator.distributed_type not in plain:
-        raise ConfigError(
-            f"accelerate is set to {accelerator.distributed_type.value}; each process holds a "
-            "whole model here, so launch with --multi_gpu, --cpu or one process"
-        )
-    if accelerator.mixed_precision != "no":
-        raise ConfigError(
-            f"accelerate's mixed_precision is {accelerator.mixed_precision!r}; set it to 'no', the "
-            "option bf16 says what is computed in bf16"
-        )
-    accelerator.gradient_accumulation_steps = 1  # micro-batches are accumulated in take_step
-    return accelerator
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, steps: int) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ _COUNT = "/count"  # of what a metric is averaged over, where it is not all exam
 def take_step(
     setup: Setup,
     model: nn.Module,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     batches: list[list[int]],
     objective: BaseObjective,
     reference: Reference,
@@ -39,19 +39,17 @@ def take_step(
     Raises:
         ModelError: the loss or a gradient is not finite.
     """
-    accelerator, started = setup.accelerator, time.perf_counter()
+    engine, started = setup.engine, time.perf_counter()
     step = _over_examples(setup, model, batches, objective, reference, running, learn=True)
     row, totals = step
-    norm = accelerator.clip_grad_norm_(model.parameters(), setup.config.max_grad_norm)
-    row["grad_norm"] = float(norm)
+    row["grad_norm"] = engine.clip(model, setup.config.max_grad_norm)
     if not all(map(math.isfinite, row.values())):
         raise ModelError(
             f"training left the finite range (loss {row['loss']}, gradient norm "
             f"{row['grad_norm']}); lower learning_rate ({setup.config.learning_rate}) or set "
             "bf16=false. The last checkpoint is kept"
         )
-    optimizer.step()
-    optimizer.zero_grad()
+    engine.step(model, optimizer)
     return {
         **row,
         "pairs": totals.examples,
@@ -70,7 +68,7 @@ def measure(
     running: RunningMean,
 ) -> dict[str, float]:
     """The metrics of `take_step`, without the step, and the seconds it took; names with "eval_"."""
-    started, plain = time.perf_counter(), setup.accelerator.unwrap_model(model)
+    started, plain = time.perf_counter(), setup.engine.plain(model)
     with random_state_kept():  # a model may draw, in training mode, to skip a layer
         row, totals = _over_examples(
             setup, plain, batches, objective, reference, running, learn=False
@@ -94,22 +92,20 @@ def _over_examples(
 
     With ``learn`` the gradients of the mean loss are left in the parameters.
     """
-    accelerator, world = setup.accelerator, setup.accelerator.num_processes
+    engine, world = setup.engine, setup.engine.world
     totals = totals_of(setup, batches, objective)
     shared = couple(setup, model, batches, objective, reference, running, totals, learn=learn)
     sums: dict[str, Tensor] = {}
     # Every process takes part in the sum of gradients: one without an example adds zeros to it.
-    idle = not batches
-    if idle:
-        batches = [[min(range(len(setup.pairs)), key=setup.lengths.__getitem__)]]
-    for position, index in enumerate(parts(batches)):
+    planned = list(engine.forwards(batches, setup.filler, least=1))
+    for position, (index, real) in enumerate(parts(planned), start=1):
         batch = setup.batch(index)
         given = of_reference(setup, model, batch, objective, reference)
-        sums_up = learn and position < len(batches) - 1
+        last = not learn or position == len(planned)
         # The balancing loss of a step is the mean over its tokens.
         weight = setup.routed(index) * world / totals.routed
         with (
-            accelerator.no_sync(model) if sums_up else nullcontext(),
+            nullcontext() if last else engine.accumulates(model),
             torch.set_grad_enabled(learn),
         ):
             result = batch_loss(
@@ -123,9 +119,9 @@ def _over_examples(
                 shift=shared.shift,
                 router_aux_loss_coef=setup.aux_loss_coef * weight,
             )
-            loss = 0.0 * result.loss if idle else result.loss
+            loss = result.loss if real else 0.0 * result.loss
             if learn:
-                accelerator.backward(loss)
+                engine.backward(model, loss)
         metrics = {"loss": loss.detach(), **result.metrics}
         if learn and setup.config.alpha == "auto":
             metrics[COVARIANCE] = _covariance(result, batch.firsts)
@@ -137,11 +133,11 @@ def _over_examples(
             if name in result.counts:
                 share = result.counts[name]
                 counted = f"{name}{_COUNT}"
-                sums[counted] = sums.get(counted, 0.0) + share * (0.0 if idle else 1.0)
+                sums[counted] = sums.get(counted, 0.0) + share * float(real)
             # An evaluation may sum thousands of micro-batches, too many for fp32.
             value = value if learn else value.double()
-            sums[name] = sums.get(name, 0.0) + value * (0.0 if idle else share)
-    values = accelerator.reduce(torch.stack([x.double() for x in sums.values()]), "sum")
+            sums[name] = sums.get(name, 0.0) + value * (share if real else 0.0)
+    values = engine.sum(torch.stack([x.double() for x in sums.values()]))
     row = _means(dict(zip(sums, values.tolist())))
     if shared.loss is not None:
         row["loss"] = shared.loss + setup.aux_loss_coef * row.get("aux_loss", 0.0)

@@ -1,0 +1,154 @@
+"""A model cut over processes: each holds some rows of every parameter (torch's FSDP2).
+
+`shard` cuts a model that is in memory, or one on the meta device whose rows `fastdpo.model.pieces`
+reads.  Adapters are put in and the head attached before; what is computed with the model, the proof
+of `prepare_model` too, comes after, on all processes at once and in the same order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdpo.errors import ModelError
+from fastdpo.model import head
+
+
+def shard(
+    model: Any,
+    mesh: Any,
+    *,
+    bf16: bool = False,
+    reshard_after_forward: bool = True,
+    offload_params: bool = False,
+    head_in_root: bool = False,
+    layer_names: Sequence[str] | None = None,
+) -> Any:
+    """Cut the parameters of a model along their first dimension, with torch's ``fully_shard``.
+
+    Units that are gathered at once are each decoder layer, the embeddings, and the head.  Where
+    embeddings and head are one parameter, it is gathered with the root, which has all that is left.
+    The root and the head are needed first in the backward, so they stay gathered after a forward;
+    call `reshard` before parameters are read after a forward without a backward.
+
+    Args:
+        model: a transformers causal LM or a PEFT model of one, with the same weights in every
+            process or on the meta device; changed in place.
+        mesh: of one dimension, or of two: copies, and the processes that hold a copy together.
+        bf16: gather parameters in bfloat16, and sum gradients in fp32; what the embeddings give
+            keeps the dtype of the weights, and so does the residual stream.
+        reshard_after_forward: free a layer after its forward and gather it again for the backward.
+        offload_params: keep parameters, gradients and the optimizer's state in CPU memory.
+        head_in_root: gather the head with the root.
+        layer_names: classes of the layers; by default transformers' ``_no_split_modules``.
+
+    Raises:
+        ModelError: the model has no layers of these classes, weights that take no gradient by
+            their kind, or one that several layers share.
+    """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    base = head.base_of(model)
+    kind = type(base).__name__
+    _check_weights(model, kind)
+    layers = _layers(base, layer_names)
+    embeddings, own_head = base.get_input_embeddings(), base.get_output_embeddings()
+    units: list[nn.Module] = [*layers]
+    if not _shared(model, embeddings):
+        units.append(embeddings)
+    keep = own_head is not None and not (head_in_root or _shared(model, own_head))
+    if any(_shared(model, layer) for layer in layers):
+        raise ModelError(
+            f"the layers of {kind} share a weight with another part, which FSDP2 cannot cut; set "
+            "engine=ddp"
+        )
+    dtype = embeddings.weight.dtype
+    # The autocast of training casts what goes into a layer; norms and sums keep what they get.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if bf16:
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        embeddings.register_forward_hook(lambda _, __, out: out.to(dtype))
+    offload: OffloadPolicy = OffloadPolicy()
+    if offload_params:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    given: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
+    try:
+        for unit in units:
+            fully_shard(unit, reshard_after_forward=reshard_after_forward, **given)
+        if keep:
+            fully_shard(own_head, reshard_after_forward=False, **given)
+        fully_shard(model, reshard_after_forward=False, **given)
+    except (ValueError, NotImplementedError) as error:
+        raise ModelError(f"FSDP2 cannot cut this {kind}: {error}; set engine=ddp") from error
+    return model
+
+
+def _check_weights(model: nn.Module, kind: str) -> None:
+    """Refuse weights that cannot be cut, as those in 4 bits."""
+    if is_sharded(model):
+        raise ModelError(f"this {kind} is sharded already")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ModelError(
+                f"{name} of {kind} is kept in {parameter.dtype}, which FSDP2 cannot cut; set "
+                "load_in_4bit=false, or engine=ddp"
+            )
+
+
+def _layers(base: Any, names: Sequence[str] | None) -> list[nn.Module]:
+    wanted = set(names or base._no_split_modules or ())
+    found = [x for x in base.modules() if type(x).__name__ in wanted]
+    if not found:
+        kind, what = type(base).__name__, f"fsdp_transformer_layer_cls_to_wrap={sorted(wanted)}"
+        if not names:
+            what = "its _no_split_modules"
+        raise ModelError(
+            f"{kind} has no layers of the classes in {what}; name the class of its decoder "
+            "layers in fsdp_transformer_layer_cls_to_wrap, or set engine=ddp"
+        )
+    return found[::-1]  # what is inside another comes first
+
+
+def _shared(model: nn.Module, part: nn.Module) -> bool:
+    """Whether a module outside of ``part`` has one of its parameters too."""
+    inside = {id(module) for module in part.modules()}
+    outside = {
+        id(p) for m in model.modules() if id(m) not in inside for p in m.parameters(recurse=False)
+    }
+    return any(id(p) in outside for p in part.parameters())
+
+
+# --------------------------------------------------------------------------- of a model that is cut
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has cut this model."""
+    return bool(_units(model))
+
+
+def _units(model: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward left gathered: the parameters are each process's own rows again."""
+    for unit in _units(model):
+        unit.reshard()
+
+
+def class_name(module: object) -> str:
+    """The name of a module's class, which ``fully_shard`` replaces by one of its own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    kind = type(module)
+    if not isinstance(module, FSDPModule):
+        return kind.__name__
+    return next(x for x in kind.__mro__[1:] if x is not FSDPModule).__name__

@@ -1,0 +1,121 @@
+"""FSDP2: each process holds a part of every weight, gradient and optimizer state.
+
+torch's ``fully_shard``, as `fastdpo.model.shard` calls it, gathers a layer's weights before it runs
+and lets go of them after.  Gradients are summed and divided after each micro-batch, so no process
+ever has all of them.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fastdpo.errors import ConfigError
+from fastdpo.model import head
+from fastdpo.model.load import weights_digest
+from fastdpo.model.shard import reshard, shard
+from fastdpo.train import stored
+from fastdpo.train.config import TrainConfig
+from fastdpo.train.engine import Engine
+from fastdpo.train.prepare import load_start, prepare_policy
+
+
+class Fsdp2(Engine):
+    """A part of the model on each process.
+
+    Args:
+        division: how it is divided (`fastdpo.train.launch.Division`).
+
+    Raises:
+        ConfigError: the processes cannot be divided so, or a weight in 4 bits cannot.
+    """
+
+    name = "fsdp2"
+    collective = True
+    head_in_root = False  # a unit of its own
+
+    def __init__(self, accelerator: Any, config: TrainConfig, division: Any) -> None:
+        super().__init__(accelerator, config)
+        self.division, replicas = division, division.replicas
+        if self.world == 1 and not torch.distributed.is_initialized():
+            raise ConfigError(
+                "engine=fsdp2 divides a model between processes, and there is one; launch several "
+                "with accelerate launch or torchrun, or leave engine out"
+            )
+        if self.world % replicas or (self.world // replicas) % config.sp_size:
+            raise ConfigError(
+                f"dp_replicate_size={replicas} does not divide the {self.world} processes into "
+                f"groups of whole sp_size={config.sp_size}; give sizes whose product divides them"
+            )
+        if config.load_in_4bit:
+            raise ConfigError(
+                "load_in_4bit=True cannot be divided by engine=fsdp2: weights in 4 bits are "
+                "packed with their constants; leave it out, or use engine=ddp"
+            )
+        from torch.distributed.device_mesh import init_device_mesh
+
+        kind = accelerator.device.type
+        if replicas == 1:
+            self.mesh = init_device_mesh(kind, (self.world,), mesh_dim_names=("dp_shard",))
+        else:
+            names = ("dp_replicate", "dp_shard")
+            sizes = replicas, self.world // replicas
+            self.mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
+
+    def load(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
+        def place(model: Any) -> None:
+            head.attach(model)
+            shard(
+                model,
+                self.mesh,
+                bf16=config.bf16,
+                reshard_after_forward=self.division.reshard_after_forward,
+                offload_params=self.division.offload_params,
+                head_in_root=self.head_in_root,
+                layer_names=self.division.layer_names,
+            )
+
+        model = load_start(start, config, torch.device("cpu"))
+        weights = weights_digest(model) if digest and self.is_main else ""
+        model = prepare_policy(model, config, place=place)
+        reshard(model)  # an optimizer made of gathered weights would train none
+        return model, weights
+
+    def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
+        found, _ = self.load(start, config, digest=False)
+        return found.requires_grad_(False).eval()
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        if any(not isinstance(p, DTensor) for x in optimizer.param_groups for p in x["params"]):
+            raise AssertionError("the optimizer was made of gathered weights")
+        return model, optimizer
+
+    def plain(self, model: nn.Module) -> Any:
+        return model
+
+    def accumulates(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip(self, model: nn.Module, most: float) -> float:
+        norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+        return float(norm.full_tensor())
+
+    def write_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> list[Path]:
+        reshard(model)  # an evaluation may have left weights gathered
+        return stored.write_parts(folder, model, optimizer, self.rank)
+
+    def read_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        reshard(model)
+        super().read_state(folder, model, optimizer)
