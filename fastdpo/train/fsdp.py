@@ -6,15 +6,18 @@ ever has all of them.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastdpo.errors import ConfigError
 from fastdpo.model import head
 from fastdpo.model.load import weights_digest
-from fastdpo.model.shard import shard
+from fastdpo.model.shard import reshard, shard
+from fastdpo.train import stored
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
 from fastdpo.train.prepare import load_start, prepare_policy
@@ -77,7 +80,9 @@ class Fsdp2(Engine):
 
         model = load_start(start, config, torch.device("cpu"))
         weights = weights_digest(model) if digest and self.is_main else ""
-        return prepare_policy(model, config, place=place), weights
+        model = prepare_policy(model, config, place=place)
+        reshard(model)  # an optimizer made of gathered weights would train none
+        return model, weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
         found, _ = self.load(start, config, digest=False)
@@ -86,6 +91,8 @@ class Fsdp2(Engine):
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        if any(not isinstance(p, DTensor) for x in optimizer.param_groups for p in x["params"]):
+            raise AssertionError("the optimizer was made of gathered weights")
         return model, optimizer
 
     def plain(self, model: nn.Module) -> Any:
@@ -100,3 +107,15 @@ class Fsdp2(Engine):
     def clip(self, model: nn.Module, most: float) -> float:
         norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
         return float(norm.full_tensor())
+
+    def write_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> list[Path]:
+        reshard(model)  # an evaluation may have left weights gathered
+        return stored.write_parts(folder, model, optimizer, self.rank)
+
+    def read_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        reshard(model)
+        super().read_state(folder, model, optimizer)
