@@ -37,7 +37,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .parallel_run import Found, Job, process, save_model
+from fastdpo.train.config import TrainConfig
+
+from .parallel_run import CONFIG, Found, Job, process, save_model
 from .parallel_tables import MEASURES, OP, markdown
 from .rows import append, command_line, load, matching, resume, where
 
@@ -47,27 +49,48 @@ PACKAGES = ("accelerate", "peft", "deepspeed")
 
 
 class Engine(NamedTuple):
-    """How processes hold a model: options, for how many, and whether a head can be in the root."""
+    """How processes hold a model.
+
+    Attributes:
+        options: of training.
+        ranks: numbers of processes.
+        cuts: whether embeddings and head are units, or may be in the root.
+        environment: of the processes, as accelerate's launch sets it.
+        extras: which other runs, and models of other families.
+    """
 
     options: Mapping[str, Any]
     ranks: tuple[int, ...] = (2, 4)
     cuts: bool = False
+    environment: Mapping[str, str] = {}
+    extras: bool = True
+
+    @property
+    def divides_tokens(self) -> bool:
+        return "sp_size" in self.options
 
 
-def _fsdp2(*ranks: int, **options: Any) -> Engine:
-    return Engine({"engine": "fsdp2", **options}, ranks or (2, 4), cuts=True)
+def _fsdp2(*ranks: int, extras: bool = True, **options: Any) -> Engine:
+    return Engine({"engine": "fsdp2", **options}, ranks or (2, 4), cuts=True, extras=extras)
+
+
+def _zero(stage: int) -> Engine:
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    return Engine({"engine": "deepspeed"}, environment=launched)
 
 
 ENGINES = {
     "ddp": Engine({}),
     "fsdp2": _fsdp2(),
-    "fsdp2, 2 replicas": _fsdp2(4, dp_replicate_size=2),
-    "fsdp2, kept after forward": _fsdp2(reshard_after_forward=False),
-    "fsdp2, offloaded": _fsdp2(offload_params=True),
+    "fsdp2, 2 replicas": _fsdp2(4, extras=False, dp_replicate_size=2),
+    "fsdp2, kept after forward": _fsdp2(extras=False, reshard_after_forward=False),
+    "fsdp2, offloaded": _fsdp2(extras=False, offload_params=True),
+    "zero 2": _zero(2),
+    "zero 3": _zero(3),
     "ddp, sp 2": Engine({"sp_size": 2}),
-    "ddp, sp 4": Engine({"sp_size": 4}, (4,)),
+    "ddp, sp 4": Engine({"sp_size": 4}, (4,), extras=False),
     "fsdp2, sp 2": _fsdp2(sp_size=2),
-    "fsdp2, sp 4": _fsdp2(4, sp_size=4),
+    "fsdp2, sp 4": _fsdp2(4, extras=False, sp_size=4),
 }
 # Workspaces in which this model's micro-batches take a route, where the head is trained.
 WORKSPACES = {"stash": None, "grouped": 0.04, "recompute": 0.015}
@@ -85,6 +108,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "evaluation": {},
     "bf16": {"bf16": True},
 }
+ADAPTED = ("tdpo2", "reference in each step", "bf16")  # with LoRA too
 EVALUATED = {"evaluation", "kto", "aot", "reference in each step"}
 # What is run once: packed otherwise, or in fp32.
 PACKED = ({"max_tokens": 2000}, {"layout": "packed", "max_tokens": 170})
@@ -116,25 +140,30 @@ class Case(NamedTuple):
 
     @property
     def job(self) -> Job:
-        options = {**self.alone.options, **ENGINES[self.engine].options}
-        return self.alone._replace(options=options, root=self.head == ROOT)
+        engine = ENGINES[self.engine]
+        options = {**self.alone.options, **engine.options}
+        return self.alone._replace(
+            options=options, environment=engine.environment, root=self.head == ROOT
+        )
 
 
 def cases() -> list[Case]:
-    """All lines of the table."""
+    """All lines of the table, those first that say most."""
     found = []
     for name, engine in ENGINES.items():
         heads = (TIED, OWN, ROOT) if engine.cuts else (TIED, UNTIED)
         for ranks, head, route in product(engine.ranks, heads, ROUTES):
-            found.append(Case(name, ranks, head, route))
-        for ranks, extra in product(engine.ranks, [*EXTRAS][1:]):
-            head, route = (OWN if engine.cuts else UNTIED), "stash"
-            found.append(Case(name, ranks, head, route, extra))
-            if extra in ("tdpo2", "reference in each step", "bf16"):
-                found.append(Case(name, ranks, TIED, "frozen", extra))
-        for ranks, family in product(engine.ranks, ("qwen3", "gemma3")):
-            found.append(Case(name, ranks, TIED, "stash", family=family))
-    return found
+            # Sums of whole sequences come late where their tokens are divided: nothing is grouped.
+            if route != "grouped" or not engine.divides_tokens:
+                found.append(Case(name, ranks, head, route))
+        for extra in [*EXTRAS][1:] if engine.extras else ["evaluation", "bf16"]:
+            found.append(Case(name, engine.ranks[0], heads[1], "stash", extra))
+            if extra in ADAPTED and engine.extras:
+                found.append(Case(name, engine.ranks[0], TIED, "frozen", extra))
+        if engine.extras:
+            for family in ("qwen3", "gemma3"):
+                found.append(Case(name, engine.ranks[-1], TIED, "stash", family=family))
+    return sorted(found, key=lambda x: (x.ranks, x.route != "stash", x.route != "frozen"))
 
 
 # ------------------------------------------------------------------------------------- differences
@@ -160,20 +189,19 @@ def differences(found: Found, wanted: Found) -> dict[str, float]:
         pairs = zip(values(found, norm), values(wanted, norm), strict=True)
         return max(abs(a - b) / abs(b) if a != b else 0.0 for a, b in pairs)
 
-    def gradients(name: str) -> float:
-        pairs = zip(getattr(found, name), getattr(wanted, name), strict=True)
-        return max(largest(a, b) for a, b in pairs)
+    def gradients(mine: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> float:
+        return max(largest(a, b) for a, b in zip(mine, others, strict=True))
 
     if found.values.keys() != wanted.values.keys():
         raise ValueError(f"not the same metrics: {found.values.keys() ^ wanted.values.keys()}")
-    return {
+    off = {
         "losses": numbers(norm=False),
         "norm": numbers(norm=True),
-        "gradients": gradients("gradients"),
-        "clipped": gradients("clipped"),
+        "gradients": gradients(found.gradients, wanted.gradients),
         "weights": largest(found.weights, wanted.weights),
         "policy": largest(found.policy, wanted.policy),
     }
+    return off | ({"clipped": gradients(found.clipped, wanted.clipped)} if found.clipped else {})
 
 
 class Baselines:
@@ -256,12 +284,15 @@ def run(
     left = [case for case in wanted if tuple(case) not in known]
     baselines = Baselines(folder)
     baselines.prepare(left)
-    for ranks in sorted({case.ranks for case in left}):
-        mine = [case for case in left if case.ranks == ranks]
+    # DeepSpeed sets up its processes for itself.
+    crews = dict.fromkeys((case.ranks, bool(case.job.environment)) for case in left)
+    for ranks, launched in crews:
+        mine = [x for x in left if (x.ranks, bool(x.job.environment)) == (ranks, launched)]
         started = time.perf_counter()
         for case, (_, path, why) in zip(mine, in_processes(ranks, [x.job for x in mine], folder)):
             took, started = time.perf_counter() - started, time.perf_counter()
-            row = {"op": OP, **case._asdict(), "trains": case.trains, "seconds": round(took, 2)}
+            row = {"op": OP, **case._asdict(), "seconds": round(took, 2)}
+            row |= {"trains": case.trains, "tied": case.alone.tied, "evaluated": case.job.evaluates}
             if path is None:
                 yield {**row, "note": (why or "").strip().splitlines()[-1], "why": why}
             else:
@@ -273,34 +304,32 @@ def compared(
 ) -> dict[str, Any]:
     """What a row says of a run: differences, what they are measured by, and what is wrong."""
     off = differences(found, alone)
-    norms, most = found.values["grad_norm"], max(float(x) for x in _clipped_norms(found))
-    row: dict[str, Any] = {
+    norms, limit = found.values["grad_norm"], TrainConfig(**CONFIG).max_grad_norm
+    row = {
         "differences": off,
         "rounding": dict(rounding),
         "routes": dict(found.routes),
         "batches": found.batches,
         "fillers": found.fillers,
         "grad_norms": norms,
-        "clipped_to": most,
     }
-    problems = [f"{x} off by {off[x]:.1e}" for x in MEASURES if off[x] > WITHIN * rounding[x]]
+    problems = [f"{x} off by {y:.1e}" for x, y in off.items() if y > WITHIN * rounding[x]]
     if found.counts != alone.counts:
         problems.append(f"counts {found.counts}, not {alone.counts}")
     if max(found.routes, key=found.routes.__getitem__) != case.route:
         problems.append(f"took {dict(found.routes)}")
-    if min(norms) <= most:
+    if min(norms) <= limit:
         problems.append(f"clipped nothing, norms {norms}")
+    alike = len({*map(tuple, found.batches)}) == 1
+    if alike and case.ranks > ENGINES[case.engine].options.get("sp_size", 1):
+        problems.append("all processes have as many micro-batches")
     return {**row, "note": "; ".join(problems) or None}
-
-
-def _clipped_norms(found: Found) -> list[Tensor]:
-    return [torch.stack([x.norm() for x in step.values()]).norm() for step in found.clipped]
 
 
 def line(row: Mapping[str, Any]) -> str:
     """A row in a line."""
     what = ", ".join(str(row[name]) for name in Case._fields if row[name] != "")
-    told = row["note"] or "  ".join(f"{x} {row['differences'][x]:.1e}" for x in MEASURES)
+    told = row["note"] or "  ".join(f"{x} {y:.1e}" for x, y in row["differences"].items())
     return f"{row['seconds']:6.1f} s  {what}: {told}"
 
 

@@ -41,7 +41,7 @@ STEP, LAST = 10, 1
 PAIRS, HELD_OUT = 2 * STEP + LAST, 5
 MAX_TOKENS = 110
 LENGTHS = (4, 10), (16, 28), (36, 46)  # tokens of a response: short, middling or long
-CONFIG = dict(
+CONFIG: dict[str, Any] = dict(
     batch_size=STEP, max_length=80, max_tokens=MAX_TOKENS, learning_rate=1e-3, alpha=0.02,
     warmup_ratio=0.0, reference_cache=None, bf16=False, impl="torch", max_grad_norm=0.05,
 )  # fmt: skip
@@ -52,12 +52,14 @@ SINGLES = ("kto", "bco")
 class Job(NamedTuple):
     """A run: the model, the options of training, and what else is not as usual.
 
-    ``root`` puts an untied head into FSDP2's root; ``evaluates`` after each step.
+    ``environment`` is of its processes. ``root`` puts an untied head into FSDP2's root;
+    ``evaluates`` is to do so after each step.
     """
 
     family: str
     tied: bool
     options: Mapping[str, Any]
+    environment: Mapping[str, str] = {}
     root: bool = False
     evaluates: bool = False
 
@@ -69,9 +71,8 @@ class Found:
     Attributes:
         values: by name, a value of each step or evaluation.
         counts: by name, numbers that have to be the same.
-        start: weights that are trained, before the first step.
-        gradients, clipped: of each step, before and after clipping.
-        weights: after the last step.
+        gradients, clipped: of each step, before and after clipping; DeepSpeed keeps none after it.
+        weights: those that are trained, after the last step.
         policy: as it was saved.
         routes: through the head, and how many micro-batches took them.
         batches: of each step, on each process.
@@ -80,7 +81,6 @@ class Found:
 
     values: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, list[float]] = field(default_factory=dict)
-    start: dict[str, Tensor] = field(default_factory=dict)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     clipped: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -147,10 +147,30 @@ def whole(x: Any) -> Tensor:
     return x.detach().float().cpu().clone()
 
 
+def weight(parameter: Any) -> Tensor:
+    if not hasattr(parameter, "ds_id"):
+        return whole(parameter)
+    from deepspeed.utils import safe_get_full_fp32_param  # type: ignore[import-not-found]
+
+    return whole(safe_get_full_fp32_param(parameter))
+
+
+def gradient(parameter: Any) -> Tensor:
+    if parameter.grad is not None:
+        return whole(parameter.grad)
+    from deepspeed.utils import safe_get_full_grad  # type: ignore[import-not-found]
+
+    return whole(safe_get_full_grad(parameter))
+
+
 def trained(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name.removeprefix("module."), parameter
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: gradient(p) for name, p in trained(model)}
 
 
 class Watch:
@@ -183,11 +203,10 @@ class Watch:
 
     def clip(self, real: Any) -> Any:
         def call(model: nn.Module, most: float) -> float:
-            if not self.found.start:
-                self.found.start = {name: whole(p) for name, p in trained(model)}
-            self.found.gradients.append(self.gradients(model))
+            self.found.gradients.append(gradients(model))
             norm = real(model, most)
-            self.found.clipped.append(self.gradients(model))
+            if any(p.grad is not None for _, p in trained(model)):  # DeepSpeed keeps none
+                self.found.clipped.append(gradients(model))
             return norm
 
         return call
@@ -195,12 +214,9 @@ class Watch:
     def optimize(self, real: Any) -> Any:
         def call(model: nn.Module, optimizer: Any) -> None:
             real(model, optimizer)
-            self.found.weights = {name: whole(p) for name, p in trained(model)}
+            self.found.weights = {name: weight(p) for name, p in trained(model)}
 
         return call
-
-    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        return {name: whole(p.grad) for name, p in trained(model)}
 
     def forwards(self, real: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Iterator[tuple[list[int], bool]]:
@@ -249,7 +265,7 @@ def run(job: Job, model: Path, folder: Path) -> Found | None:
     config = TrainConfig(**{**CONFIG, **job.options})
     given, held_out = examples(job.options)
     watch, found = Watch(), None
-    with watch.watching(job.root):
+    with watch.watching(job.root), patch.dict(os.environ, job.environment):
         train(
             str(model), tokenizer(), given, config, folder, progress=False,
             keep_checkpoint=False,

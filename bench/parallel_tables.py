@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from .tables import grouped, latest_build, markdown_table, setting
 
@@ -52,7 +52,8 @@ def _of_build(rows: list[dict]) -> list[str]:
 
 
 def _cell(found: Mapping[str, float]) -> str:
-    return " ".join(f"{max(found[name] for name in names):.0e}" for names in _TOLD)
+    told = [[found[name] for name in names if name in found] for names in _TOLD]
+    return " ".join(f"{max(values):.0e}" if values else "-" for values in told)
 
 
 def _told(row: dict | None) -> str:
@@ -96,7 +97,7 @@ def _times(row: dict | None) -> str:
     return f"{worst(row):.2g}" if "differences" in row else "failed"
 
 
-def worst(row: Mapping, names: Sequence[str] = MEASURES) -> float:
+def worst(row: Mapping) -> float:
     """The largest difference of a row over what rounding makes."""
     off, rounding = row["differences"], row["rounding"]
-    return max(off[x] / rounding[x] if off[x] else 0.0 for x in names)
+    return max(x / rounding[name] if x else 0.0 for name, x in off.items())
