@@ -20,7 +20,7 @@ from fastdpo.cli.datasets import is_first
 from fastdpo.cli.failing import fail, in_several
 from fastdpo.cli.help import help_of, overview
 from fastdpo.cli.options import Given, made, options_of, read_arguments, read_file
-from fastdpo.errors import ConfigError, DataError, ModelError
+from fastdpo.errors import ConfigError, DataError, ModelError, ProcessError
 from fastdpo.rounds.config import IterateConfig
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
@@ -85,9 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif argv[0] in COMMANDS and {"--help", "-h"} & {*argv}:
             print(help_of(argv[0], COMMANDS[argv[0]][0]))
         else:
+            commands.check_one_process(argv[0])
             command, config = parse(argv)
             COMMANDS[command][1](config)
-    except (ConfigError, DataError, ModelError, OSError) as error:
+    except (ConfigError, DataError, ModelError, ProcessError, OSError) as error:
         return fail(f"error: {error}", 2)
     except KeyboardInterrupt:
         if is_first():
