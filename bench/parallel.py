@@ -227,9 +227,14 @@ class Baselines:
         return [job._replace(options={**job.options, **packed}) for packed in PACKED]
 
     def of(self, case: Case) -> tuple[Found, dict[str, float]]:
-        wanted = read(self.known[repr(case.alone)])
-        found = [differences(read(self.known[repr(job)]), wanted) for job in self.others(case)]
-        return wanted, {name: max(x[name] for x in found) for name in MEASURES}
+        alone = read(self.known[repr(case.alone)])
+        return alone, rounding_of(alone, [read(self.known[repr(x)]) for x in self.others(case)])
+
+
+def rounding_of(alone: Found, others: Iterable[Found]) -> dict[str, float]:
+    """The largest difference of runs of one process from another one."""
+    found = [differences(x, alone) for x in others]
+    return {name: max(x[name] for x in found) for name in MEASURES}
 
 
 def read(path: Path) -> Found:
