@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastdpo.errors import ConfigError
-from fastdpo.model import head
+from fastdpo.model import head, sequence_parallel
 from fastdpo.model.load import weights_digest
 from fastdpo.model.shard import reshard, shard
 from fastdpo.train import stored
@@ -79,6 +79,7 @@ class Fsdp2(Engine):
             )
 
         model = load_start(start, config, torch.device("cpu"))
+        sequence_parallel.use(model, self.sp)
         weights = weights_digest(model) if digest and self.is_main else ""
         model = prepare_policy(model, config, place=place)
         reshard(model)  # an optimizer made of gathered weights would train none
