@@ -1,4 +1,4 @@
-"""The three errors that a user can mend, and the checks of options that raise them.
+"""The errors that a user can mend, and the checks of options that raise them.
 
 Each says in one line which argument, option, file or row is wrong, its value, and what to do. Where
 that is code of the user's own, its lines follow.
@@ -23,10 +23,19 @@ class ConfigError(ValueError):
     """An option with an impossible value; the message begins with ``name=value``."""
 
 
+class ProcessError(RuntimeError):
+    """One of several processes failed, and not the first one; the message begins with which."""
+
+
 def listed(names: Sequence[str], most: int = 4) -> str:
     """The first of them, for a message, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """The first of an error's text, in one line."""
+    return " ".join(str(error).split())[:most]
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -3,20 +3,24 @@ plan | doctor``; in a checkout, ``bench``.
 
 Words in, a room's function called, an exit status out. Every option can stand in a YAML file
 (``--config``) and be overridden on the command line. Errors a user can mend are one line and exit
-status 2; an interruption exits with 130 and loses at most the unfinished part of a stage. Open
+status 2, from several processes of a launch once; an interruption exits with 130 and loses at most
+the unfinished part of a stage. Open
 `stages`, `commands` and `chat` first: a dataclass of options and a function for each command.
 `options` reads them, `names` knows what else people call them, `help` prints them.
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastdpo import __version__
 from fastdpo.cli import chat, commands, demo, names, report, stages
+from fastdpo.cli.datasets import is_first
+from fastdpo.cli.failing import fail, in_several
 from fastdpo.cli.help import help_of, overview
 from fastdpo.cli.options import Given, made, options_of, read_arguments, read_file
-from fastdpo.errors import ConfigError, DataError, ModelError
+from fastdpo.errors import ConfigError, DataError, ModelError, ProcessError
 from fastdpo.rounds.config import IterateConfig
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
@@ -81,12 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif argv[0] in COMMANDS and {"--help", "-h"} & {*argv}:
             print(help_of(argv[0], COMMANDS[argv[0]][0]))
         else:
+            commands.check_one_process(argv[0])
             command, config = parse(argv)
             COMMANDS[command][1](config)
-    except (ConfigError, DataError, ModelError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ConfigError, DataError, ModelError, ProcessError, OSError) as error:
+        return fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        if is_first():
+            print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception:
+        if not in_several():
+            raise
+        return fail(traceback.format_exc(), 1)
     return 0
