@@ -11,6 +11,8 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,15 @@ from torch import Tensor, nn
 
 from fastdpo.errors import ConfigError
 from fastdpo.model import head
+from fastdpo.model.adapters import save_adapter
 from fastdpo.model.load import weights_digest
+from fastdpo.model.merge import save_merged
+from fastdpo.model.save import save_made
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
-from fastdpo.train.prepare import load_start, prepare_policy
+from fastdpo.train.prepare import load_start, prepare_policy, start_in_pieces
+from fastdpo.train.together import together
+from fastdpo.train.zero_parts import read_parts, write_parts
 
 _STAGES = (2, 3)
 # What a configuration may have: DeepSpeed's buckets and places, which change no result.
@@ -64,7 +71,7 @@ def launch_settings(accelerator: Any) -> dict[str, Any]:
     """
     from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
 
-    plugin = accelerator.state.deepspeed_plugin
+    plugin, moe = accelerator.state.deepspeed_plugin, "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"
     if plugin is None:  # accelerate enters DeepSpeed on GPUs only
         if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise ConfigError(
@@ -72,7 +79,7 @@ def launch_settings(accelerator: Any) -> dict[str, Any]:
                 "launch --use_deepspeed --zero_stage 3, or with a --config_file that has them"
             )
         plugin = DeepSpeedPlugin()
-    if plugin.transformer_moe_cls_names or os.environ.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"):
+    if plugin.transformer_moe_cls_names or os.environ.get(moe):
         raise ConfigError(
             "accelerate's deepspeed_moe_layer_cls_names is not taken here; leave it out: "
             "transformers 5 keeps the experts of a layer in one module"
@@ -159,8 +166,8 @@ class DeepSpeed(Engine):
             )
         if config.dtype != "float32" and not config.use_peft:
             raise ConfigError(
-                f"dtype={config.dtype} cannot be trained by engine=deepspeed, whose optimizer keeps "
-                "fp32 weights beside it, unlike one process; set dtype=float32 (bf16=true "
+                f"dtype={config.dtype} cannot be trained by engine=deepspeed, whose optimizer "
+                "keeps fp32 weights beside it, unlike one process; set dtype=float32 (bf16=true "
                 "computes in bf16), or use_peft=true"
             )
         self.settings = checked_settings(settings, config)
@@ -173,19 +180,26 @@ class DeepSpeed(Engine):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        # Else transformers divides what it loads, before there are adapters.
+        # Else transformers divides what it loads.
         unset_hf_deepspeed_config()
 
     # ------------------------------------------------------------------------------- the model
     def load(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
         if not self.divides_weights:
             return super().load(start, config, digest=digest)
+        if not isinstance(start, str | Path):
+            raise ConfigError(
+                "engine=deepspeed with zero_optimization.stage 3 divides a model as it is loaded; "
+                "save the one in memory (save_pretrained), and give its folder"
+            )
 
         def place(model: Any) -> None:
             head.attach(model)
             self._engines.append(self._initialized(model))
 
-        model = load_start(start, config, torch.device("cpu"))
+        # The first process reads it, and gives the others their parts, tensor by tensor.
+        cpu = torch.device("cpu")
+        model = load_start(start, config, cpu) if self.is_main else _unread(str(start), config)
         weights = weights_digest(model) if digest and self.is_main else ""
         return prepare_policy(model, config, place=place), weights
 
@@ -251,6 +265,89 @@ class DeepSpeed(Engine):
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Done by `clip`."""
+
+    # --------------------------------------------------------------------------------- on disk
+    def write_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> list[Path]:
+        return write_parts(folder, model, self._engine_of(model).optimizer, optimizer, self.rank)
+
+    def read_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        engine = self._engine_of(model)
+        engine.empty_partition_cache()  # weights that are whole would stay what they were
+        zero = engine.optimizer
+        together(self.accelerator, lambda: read_parts(folder, model, zero, optimizer))
+        if not self.divides_weights:
+            zero.update_lp_params()
+
+    def save_policy(
+        self, model: nn.Module, start: Any, config: TrainConfig, tokenizer: Any, out: Path
+    ) -> None:
+        if not self.divides_weights:
+            super().save_policy(model, start, config, tokenizer, out)
+            return
+        from deepspeed.zero import GatheredParameters
+
+        adapter, policy = out / "adapter", out / "policy"
+
+        def of_adapters() -> None:
+            with GatheredParameters([p for p in model.parameters() if p.requires_grad]):
+                if self.is_main:
+                    save_adapter(model, adapter, tokenizer)
+
+        def whole() -> None:
+            if not config.use_peft:
+                _save_whole(model, tokenizer, policy, start=start)
+            elif self.is_main:  # of the files alone
+                save_merged(start, adapter, tokenizer, policy, torch.float32)
+
+        if config.use_peft:
+            together(self.accelerator, of_adapters)
+        together(self.accelerator, whole)
+
+    def _engine_of(self, model: nn.Module) -> Any:
+        return next(x for x in self._engines if model in (x, x.module))
+
+
+def _save_whole(model: Any, tokenizer: Any, path: Path, *, start: str) -> None:
+    """`save_policy` of a model whose weights are divided: each is put together when it is written.
+
+    All processes call it.
+    """
+    from deepspeed.zero import GatheredParameters
+
+    named = dict(model.named_parameters(remove_duplicate=False))
+    # Sizes without content; tied weights are one tensor.
+    hollow = {id(p): torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for p in named.values()}
+
+    def whole(parameter: Any) -> Tensor:
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def sizes(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        state.update({prefix + name: hollow[id(p)] for name, p in named.items()})
+
+    hook = model.register_state_dict_post_hook(sizes)
+    try:
+        values = {name: partial(whole, p) for name, p in named.items()}
+        save_made(model, values, tokenizer, path, start=start, collective=True)
+    finally:
+        hook.remove()
+
+
+def _unread(name: str, config: TrainConfig) -> Any:
+    """A model whose parameters have no content yet, nor take memory before it comes."""
+    model, _ = start_in_pieces(name, config)
+    given: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for own, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                if id(p) not in given:
+                    given[id(p)] = nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
+                module._parameters[own] = given[id(p)]
+    return model
 
 
 def _take_off(engine: Any) -> None:
