@@ -58,11 +58,13 @@ def shard(
     kind = type(base).__name__
     _check_weights(model, kind)
     layers = _layers(base, layer_names)
-    embeddings, own_head = base.get_input_embeddings(), base.get_output_embeddings()
+    embeddings: Any = base.get_input_embeddings()
+    own_head: Any = base.get_output_embeddings()
     units: list[nn.Module] = [*layers]
     if not _shared(model, embeddings):
         units.append(embeddings)
-    keep = own_head is not None and not (head_in_root or _shared(model, own_head))
+    apart = own_head is not None and not (head_in_root or _shared(model, own_head))
+    heads: list[nn.Module] = [own_head] if apart else []
     if any(_shared(model, layer) for layer in layers):
         raise ModelError(
             f"the layers of {kind} share a weight with another part, which FSDP2 cannot cut; set "
@@ -83,8 +85,8 @@ def shard(
     try:
         for unit in units:
             fully_shard(unit, reshard_after_forward=reshard_after_forward, **given)
-        if keep:
-            fully_shard(own_head, reshard_after_forward=False, **given)
+        for unit in heads:
+            fully_shard(unit, reshard_after_forward=False, **given)
         fully_shard(model, reshard_after_forward=False, **given)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"FSDP2 cannot cut this {kind}: {error}; set engine=ddp") from error
