@@ -21,12 +21,17 @@ from torch import Tensor, nn
 from fastdpo.errors import ConfigError
 from fastdpo.model import head
 from fastdpo.model.adapters import save_adapter
-from fastdpo.model.load import weights_digest
+from fastdpo.model.load import (
+    check_generation_config,
+    check_start,
+    load_in_pieces,
+    weights_digest,
+)
 from fastdpo.model.merge import save_merged
 from fastdpo.model.save import save_made
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
-from fastdpo.train.prepare import load_start, prepare_policy, start_in_pieces
+from fastdpo.train.prepare import load_start, prepare_policy
 from fastdpo.train.together import together
 from fastdpo.train.zero_parts import read_parts, write_parts
 
@@ -288,12 +293,14 @@ class DeepSpeed(Engine):
         if not self.divides_weights:
             super().save_policy(model, start, config, tokenizer, out)
             return
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         adapter, policy = out / "adapter", out / "policy"
 
         def of_adapters() -> None:
-            with GatheredParameters([p for p in model.parameters() if p.requires_grad]):
+            with deepspeed.zero.GatheredParameters(
+                [p for p in model.parameters() if p.requires_grad]
+            ):
                 if self.is_main:
                     save_adapter(model, adapter, tokenizer)
 
@@ -316,14 +323,14 @@ def _save_whole(model: Any, tokenizer: Any, path: Path, *, start: str) -> None:
 
     All processes call it.
     """
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     named = dict(model.named_parameters(remove_duplicate=False))
     # Sizes without content; tied weights are one tensor.
     hollow = {id(p): torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for p in named.values()}
 
     def whole(parameter: Any) -> Tensor:
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
     def sizes(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -339,7 +346,9 @@ def _save_whole(model: Any, tokenizer: Any, path: Path, *, start: str) -> None:
 
 def _unread(name: str, config: TrainConfig) -> Any:
     """A model whose parameters have no content yet, nor take memory before it comes."""
-    model, _ = start_in_pieces(name, config)
+    check_start(name)
+    model, _ = load_in_pieces(name, dtype=getattr(torch, config.dtype))
+    check_generation_config(model)
     given: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for own, p in module._parameters.items():

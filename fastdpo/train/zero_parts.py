@@ -1,4 +1,4 @@
-"""What ZeRO divides of a training, as files: each process writes the parts of tensors that it holds.
+"""What ZeRO divides of a training, as files: each process writes the parts that it holds.
 
 DeepSpeed lays parameters one after the other and cuts the row (stage 2), or cuts each of them
 (stage 3).  Either way a process has ranges of elements of some parameters, and that is what a file
