@@ -6,6 +6,7 @@ DeepSpeed on the processes of a CPU, so ``deepspeed.initialize`` is called here,
 GPUs alike.  Master weights are the model's own, in fp32; `bf16` is the autocast of one process.
 """
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -58,6 +59,10 @@ _BY_SIZE = {
     "stage3_prefetch_bucket_size": lambda D: int(0.9 * D * D),
     "stage3_param_persistence_threshold": lambda D: 10 * D,
 }
+
+
+def _library() -> Any:
+    return importlib.import_module("deepspeed")  # this module has its name
 
 
 def require_deepspeed() -> None:
@@ -181,10 +186,9 @@ class DeepSpeed(Engine):
         self._engines: list[Any] = []  # of the models that are divided, the policy's at last
         if accelerator.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        deepspeed.utils.logger.setLevel(logging.WARNING)
+        _library().utils.logger.setLevel(logging.WARNING)
         # Else transformers divides what it loads.
         unset_hf_deepspeed_config()
 
@@ -226,8 +230,6 @@ class DeepSpeed(Engine):
 
     def _initialized(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """DeepSpeed's engine around a model, which stays the module that forwards are run on."""
-        import deepspeed
-
         width = head.base_of(model).config.get_text_config().hidden_size
         zero = {
             key: _BY_SIZE[key](width) if x == "auto" and key in _BY_SIZE else x
@@ -242,7 +244,7 @@ class DeepSpeed(Engine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        engine, *_ = _library().initialize(model=model, optimizer=optimizer, config=settings)
         return engine
 
     def plain(self, model: Any) -> Any:
@@ -293,12 +295,10 @@ class DeepSpeed(Engine):
         if not self.divides_weights:
             super().save_policy(model, start, config, tokenizer, out)
             return
-        import deepspeed
-
         adapter, policy = out / "adapter", out / "policy"
 
         def of_adapters() -> None:
-            with deepspeed.zero.GatheredParameters(
+            with _library().zero.GatheredParameters(
                 [p for p in model.parameters() if p.requires_grad]
             ):
                 if self.is_main:
@@ -323,14 +323,12 @@ def _save_whole(model: Any, tokenizer: Any, path: Path, *, start: str) -> None:
 
     All processes call it.
     """
-    import deepspeed
-
     named = dict(model.named_parameters(remove_duplicate=False))
     # Sizes without content; tied weights are one tensor.
     hollow = {id(p): torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for p in named.values()}
 
     def whole(parameter: Any) -> Tensor:
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with _library().zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
     def sizes(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
