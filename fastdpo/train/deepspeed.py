@@ -22,17 +22,13 @@ from torch import Tensor, nn
 from fastdpo.errors import ConfigError
 from fastdpo.model import head
 from fastdpo.model.adapters import save_adapter
-from fastdpo.model.load import (
-    check_generation_config,
-    check_start,
-    load_in_pieces,
-    weights_digest,
-)
+from fastdpo.model.load import weights_digest
 from fastdpo.model.merge import save_merged
 from fastdpo.model.save import save_made
+from fastdpo.model.tiling import dense_mlps
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
-from fastdpo.train.prepare import load_start, prepare_policy
+from fastdpo.train.prepare import load_start, prepare_policy, start_in_pieces
 from fastdpo.train.together import together
 from fastdpo.train.zero_parts import read_parts, write_parts
 
@@ -204,6 +200,10 @@ class DeepSpeed(Engine):
 
         def place(model: Any) -> None:
             head.attach(model)
+            if config.mlp_tile_tokens is not None:
+                # Processes have other numbers of tiles, so a tile may gather nothing.
+                for mlp in dense_mlps(model):
+                    _library().utils.set_z3_leaf_module(mlp, True)
             self._engines.append(self._initialized(model))
 
         # The first process reads it, and gives the others their parts, tensor by tensor.
@@ -344,9 +344,7 @@ def _save_whole(model: Any, tokenizer: Any, path: Path, *, start: str) -> None:
 
 def _unread(name: str, config: TrainConfig) -> Any:
     """A model whose parameters have no content yet, nor take memory before it comes."""
-    check_start(name)
-    model, _ = load_in_pieces(name, dtype=getattr(torch, config.dtype))
-    check_generation_config(model)
+    model, _ = start_in_pieces(name, config)
     given: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for own, p in module._parameters.items():
