@@ -1,23 +1,14 @@
 """DeepSpeed's ZeRO: what its configuration may say, and training equal to one process."""
 
-import json
-import os
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-import torch
-from ranks import on_ranks
-from safetensors.torch import load_file
 from test_trainer import random_pairs
-from tiny import LLAMA, QWEN, save_tiny
 
 from fastdpo.errors import ConfigError
-from fastdpo.model.load import load_tokenizer
-from fastdpo.train import deepspeed, trainer
-from fastdpo.train.config import EvalConfig, TrainConfig
-from fastdpo.train.metrics import read_metrics
+from fastdpo.train import deepspeed
+from fastdpo.train.config import TrainConfig
 from fastdpo.train.trainer import train
 
 CONFIG = TrainConfig(
@@ -83,41 +74,3 @@ def test_without_the_package_one_error_says_what_to_install(monkeypatch, tmp_pat
 def test_one_process_or_no_settings_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="accelerate launch --use_deepspeed"):
         train("model", None, random_pairs(2), replace(CONFIG, engine="deepspeed"), tmp_path)
-
-
-# --------------------------------------------------------------------------------- the same training
-class Stopped(Exception):
-    """In place of a kill."""
-
-
-def run(model, out, config, settings=None, *, stop=None, evaluation=None, rank=0, world=1):
-    """Train, and give the metrics; with ``settings`` on processes that DeepSpeed joins."""
-    if settings is not None:
-        folder = Path(out).with_suffix(".settings")
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{rank}.json"
-        path.write_text(json.dumps(settings))
-        os.environ.update(
-            WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT="0",
-            LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true",
-            ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(path),
-        )  # fmt: skip
-
-    def on_step(row):
-        if stop is not None and row["step"] == stop:
-            raise Stopped
-
-    steps = iter(range(1, 100))
-    given = dict(eval_pairs=random_pairs(4, seed=7), evaluation=evaluation) if evaluation else {}
-    try:
-        train(
-            model, load_tokenizer(model), random_pairs(16, seed=1), config, Path(out),
-            progress=False, on_step=lambda row: on_step({**row, "step": next(steps)}), **given,
-        )  # fmt: skip
-    except Stopped:
-        return None
-    return read_metrics(Path(out) / "metrics" / "metrics.jsonl")
-
-
-def policy(out):
-    return {k: x for p in Path(out, "policy").glob("*.safetensors") for k, x in load_file(p).items()}
