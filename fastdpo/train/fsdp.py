@@ -98,6 +98,11 @@ class Fsdp2(Engine):
         return model, weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
+        if not isinstance(start, str | Path):
+            raise ConfigError(
+                "precompute_ref_log_probs=False needs a second model, and one in memory is divided "
+                "already; give the model by its folder, or set precompute_ref_log_probs=True"
+            )
         found, _ = self.load(start, config, digest=False)
         return found.requires_grad_(False).eval()
 

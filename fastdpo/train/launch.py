@@ -46,11 +46,15 @@ def joined() -> Any:
         ConfigError: they cannot, and each would train alone.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import parse_flag_from_env
 
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     # torchrun says nothing of CPUs, and accelerate would leave each process alone there.
     on_cpu = wanted > 1 and not torch.accelerator.is_available()
     waits = InitProcessGroupKwargs(timeout=_PATIENCE)
+    # What FSDP2 offloads lies in CPU memory, and is summed and gathered there.
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        waits = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=_PATIENCE)
     # accelerate takes sizes of parallelism on GPUs only; `_division` reads them anyway.
     with without("ACCELERATE_USE_PARALLELISM_CONFIG") if on_cpu else nullcontext():
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits])
