@@ -23,6 +23,7 @@ Weights are random, so the tables say nothing of speed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import queue
 import socket
@@ -74,9 +75,10 @@ def _fsdp2(*ranks: int, extras: bool = True, **options: Any) -> Engine:
     return Engine({"engine": "fsdp2", **options}, ranks or (2, 4), cuts=True, extras=extras)
 
 
-def _zero(stage: int) -> Engine:
+def _zero(stage: int, *ranks: int, extras: bool = True, **options: Any) -> Engine:
     launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-    return Engine({"engine": "deepspeed"}, environment=launched)
+    options["engine"] = "deepspeed"
+    return Engine(options, ranks or (2, 4), environment=launched, extras=extras)
 
 
 ENGINES = {
@@ -91,6 +93,7 @@ ENGINES = {
     "ddp, sp 4": Engine({"sp_size": 4}, (4,), extras=False),
     "fsdp2, sp 2": _fsdp2(sp_size=2),
     "fsdp2, sp 4": _fsdp2(4, extras=False, sp_size=4),
+    "zero 3, sp 2": _zero(3, 2, extras=False, sp_size=2),
 }
 # Workspaces in which this model's micro-batches take a route, where the head is trained.
 WORKSPACES = {"stash": None, "grouped": 0.04, "recompute": 0.015}
@@ -362,6 +365,9 @@ def main(arguments: list[str] | None = None) -> int:
             for name in ("ranks", "engine", "route", "extra")
         )
     ]
+    if importlib.util.find_spec("deepspeed") is None:
+        print("deepspeed is not installed: without its engine")
+        wanted = [case for case in wanted if not case.job.environment]
     here = where(torch.device("cpu"), args.commit, *PACKAGES) | {"threads": 1}
     done = matching(resume(args.out), here) if args.out else []
     started, failed = time.perf_counter(), 0

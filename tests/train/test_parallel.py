@@ -3,6 +3,7 @@
 The cases are those of ``python -m bench.parallel``.
 """
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,8 @@ SOME = [
     Case("fsdp2", 2, TIED, "frozen", "tdpo2"),
     Case("fsdp2, offloaded", 2, OWN, "stash", "evaluation"),
     Case("fsdp2, sp 2", 2, OWN, "recompute"),
+    Case("zero 2", 2, TIED, "grouped"),
+    Case("zero 3", 2, UNTIED, "recompute"),
     Case("fsdp2", 4, TIED, "frozen"),
     Case("fsdp2, kept after forward", 4, OWN, "grouped"),
     Case("fsdp2, 2 replicas", 4, TIED, "recompute"),
@@ -35,8 +38,11 @@ SOME = [
 @pytest.mark.slow
 def test_several_processes_are_one(tmp_path):
     assert set(SOME) <= set(parallel.cases())
-    rows = list(parallel.run(SOME, tmp_path))
-    assert len(rows) == len(SOME) and not [parallel.line(row) for row in rows if row["note"]]
+    some = SOME
+    if importlib.util.find_spec("deepspeed") is None:
+        some = [case for case in SOME if not case.job.environment]
+    rows = list(parallel.run(some, tmp_path))
+    assert len(rows) == len(some) and not [parallel.line(row) for row in rows if row["note"]]
     fillers = [row["fillers"] for row in rows if row["engine"].startswith("fsdp2")]
     assert all(max(each) > 0 for each in fillers if len({*each}) > 1) and len(fillers) > 8
 
@@ -63,6 +69,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
 
     # What it finds: a gradient that misses a pair, a weight that moved otherwise, another route.
     name = "model.layers.3.mlp.up_proj.weight"
+    zeros = torch.zeros_like(found.policy[name])
     scaled = [{**x, name: x[name] * 1.001} for x in found.gradients]
     for wrong, problem in (
         (replace(found, gradients=scaled), "gradients off by 1.0e-03"),
