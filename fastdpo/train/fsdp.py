@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastdpo.errors import ConfigError
-from fastdpo.model import head
+from fastdpo.model import head, sequence_parallel
 from fastdpo.model.adapters import save_adapter
 from fastdpo.model.load import save_policy, weights_digest
 from fastdpo.model.merge import save_merged, save_merged_in_place
@@ -98,6 +98,7 @@ class Fsdp2(Engine):
             if digest:
                 weights = weights_digest(model)
 
+        sequence_parallel.use(model, self.sp)
         model = prepare_policy(model, config, place=place)
         reshard(model)  # an optimizer made of gathered weights would train none
         return model, weights
