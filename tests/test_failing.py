@@ -87,9 +87,9 @@ def test_what_ends_one_process_ends_all(tmp_path):
         assert ended.stderr.count("error: ") <= 1, ended.stderr
         assert [x.name for x in run.glob("checkpoint/step-*")] == steps, ended.stderr
         if how != "disk":  # it began anew each time, from no step
-            (run / "checkpoint" / "step-00000002").rename(tmp_path / how)
+            (run / "checkpoint" / "step-00000002").rename(tmp_path / f"after-{how}")
     # Nothing is lost: the same command goes on.
-    (tmp_path / "bug").rename(run / "checkpoint" / "step-00000002")
+    (tmp_path / "after-bug").rename(run / "checkpoint" / "step-00000002")
     ended = launch("none", run, model, rows, "--engine=fsdp2")
     assert ended.returncode == 0, ended.stderr
     assert (run / "policy").is_dir()
