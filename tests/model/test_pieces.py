@@ -226,7 +226,9 @@ def case(rank, mesh, folder, family, dtype, peft, offload) -> None:
 def mesh_of(world: int, *, copies: bool = True) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", (2, world // 2) if world == 4 and copies else (world,))
+    if world < 4 or not copies:
+        return init_device_mesh("cpu", (world,))
+    return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copy", "part"))
 
 
 def all_cases(rank, world, folder) -> None:
