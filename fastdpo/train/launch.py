@@ -15,6 +15,7 @@ import torch
 from fastdpo.errors import ConfigError
 from fastdpo.model.devices import without
 from fastdpo.train.config import TrainConfig
+from fastdpo.train.deepspeed import DeepSpeed, launch_settings, require_deepspeed
 from fastdpo.train.engine import Engine
 
 _PARALLEL = "PARALLELISM_CONFIG_"  # accelerate's, in the environment
@@ -74,6 +75,9 @@ def launched(config: TrainConfig) -> Engine:
     """
     from accelerate.utils import DistributedType
 
+    asked = _asked_for()
+    if "deepspeed" in (asked, config.engine):
+        require_deepspeed()
     # Its precision belongs to the process, so autocast is entered in `batch_loss` instead.
     accelerator = joined()
     if accelerator.mixed_precision != "no":
@@ -82,7 +86,6 @@ def launched(config: TrainConfig) -> Engine:
             "option bf16 says what is computed in bf16"
         )
     accelerator.gradient_accumulation_steps = 1  # micro-batches are accumulated in take_step
-    asked = _asked_for(accelerator)
     if config.engine not in ("auto", asked or config.engine):
         raise ConfigError(
             f"engine={config.engine}, but accelerate is configured for {asked}; leave engine out, "
@@ -92,9 +95,7 @@ def launched(config: TrainConfig) -> Engine:
     if name != "fsdp2":
         _refuse_division(config, name)
     if name == "deepspeed":
-        from fastdpo.train.deepspeed import DeepSpeed
-
-        return DeepSpeed(accelerator, config)
+        return DeepSpeed(accelerator, config, launch_settings(accelerator))
     if name == "fsdp2":
         from fastdpo.train.fsdp import Fsdp2
 
@@ -109,7 +110,7 @@ def launched(config: TrainConfig) -> Engine:
     return Engine(accelerator, config)
 
 
-def _asked_for(accelerator: Any) -> str | None:
+def _asked_for() -> str | None:
     """The engine that accelerate was configured for, if it was for one."""
     from accelerate.utils import parse_flag_from_env
 
@@ -138,7 +139,7 @@ def _division(accelerator: Any, config: TrainConfig) -> Division:
     own = Division(
         config.dp_replicate_size, config.reshard_after_forward, config.offload_params, None
     )
-    if _asked_for(accelerator) != "fsdp2":
+    if _asked_for() != "fsdp2":
         return own
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy
