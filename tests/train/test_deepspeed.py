@@ -125,12 +125,14 @@ def run(job: Job, folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
     if job.evaluates:
         evaluation = EvalConfig(eval_steps=1, load_best_model_at_end=True)
         given = dict(eval_pairs=random_pairs(5, seed=7), evaluation=evaluation)
+    linear = torch.nn.functional.linear
     with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
         patch.setattr(update, "batch_loss", watched)
         train(
             model, load_tokenizer(model), random_pairs(13, seed=1), config, out, progress=False,
             on_step=on_step, **given,
         )  # fmt: skip
+    assert torch.nn.functional.linear is linear
     return read_metrics(out / "metrics" / "metrics.jsonl"), routes
 
 
