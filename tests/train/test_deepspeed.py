@@ -120,7 +120,8 @@ def run(job: Job, folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
         if next(steps) == job.stop:
             raise Stopped
 
-    steps, out, given = iter(range(1, 100)), folder / job.name, {}
+    steps, out = iter(range(1, 100)), folder / job.name
+    given: dict[str, Any] = {}
     config, model = replace(CONFIG, **job.options), str(folder / job.model)
     if job.evaluates:
         evaluation = EvalConfig(eval_steps=1, load_best_model_at_end=True)
@@ -206,7 +207,9 @@ def test_training_equals_one_process(tmp_path):
     for job, (rows, routes), (_, others) in zip(JOBS, found, other):
         one, _ = run(job, alone)
         check_same(job, rows, one, tmp_path / job.name, alone / job.name)
-        route = {GROUPED: "grouped", RECOMPUTED: "recompute"}.get(job.options.get("workspace_mib"))
+        route = {GROUPED: "grouped", RECOMPUTED: "recompute"}.get(
+            job.options.get("workspace_mib", 0)
+        )
         assert route is None or route in routes & others
         if job.evaluates:
             kept = [json.loads((x / job.name / BEST).read_text()) for x in (tmp_path, alone)]
