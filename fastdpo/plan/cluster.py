@@ -1,0 +1,92 @@
+"""The processes of a training step, stood for by one that exchanges nothing.
+
+torch's fake process group has any number of processes, and its collectives leave every tensor as
+it was.  Over it run the engines that train, `fastdpo.train.fsdp` and sequence parallel, so the
+memory of the first process and what it sends are those of the real step.  DeepSpeed's ZeRO is
+not: of its state there is arithmetic, see `Cluster.zero`.
+"""
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastdpo.errors import ConfigError
+from fastdpo.model import head
+from fastdpo.model.shard import shard
+from fastdpo.train.config import TrainConfig
+from fastdpo.train.engine import Engine
+from fastdpo.train.fsdp import Fsdp2
+from fastdpo.train.launch import Division
+
+
+class Cluster:
+    """GPUs that train together, as the first of their processes sees it; a context.
+
+    Args:
+        config: the options, of which ``engine``, ``dp_replicate_size``, ``sp_size``,
+            ``offload_params`` and ``reshard_after_forward`` are read; "auto" is ddp.
+        gpus: how many.
+
+    Raises:
+        ConfigError: so many cannot be divided as the options say.
+    """
+
+    def __init__(self, config: TrainConfig, gpus: int) -> None:
+        if type(gpus) is not int or gpus < 1:
+            raise ConfigError(f"gpus={gpus!r} must be a whole number of at least 1")
+        self.config, self.gpus = config, gpus
+        self.name = "ddp" if config.engine == "auto" else config.engine
+        if self.name != "ddp" and gpus == 1:
+            raise ConfigError(
+                f"engine={self.name} divides a model between GPUs, and gpus=1; give gpus, as "
+                "--gpus 8, or leave engine out"
+            )
+        if dist.is_initialized():
+            raise ConfigError("a plan is made by one process; start it without a launcher")
+
+    def __enter__(self) -> "Cluster":
+        with ExitStack() as stack:
+            if self.gpus > 1:
+                _stand_for(self.gpus)
+                stack.callback(dist.destroy_process_group)
+            self.engine = self._engine()
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._open.close()
+
+    def _engine(self) -> Engine:
+        config = self.config
+        accelerator = SimpleNamespace(
+            num_processes=self.gpus, process_index=0, device=torch.device("cpu")
+        )
+        if self.name != "fsdp2":
+            return Engine(accelerator, config)
+        # What is offloaded is taken off what was counted, as all tensors here are on the CPU.
+        division = Division(config.dp_replicate_size, config.reshard_after_forward, False, None)
+        return Fsdp2(accelerator, config, division)
+
+    def place(self, model: Any) -> None:
+        """Divide a model between the processes, as its engine does."""
+        engine = self.engine
+        if engine.sp is not None:
+            from fastdpo.model import sequence_parallel
+
+            sequence_parallel.use(model, engine.sp)
+        if isinstance(engine, Fsdp2):
+            head.attach(model)
+            shard(
+                model, engine.mesh, bf16=self.config.bf16,
+                reshard_after_forward=self.config.reshard_after_forward,
+            )  # fmt: skip
+
+
+def _stand_for(gpus: int) -> None:
+    """Make a process group of so many processes, of which this is the first and the only one."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
