@@ -38,6 +38,7 @@ from fastdpo.storage import locked, read_json, write_json_atomic
 from fastdpo.train.config import EvalConfig, TrainConfig, check_control
 from fastdpo.train.control import LengthController
 from fastdpo.train.evaluate import BEST
+from fastdpo.train.launch import joined
 from fastdpo.train.trainer import train
 
 Stage = TypeVar("Stage", SampleConfig, PairConfig)
@@ -372,10 +373,9 @@ def _best(out: Path) -> str:
 
 def _rendered_at(path: Path) -> str:
     """When the run's rows were rendered first, now if they were not; alike on all processes."""
-    from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
 
     time = [read_json(path)[KEY] if path.is_file() else now()]
-    Accelerator()  # joins the processes as they were launched; the next call alone does not
+    joined()
     broadcast_object_list(time)
     return time[0]

@@ -20,6 +20,7 @@ from fastdpo.data.batch import PackedPairs, Segments
 from fastdpo.data.examples import Layout
 from fastdpo.errors import ModelError
 from fastdpo.loss.ops import linear_logp
+from fastdpo.model.devices import device_of, forward_of
 from fastdpo.model.load import one_line
 
 
@@ -123,9 +124,9 @@ def attach(model: Any) -> None:
     head._fastdpo_vocab = getattr(base.config.get_text_config(), "unpadded_vocab_size", None)
     module: Any
     for module, forward in ((head, _forward_of_head), (base, _forward_of_model)):
-        module._fastdpo_plain_forward = module.forward
+        module._fastdpo_plain_forward = getattr(module, forward_of(module))
         # Bound, so that a deep copy of the model calls itself and not the original.
-        module.forward = MethodType(forward, module)
+        setattr(module, forward_of(module), MethodType(forward, module))
     base._fastdpo_attached = True
 
 
@@ -204,7 +205,7 @@ def check(model: Any, impl: str = "auto") -> None:
     Raises:
         ModelError: something else happens between the hidden states and the logits.
     """
-    device = model.get_input_embeddings().weight.device
+    device = device_of(base_of(model))
     vocab = model.get_input_embeddings().weight.shape[0]
     ids_BT = torch.tensor([[i * 7919 % vocab for i in range(_PROBE_TOKENS)]], device=device)
     base = base_of(model)
@@ -248,7 +249,7 @@ def _own(model: Any, head: Any, ids_BT: Tensor, factor: float) -> tuple[Tensor, 
             hook.remove()
     if len(seen) != 1 or seen[0][1].shape[:-1] != ids_BT.shape:
         raise ValueError("its head is not called once with the hidden states of all tokens")
-    x, z = seen[0]
+    x, z = (each.to(logits.device) for each in seen[0])
     z = z[..., : head._fastdpo_vocab]
     if logits.shape != z.shape:
         raise ValueError(f"logits {tuple(logits.shape)} are made of {tuple(z.shape)}")
@@ -303,7 +304,7 @@ def _compare_fused(
     x_TD: Tensor, z_TV: Tensor, factor: float, impl: str,
 ) -> None:  # fmt: skip
     """The fused log-probs, against fp64 and the error of the model's own product."""
-    h_TD = h_TD * factor
+    h_TD, x_TD, z_TV = h_TD * factor, x_TD.to(h_TD.device), z_TV.to(h_TD.device)
 
     def rounded(x: Tensor) -> Tensor:
         return x.to(z_TV.dtype).double()

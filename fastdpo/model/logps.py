@@ -11,6 +11,7 @@ from fastdpo.data.examples import TokenizedPair
 from fastdpo.data.records import Candidate
 from fastdpo.loss.ops import linear_logp
 from fastdpo.loss.reference import sequence_sums
+from fastdpo.model.devices import device_of, dispatching, placed
 from fastdpo.model.head import packed_forward
 from fastdpo.model.load import load_causal_lm
 from fastdpo.model.prepare import check_range, layout_of, prepare_model
@@ -22,17 +23,21 @@ def load_packed(
     device: torch.device | str | None = None,
     dtype: Any = torch.float32,
     *,
+    device_map: str | dict[str, Any] | None = None,
     option: str = "model",
 ) -> Any:
     """A causal language model ready for `pair_logps`; `dtype` "auto" is that of the checkpoint.
 
-    `option` is what gave the name, for messages.
+    `device` is by default the GPU if there is one. With a `device_map`, as of transformers'
+    `from_pretrained`, the model may lie on several instead. `option` is what gave the name, for
+    messages.
 
-    Raises ModelError (a ValueError) when it can't be loaded or doesn't compute pairs exactly.
+    Raises ModelError (a ValueError) when it can't be loaded, has no room on the device, or doesn't
+    compute pairs exactly.
     """
-    model = load_causal_lm(name, dtype=dtype, option=option).to(
-        device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    with dispatching(device_map) as options:
+        model = load_causal_lm(name, dtype=dtype, option=option, **options)
+    model = placed(model, device, f"{option}={name!r}")
     return prepare_model(model.requires_grad_(False)).eval()
 
 
@@ -54,7 +59,7 @@ def pair_logps(
     longest = max(map(len, sides))
     check_range(model, max(map(max, sides)), longest, "the samples'", "prompt and response")
     lengths = [pair.num_tokens(layout) for pair in pairs]
-    device = next(model.parameters()).device
+    device = device_of(model)
     budget = batch_size * max(lengths)
     logp_P2 = torch.empty(len(pairs), 2, dtype=torch.float64)
 
@@ -63,7 +68,9 @@ def pair_logps(
     ) -> Tensor:
         # (c / t) tanh((s / t) z / (c / t)) is c tanh(s z / c) / t.
         head |= {"scale": scale / temperature, "softcap": softcap and softcap / temperature}
-        return linear_logp(h_TD, w_VD, batch.target_N, rows_N=batch.rows_N, **head)
+        # The head may lie on another device than the model's inputs.
+        target_N, rows_N = (x.to(h_TD.device) for x in (batch.target_N, batch.rows_N))
+        return linear_logp(h_TD, w_VD, target_N, rows_N=rows_N, **head)
 
     for index in parts(plan_batches(lengths, max_tokens=budget, padded=layout == "padded")):
         batch = pack_pairs([pairs[i] for i in index], index, layout=layout).to(device)

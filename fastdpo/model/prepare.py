@@ -25,6 +25,7 @@ from fastdpo.loss.objectives import lr_dpo
 from fastdpo.loss.ops import PreferenceLoss, linear_preference_loss
 from fastdpo.model import attention, head, liger, noise, offload, rope, tiling
 from fastdpo.model.balance import balancing_loss, token_mask
+from fastdpo.model.devices import device_of
 from fastdpo.model.load import one_line
 
 _log = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def prepare_model(
 @contextmanager
 def _probing(model: nn.Module, bf16: bool) -> Iterator[None]:
     """What a model computes within it leaves no graph and draws no random numbers for good."""
-    kind = next(model.parameters()).device.type
+    kind = device_of(model).type
     random = noise.random_state_kept()
     with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16), random:
         yield
@@ -300,7 +301,7 @@ class _Alone:
     """Short pairs, and what the model with its own attention gives for each sequence by itself."""
 
     def __init__(self, model: Any, classes: LengthClasses = ANY_LENGTH) -> None:
-        device = next(model.parameters()).device
+        device = device_of(model)
         # CPM-Ant embeds tokens that its head does not give.
         tables = model.get_input_embeddings(), model.get_output_embeddings()
         vocab = min(table.weight.shape[0] for table in tables)
@@ -370,7 +371,7 @@ class _Alone:
                 raise ValueError("it counts positions itself, by which its frequencies are chosen")
         if self.in_fp32 is not None:
             # bf16's rounding of a mixture of experts may hide a difference.
-            with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            with torch.autocast(device_of(model).type, enabled=False):
                 self.in_fp32.check(model, layout)
         # Rounding of a mixture of experts may depend on what else is in a batch, in any layout.
         leak = 0.0 if layout == "padded" else self.leak(model, layout)
@@ -385,7 +386,7 @@ class _Alone:
         self, model: nn.Module, layout: Layout, pairs: list[TokenizedPair] | None = None
     ) -> Tensor:
         """Hidden states that predict the targets, from both pairs in one batch."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         batch = pack_pairs(pairs or self.pairs, layout=layout).to(device)
         return head.packed_forward(model, batch, lambda h_TD, **_: h_TD)[batch.rows_N]
 

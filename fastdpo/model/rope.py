@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastdpo.data.examples import ANY_LENGTH, LengthClasses
 from fastdpo.errors import ModelError
+from fastdpo.model.devices import forward_of
 
 _FIRST = 3  # positions whose values a probe compares
 # While a model is probed: the positions that its rotary modules get.
@@ -46,7 +47,7 @@ def attach(model: nn.Module) -> LengthClasses:
                 continue
             module._fastdpo_classes = classes
             # Bound, so that a deep copy of the model calls itself and not the original.
-            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+            setattr(module, forward_of(module), MethodType(_forward, module))
             with torch.no_grad():
                 _check(module)
         found = found | module._fastdpo_classes  # type: ignore[operator]
@@ -121,8 +122,8 @@ def _grouped(position_ids: Tensor, classes: LengthClasses) -> tuple[Tensor, int]
 
 def _fresh(module: Any) -> Any:
     """A copy that its own forward may change."""
-    config = getattr(module, "config", None)
-    return copy.deepcopy(module, {id(config): config})
+    kept = getattr(module, "config", None), vars(module).get("_hf_hook")
+    return copy.deepcopy(module, {id(x): x for x in kept})
 
 
 def _forget(module: Any) -> None:

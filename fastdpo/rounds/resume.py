@@ -26,7 +26,8 @@ from fastdpo.train import config as training
 FREE = {
     "rounds", "output_dir", "sample.server_url", "sample.server_command", "sample.server_timeout",
     "sample.api_key_env", "score.timeout", "score.retries", "score.concurrency",
-    "score.api_key_env", "score.batch_size", *(f"train.{name}" for name in training.FREE),
+    "score.api_key_env", "score.batch_size", "score.device_map",
+    *(f"train.{name}" for name in training.FREE),
 }  # fmt: skip
 _EARLY = {"train.max_length", "train.overlong"}  # of training, but used from the prompts on
 

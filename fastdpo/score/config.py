@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from fastdpo.errors import ConfigError, require, require_used
+from fastdpo.model.devices import DEVICE_MAPS, is_device_map
 from fastdpo.model.load import DTYPES
 from fastdpo.remote import Remote, check_url
 
@@ -23,8 +26,12 @@ class ScoreConfig:
         previous_model: for scorer "implicit" in the first round, the model before the start; with
             ``consistency`` in all rounds, as in CREAM.
         judge_template: what a judge is asked; by default that of `fastdpo.score.judge`.
-        dtype: of a reward model, a judge or the implicit reward's two models; by default the
-            checkpoint's, and float32 for the last two.
+        dtype: of a reward model, a judge or the implicit reward's two models: "float32",
+            "bfloat16", "float16", or "auto" for the checkpoint's; by default the checkpoint's, and
+            float32 for the last two.
+        device_map: how such a model is spread over the GPUs of this machine, as in transformers:
+            "auto", "balanced", "balanced_low_0" or "sequential"; or its one device, as "cuda:1".
+            By default it is whole on the first.
         batch_size: sequences of a reward model at a time.
         timeout: seconds without an answer of a server.
         retries: tries of a request after the first.
@@ -36,6 +43,7 @@ class ScoreConfig:
     previous_model: str | None = None
     judge_template: str | None = None
     dtype: str | None = None
+    device_map: str | None = None
     batch_size: int = 8
     timeout: float = 60.0
     retries: int = 8
@@ -46,8 +54,11 @@ class ScoreConfig:
         require(self, "scorer", bool(self.scorers) and all(self.scorers), "a scorer, or several")
         for spec in self.scorers:
             check_address("scorer", spec)
-        known = self.dtype is None or self.dtype in DTYPES
-        require(self, "dtype", known, f"one of {', '.join(DTYPES)}")
+        dtypes = (*DTYPES, "auto")
+        require(self, "dtype", self.dtype in (None, *dtypes), f"one of {', '.join(dtypes)}")
+        spread = self.device_map is None or is_device_map(self.device_map)
+        maps = f"one of {', '.join(DEVICE_MAPS)}, or a device, as cuda:1"
+        require(self, "device_map", spread, maps)
         require(self, "batch_size", self.batch_size >= 1, ">= 1")
         self.remote()
 
@@ -68,7 +79,7 @@ class ScoreConfig:
         for need, names, otherwise in (
             ("previous", ("previous_model",), "scorer be implicit"),
             ("template", ("judge_template",), "a scorer be judge:NAME"),
-            ("dtype", ("dtype",), "a scorer be a model that is loaded here"),
+            ("loading", ("dtype", "device_map"), "a scorer be a model that is loaded here"),
             ("batch_size", ("batch_size",), "a scorer be a model, or a URL of one's own"),
             ("remote", servers, "a scorer be a URL"),
         ):
@@ -100,14 +111,13 @@ class ScoreConfig:
 
         Raises ConfigError when it can't be loaded.
         """
-        import torch
-
         from fastdpo.score.load import load_scorer
 
         try:
             return load_scorer(
                 spec,
-                dtype=getattr(torch, self.dtype) if self.dtype else None,
+                dtype=getattr(torch, self.dtype) if self.dtype in DTYPES else self.dtype,
+                device_map=self.device_map,
                 batch_size=self.batch_size,
                 policy=policy,
                 previous=previous,

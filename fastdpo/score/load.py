@@ -22,20 +22,20 @@ from fastdpo.score.stage import Scorer
 _USES = {  # by kind of scorer, what `load_scorer` reads beside the name
     "answer": set(),
     "function": set(),
-    "implicit": {"policy", "previous", "dtype", "batch_size"},
-    "likelihood": {"policy", "dtype", "batch_size"},
-    "judge": {"template", "dtype", "batch_size"},
+    "implicit": {"policy", "previous", "loading", "batch_size"},
+    "likelihood": {"policy", "loading", "batch_size"},
+    "judge": {"template", "loading", "batch_size"},
     "remote judge": {"template", "remote"},
     "pooling": {"remote"},
-    "follow-up": {"dtype", "batch_size"},
+    "follow-up": {"loading", "batch_size"},
     "endpoint": {"remote", "batch_size"},
-    "reward model": {"dtype", "batch_size"},
+    "reward model": {"loading", "batch_size"},
 }
 
 
 def uses(spec: str) -> set[str]:
     """What `load_scorer` reads for a scorer beside its name: some of policy, previous, template,
-    dtype, batch_size and remote."""
+    loading (device, dtype and device_map), batch_size and remote."""
     return _USES[kind_of(spec)]
 
 
@@ -59,7 +59,8 @@ def load_scorer(
     spec: str,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     batch_size: int = 8,
     policy: str | None = None,
     previous: str | None = None,
@@ -84,15 +85,20 @@ def load_scorer(
     What else has a colon and is no existing path is a function; modules in the working directory
     are found too. Servers are asked as `remote` says.
 
-    `device` defaults to the GPU if there is one, `dtype` to that of the checkpoint, and for the
-    implicit reward to fp32: its log-ratios are small next to the rounding of bf16. Reward models
+    `device` defaults to the GPU if there is one. `device_map` spreads a model over the devices of
+    this machine instead, as of transformers' `from_pretrained`; scores are the same but for
+    rounding. `dtype` defaults to that of the checkpoint ("auto"), and for the implicit reward and
+    the likelihood to fp32: log-ratios are small next to the rounding of bf16. Reward models
     see prompt and response through their chat template, or with a line break between them where
     there is none, `batch_size` of them at a time, one at a time if there is no padding token.
     Weights are read from safetensors only and code from the hub is never run.
 
     Raises ConfigError or ModelError when it can't be loaded.
     """
-    kind, on = kind_of(spec), (device, dtype, batch_size)
+    if device is not None and device_map is not None:
+        raise ConfigError(f"device={device} must be left out beside device_map={device_map}")
+    kind, where = kind_of(spec), {"device": device, "device_map": device_map}
+    load = partial(load_packed, dtype=dtype or torch.float32, **where)
     if kind == "answer":
         return Scorer(spec, right_answer, on="rows", columns=("answer",))
     if kind == "function":
@@ -103,13 +109,13 @@ def load_scorer(
                 "scorer 'implicit' needs policy and previous, folders or hub names of the policy "
                 "and of the one before it"
             )
-        return implicit_reward(str(policy), str(previous), *on)
+        return implicit_reward(str(policy), str(previous), load, batch_size)
     if kind == "likelihood":
         if policy is None:
             raise ConfigError("scorer 'likelihood' needs policy, a folder or hub name")
-        return mean_likelihood(str(policy), *on)
+        return mean_likelihood(str(policy), load, batch_size)
     if kind == "reward model":
-        reward_model = load_reward_model(spec, *on)
+        reward_model = load_reward_model(spec, dtype, batch_size, **where)
         folder = spec if Path(spec).exists() else spec.partition("#")[0]
         return Scorer(spec, reward_model, settings=_weights(folder, reward_model.model))
     template = JUDGE_TEMPLATE if judge_template is None else judge_template
@@ -118,7 +124,7 @@ def load_scorer(
     if kind in ("judge", "follow-up"):
         name = spec.partition(":")[2]
         tokenizer = load_tokenizer(name, option="scorer")
-        model = load_packed(name, device, dtype or "auto", option="scorer")
+        model = load_packed(name, dtype=dtype or "auto", option="scorer", **where)
         settings = _weights(name, model)
         if kind == "follow-up":
             function = partial(follow_up_scores, model, tokenizer, batch_size=batch_size)

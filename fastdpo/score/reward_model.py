@@ -15,6 +15,7 @@ from fastdpo.data.records import Text, messages_of
 from fastdpo.data.rendering import text_of
 from fastdpo.errors import ModelError
 from fastdpo.model import rope
+from fastdpo.model.devices import device_of, dispatching, placed
 from fastdpo.model.load import check_folder, context_of
 from fastdpo.progress import parts
 
@@ -22,7 +23,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_reward_model(
-    spec: str, device: torch.device | str | None, dtype: torch.dtype | None, batch_size: int
+    spec: str,
+    dtype: torch.dtype | str | None,
+    batch_size: int,
+    *,
+    device: torch.device | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> "RewardModel":
     """A reward model of a folder or hub name, with its tokenizer; see `load_scorer`.
 
@@ -45,14 +51,16 @@ def load_reward_model(
             num_labels, options = 1, {"num_labels": 1, "key_mapping": names}
         model: Any = None
         if num_labels == 1:
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                dtype=dtype or "auto",
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
+            with dispatching(device_map) as placing:
+                model, loading = AutoModelForSequenceClassification.from_pretrained(
+                    name,
+                    dtype=dtype or "auto",
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **options,
+                    **placing,
+                )
             tokenizer = AutoTokenizer.from_pretrained(of_tokenizer or name, trust_remote_code=False)
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
@@ -80,7 +88,7 @@ def load_reward_model(
     context = min(context_of(config) or math.inf, tokenizer.model_max_length)
     if pad_id is None:
         batch_size = 1
-    model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = placed(model.eval(), device, f"scorer={spec!r}")
     by_length = bool(rope.attach(model))
     return RewardModel(
         model, tokenizer, pad_id, batch_size, context, until_end=value_head, by_length=by_length
@@ -158,4 +166,5 @@ class RewardModel:
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.by_length:
             inputs["position_ids"] = (mask.cumsum(1) - 1) * mask
-        return self.model(**{k: x.to(self.model.device) for k, x in inputs.items()}).logits.float()
+        device = device_of(self.model)
+        return self.model(**{k: x.to(device) for k, x in inputs.items()}).logits.float()

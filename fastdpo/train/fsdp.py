@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastdpo.errors import ConfigError
 from fastdpo.model import head
 from fastdpo.model.load import weights_digest
-from fastdpo.model.shard import shard
+from fastdpo.model.shard import reshard, shard
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
 from fastdpo.train.prepare import load_start, prepare_policy
@@ -77,7 +78,9 @@ class Fsdp2(Engine):
 
         model = load_start(start, config, torch.device("cpu"))
         weights = weights_digest(model) if digest and self.is_main else ""
-        return prepare_policy(model, config, place=place), weights
+        model = prepare_policy(model, config, place=place)
+        reshard(model)  # an optimizer made of gathered weights would train none
+        return model, weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
         found, _ = self.load(start, config, digest=False)
@@ -86,6 +89,8 @@ class Fsdp2(Engine):
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        if any(not isinstance(p, DTensor) for x in optimizer.param_groups for p in x["params"]):
+            raise AssertionError("the optimizer was made of gathered weights")
         return model, optimizer
 
     def plain(self, model: nn.Module) -> Any:

@@ -6,13 +6,18 @@ so its settings are read here, and the same code runs on the processes of a CPU.
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
+
+import torch
 
 from fastdpo.errors import ConfigError
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
 
 _PARALLEL = "PARALLELISM_CONFIG_"  # accelerate's, in the environment
+# How long a process waits for the others; the first one may write a large model meanwhile.
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -32,17 +37,37 @@ class Division:
     layer_names: tuple[str, ...] | None
 
 
+def joined() -> Any:
+    """accelerate's view of the processes of a launch, which join each other here.
+
+    Raises:
+        ConfigError: they cannot, and each would train alone.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    # torchrun says nothing of CPUs, and accelerate would leave each process alone there.
+    on_cpu = wanted > 1 and not torch.accelerator.is_available()
+    waits = InitProcessGroupKwargs(timeout=_PATIENCE)
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits])
+    if accelerator.num_processes != wanted:
+        raise ConfigError(
+            f"{wanted} processes were launched, and accelerate joined {accelerator.num_processes} "
+            "of them; launch with accelerate launch, or one process"
+        )
+    return accelerator
+
+
 def launched(config: TrainConfig) -> Engine:
     """The engine of these options, in the processes as they were launched.
 
     Raises:
         ConfigError: the launch asks for what training does not do, or the two differ.
     """
-    from accelerate import Accelerator
     from accelerate.utils import DistributedType
 
     # Its precision belongs to the process, so autocast is entered in `batch_loss` instead.
-    accelerator = Accelerator()
+    accelerator = joined()
     if accelerator.mixed_precision != "no":
         raise ConfigError(
             f"accelerate's mixed_precision is {accelerator.mixed_precision!r}; set it to 'no', the "
