@@ -8,8 +8,8 @@ from fastdpo.errors import ConfigError
 from fastdpo.plan.memory import Simulation
 from fastdpo.plan.step import (
     StepMemory,
+    at_rest,
     configuration_of,
-    fixed_bytes,
     gib,
     of_step,
     usable_bytes,
@@ -154,7 +154,7 @@ def _longest(simulation: Simulation, usable: int, limit: int, guess: int) -> tup
         return of_step(simulation, prompt, length - prompt, pairs=1)
 
     shortest = min(_LENGTH_STEP, limit)
-    before, before_peak = 0, simulation.weights + sum(fixed_bytes(simulation))
+    before, before_peak = 0, at_rest(simulation).device
     low, found, high, length = 0, None, limit + 1, max(shortest, min(guess, limit))
     while before_peak <= usable or before:
         tried = at(length)

@@ -134,8 +134,25 @@ class Simulation:
         self.aux_loss_coef = balance.coefficient(model, self.config.router_aux_loss_coef)
         self.weights = self.live.known([*model.parameters(), *model.buffers()])
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        sizes = [self.live.rounded(local(p).nbytes) for p in self.trained]
-        self.gradients = sum(sizes)
+        self.gradients = sum(self.live.rounded(local(p).nbytes) for p in self.trained)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights, gradients and optimizer are kept in CPU memory."""
+        return self.config.offload_params and self.cluster.name == "fsdp2"
+
+    @property
+    def largest_unit(self) -> int:
+        """Bytes of this process's part of the weights that are gathered together, at most."""
+        from torch.distributed.fsdp import FSDPModule
+
+        sizes: dict[int, int] = {}
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                own = [p for p in module.parameters() if id(p) not in sizes]
+                sizes |= {id(p): 0 for p in own}
+                sizes[id(module)] = sum(local(p).nbytes for p in own)
+        return max(sizes.values(), default=0)
 
     def __enter__(self) -> "Simulation":
         return self
