@@ -1,4 +1,4 @@
-"""The three errors that a user can mend, and the checks of options that raise them.
+"""The errors that a user can mend, and the checks of options that raise them.
 
 Each says in one line which argument, option, file or row is wrong, its value, and what to do. Where
 that is code of the user's own, its lines follow.
@@ -21,6 +21,10 @@ class ModelError(ValueError):
 
 class ConfigError(ValueError):
     """An option with an impossible value; the message begins with ``name=value``."""
+
+
+class ProcessError(RuntimeError):
+    """One of several processes failed, and not the first one; the message begins with which."""
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

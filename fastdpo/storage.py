@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -302,16 +302,39 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     Raises DataError when safetensors can't write a file of it.
     """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.partial")
-    settle_directory(path)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch = begin_directory(path)
     with told_when_full(path):
         yield scratch
-    files = sorted(file for file in scratch.rglob("*") if file.is_file())
-    sums = [f"{file_digest(file)}  {file.relative_to(scratch).as_posix()}\n" for file in files]
-    (scratch / SUMS).write_text("".join(sums))
+    finish_directory(path, digests(scratch, (x for x in scratch.rglob("*") if x.is_file())))
+
+
+def begin_directory(path: Path) -> Path:
+    """The first part of `atomic_directory`: the scratch folder, empty."""
+    path = Path(path)
+    settle_directory(path)
+    scratch = scratch_directory(path)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def scratch_directory(path: Path) -> Path:
+    """Where a folder lies until it is whole."""
+    return Path(path).with_name(f".{Path(path).name}.partial")
+
+
+def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files by their names in a folder."""
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+
+
+def finish_directory(path: Path, sums: Mapping[str, str]) -> None:
+    """The last part of `atomic_directory`: the scratch folder takes its place, with these
+    checksums."""
+    path = Path(path)
+    scratch = scratch_directory(path)
+    lines = [f"{sums[name]}  {name}\n" for name in sorted(sums, key=Path)]
+    (scratch / SUMS).write_text("".join(lines))
     for file in scratch.rglob("*"):
         sync(file)
     sync(scratch)
@@ -368,15 +391,17 @@ def told_when_full(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_directory(path: Path) -> None:
+def check_directory(path: Path, share: int = 0, shares: int = 1) -> None:
     """Compare the files of a folder with their checksums; a folder without any is left alone.
+
+    One of several processes can take its share of them.
 
     Raises DataError when a file is missing or differs.
     """
     path = Path(path)
     if not (path / SUMS).is_file():
         return
-    for line in (path / SUMS).read_text().splitlines():
+    for line in (path / SUMS).read_text().splitlines()[share::shares]:
         wanted, _, name = line.partition("  ")
         file = path / name
         if not file.is_file() or file_digest(file) != wanted:

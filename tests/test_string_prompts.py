@@ -14,10 +14,12 @@ from fastdpo.model.load import load_tokenizer
 from fastdpo.pair.config import PairConfig
 from fastdpo.rounds.config import EvaluateConfig, IterateConfig
 from fastdpo.rounds.folder import Run
+from fastdpo.rounds.processes import Processes
 from fastdpo.rounds.replay import read_offline
 from fastdpo.sample.config import SampleConfig
 from fastdpo.storage import read_parts, write_jsonl_atomic
 from fastdpo.train.config import TrainConfig
+from fastdpo.train.launch import launched
 
 ROWS = [
     {"prompt": "tell me:\n", "chosen": "nice walks", "rejected": "no idea"},
@@ -71,7 +73,7 @@ def test_all_commands_give_a_string_the_same_tokens(
         evaluate=EvaluateConfig(heldout=0), pair=PairConfig(replay=rows, replay_share=0.5),
     )  # fmt: skip
     with rendering_at(None) as clock:
-        run = Run(config, False, clock)
+        run = Run(config, False, clock, Processes(launched(config.train)))
         run.sample("sample", model, run.prompts, config.sample, run.out / "candidates", 1)
         read_offline(run)
     of_run = read_parts(run.out / "candidates")

@@ -8,6 +8,7 @@ status 2; an interruption exits with 130 and loses at most the unfinished part o
 `options` reads them, `names` knows what else people call them, `help` prints them.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from fastdpo import __version__
 from fastdpo.cli import chat, commands, demo, names, report, stages
 from fastdpo.cli.help import help_of, overview
 from fastdpo.cli.options import Given, made, options_of, read_arguments, read_file
-from fastdpo.errors import ConfigError, DataError, ModelError
+from fastdpo.errors import ConfigError, DataError, ModelError, ProcessError
 from fastdpo.rounds.config import IterateConfig
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
@@ -68,6 +69,12 @@ def _of_file(path: str, command: str) -> list[Given]:
     return [x for x in found if x.name not in others]
 
 
+def _tells() -> bool:
+    """Whether this process says what ended it: one on each machine of a launch, where the others
+    end alike."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -81,12 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif argv[0] in COMMANDS and {"--help", "-h"} & {*argv}:
             print(help_of(argv[0], COMMANDS[argv[0]][0]))
         else:
+            commands.check_one_process(argv[0])
             command, config = parse(argv)
             COMMANDS[command][1](config)
-    except (ConfigError, DataError, ModelError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, DataError, ModelError, ProcessError, OSError) as error:
+        if _tells() or isinstance(error, ProcessError):
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        if _tells():
+            print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0

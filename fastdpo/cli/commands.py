@@ -13,10 +13,13 @@ from typing import Any
 import yaml
 
 import fastdpo
+from fastdpo.cli.datasets import is_first
 from fastdpo.errors import ConfigError
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.storage import CACHE, atomic_file, cache_path
 from fastdpo.train.config import TrainConfig
+
+ON_SEVERAL = ("train", "iterate")  # commands that may be launched as several processes
 
 
 @dataclass(kw_only=True)
@@ -47,11 +50,12 @@ def quiet_loading() -> None:
 
 
 def check_one_process(command: str) -> None:
-    """Raises ConfigError where the command is one of several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """Raises ConfigError where a command that is for one process was launched as several."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if command not in ON_SEVERAL and count > 1:
         raise ConfigError(
-            f"fastdpo {command} runs in one process; use 'accelerate launch -m fastdpo.cli train' "
-            "for a round of training on several"
+            f"fastdpo {command} runs in one process, and was launched as {count}; start it without "
+            f"a launcher, which {' and '.join(ON_SEVERAL)} alone take"
         )
 
 
@@ -59,10 +63,11 @@ def run_iterate(config: IterateConfig) -> None:
     from fastdpo.report import summary as report
     from fastdpo.rounds.run import iterate
 
-    check_one_process("iterate")
     quiet_loading()
     out = Path(config.output_dir)
     rows = iterate(config)
+    if not is_first():
+        return
     save_options(config.to_dict(), out)
     print(report.table(rows))
     print(f"report: {out / 'report.html'}")

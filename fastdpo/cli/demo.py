@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 
 import fastdpo
-from fastdpo.cli.commands import check_one_process, quiet_loading, save_options
+from fastdpo.cli.commands import quiet_loading, save_options
 from fastdpo.cli.options import Given, made, read_file
 from fastdpo.loss.gemm import has_native_bf16
 from fastdpo.model.load import DEMO_MODEL, demo_model
@@ -59,7 +59,6 @@ class DemoCommand:
 
 
 def run_demo(config: DemoCommand) -> None:
-    check_one_process("demo")
     quiet_loading()
     out, recipe = Path(config.output_dir), _recipe(config)
     print(_opening(recipe), flush=True)

@@ -60,6 +60,8 @@ class Segments:
     again_sizes: tuple[int, ...] = ()
     # Masks that attention made for this batch, for its next layer.
     masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    # A process's part of the row, where several have it (`fastdpo.model.sequence_parallel`).
+    chunk: Any = field(default=None, compare=False, repr=False)
 
     @property
     def sizes(self) -> list[list[int]]:
@@ -115,6 +117,11 @@ class PackedPairs:
         """Tokens that the model computes, padding included."""
         return self.input_ids_BT.numel()
 
+    @property
+    def chunk(self) -> Any:
+        """What it knows of the whole row, if it is a process's part of one."""
+        return None if self.segments is None else self.segments.chunk
+
     def to(self, device: torch.device | str) -> "PackedPairs":
         """Copy the token tensors to `device`; boundaries and pair indices stay on the CPU."""
         return _moved(self, device, ("bounds_S1", "pair_index_P"))
@@ -126,7 +133,7 @@ def _moved(data: Any, device: torch.device | str, stay: tuple[str, ...]) -> Any:
         value = getattr(data, item.name)
         if isinstance(value, Tensor) and item.name not in stay:
             moved[item.name] = value.to(device, non_blocking=True)
-        elif isinstance(value, Segments):
+        elif value is not None and item.name in ("segments", "chunk"):
             moved[item.name] = value.to(device)
     return replace(data, **moved)
 

@@ -195,7 +195,7 @@ def check_losses(loss_P: Any, count: int) -> None:
         raise ValueError(f"objective must return one loss an example, shape ({count},); got {got}")
 
 
-def check_bounds(bounds: Any, target: Tensor, *, pairs: bool) -> list[int]:
+def check_bounds(bounds: Any, target: Tensor, *, pairs: bool, empty: bool = False) -> list[int]:
     """Cumulative sequence bounds (S + 1,), S even if of ``pairs``, as Python integers."""
     require_tensor("bounds_S1", bounds, 1, "(S + 1,)")
     if bounds.dtype not in (torch.int64, torch.int32):
@@ -222,7 +222,7 @@ def check_bounds(bounds: Any, target: Tensor, *, pairs: bool) -> list[int]:
     for s, (start, stop) in enumerate(pairwise(edges)):
         if stop < start:
             raise ValueError(f"bounds_S1 must increase, but goes from {start} to {stop} at {s + 1}")
-        if stop == start:
+        if stop == start and not empty:
             which = _side(s, s // 2) if pairs else f"sequence {s}"
             raise ValueError(f"{which} is empty: bounds_S1[{s}] = bounds_S1[{s + 1}]")
     return edges

@@ -101,7 +101,7 @@ def _accumulator(given: HeadInputs) -> torch.dtype:
     return torch.promote_types(given.h_TD.dtype, torch.float32)
 
 
-def _outside(op: Callable) -> Callable:
+def outside(op: Callable) -> Callable:
     """A call that torch.compile leaves to Python: a graph break, refused by ``fullgraph=True``."""
     return torch.compiler.disable(op)
 
@@ -162,12 +162,12 @@ def logp(given: HeadInputs) -> Tensor:
 
 def kl(given: HeadInputs) -> Tensor:
     """`eager.kl`, outside the graph."""
-    return _outside(eager.kl)(given)
+    return outside(eager.kl)(given)
 
 
 def logp_kl(given: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     """`eager.logp_kl`, outside the graph."""
-    return _outside(eager.logp_kl)(given)
+    return outside(eager.logp_kl)(given)
 
 
 # -------------------------------------------------------------------------------------------- pairs
@@ -236,7 +236,7 @@ _preference.register_autograd(_backward_preference, setup_context=_save_preferen
 def preference(given: HeadInputs, inputs: ExampleInputs, objective: Any) -> PreferenceLoss:
     """`eager.preference` as a node of a compiled graph; its result has no plan."""
     if not isinstance(objective, Objective) or objective.code is None:
-        return _outside(eager.preference)(given, inputs, objective)
+        return outside(eager.preference)(given, inputs, objective)
     numbers = _Numbers(*(getattr(objective, name) for name in _Numbers._fields))
     grad, names = torch.is_grad_enabled(), sorted(given.stats)
     wanted = [grad and x is not None and x.requires_grad for x in given[:3]]

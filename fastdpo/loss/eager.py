@@ -24,24 +24,29 @@ from .result import PreferenceLoss, kl_metrics, metrics_of
 from .streaming import Streamer
 
 
+def outside(op: Callable) -> Callable:
+    """What `compiled` leaves to Python."""
+    return op
+
+
 # ------------------------------------------------------------------------------------------- tokens
 def logp(given: HeadInputs) -> Tensor:
     """`ops.linear_logp`."""
-    given, fused = _check_head(given)
-    _check_targets(given, fused)
-    if _nothing_scored(given, fused):
-        return _zeros(given)
+    given, fused = check_head(given)
+    check_targets(given, fused)
+    if nothing_scored(given, fused):
+        return zeros(given)
     call = make_call(given, fused=fused)
-    return _of_tokens(call, given)
+    return of_tokens(call, given)
 
 
-def _nothing_scored(given: HeadInputs, fused: bool) -> bool:
+def nothing_scored(given: HeadInputs, fused: bool) -> bool:
     """Whether all targets are ignored, where it costs no synchronization to know."""
     on_host = not fused and given.target_N.device.type == "cpu"
     return on_host and bool((given.target_N == IGNORE).all())
 
 
-def _zeros(given: HeadInputs) -> Tensor:
+def zeros(given: HeadInputs) -> Tensor:
     """What an op of tokens returns if no target is scored; it keeps the graph connected."""
     acc = torch.promote_types(given.h_TD.dtype, torch.float32)
     anchors = [x[:0].sum() for x in given[:3] if x is not None]
@@ -51,7 +56,7 @@ def _zeros(given: HeadInputs) -> Tensor:
 
 def kl(given: HeadInputs) -> Tensor:
     """`ops.linear_kl`; there are no targets yet."""
-    given, fused = _check_head(given)
+    given, fused = check_head(given)
     if given.rows_N is not None:
         checks.check_tokens("rows_N", given.rows_N, given.h_TD.device)
     N = len(given.h_TD if given.rows_N is None else given.rows_N)
@@ -60,28 +65,23 @@ def kl(given: HeadInputs) -> Tensor:
     # The streams gather a target anyway; the first token is as good as any.
     target_N = torch.zeros(N, dtype=torch.int64, device=given.h_TD.device)
     given = given._replace(target_N=target_N)
-    _check_targets(given, fused)
-    call = _of_both_heads(given, fused)
+    check_targets(given, fused)
+    call = call_of_both(given, fused)
     call.of_kl = True
-    return _of_tokens(call, given)
+    return of_tokens(call, given)
 
 
 def logp_kl(given: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.linear_logp_kl`."""
-    given, fused = _check_head(given)
-    _check_targets(given, fused)
-    if _nothing_scored(given, fused):
+    given, fused = check_head(given)
+    check_targets(given, fused)
+    if nothing_scored(given, fused):
         _require_reference(given)
-        return _zeros(given), _zeros(given), _zeros(given).detach()
-    call = _of_both_heads(given, fused)
-    if call.plan.route == "forward":
-        with torch.no_grad(), plainly(given.h_TD.device):
-            forward_blocks(call, *given[:3])
-            return call.token_values_kl()
-    return LinearTokensKL.apply(*given[:3], call)  # type: ignore[return-value]
+        return zeros(given), zeros(given), zeros(given).detach()
+    return of_tokens_kl(call_of_both(given, fused), given)
 
 
-def _of_both_heads(given: HeadInputs, fused: bool) -> Call:
+def call_of_both(given: HeadInputs, fused: bool) -> Call:
     """A call of tokens that streams the reference's head beside the policy's."""
     ref = _require_reference(given)
     call = make_call(given, fused=fused)
@@ -103,7 +103,8 @@ def _require_reference(given: HeadInputs) -> Any:
     return _reference_head(given)
 
 
-def _of_tokens(call: Call, given: HeadInputs) -> Tensor:
+def of_tokens(call: Call, given: HeadInputs) -> Tensor:
+    """Log-probs of the targets, or KLs, with a gradient where one is wanted."""
     if call.plan.route == "forward":
         with torch.no_grad(), plainly(given.h_TD.device):
             forward_blocks(call, *given[:3])
@@ -111,33 +112,34 @@ def _of_tokens(call: Call, given: HeadInputs) -> Tensor:
     return LinearTokens.apply(*given[:3], call)  # type: ignore[return-value]
 
 
+def of_tokens_kl(call: Call, given: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the targets, KLs and the reference's log-probs; the first two likewise."""
+    if call.plan.route == "forward":
+        with torch.no_grad(), plainly(given.h_TD.device):
+            forward_blocks(call, *given[:3])
+            return call.token_values_kl()
+    return LinearTokensKL.apply(*given[:3], call)  # type: ignore[return-value]
+
+
 # ----------------------------------------------------------------------------------------- examples
 def preference(
     given: HeadInputs, inputs: ExampleInputs, objective: BaseObjective | Callable
 ) -> PreferenceLoss:
     """`ops.linear_preference_loss`."""
-    given, fused = _check_head(given)
-    _check_targets(given, fused)
-    objective, firsts = as_objective(objective), inputs.firsts_P1
-    pairs = firsts is None and objective.shape != "singles"
-    edges = checks.check_bounds(inputs.bounds_S1, given.target_N, pairs=pairs)
-    S = len(edges) - 1
-    if firsts is None:
-        firsts = range(0, S + 1, 2 if pairs else 1)
-    firsts = checks.check_firsts(firsts, S, objective)
-    stats = checks.check_stats(given.stats, given.ref_h_TD is not None)
-    ref = _check_reference(given, inputs.ref_logp_S, S, objective, fused)
+    given, fused = check_head(given)
+    check_targets(given, fused)
+    objective = as_objective(objective)
+    edges, firsts, stats, ref = check_examples(given, inputs, objective, fused)
     # What the kernel would read and what is left out need not be made.
     known = fused and objective.code is not None
-    P = len(firsts) - 1
-    values = _check_values(objective, inputs, S, P, given.h_TD.device, not known)
+    values = check_values(objective, inputs, firsts, given.h_TD.device, not known)
     shares = objective.kl_shares
     mixes = shares is not None and set(sizes_of(firsts)) == {len(shares)}
     call = make_call(
         given, edges, firsts, fused=fused, splits=not objective.couples,
         unit_buffers=1 if objective.by_margin else min(2, max(sizes_of(firsts))), mixes=mixes,
     )  # fmt: skip
-    call.ref, call.stats = ref, stats - {"logp"} | _stats_of(objective)
+    call.ref, call.stats = ref, stats - {"logp"} | stats_of(objective)
     if mixes:
         call.shares = _known_shares(call, objective, given.h_TD.dtype)
     elif objective.needs_kl:
@@ -170,7 +172,7 @@ def _differentiably(call: Call, scoring: Scoring, *tensors: Tensor | None) -> An
     return LinearPreference.apply(*tensors, call, scoring)
 
 
-def _stats_of(objective: BaseObjective) -> set[str]:
+def stats_of(objective: BaseObjective) -> set[str]:
     """Statistics of each token that an objective needs."""
     needs = {"log_sum_sq_probs": objective.needs_alignment, "kl_ref": objective.needs_kl}
     return {name for name, needed in needs.items() if needed}
@@ -224,7 +226,7 @@ def _lengths(call: Call, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
 
 
 # --------------------------------------------------------------------------------- checks and plan
-def _check_head(given: HeadInputs) -> tuple[HeadInputs, bool]:
+def check_head(given: HeadInputs) -> tuple[HeadInputs, bool]:
     """The arguments with plain numbers, and whether the kernels run them."""
     fused = checks.choose_impl(given.impl, given.h_TD) == "triton"
     scale, softcap = checks.check_head(*given[:3], given.scale, given.softcap)
@@ -240,9 +242,33 @@ def _check_head(given: HeadInputs) -> tuple[HeadInputs, bool]:
     return given._replace(scale=scale, softcap=softcap, workspace_mib=workspace_mib), fused
 
 
-def _check_targets(given: HeadInputs, fused: bool) -> None:
+def check_targets(given: HeadInputs, fused: bool) -> None:
     V = given.w_VD.shape[0]
     checks.check_targets(given.h_TD, V, given.target_N, given.rows_N, in_kernel=fused)
+
+
+def check_examples(
+    given: HeadInputs,
+    inputs: ExampleInputs,
+    objective: BaseObjective,
+    fused: bool,
+    *,
+    empty: bool = False,
+) -> tuple[list[int], tuple[int, ...], frozenset[str], Any]:
+    """Bounds of the sequences and of the examples, names of statistics, and the reference's head.
+
+    ``empty`` says that sequences may have no token.
+    """
+    firsts = inputs.firsts_P1
+    pairs = firsts is None and objective.shape != "singles"
+    edges = checks.check_bounds(inputs.bounds_S1, given.target_N, pairs=pairs, empty=empty)
+    S = len(edges) - 1
+    if firsts is None:
+        firsts = range(0, S + 1, 2 if pairs else 1)
+    firsts = checks.check_firsts(firsts, S, objective)
+    stats = checks.check_stats(given.stats, given.ref_h_TD is not None)
+    ref = _check_reference(given, inputs.ref_logp_S, S, objective, fused)
+    return edges, firsts, stats, ref
 
 
 def _check_reference(
@@ -280,11 +306,10 @@ def _reference_head(given: HeadInputs) -> Any:
     return tuple(None if x is None else x.detach() for x in given[-3:])
 
 
-def _check_values(
+def check_values(
     objective: BaseObjective,
     given: ExampleInputs,
-    S: int,
-    P: int,
+    firsts: tuple[int, ...],
     device: torch.device,
     neutral: bool,
 ) -> dict[str, Any]:
@@ -295,6 +320,7 @@ def _check_values(
             "margin_P and smoothing_P need an objective of the margin (lr_dpo, hinge, ipo, ...)"
         )
     checks.check_asked(objective, given.scores_S, given.desirable_P)
+    S, P = firsts[-1], len(firsts) - 1
     inf = float("inf")
     ranges = (
         ("margin_P", P, -inf, inf, 0.0),

@@ -134,6 +134,8 @@ def _padded(
             "padded layout: h_TD must be (2B, L, D) and target_N (2B, L), all chosen first; "
             f"got {tuple(h_SLD.shape)} and {tuple(target_SL.shape)}"
         )
+    if settings.get("group") is not None:
+        raise ValueError("group needs packed rows: in the padded layout sequences are whole")
     if settings.get("rows_N") is not None:
         raise ValueError("rows_N has no meaning in the padded layout; leave it out")
     checks.require_device("target_N", target_SL, h_SLD.device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, eager
+from . import checks, eager, spread
 from .call import ExampleInputs, HeadInputs
 from .examples import BaseObjective
 from .objectives import lr_dpo
@@ -176,6 +176,7 @@ def linear_preference_loss(
     stats: tuple[str, ...] = (),
     workspace_mib: float | None = None,
     impl: str = "auto",
+    group: Any = None,
 ) -> PreferenceLoss:
     """A preference loss of packed pairs, lists or single responses, without logits.
 
@@ -206,6 +207,9 @@ def linear_preference_loss(
             trainer that accumulates passes the examples of the whole optimizer step.
         stats: per-token statistics to return, of "logp", "entropy", "mean_logit", "top1",
             "log_sum_sq_probs" and, with ``ref_h_TD``, "kl_ref" (KL(reference || policy)).
+        group: torch.distributed's process group that has the tokens of the sequences among its
+            processes (sequence parallel, see `spread`).  Rows, targets, bounds and statistics are
+            this process's own.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
@@ -219,6 +223,8 @@ def linear_preference_loss(
         bounds_S1, ref_logp_S, margin_P, smoothing_P, weight_P, num_pairs, firsts_P1, scores_S,
         desirable_P, mean_chosen_length, shift,
     )  # fmt: skip
+    if group is not None:
+        return _route().outside(spread.preference)(given, inputs, objective, group)
     return _route().preference(given, inputs, objective)
 
 

@@ -113,14 +113,18 @@ def _kl_sums(call: Call, scoring: Scoring, kl_N: Tensor) -> Tensor:
     return pair.sequence_sums(kl_N, targets_N, bounds_S1, torch.float64).logp_S
 
 
-def tail_weights(target_N: Tensor, scoring: Scoring) -> Tensor:
+def tail_weights(
+    target_N: Tensor, scoring: Scoring, here: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """1.0 for as many tokens of a pair's longer side as the other has, ``ld_alpha`` for the rest.
 
-    (N,) fp64.
+    ``here`` are the scored tokens of each sequence that are among the targets, and those that come
+    before them; by default all and none. (N,) fp64.
     """
     lengths_S, sizes, ld_alpha = scoring.lengths_S, scoring.sizes, scoring.objective.ld_alpha
     assert ld_alpha is not None
-    before_S = lengths_S.cumsum(0) - lengths_S
+    here_S, earlier_S = here or (lengths_S, 0)
+    before_S = here_S.cumsum(0) - here_S - earlier_S
     place_N = (target_N != IGNORE).cumsum(0) - per_token(before_S, sizes)  # from 1
     shared_S = lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
     weight_N = torch.ones(len(target_N), dtype=torch.float64, device=target_N.device)

@@ -335,16 +335,21 @@ def load_trainable_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
         ModelError: the names or shapes are not those that the model trains.
     """
     state = trainable_state(model)
-    shapes = {name: tuple(x.shape) for name, x in state.items()}
-    given = {name: tuple(x.shape) for name, x in tensors.items()}
+    check_trainable(*({k: tuple(x.shape) for k, x in each.items()} for each in (state, tensors)))
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
+
+
+def check_trainable(
+    shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise `ModelError` where a saved state is not of the names and shapes that a model trains."""
     if shapes != given:
-        name = min(name for name in shapes | given if shapes.get(name) != given.get(name))
+        name = min(name for name in {**shapes, **given} if shapes.get(name) != given.get(name))
         raise ModelError(
             f"the saved state has {name!r} with shape {given.get(name)}, but the model trains it "
             f"with {shapes.get(name)}; give the model and LoRA options that it was saved with"
         )
-    for name, tensor in tensors.items():
-        state[name].copy_(tensor)
 
 
 def merged(

@@ -63,6 +63,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment; ``query`` (1, heads, T, head_dim), GQA allowed.
 
+    With `sequence_parallel`, T are this process's tokens, and others have the rest of the row.
+
     Returns:
         (1, T, heads, head_dim), as transformers' attention functions do.
 
@@ -88,11 +90,16 @@ def packed_attention(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     # Squeezed, not indexed: the gradient of an index is a zeroed copy of the whole.
     q_THd, k_KHd, v_KHd = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
+    if segments.chunk is not None:
+        q_THd, k_KHd, v_KHd = segments.chunk.to_heads(q_THd, k_KHd, v_KHd)
     if segments.key_rows_K is not None:
         k_KHd, v_KHd = _GatherKeys.apply(k_KHd, segments), _GatherKeys.apply(v_KHd, segments)
     attend = route(q_THd, v_KHd, softcap)
     call = LayerCall(segments, scaling, sliding_window, softcap)
-    return attend(q_THd, k_KHd, v_KHd, call)[None], None
+    out_THd = attend(q_THd, k_KHd, v_KHd, call)
+    if segments.chunk is not None:
+        out_THd = segments.chunk.to_tokens(out_THd)
+    return out_THd[None], None
 
 
 def route(q_THd: Tensor, v_KHd: Tensor, softcap: float | None) -> Callable[..., Tensor]:

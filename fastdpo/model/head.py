@@ -8,6 +8,7 @@ DDP, ZeRO-3 and PEFT hooks then fire as they do for logits: nobody reads ``.weig
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -20,6 +21,7 @@ from fastdpo.data.batch import PackedPairs, Segments
 from fastdpo.data.examples import Layout
 from fastdpo.errors import ModelError
 from fastdpo.loss.ops import linear_logp
+from fastdpo.model import rope
 from fastdpo.model.devices import device_of, forward_of
 from fastdpo.model.load import one_line
 
@@ -146,6 +148,7 @@ def _forward_of_model(
     if head_call is None:
         return self._fastdpo_plain_forward(*args, **kwargs)
     _check_layout(self, **kwargs)
+    _check_chunk(self, **kwargs)
     if head_call.with_routers is not None:
         kwargs["output_router_logits"] = True
     outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
@@ -174,19 +177,33 @@ def _check_layout(
         )
 
 
+def _check_chunk(model: Any, segments: Segments | None = None, **_: Any) -> None:
+    """Refuse a whole row where the layers expect a process's part of it."""
+    parallel = getattr(model, "_fastdpo_parallel", None)
+    if parallel is not None and segments is not None and segments.chunk is None:
+        raise ValueError(
+            f"{type(model).__name__} shares packed rows with {parallel.size - 1} other processes: "
+            "cut the batch first, fastdpo.model.sequence_parallel.chunk(model, batch)"
+        )
+
+
 def packed_forward(
     model: nn.Module,
     batch: PackedPairs,
     f: Callable[..., Any],
     with_routers: Callable[[Any, Any, Any], Any] | None = None,
 ) -> Any:
-    """Run ``model`` on a batch and ``f`` on its hidden states (B * T, D) and head."""
+    """Run ``model`` on a batch and ``f`` on its hidden states (B * T, D) and head.
+
+    Of a model that is `sequence_parallel` the batch is a `sequence_parallel.chunk`.
+    """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT}
     if batch.position_ids_BT is not None:
         inputs["position_ids"] = batch.position_ids_BT
     if batch.segments is not None:
         inputs |= {"attention_mask": None, "segments": batch.segments}
-    return model(**inputs, head_call=HeadCall(f, with_routers))
+    with nullcontext() if batch.chunk is None else rope.whole_positions(model, batch.chunk):
+        return model(**inputs, head_call=HeadCall(f, with_routers))
 
 
 def check(model: Any, impl: str = "auto") -> None:

@@ -7,7 +7,7 @@ as it was loaded, a sequence at a time, before anything is trained.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from fastdpo.errors import ModelError
 from fastdpo.loss.examples import BaseObjective
 from fastdpo.loss.objectives import lr_dpo
 from fastdpo.loss.ops import PreferenceLoss, linear_preference_loss
-from fastdpo.model import attention, head, liger, noise, offload, rope, tiling
+from fastdpo.model import attention, head, liger, noise, offload, rope, sequence_parallel, tiling
 from fastdpo.model.balance import balancing_loss, token_mask
 from fastdpo.model.devices import device_of
 from fastdpo.model.load import one_line
@@ -53,6 +53,9 @@ def packed_loss(
 ) -> PreferenceLoss:
     """The loss of a batch under a model prepared by `prepare_model`.
 
+    Of a model that is `sequence_parallel`, each process of the group has the whole result, and the
+    gradient of its own tokens.
+
     With ``router_aux_loss_coef`` the loss is the sum of that and of ``router_aux_loss_coef`` times
     the model's own balancing loss over the tokens of the batch: padding does not count, and a
     shared prompt counts once.  The metrics then have both, ``preference_loss`` and ``aux_loss``
@@ -69,6 +72,8 @@ def packed_loss(
     Raises:
         TypeError: both an objective and the numbers of another are given, or neither.
     """
+    batch = sequence_parallel.chunk(model, batch)
+    chunk = batch.chunk
     if objective is None and beta is not None:
         objective, beta, alpha = lr_dpo(beta, 0.0 if alpha is None else alpha), None, None
     if objective is None or beta is not None or alpha is not None:
@@ -93,17 +98,29 @@ def packed_loss(
         stats=stats,
         workspace_mib=workspace_mib,
         impl=impl,
+        group=chunk and chunk.parallel.group,
         **(reference or {}),
     )
 
+    routers = _balanced(batch, router_aux_loss_coef) if router_aux_loss_coef else None
+    result = head.packed_forward(model, batch, loss, routers)
+    if chunk is not None:
+        result.stats = {name: chunk.targets(x_N) for name, x_N in sorted(result.stats.items())}
+    return result
+
+
+def _balanced(batch: PackedPairs, coef: float) -> Callable[..., PreferenceLoss]:
+    """What adds a batch's balancing loss to its result."""
+
     def with_routers(base: Any, gate_logits: Any, result: PreferenceLoss) -> PreferenceLoss:
+        if batch.chunk is not None and isinstance(gate_logits, tuple):
+            gate_logits = tuple(map(batch.chunk.rows, gate_logits))
         aux = balancing_loss(base, gate_logits, token_mask(batch)).to(result.loss.device)
         parts = {"preference_loss": result.loss.detach(), "aux_loss": aux.detach()}
-        total = result.loss + router_aux_loss_coef * aux
-        result["loss"], result.metrics = total, result.metrics | parts
+        result["loss"], result.metrics = result.loss + coef * aux, result.metrics | parts
         return result
 
-    return head.packed_forward(model, batch, loss, with_routers if router_aux_loss_coef else None)
+    return with_routers
 
 
 @torch.no_grad()
@@ -116,7 +133,7 @@ def reference_rows(model: nn.Module, batch: PackedPairs) -> dict[str, Tensor | N
     def rows(h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, **_: Any) -> dict[str, Any]:
         return {"ref_h_TD": h_TD, "ref_w_VD": w_VD.detach(), "ref_bias_V": bias_V}
 
-    return head.packed_forward(model, batch, rows)
+    return head.packed_forward(model, sequence_parallel.chunk(model, batch), rows)
 
 
 def prepare_model(
@@ -155,6 +172,8 @@ def prepare_model(
     _disable_dropout(model)
     _evaluate(model)
     classes, alone = rope.attach(model) if prove else ANY_LENGTH, None
+    if sequence_parallel.of(model) is not None:
+        rope.refuse_in_layers(model)
     vars(head.base_of(model)).pop("_fastdpo_layout", None)  # of an earlier time, to be found again
     with _probing(model, bf16) if prove else nullcontext():
         if prove:
@@ -245,6 +264,8 @@ def _first_exact(model: Any, alone: "_Alone | None", layouts: Sequence[Layout]) 
                 attention.use_packed_attention(model)
             elif own == attention.NAME:  # prepared before
                 attention.use_own_attention(model)
+            if layout == "padded" and sequence_parallel.of(model) is not None:
+                raise ValueError(sequence_parallel.PADDED)
             _refuse_state(model, layout)
             if alone is not None:
                 alone.check(model, layout)
@@ -364,7 +385,10 @@ class _Alone:
         """Refuse a layout in which a sequence is not what it is alone."""
         with attention.refuse_lost_windows(), rope.received() as received:
             error = self.error(model, layout)
-        wanted_BT = pack_pairs(self.pairs, layout=layout).position_ids_BT
+        batch = pack_pairs(self.pairs, layout=layout)
+        if layout != "padded":
+            batch = sequence_parallel.chunk(model, batch)
+        wanted_BT = batch.position_ids_BT
         for positions in received:
             rows = positions.reshape(-1, *positions.shape[-2:]).cpu()
             if wanted_BT is not None and not all(torch.equal(row, wanted_BT) for row in rows):
@@ -387,8 +411,11 @@ class _Alone:
     ) -> Tensor:
         """Hidden states that predict the targets, from both pairs in one batch."""
         device = device_of(model)
-        batch = pack_pairs(pairs or self.pairs, layout=layout).to(device)
-        return head.packed_forward(model, batch, lambda h_TD, **_: h_TD)[batch.rows_N]
+        whole = batch = pack_pairs(pairs or self.pairs, layout=layout).to(device)
+        if layout != "padded":
+            batch = sequence_parallel.chunk(model, batch)
+        h_TD = head.packed_forward(model, batch, lambda h_TD, **_: h_TD)
+        return (h_TD if batch.chunk is None else batch.chunk.rows(h_TD))[whole.rows_N]
 
     def error(self, model: nn.Module, layout: Layout) -> float:
         """Largest difference of a hidden state, relative to its size; of a mixture of experts that

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastdpo.data.examples import ANY_LENGTH, LengthClasses
 from fastdpo.errors import ModelError
@@ -77,10 +77,50 @@ def _forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: A
     """The module's own forward, for the sequences of each length class by themselves.
 
     ``position_ids`` (..., B, T): a sequence begins with each row and wherever the position is 0.
+    Of a part of a row the other parts' positions count too.
     """
     if _received is not None:
         _received.append(position_ids)
+    chunk = getattr(self, "_fastdpo_chunk", None)
+    if chunk is None:
+        return _by_class(self, x, position_ids, *args, **kwargs)
+    whole = chunk.positions_BT.expand(*position_ids.shape[:-1], -1)
+    tables = _by_class(self, x, whole, *args, **kwargs)
+    return tree_map(lambda table: table[..., chunk.tokens, :], tables)
 
+
+@contextmanager
+def whole_positions(model: nn.Module, chunk: Any) -> Iterator[None]:
+    """Within it, patched modules know the row that they are called with a part of.
+
+    ``chunk`` is a `sequence_parallel.Chunk`.
+    """
+    patched: list[Any] = [x for x in model.modules() if hasattr(x, "_fastdpo_classes")]
+    for module in patched:
+        module._fastdpo_chunk = chunk
+    try:
+        yield
+    finally:
+        for module in patched:
+            module._fastdpo_chunk = None
+
+
+def refuse_in_layers(model: nn.Module) -> None:
+    """Refuse patched modules inside layers, whose recomputation is out of `whole_positions`.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "_fastdpo_classes") and any(x.isdigit() for x in name.split(".")):
+            raise ModelError(
+                f"sequence parallel: {name} of {type(model).__name__} has rotary frequencies that "
+                "depend on a sequence's length, and is part of a layer, which does not know it; "
+                "use sp_size=1"
+            )
+
+
+def _by_class(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
     def own(positions: Tensor) -> Any:
         return type(self).forward(_fresh(self), x, positions, *args, **kwargs)
 

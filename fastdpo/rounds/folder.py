@@ -30,6 +30,7 @@ from fastdpo.data.records import Prompt
 from fastdpo.model.load import load_tokenizer
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.rounds.inputs import decides, split_prompts
+from fastdpo.rounds.processes import Processes
 from fastdpo.rounds.resume import Stages, release
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import open_sampler, sample
@@ -58,9 +59,13 @@ class Run:
     Attributes:
         prompts, heldout: those to train on, and those to evaluate on.
         stages: what is done, and what is made again.
+        processes: those that train together.
     """
 
-    def __init__(self, config: IterateConfig, progress: bool, clock: Clock) -> None:
+    def __init__(
+        self, config: IterateConfig, progress: bool, clock: Clock, processes: Processes
+    ) -> None:
+        self.processes = processes
         self.config, self.progress, self.out = config, progress, Path(config.output_dir)
         self.tokenizer = load_tokenizer(config.model, config.chat_template)
         self.prompts, self.heldout = split_prompts(config, self.tokenizer)

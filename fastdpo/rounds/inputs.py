@@ -15,14 +15,17 @@ from fastdpo.errors import ConfigError, DataError
 from fastdpo.model.load import check_start, load_tokenizer
 from fastdpo.pair.offline import offline_pairs
 from fastdpo.rounds.config import OWN_POLICIES, IterateConfig
+from fastdpo.rounds.processes import Processes
 from fastdpo.rounds.resume import release
 from fastdpo.score.stage import check_columns
 from fastdpo.storage import file_digest
 from fastdpo.train.prepare import check_model
 
 
-def check_inputs(config: IterateConfig) -> None:
+def check_inputs(config: IterateConfig, processes: Processes) -> None:
     """Refuse what would fail later.
+
+    Models are loaded as training loads them, on all processes.
 
     Raises:
         ConfigError, DataError, ModelError: an option, a row or a model; says which and why.
@@ -50,7 +53,7 @@ def check_inputs(config: IterateConfig) -> None:
         del scorer
     for name in models.values():
         tokens = _tokens(prompts, replayed, held, config, tokenizer)
-        check_model(name, tokenizer, config.train, tokens)
+        check_model(processes.load(name, config.train), tokenizer, config.train, tokens)
     release()
 
 

@@ -4,14 +4,13 @@
 finishes the stage it was in.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdpo.data.clock import KEY, rendering_at
-from fastdpo.data.parts import read_candidates
 from fastdpo.errors import ConfigError
 from fastdpo.loss.choices import CHOICES
 from fastdpo.model.load import combine, load_causal_lm
@@ -20,11 +19,11 @@ from fastdpo.pair.stage import load_examples, pair, split_stages
 from fastdpo.progress import within
 from fastdpo.report import card
 from fastdpo.report import summary as report
-from fastdpo.report.evaluation import by_prompt
 from fastdpo.rounds.config import IterateConfig, defaults
 from fastdpo.rounds.folder import Run
 from fastdpo.rounds.heldout import evaluate
 from fastdpo.rounds.inputs import check_inputs
+from fastdpo.rounds.processes import Processes, Training
 from fastdpo.rounds.replay import (
     answer_offline,
     answers,
@@ -34,31 +33,44 @@ from fastdpo.rounds.replay import (
 )
 from fastdpo.score.stage import score
 from fastdpo.storage import locked, read_json, write_json_atomic
-from fastdpo.train.control import LengthController
 from fastdpo.train.examples import as_trained
-from fastdpo.train.trainer import CONTROL, train
+from fastdpo.train.launch import launched
+from fastdpo.train.trainer import CONTROL
 
 
 def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, Any]]:
     """Run all rounds and return the report's rows.
+
+    Launched as several processes, all of them call it. They train together; the rest is done by
+    the first one, while the others wait, hold no model, and return no rows.
 
     Raises:
         ConfigError: the folder belongs to a run with other options.
         DataError: prompts, samples or scores are unusable, files are damaged, or another process
             has the folder; says which and why.
         ModelError: a model cannot be loaded or trained.
+        ProcessError: another process of the launch failed, or is gone.
     """
+    processes = Processes(launched(config.train))
+    if not processes.is_first:
+        processes.follow()
+        return []
+    with processes.led():
+        return _lead(config, processes, progress)
+
+
+def _lead(config: IterateConfig, processes: Processes, progress: bool) -> list[dict[str, Any]]:
     out = Path(config.output_dir)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir={out} is a file; name a folder")
     state = out / "state.json"
     if not state.exists():
-        check_inputs(config)
+        check_inputs(config, processes)
     with locked(out):
         before = read_json(state) if state.exists() else None
         time = before.get(KEY) if isinstance(before, dict) else None
         with rendering_at(time) as clock:
-            return _rounds(Run(config, progress, clock))
+            return _rounds(Run(config, progress, clock, processes))
 
 
 def _rounds(run: Run) -> list[dict[str, Any]]:
@@ -212,22 +224,28 @@ def _train(run: Run, index: int) -> None:
     Each stage of a curriculum starts from the one before, which is its reference too (Curry-DPO,
     arXiv 2403.07230), unless the run names another.
     """
-    folder, start = run.folder(index), run.start_of(index)
-    config, auto = run.config.training(index), run.config.train.alpha == "auto"
-    stages, found = split_stages(load_examples(folder / "pairs.jsonl")), []
-    lengths = response_lengths(folder / "candidates") if auto else None
+    config, folder, start = run.config, run.folder(index), run.start_of(index)
+    auto, pairs = config.train.alpha == "auto", folder / "pairs.jsonl"
+    stages, found = split_stages(load_examples(pairs)), []
     # Without it, the lengths that the policy has by now would be the target.
-    control = _control(run.folder(index - 1)) if auto and index > 1 else None
-    for i, pairs in enumerate(stages):
+    control = read_json(run.folder(index - 1) / CONTROL) if auto and index > 1 else None
+    for i, examples in enumerate(stages):
         place = folder / f"stage-{i + 1}" if len(stages) > 1 else folder
-        found.append(
-            train(
-                start, run.tokenizer, pairs, config, place, reference=run.reference(index),
-                control=control, lengths=lengths, keep_checkpoint=False, progress=run.progress,
-            )
-        )  # fmt: skip
+        given = Training(
+            start=start,
+            out=str(place),
+            reference=run.reference(index),
+            config=asdict(config.training(index)),
+            control=control,
+            model=config.model,
+            chat_template=config.chat_template,
+            pairs=str(pairs),
+            stage=i,
+            candidates=str(folder / "candidates") if auto and i == 0 else None,
+        )
+        found.append(run.processes.train(given, run.tokenizer, examples, progress=run.progress))
         start = str(place / "policy")
-        control, lengths = (_control(place) if auto else None), None
+        control = read_json(place / CONTROL) if auto else None
     if len(stages) > 1:
         if not (folder / "policy").exists():
             combine([start], [1.0], run.tokenizer, folder / "policy")
@@ -236,10 +254,6 @@ def _train(run: Run, index: int) -> None:
             write_json_atomic(folder / CONTROL, read_json(last), checksum=True)
     metrics = _mean(found, [len(pairs) for pairs in stages])
     write_json_atomic(folder / "train.json", metrics, checksum=True)
-
-
-def _control(folder: Path) -> LengthController:
-    return LengthController.from_dict(read_json(folder / CONTROL))
 
 
 def _mean(found: list[dict[str, float]], sizes: list[int]) -> dict[str, float]:
@@ -252,9 +266,3 @@ def _mean(found: list[dict[str, float]], sizes: list[int]) -> dict[str, float]:
     for name in ("pairs_dropped", "pairs_truncated"):
         metrics[name] = sum(row[name] for row in found)
     return metrics
-
-
-def response_lengths(candidates: Path) -> list[list[int]]:
-    """Tokens of each response, a list for each prompt."""
-    groups = by_prompt(read_candidates(candidates).values()).values()
-    return [[len(row.response_ids) for row in group] for group in groups]

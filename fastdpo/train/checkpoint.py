@@ -7,14 +7,23 @@ leaves either the old state or the new one. It holds the SHA-256 of its files in
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from fastdpo.model.adapters import load_trainable_state, trainable_state
-from fastdpo.storage import atomic_directory, check_directory
+from fastdpo.storage import (
+    begin_directory,
+    check_directory,
+    digests,
+    finish_directory,
+    scratch_directory,
+    sync,
+    told_when_full,
+)
+from fastdpo.train.stored import STATE
+from fastdpo.train.together import of_first, together
 
 _STEP = "step-{:08d}"
 
@@ -35,29 +44,46 @@ def save_checkpoint(
 
     Args:
         extra: JSON that `load_checkpoint` gives back.
+
+    Raises:
+        DataError: a process cannot write what it has to; all raise it.
     """
-    if not engine.is_main:
-        return
-    with atomic_directory(folder / _STEP.format(step)) as scratch:
-        _save_weights(model, scratch)
-        tensors = {
-            f"{index}.{name}": value.contiguous()
-            for index, slots in optimizer.state_dict()["state"].items()
-            for name, value in slots.items()
-        }
-        tensors["rng"] = torch.get_rng_state()
-        save_file(tensors, scratch / "optimizer.safetensors")
-        # The schedule's numbers; its functions are made anew.
-        plan = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
-        state = {"step": step, "scheduler": plan, "extra": extra}
-        (scratch / "state.json").write_text(json.dumps(state))
-    keep_newest(folder)
+    # The schedule's numbers; its functions are made anew.
+    plan = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
+    state = {"step": step, "scheduler": plan, "extra": extra}
+    _write(folder / _STEP.format(step), engine, model, optimizer, state)
+    if engine.is_main:
+        keep_newest(folder)
 
 
-def _save_weights(model: Any, folder: Path) -> None:
-    # A frozen base is what the run starts from, so only what is trained is kept.
-    weights = {name: x.contiguous() for name, x in trainable_state(model).items()}
-    save_file(weights, folder / "model.safetensors")
+def _write(
+    path: Path,
+    engine: Any,
+    model: Any,
+    optimizer: torch.optim.Optimizer | None,
+    state: Mapping[str, Any],
+) -> None:
+    """Write a folder, each process its files and their checksums, the first one all else."""
+    if engine.name != "ddp":
+        state = {**state, "engine": engine.name, "world": engine.world}
+    scratch = scratch_directory(path)
+
+    def own() -> dict[str, str]:
+        with told_when_full(path):
+            files = engine.write_state(scratch, model, optimizer)
+            for file in files:
+                sync(file)
+            return digests(scratch, files)
+
+    def whole() -> None:
+        with told_when_full(path):
+            (scratch / STATE).write_text(json.dumps(state))
+            sums.append(digests(scratch, [scratch / STATE]))
+            finish_directory(path, {name: x for each in sums for name, x in each.items()})
+
+    of_first(engine, lambda: begin_directory(path))
+    sums = together(engine.accelerator, own)
+    of_first(engine, whole)
 
 
 def keep_newest(folder: Path) -> None:
@@ -75,15 +101,16 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def save_best(folder: Path, step: int, model: Any, value: float) -> None:
+def save_best(folder: Path, step: int, engine: Any, model: Any, value: float) -> None:
     """Save the weights after ``step`` steps, and the metric by which they are the best so far.
 
-    Earlier ones stay until `forget_best` and `keep_newest`: a run that goes on from before this
-    step needs that of its checkpoint.
+    All processes call it.  Earlier ones stay until `forget_best` and `keep_newest`: a run that goes
+    on from before this step needs that of its checkpoint.
+
+    Raises:
+        DataError: as `save_checkpoint`.
     """
-    with atomic_directory(folder / _STEP.format(step)) as scratch:
-        _save_weights(model, scratch)
-        (scratch / "state.json").write_text(json.dumps({"step": step, "value": value}))
+    _write(folder / _STEP.format(step), engine, model, None, {"step": step, "value": value})
 
 
 def forget_best(folder: Path, done: int) -> None:
@@ -103,42 +130,36 @@ def best_so_far(folder: Path) -> tuple[int, float] | None:
     return state["step"], state["value"]
 
 
-def load_best(folder: Path, model: Any) -> None:
-    """Put the weights of `save_best` into the model.
+def load_best(folder: Path, engine: Any, model: Any) -> tuple[int, float]:
+    """Put the weights of `save_best` into the model; all processes call it.
+
+    Returns:
+        As `best_so_far`.
 
     Raises:
         DataError: they are damaged.
     """
-    path = max(folder.glob("step-*"))
-    check_directory(path)
-    load_trainable_state(model, load_file(path / "model.safetensors"))
+    path = of_first(engine, lambda: max(folder.glob("step-*")))
+    state = _read(path, engine, model, None)
+    return state["step"], state["value"]
 
 
 def load_checkpoint(
     folder: Path, engine: Any, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> tuple[int, Any]:
-    """Restore the newest checkpoint in place.
+    """Restore the newest checkpoint in place; all processes call it.
 
     Returns:
         The number of steps done, 0 without a checkpoint, and its ``extra``.
 
     Raises:
         DataError: it is damaged.
+        ConfigError: it was written by an engine or for processes that this one cannot take over.
     """
-    found = sorted(folder.glob("step-*"))
-    if not found:
+    path = of_first(engine, lambda: max(folder.glob("step-*"), default=None))
+    if path is None:
         return 0, None
-    check_directory(found[-1])
-    load_trainable_state(model, load_file(found[-1] / "model.safetensors"))
-    tensors = load_file(found[-1] / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        slots.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    state = json.loads((found[-1] / "state.json").read_text())
+    state = _read(path, engine, model, optimizer)
     scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
     # Not those of the checkpoint: where epochs were added, the schedule is another from here on.
     factors = [of_step(scheduler.last_epoch) for of_step in scheduler.lr_lambdas]
@@ -147,3 +168,16 @@ def load_checkpoint(
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
     return state["step"], state["extra"]
+
+
+def _read(
+    path: Path, engine: Any, model: Any, optimizer: torch.optim.Optimizer | None
+) -> dict[str, Any]:
+    """Put what a folder has into model and optimizer; each process checks its share of the files.
+
+    Returns:
+        What `_write` was given.
+    """
+    together(engine.accelerator, lambda: check_directory(path, engine.rank, engine.world))
+    together(engine.accelerator, lambda: engine.read_state(path, model, optimizer))
+    return json.loads((path / STATE).read_text())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastdpo.errors import ConfigError
 from fastdpo.model.adapters import merged, merged_in_place, save_adapter
 from fastdpo.model.load import save_policy, weights_digest
+from fastdpo.train import stored
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.prepare import load_start, prepare_policy
 
@@ -146,6 +147,34 @@ class Engine:
             yield (batches[i], True) if i < len(batches) else (filler, False)
 
     # --------------------------------------------------------------------------------- on disk
+    def write_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> list[Path]:
+        """Write what is trained, with the optimizer's and the random state, as a checkpoint has it.
+
+        All processes call it (`fastdpo.train.checkpoint`), and whoever reads them later may be
+        others.  Exchanges in it have to fail on all processes alike.
+
+        Args:
+            folder: there and empty, the same on all processes.
+            optimizer: None leaves its state and the random state out.
+
+        Returns:
+            The files that this process wrote.
+        """
+        return stored.write_whole(folder, model, optimizer) if self.is_main else []
+
+    def read_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        """Put what `write_state` left into model and optimizer, of whatever engine can be.
+
+        Raises:
+            ModelError: it is of other tensors.
+            ConfigError: this engine cannot read it, or not on so many processes.
+        """
+        stored.read(folder, model, optimizer)
+
     def save_policy(
         self, model: nn.Module, start: Any, config: TrainConfig, tokenizer: Any, out: Path
     ) -> None:

@@ -27,6 +27,7 @@ from fastdpo.train.metrics import MetricsLog, read_metrics
 from fastdpo.train.prepare import fit_pairs
 from fastdpo.train.reference import known_reference, pairs_digest
 from fastdpo.train.steps import Reference, Setup, plan_epoch
+from fastdpo.train.together import of_first
 from fastdpo.train.update import measure
 
 BEST = "best.json"  # which step the policy is of, where the best one is kept
@@ -121,20 +122,21 @@ class Evaluator:
             given = replace(self.reference, model=reference)
             row = measure(self.setup, model, self.batches, objective, given, running)
         _check_finite(self.setup, step, row)
-        if log is None:
-            return
-        log.add({"step": step, **row})
+        if log is not None:
+            log.add({"step": step, **row})
         if self.setup.progress:
             shown_names = (f"eval_{name}" for name in _SHOWN if f"eval_{name}" in row)
             told = (f"{name} {row[name]:.4f}" for name in shown_names)
             tqdm.write(f"step {step}: {'  '.join(told)}")
-        if self.options.load_best_model_at_end:
-            value, best = row[self.options.best_metric], best_so_far(self.best)
-            # As in transformers the start is none to choose.
-            if step and (best is None or self.options.is_better(value, best[1])):
-                # Killed, the run goes on from the checkpoint, with the best up to there.
-                forget_best(self.best, self.checkpoint)
-                save_best(self.best, step, model, value)
+        # As in transformers the start is none to choose.
+        if step and self.options.load_best_model_at_end:
+            engine, value = self.setup.engine, row[self.options.best_metric]
+            best = of_first(engine, lambda: best_so_far(self.best))
+            if best is None or self.options.is_better(value, best[1]):
+                if engine.is_main:
+                    # Killed, the run goes on from the checkpoint, with the best up to there.
+                    forget_best(self.best, self.checkpoint)
+                save_best(self.best, step, engine, model, value)
 
     def saved(self, step: int) -> None:
         """Called after a checkpoint: the run never goes on from before it."""
@@ -146,10 +148,7 @@ class Evaluator:
         """Put the best weights into the model, where they are asked for, and say of which step."""
         if not self.options.load_best_model_at_end:
             return
-        self.setup.engine.accelerator.wait_for_everyone()  # for what the first process saved
-        found = best_so_far(self.best)
-        assert found is not None  # the last step is evaluated
-        load_best(self.best, model)
+        found = load_best(self.best, self.setup.engine, model)  # the last step is evaluated
         if self.setup.is_main:
             facts = {
                 "global_step": steps,

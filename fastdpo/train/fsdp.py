@@ -6,6 +6,7 @@ ever has all of them.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fastdpo.errors import ConfigError
 from fastdpo.model import head
 from fastdpo.model.load import weights_digest
 from fastdpo.model.shard import reshard, shard
+from fastdpo.train import stored
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
 from fastdpo.train.prepare import load_start, prepare_policy
@@ -105,3 +107,15 @@ class Fsdp2(Engine):
     def clip(self, model: nn.Module, most: float) -> float:
         norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
         return float(norm.full_tensor())
+
+    def write_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> list[Path]:
+        reshard(model)  # an evaluation may have left weights gathered
+        return stored.write_parts(folder, model, optimizer, self.rank)
+
+    def read_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        reshard(model)
+        super().read_state(folder, model, optimizer)

@@ -43,19 +43,18 @@ _log = logging.getLogger(__name__)
 
 
 def check_model(
-    name: str,
+    model: Any,
     tokenizer: Any,
     config: TrainConfig,
     tokens: Iterable[tuple[str, Sequence[int]]],
 ) -> None:
-    """Refuse a model or options that `train` would refuse, before samples are drawn for it.
+    """Refuse tokens or lengths that `train` would refuse, before samples are drawn for it.
 
     Args:
+        model: as an engine loads it.
         tokens: what training will see beside samples, with its places. It is looked at only where
             the tokenizer has tokens that the model has not: nothing is wrong if none occurs.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = prepare_policy(load_start(name, config, device), config)
     check_range(model, 0, config.max_length, "", "max_length")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         for where, ids in tokens:

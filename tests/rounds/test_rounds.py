@@ -15,7 +15,9 @@ from tiny import LLAMA, save_tiny
 
 from fastdpo.cli import main, parse
 from fastdpo.rounds.inputs import check_inputs
+from fastdpo.rounds.processes import Processes
 from fastdpo.storage import check_directory, read_json
+from fastdpo.train.launch import launched
 
 TESTS = Path(__file__).parents[1]
 DRIVER = TESTS / "kill_driver.py"
@@ -121,7 +123,7 @@ def test_the_reference_is_the_start_of_the_round(finished):
 def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, capsys, monkeypatch):
     import shutil
 
-    from fastdpo.rounds import run as outer
+    from fastdpo.rounds import processes as outer
 
     out = tmp_path / "more"
     shutil.copytree(finished, out)
@@ -247,7 +249,8 @@ def test_a_reward_model_scores_a_round(inputs, tmp_path):
 
 def test_a_default_that_leaves_few_prompts_is_told_of(inputs, tmp_path, capsys):
     for heldout, told in ((6, "evaluate.heldout=6 leaves 4 prompts to train on"), (5, "")):
-        check_inputs(parse(arguments(inputs, tmp_path / "out", evaluate__heldout=heldout))[1])
+        config = parse(arguments(inputs, tmp_path / "out", evaluate__heldout=heldout))[1]
+        check_inputs(config, Processes(launched(config.train)))
         assert told in (said := capsys.readouterr().out) and bool(told) == ("heldout" in said)
 
 
