@@ -4,13 +4,15 @@
 
 Each case is three steps of `fastdpo.train.trainer.train` on processes of this machine that gloo
 joins.  Measured is the most that PyTorch's allocator had alive in any of them from the end of the
-first step to the end of the last: weights, gradients, optimizer and all else.  Estimated is what
-`fastdpo.plan.step` says of the same options.
+first step to the end of the last: weights, gradients, optimizer and all else, counted by
+`allocations.c`, which needs Linux and a C compiler.  Estimated is what `fastdpo.plan.step` says of
+the same options.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import socket
@@ -38,7 +40,6 @@ PROMPT, RESPONSE = 128, 192  # tokens
 STEPS = 3
 PAIRS = 4  # of a step, for each process or group that has some of its own
 MAX_TOKENS = 2 * (PROMPT + 2 * RESPONSE)  # two pairs a micro-batch
-_MARK = 7_654_321  # bytes of an allocation that marks the end of a step
 
 
 class _Enough(Exception):
@@ -110,14 +111,21 @@ def measured(case: Case) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as out:
+        counter = Path(out) / "allocations.so"
+        source = Path(__file__).with_name("allocations.c")
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", counter, source, "-ldl"], check=True)
         job = json.dumps([*case[:3], out])
         command = [sys.executable, "-m", "bench.plan_check", "--job", job]
         started = []
         for rank in range(case.processes):
             env = os.environ | {
+                "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(counter),
+            }  # fmt: skip
+            if case.processes > 1:
+                env |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.processes),
                 "LOCAL_WORLD_SIZE": str(case.processes), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+                "MASTER_PORT": str(port),
             }  # fmt: skip
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             started.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes))
@@ -148,34 +156,25 @@ def peak_of_steps(case: Case, out: Path) -> int:
 
     def on_step(_: Any) -> None:
         nonlocal steps
-        torch.empty(_MARK, dtype=torch.uint8)
         steps += 1
+        if steps == 1:
+            counted.allocations_restart()
         if steps == STEPS:
             raise _Enough
 
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            configuration_of(case), dtype=getattr(torch, config.dtype)
+    counted = ctypes.CDLL(None)  # preloaded
+    for name in ("allocations_alive", "allocations_most"):
+        getattr(counted, name).restype = ctypes.c_size_t
+    before = counted.allocations_alive()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        configuration_of(case), dtype=getattr(torch, config.dtype)
+    )
+    with suppress(_Enough):
+        train(
+            model, None, pairs, config, out, keep_checkpoint=False, progress=False, on_step=on_step
         )
-        with suppress(_Enough):
-            train(
-                model, None, pairs, config, out, keep_checkpoint=False, progress=False,
-                on_step=on_step,
-            )  # fmt: skip
-    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
-    events = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
-    live = peak = marks = 0
-    for _, change in sorted(events, key=lambda event: event[0]):
-        if change == _MARK:
-            marks += 1
-        live += change
-        if 1 <= marks < STEPS and change != _MARK:
-            peak = max(peak, live)
-    if marks != STEPS:
-        raise RuntimeError(f"{marks} steps were seen, not {STEPS}")
-    return peak
+    return counted.allocations_most() - before
 
 
 def row_of(case: Case) -> dict[str, Any]:

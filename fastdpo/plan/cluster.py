@@ -1,8 +1,8 @@
-"""The processes of a training step, stood for by one that exchanges nothing.
+"""The processes of a training step, one of which stands for all and exchanges nothing.
 
 torch's fake process group has any number of processes, and its collectives leave every tensor as
 it was.  Over it run the engines that train, `fastdpo.train.fsdp` and sequence parallel, so the
-memory of the first process and what it sends are those of the real step.  DeepSpeed's ZeRO is
+memory of a process and what it sends are those of the real step.  DeepSpeed's ZeRO is
 not: of its state there is arithmetic, see `Cluster.zero`.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fastdpo.errors import ConfigError
-from fastdpo.model import head
+from fastdpo.model import head, sequence_parallel
 from fastdpo.model.shard import shard
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
@@ -23,7 +23,10 @@ from fastdpo.train.launch import Division
 
 
 class Cluster:
-    """GPUs that train together, as the first of their processes sees it; a context.
+    """GPUs that train together, as one of their processes sees it; a context.
+
+    That is the first of them, or, where tokens are divided, the last of the first group: the first
+    has the prompt, which the head has nothing to do with.
 
     Args:
         config: the options, of which ``engine``, ``dp_replicate_size``, ``sp_size``,
@@ -50,7 +53,7 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         with ExitStack() as stack:
             if self.gpus > 1:
-                _stand_for(self.gpus)
+                _stand_for(self.gpus, self._rank)
                 stack.callback(dist.destroy_process_group)
             self.engine = self._engine()
             self._open = stack.pop_all()
@@ -59,10 +62,14 @@ class Cluster:
     def __exit__(self, *_: Any) -> None:
         self._open.close()
 
+    @property
+    def _rank(self) -> int:
+        return min(self.config.sp_size, self.gpus) - 1
+
     def _engine(self) -> Engine:
         config = self.config
         accelerator = SimpleNamespace(
-            num_processes=self.gpus, process_index=0, device=torch.device("cpu")
+            num_processes=self.gpus, process_index=self._rank, device=torch.device("cpu")
         )
         if self.name != "fsdp2":
             return Engine(accelerator, config)
@@ -74,8 +81,6 @@ class Cluster:
         """Divide a model between the processes, as its engine does."""
         engine = self.engine
         if engine.sp is not None:
-            from fastdpo.model import sequence_parallel
-
             sequence_parallel.use(model, engine.sp)
         if isinstance(engine, Fsdp2):
             head.attach(model)
@@ -85,8 +90,8 @@ class Cluster:
             )  # fmt: skip
 
 
-def _stand_for(gpus: int) -> None:
-    """Make a process group of so many processes, of which this is the first and the only one."""
+def _stand_for(gpus: int, rank: int) -> None:
+    """Make a process group of so many processes, of which this is the only one that there is."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=gpus, store=FakeStore())

@@ -248,5 +248,3 @@ _RULES: dict[str, Any] = {
     "mkldnn::_linear_pointwise.binary": lambda x, added, *rest: _linear(x, *rest),
     "torch_attn::_varlen_attn_backward": _flash_backward,
 }
-
-

@@ -24,11 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastdpo.data.batch import PackedPairs, pack_pairs
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.kernels.device import simulated
+from fastdpo.loss import checks, eager
 from fastdpo.loss.gemm import Products, has_native_bf16
 from fastdpo.loss.objectives import given_slopes
 from fastdpo.loss.plan import default_workspace_mib
 from fastdpo.loss.streaming import Stash
-from fastdpo.model import balance
+from fastdpo.model import balance, sequence_parallel
 from fastdpo.model.prepare import layout_of, packed_loss, reference_rows
 from fastdpo.plan.cluster import Cluster
 from fastdpo.plan.live import Live, local
@@ -64,6 +65,45 @@ class Peaks(NamedTuple):
     whole: int
     sent: Counter[str]
     sent_forward: Counter[str]
+
+
+@contextmanager
+def readable(configuration: Any) -> Iterator[None]:
+    """Say in one line that a model cannot be built or simulated."""
+    try:
+        yield
+    except (ModelError, ConfigError):
+        raise
+    # Code of models that were not made for tensors without content can fail in any way.
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+        raise ModelError(
+            f"the memory of a model with {type(configuration).__name__} cannot be simulated: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def know_the_machine() -> None:
+    """Let what is found out once be found out now, by real calls."""
+    has_native_bf16()
+    Products(torch.float32, torch.device("cpu"))
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Within it, code that is run on tensors without content runs as for a GPU."""
+    with simulated(_CAPABILITY), Stash.apart():
+        yield
+
+
+@contextmanager
+def _all_scored() -> Iterator[None]:
+    """Within it, every target of a process is scored: sequence parallel counts them, on a CPU in
+    Python, and would find none in tensors without content."""
+    with (
+        mock.patch.object(checks, "check_lengths", lambda *_: None),
+        mock.patch.object(eager, "nothing_scored", lambda *_: False),
+    ):
+        yield
 
 
 # ------------------------------------------------------------------------------- weights in 4 bits
@@ -105,8 +145,8 @@ def _quantize(model: nn.Module) -> None:
 class Simulation:
     """One model with one set of options, on GPUs of ``gpu_gib`` or CPUs (0); many steps.
 
-    Of several GPUs it is the first one, which has no less than any other.  With several, it has a
-    process group that only stands for one, until it is closed: use it as a context.
+    Of several GPUs it is one that has no less than any other.  It then has a process group that
+    only stands for one, until it is closed: use it as a context.
 
     Raises:
         ConfigError: so many GPUs cannot be divided as the options say.
@@ -119,14 +159,12 @@ class Simulation:
     gpus: int = 1
 
     def __post_init__(self) -> None:
-        # What these find out once is for real calls.
-        has_native_bf16()
-        Products(torch.float32, torch.device("cpu"))
+        know_the_machine()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = Live(_ALIGNED["cuda" if self.gpu_gib else "cpu"])
         with ExitStack() as stack:
             self.cluster = stack.enter_context(Cluster(self.config, self.gpus))
-            with self._readable():
+            with readable(self.configuration):
                 model = self._build()
             self._open = stack.pop_all()
         self.model: Any = model
@@ -184,34 +222,22 @@ class Simulation:
                 _quantize(model)
             return prepare_policy(model, config, place=place, prove=False)
 
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        """Say in one line that a model cannot be built or simulated."""
-        try:
-            yield
-        except (ModelError, ConfigError):
-            raise
-        # Code of models that were not made for tensors without content can fail in any way.
-        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-            raise ModelError(
-                f"the memory of a model with {type(self.configuration).__name__} cannot be "
-                f"simulated: {' '.join(str(error).split())[:200]}"
-            ) from error
-
     def run(self, pairs: Sequence[Any], *, accumulated: bool) -> Peaks:
         """A micro-batch, forward and backward; ``accumulated``: after others of its step."""
         from transformers import masking_utils
 
         live = self.live
-        batch = pack_pairs(pairs, layout=self.layout)
-        gpu = simulated(_CAPABILITY) if self.gpu_gib else nullcontext()
+        # What a process gets of it depends on its content.
+        batch = sequence_parallel.chunk(self.model, pack_pairs(pairs, layout=self.layout))
+        gpu = as_on_gpu() if self.gpu_gib else Stash.apart()
         masks = nullcontext()
         if self.layout == "padded":
             # Padded rows need no mask, but transformers does not look at tensors that it takes for
             # a trace, and makes one of (T, T) to be safe.
             masks = mock.patch.object(masking_utils, "is_tracing", lambda *_: False, create=True)
+        scored = nullcontext() if batch.chunk is None else _all_scored()
         start = live.bytes  # of an earlier step, where the collector has not come yet
-        with self._readable(), self.fake, gpu, Stash.apart(), masks:
+        with readable(self.configuration), self.fake, gpu, masks, scored:
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if accumulated else None
             live.known(p.grad for p in self.trained if p.grad is not None)

@@ -1,6 +1,6 @@
 """What a training step takes: the bytes of its parts, and the most that is alive at once.
 
-Of several GPUs all is what one of them takes, the first; no other takes more.
+Of several GPUs all is what one of them takes, and no other takes more.
 """
 
 from collections import Counter
