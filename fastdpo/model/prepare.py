@@ -27,6 +27,7 @@ from fastdpo.model import attention, head, liger, noise, offload, rope, sequence
 from fastdpo.model.balance import balancing_loss, token_mask
 from fastdpo.model.devices import device_of
 from fastdpo.model.load import one_line
+from fastdpo.model.shard import reset, reshard
 
 _log = logging.getLogger(__name__)
 _FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError)
@@ -151,7 +152,8 @@ def prepare_model(
     """Packed attention, the fused head, no dropout, in training mode; on the model's own device.
 
     Args:
-        model: a transformers causal LM, or a PEFT model of one; changed in place and returned.
+        model: a transformers causal LM, or a PEFT model of one; changed in place and returned. One
+            that is cut over processes (`fastdpo.model.shard`) is proven on all of them at once.
         layout: of `fastdpo.data.batch.pack_pairs`; "auto" takes the first that this model computes
             exactly, and says so where it is not the first. `layout_of` reads it back.
         gradient_checkpointing: recompute activations in the backward.
@@ -197,6 +199,7 @@ def prepare_model(
             model.train()
         else:
             _silence(model, alone, chosen)
+    reshard(model)
     return model
 
 
@@ -272,6 +275,7 @@ def _first_exact(model: Any, alone: "_Alone | None", layouts: Sequence[Layout]) 
         # A model that was not made for packed rows can fail in any way.
         except _FAILURES as problem:
             reasons.append(f"{layout}: {one_line(problem)}")
+            reset(model)  # where the error was in a forward
             if model.config._attn_implementation != own:
                 model.set_attn_implementation(own)
             continue

@@ -5,6 +5,7 @@ so its settings are read here, and the same code runs on the processes of a CPU.
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from fastdpo.errors import ConfigError
+from fastdpo.model.devices import without
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
 
@@ -49,7 +51,9 @@ def joined() -> Any:
     # torchrun says nothing of CPUs, and accelerate would leave each process alone there.
     on_cpu = wanted > 1 and not torch.accelerator.is_available()
     waits = InitProcessGroupKwargs(timeout=_PATIENCE)
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits])
+    # accelerate takes sizes of parallelism on GPUs only; `_division` reads them anyway.
+    with without("ACCELERATE_USE_PARALLELISM_CONFIG") if on_cpu else nullcontext():
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits])
     if accelerator.num_processes != wanted:
         raise ConfigError(
             f"{wanted} processes were launched, and accelerate joined {accelerator.num_processes} "
