@@ -2,8 +2,9 @@
 
 torch's fake process group has any number of processes, and its collectives leave every tensor as
 it was.  Over it run the engines that train, `fastdpo.train.fsdp` and sequence parallel, so the
-memory of a process and what it sends are those of the real step.  DeepSpeed's ZeRO is
-not: of its state there is arithmetic, see `Cluster.zero`.
+memory of a process and what it sends are those of the real step.  DeepSpeed's code does not run
+so.  ZeRO-3 is run as FSDP2, which gathers and reduces the same, in fp32; ZeRO-2 as a process with a
+whole model, whose gradients and optimizer are divided by arithmetic (`fastdpo.plan.step`).
 """
 
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from fastdpo.model.shard import shard
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
 from fastdpo.train.fsdp import Fsdp2
-from fastdpo.train.launch import Division
+from fastdpo.train.launch import Division, refuse_division
 
 
 class Cluster:
@@ -32,19 +33,28 @@ class Cluster:
         config: the options, of which ``engine``, ``dp_replicate_size``, ``sp_size``,
             ``offload_params`` and ``reshard_after_forward`` are read; "auto" is ddp.
         gpus: how many.
+        zero_stage: of DeepSpeed, 2 or 3.
+
+    Attributes:
+        name: of the engine, with the stage: ddp, fsdp2, zero2 or zero3.
 
     Raises:
         ConfigError: so many cannot be divided as the options say.
     """
 
-    def __init__(self, config: TrainConfig, gpus: int) -> None:
+    def __init__(self, config: TrainConfig, gpus: int, zero_stage: int = 3) -> None:
         if type(gpus) is not int or gpus < 1:
             raise ConfigError(f"gpus={gpus!r} must be a whole number of at least 1")
         self.config, self.gpus = config, gpus
-        self.name = "ddp" if config.engine == "auto" else config.engine
+        if zero_stage not in (2, 3):
+            raise ConfigError(f"zero_stage={zero_stage!r} must be 2 or 3")
+        named = {"auto": "ddp", "deepspeed": f"zero{zero_stage}"}
+        self.name = named.get(config.engine, config.engine)
+        if self.name != "fsdp2":
+            refuse_division(config, self.name)
         if self.name != "ddp" and gpus == 1:
             raise ConfigError(
-                f"engine={self.name} divides a model between GPUs, and gpus=1; give gpus, as "
+                f"engine={config.engine} divides a model between GPUs, and gpus=1; give gpus, as "
                 "--gpus 8, or leave engine out"
             )
         if dist.is_initialized():
@@ -71,7 +81,7 @@ class Cluster:
         accelerator = SimpleNamespace(
             num_processes=self.gpus, process_index=self._rank, device=torch.device("cpu")
         )
-        if self.name != "fsdp2":
+        if self.name not in ("fsdp2", "zero3"):
             return Engine(accelerator, config)
         # What is offloaded is taken off what was counted, as all tensors here are on the CPU.
         division = Division(config.dp_replicate_size, config.reshard_after_forward, False, None)
@@ -85,7 +95,7 @@ class Cluster:
         if isinstance(engine, Fsdp2):
             head.attach(model)
             shard(
-                model, engine.mesh, bf16=self.config.bf16,
+                model, engine.mesh, bf16=self.config.bf16 and self.name == "fsdp2",
                 reshard_after_forward=self.config.reshard_after_forward,
             )  # fmt: skip
 

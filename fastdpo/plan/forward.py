@@ -54,7 +54,7 @@ class Forwards:
         return live.peak - start
 
 
-# ----------------------------------------------------------------------------------------- to sample
+# ---------------------------------------------------------------------------------------- to sample
 def sampling(model: Forwards, config: SampleConfig, length: int, rows: int) -> tuple[int, int]:
     """Bytes beside the weights, and of the key-value cache when all rows are at their end.
 
@@ -113,7 +113,7 @@ def _draw(out: Any, config: SampleConfig) -> Tensor:
     return torch.multinomial(torch.softmax(scores, -1), 1)
 
 
-# --------------------------------------------------------------------------------- to score, measure
+# -------------------------------------------------------------------------------- to score, measure
 def classifying(model: Forwards, rows: int, length: int) -> int:
     """Bytes beside the weights of a reward model that reads so many rows of tokens."""
 

@@ -157,13 +157,14 @@ class Simulation:
     config: TrainConfig
     gpu_gib: float
     gpus: int = 1
+    zero_stage: int = 3
 
     def __post_init__(self) -> None:
         know_the_machine()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = Live(_ALIGNED["cuda" if self.gpu_gib else "cpu"])
         with ExitStack() as stack:
-            self.cluster = stack.enter_context(Cluster(self.config, self.gpus))
+            self.cluster = stack.enter_context(Cluster(self.config, self.gpus, self.zero_stage))
             with readable(self.configuration):
                 model = self._build()
             self._open = stack.pop_all()

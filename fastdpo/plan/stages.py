@@ -4,16 +4,17 @@ Every stage is taken at its longest: prompts and responses that fill ``train.max
 that all go on to their limit.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from fastdpo.data.examples import TokenizedPair
-from fastdpo.errors import ConfigError, ModelError
+from fastdpo.errors import ModelError
 from fastdpo.plan import forward
 from fastdpo.plan.forward import Forwards
 from fastdpo.plan.step import configuration_of, estimate, gib, usable_bytes
@@ -69,7 +70,9 @@ class RunPlan:
             fix = "" if fits else f"; {stage.fix}"
             verdict = "fits" if fits else "DOES NOT FIT"
             gpus = f"{stage.gpus} GPU{'s' if stage.gpus > 1 else ''}" if stage.gpus else ""
-            lines.append(f"{stage.name:>11}  {verdict:<12} {takes:>10}  {gpus:<7} {stage.what}{fix}")
+            lines.append(
+                f"{stage.name:>11}  {verdict:<12} {takes:>10}  {gpus:<7} {stage.what}{fix}"
+            )
         return "\n".join(lines)
 
 
@@ -78,6 +81,8 @@ def plan_run(
     gpus: int,
     gpu_gib: float,
     configurations: Mapping[str, Any] | None = None,
+    *,
+    zero_stage: int = 3,
 ) -> RunPlan:
     """What each stage of a run takes on a machine.
 
@@ -87,13 +92,15 @@ def plan_run(
         gpu_gib: memory of each.
         configurations: transformers configurations by the names of models, of those that are not
             to be read from a folder or the hub.
+        zero_stage: of ``engine="deepspeed"``, 2 or 3.
 
     Raises:
         ConfigError: an argument has an impossible value, or the GPUs cannot be divided so.
-        ModelError: a model's configuration cannot be had, or not be simulated.
+        ModelError: the policy's configuration cannot be had, or not be simulated. What is wrong
+            with that of a scorer is said in its place.
     """
     usable = usable_bytes(gpu_gib)
-    run = _Run(config, gpus, gpu_gib, usable, configurations or {})
+    run = _Run(config, gpus, gpu_gib, usable, configurations or {}, zero_stage)
     return RunPlan(gpus, gpu_gib, usable, tuple(run.stages()))
 
 
@@ -104,6 +111,7 @@ class _Run:
     gpu_gib: float
     usable: int
     configurations: Mapping[str, Any]
+    zero_stage: int
 
     def stages(self) -> Iterator[Stage]:
         config = self.config
@@ -154,7 +162,7 @@ class _Run:
                 model.weights, "sample with a server on several GPUs (sample.server_command)",
             )  # fmt: skip
         found = [
-            forward.sampling(model, _as(sample, backend), self.length, rows)
+            forward.sampling(model, replace(sample, backend=backend), self.length, rows)
             for backend in _backends(sample)
         ]
         most, cached = max(found)
@@ -168,7 +176,13 @@ class _Run:
         )
 
     def scoring(self, name: str, spec: str) -> Stage:
-        """One scorer; its models are loaded one after the other, but for an implicit reward's."""
+        """One scorer; several are loaded one after the other."""
+        try:
+            return self._scoring(name, spec)
+        except ModelError as error:
+            return Stage(name, f"not estimated: {error}", 0, 0)
+
+    def _scoring(self, name: str, spec: str) -> Stage:
         config, score, kind = self.config, self.config.score, kind_of(spec)
         if kind in ("answer", "function"):
             return Stage(name, f"{spec}: no model of fastdpo's", 0, 0)
@@ -206,11 +220,12 @@ class _Run:
         how = self.config.score.device_map
         if how is None or how not in ("auto", "balanced", "balanced_low_0", "sequential"):
             return model.weights, 1
-        from accelerate.utils import get_balanced_memory, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory, infer_auto_device_map, modeling
 
         most: Any = {i: int(_FREE * self.usable) for i in range(self.gpus)}
         whole: Any = {"no_split_module_classes": list(model.model._no_split_modules or ())}
-        with model.fake:
+        # It would warn of GPUs that are not here.
+        with model.fake, mock.patch.object(modeling, "get_max_memory", dict):
             if how != "sequential":
                 low = how == "balanced_low_0"
                 most = get_balanced_memory(model.model, max_memory=most, low_zero=low, **whole)
@@ -242,7 +257,7 @@ class _Run:
         given = self.configurations.get(self.config.model, self.config.model)
         found = estimate(
             given, train, prompt=prompt, response=self.length - prompt, gpu_gib=self.gpu_gib,
-            gpus=self.gpus,
+            gpus=self.gpus, zero_stage=self.zero_stage,
         )  # fmt: skip
         engine = train.engine if train.engine != "auto" else "ddp" if self.gpus > 1 else "one GPU"
         return Stage(
@@ -259,12 +274,6 @@ def _backends(sample: SampleConfig) -> list[str]:
     """Those that may draw the samples: which one "auto" is depends on what is installed."""
     both = sample.backend == "auto" and not sample.stop
     return ["generate", "continuous"] if both else [sample.backend.replace("auto", "generate")]
-
-
-def _as(sample: SampleConfig, backend: str) -> SampleConfig:
-    from dataclasses import replace
-
-    return replace(sample, backend=backend)
 
 
 def _named(dtype: str | None) -> str | None:

@@ -126,6 +126,7 @@ def estimate(
     device: str = "cuda",
     gpu_gib: float = 24.0,
     gpus: int = 1,
+    zero_stage: int = 3,
 ) -> StepMemory:
     """Peak memory of a step on pairs of ``prompt`` tokens and two responses of ``response`` tokens.
 
@@ -139,6 +140,7 @@ def estimate(
         gpu_gib: memory of the GPU, in GiB, of which the head's default workspace is a part.
         gpus: how many train together, as ``config.engine`` and ``config.sp_size`` have it; or CPU
             processes.
+        zero_stage: of ``engine="deepspeed"``, 2 or 3.
 
     Raises:
         ConfigError: an argument has an impossible value, or so many cannot be divided so.
@@ -152,7 +154,7 @@ def estimate(
     if device == "cuda":
         usable_bytes(gpu_gib)  # it may be no memory of a GPU
     memory = gpu_gib if device == "cuda" else 0.0
-    with Simulation(configuration_of(model), config, memory, gpus) as simulation:
+    with Simulation(configuration_of(model), config, memory, gpus, zero_stage) as simulation:
         return of_step(simulation, prompt, response)
 
 
@@ -182,8 +184,9 @@ def configuration_of(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class _AtRest:
-    """Bytes that are there whatever runs, on the device and, offloaded, in CPU memory."""
+    """Bytes that are there whatever runs: on the device, and of them or offloaded the parts."""
 
+    gradients: int  # between micro-batches; not counted in `device`
     optimizer: int
     reference: int
     buckets: int
@@ -195,13 +198,17 @@ def at_rest(simulation: Simulation) -> _AtRest:
     """What the weights, the optimizer, a second model and DDP's buckets take."""
     config, cluster = simulation.config, simulation.cluster
     in_steps = config.objective.needs_reference and not config.precompute_ref_log_probs
-    optimizer = 2 * simulation.gradients
+    gradients, several = simulation.gradients, cluster.gpus > 1
+    if cluster.name == "zero2":
+        gradients = -(-gradients // cluster.gpus)
+    # ZeRO keeps a second copy of the weights that it trains, which the optimizer works on.
+    optimizer = gradients * (3 if cluster.name.startswith("zero") else 2)
     reference = simulation.weights if in_steps and not config.use_peft else 0
-    buckets = simulation.gradients if cluster.name == "ddp" and cluster.gpus > 1 else 0
+    buckets = gradients if cluster.name == "ddp" and several else 0
     total = simulation.weights + optimizer + reference
-    if not simulation.offloaded:
-        return _AtRest(optimizer, reference, buckets, total + buckets, 0)
-    return _AtRest(optimizer, reference, 0, 0, total + simulation.gradients)
+    if simulation.offloaded:
+        return _AtRest(gradients, optimizer, reference, 0, 0, total + gradients)
+    return _AtRest(gradients, optimizer, reference, buckets, total + buckets, 0)
 
 
 def of_step(
@@ -217,20 +224,22 @@ def of_step(
     share = -(-config.batch_size // cluster.engine.dp_size)
     if pairs is None:
         pairs = min(max(1, config.max_tokens // tokens), share)
-    several = pairs < share
     fixed, offloaded = at_rest(simulation), simulation.offloaded
-    # Offloaded gradients are not on the device, so new ones are summed into others there too.
-    found = simulation.run([pair] * pairs, accumulated=several or offloaded)
+    # Of gradients that are divided, or moved to the CPU, as each is there, none stays on the device
+    # beside those between micro-batches.
+    passing = offloaded or cluster.name == "zero2"
+    several = pairs < share or passing
+    found = simulation.run([pair] * pairs, accumulated=several)
     running = fixed.device + max(found.head, found.body)
     if offloaded:
         running += simulation.largest_unit
-    else:
-        running += simulation.gradients if several else 0
+    elif several:
+        running += fixed.gradients
     # When the optimizer steps there are the gradients, and it makes nothing of its own.
-    stepping = fixed.device + (0 if offloaded else simulation.gradients)
+    stepping = fixed.device + (0 if offloaded else fixed.gradients)
     parts = {
         "weights": simulation.weights,
-        "gradients": simulation.gradients,
+        "gradients": fixed.gradients,
         "optimizer": fixed.optimizer,
         "reference": fixed.reference,
         "activations": found.kept,
@@ -264,7 +273,7 @@ def _limit(parts: dict[str, int], at_head: bool, offloaded: bool) -> str:
 
 
 def _sent(simulation: Simulation, found: Peaks, micro_batches: int) -> dict[str, int]:
-    """Bytes of a step: of each micro-batch, of a reference beside it, and DDP's one sum."""
+    """Bytes of a step: of each micro-batch, of a reference beside it, and of whole gradients."""
     config, cluster = simulation.config, simulation.cluster
     objective = config.objective
     sent = Counter({kind: size * micro_batches for kind, size in found.sent.items()})
@@ -272,8 +281,12 @@ def _sent(simulation: Simulation, found: Peaks, micro_batches: int) -> dict[str,
     if objective.needs_reference and not (config.precompute_ref_log_probs or objective.needs_kl):
         for kind, size in found.sent_forward.items():
             sent[kind] += size * micro_batches
-    if cluster.name == "ddp" and cluster.gpus > 1:
-        sent["all-reduce"] += 2 * simulation.gradients * (cluster.gpus - 1) // cluster.gpus
+    others = simulation.gradients * (cluster.gpus - 1) // cluster.gpus
+    if cluster.name == "ddp" and others:
+        sent["all-reduce"] += 2 * others
+    elif cluster.name == "zero2":  # divided after each micro-batch, and what was changed gathered
+        sent["reduce-scatter"] += others * micro_batches
+        sent["all-gather"] += others
     return dict(sent)
 
 
