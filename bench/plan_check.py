@@ -79,6 +79,11 @@ def cases() -> list[Case]:
     ]
 
 
+def name_of(case: Case) -> str:
+    """Its number of processes, its options and its family."""
+    return f"{case.processes} x {_options(case.options)}, {case.family}"
+
+
 def configuration_of(case: Case) -> Any:
     import transformers
 
