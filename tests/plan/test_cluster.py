@@ -38,9 +38,12 @@ def test_fsdp2_divides_what_is_there_and_counts_what_is_sent():
         assert getattr(four, name) == pytest.approx(getattr(one, name) / 4, rel=0.01)
     assert four.pairs == one.pairs and four.micro_batches * 4 == one.micro_batches
     whole, layers = parameters()
-    # Every weight is gathered for the forward, and those of the layers again for the backward.
+    # Every weight is gathered for the forward, and those of the layers again for the backward;
+    # FSDP2 gathers the embeddings ahead then, too.
     others = 4 * 3 / 4 * four.micro_batches
-    assert four.sent["all-gather"] == pytest.approx(others * (whole + layers), rel=1e-3)
+    embeddings = 2048 * 128
+    gathered = whole + layers + embeddings
+    assert four.sent["all-gather"] == pytest.approx(others * gathered, rel=1e-3)
     assert four.sent["reduce-scatter"] == pytest.approx(others * whole, rel=1e-3)
     half = step(4, engine="fsdp2")  # gathered in bf16, reduced in fp32
     assert half.sent["all-gather"] == pytest.approx(four.sent["all-gather"] / 2, rel=1e-3)
@@ -49,7 +52,7 @@ def test_fsdp2_divides_what_is_there_and_counts_what_is_sent():
     assert f"a step of {four.micro_batches} micro-batches" in said and "at 50 GB/s" in said
     # With a reference in each step there is another forward.
     twice = step(4, engine="fsdp2", bf16=False, precompute_ref_log_probs=False)
-    assert twice.sent["all-gather"] == pytest.approx(others * (2 * whole + layers), rel=1e-3)
+    assert twice.sent["all-gather"] == pytest.approx(others * (whole + gathered), rel=1e-3)
     assert twice.reference == four.weights
 
 
@@ -90,7 +93,8 @@ def test_sequence_parallel_divides_activations():
     whole = step(4, engine="fsdp2", gradient_checkpointing=False)
     for size in (2, 4):
         parts = step(4, engine="fsdp2", gradient_checkpointing=False, sp_size=size)
-        assert parts.activations == pytest.approx(whole.activations / size, rel=0.1)
+        # Of four, each gets a head of keys of its own, where there are two.
+        assert parts.activations == pytest.approx(whole.activations / size, rel=0.2)
         assert parts.tokens == whole.tokens and parts.weights == whole.weights
         assert parts.micro_batches == size * whole.micro_batches
         assert parts.sent["all-to-all"] > 0
@@ -150,7 +154,7 @@ def test_on_the_command_line(tmp_path, capsys):
     assert main([*command, "--sp_size=3"]) == 2
     assert capsys.readouterr().err.startswith("error: sp_size=3 does not divide the 4 processes")
     assert main([*command, "--zero_stage=2"]) == 2
-    assert "zero_stage=2 has no effect" in capsys.readouterr().err
+    assert "zero_stage=2 must be left out, where it has no effect" in capsys.readouterr().err
 
 
 measurable = pytest.mark.skipif(
