@@ -6,7 +6,7 @@ bitsandbytes are imported only where they are needed.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -186,8 +186,14 @@ def adapted_parameters(model: nn.Module) -> set[str]:
 
 def trainable_share(model: nn.Module) -> str:
     """One line that says what is trained: of all parameters, and of a mixture's experts."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+
+    def count(parameters: Iterable[Any]) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # of DeepSpeed's parts
+
+    trained, total = (
+        count(p for p in model.parameters() if p.requires_grad),
+        count(model.parameters()),
+    )
     line = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
     if trained == total:
         return line
@@ -196,7 +202,7 @@ def trainable_share(model: nn.Module) -> str:
     for what in ("experts", "routers"):
         named = {name: base.get_parameter(name) for name, kind in parts.items() if kind == what}
         if named:
-            share = sum(p.numel() for p in named.values()) / total
+            share = count(named.values()) / total
             done = {
                 p.requires_grad or name.replace(".base_layer", "") in adapted
                 for name, p in named.items()

@@ -132,7 +132,8 @@ def reference_rows(model: nn.Module, batch: PackedPairs) -> dict[str, Tensor | N
     """
 
     def rows(h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, **_: Any) -> dict[str, Any]:
-        return {"ref_h_TD": h_TD, "ref_w_VD": w_VD.detach(), "ref_bias_V": bias_V}
+        ref_bias_V = None if bias_V is None else bias_V.detach()
+        return {"ref_h_TD": h_TD, "ref_w_VD": w_VD.detach(), "ref_bias_V": ref_bias_V}
 
     return head.packed_forward(model, sequence_parallel.chunk(model, batch), rows)
 
@@ -329,7 +330,7 @@ class _Alone:
         device = device_of(model)
         # CPM-Ant embeds tokens that its head does not give.
         tables = model.get_input_embeddings(), model.get_output_embeddings()
-        vocab = min(table.weight.shape[0] for table in tables)
+        vocab = min(map(head.table_rows, tables))
         self.padded = Layout("padded", classes)
         sizes = [(7, 5, 9), (11, 8, 4)]
         modules = model.named_modules()
@@ -464,7 +465,7 @@ def _disable_dropout(model: nn.Module) -> None:
 
 def check_range(model: Any, token: int, length: int, whose: str, what: str) -> None:
     """Refuse token ids and lengths that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = head.table_rows(model.get_input_embeddings())
     if token >= rows:
         raise ModelError(
             f"{whose} token ids go up to {token}, but {type(model).__name__} has {rows} "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastdpo.errors import ConfigError
-from fastdpo.model import head
+from fastdpo.model import head, sequence_parallel
 from fastdpo.model.adapters import save_adapter
 from fastdpo.model.load import save_policy, weights_digest
 from fastdpo.model.merge import save_merged, save_merged_in_place
@@ -93,11 +93,17 @@ class Fsdp2(Engine):
             if digest:
                 weights = weights_digest(model)
 
+        sequence_parallel.use(model, self.sp)
         model = prepare_policy(model, config, place=place)
         reshard(model)  # an optimizer made of gathered weights would train none
         return model, weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
+        if not isinstance(start, str | Path):
+            raise ConfigError(
+                "precompute_ref_log_probs=False needs a second model, and one in memory is divided "
+                "already; give the model by its folder, or set precompute_ref_log_probs=True"
+            )
         found, _ = self.load(start, config, digest=False)
         return found.requires_grad_(False).eval()
 

@@ -16,7 +16,7 @@ from torch import nn
 from fastdpo.data.budget import counted, fit_to_budget
 from fastdpo.data.examples import Layout
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.model import balance
+from fastdpo.model import balance, head
 from fastdpo.model.adapters import add_lora, load_4bit
 from fastdpo.model.load import (
     check_generation_config,
@@ -58,7 +58,7 @@ def check_model(
             the tokenizer has tokens that the model has not: nothing is wrong if none occurs.
     """
     check_range(model, 0, config.max_length, "", "max_length")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > head.table_rows(model.get_input_embeddings()):
         for where, ids in tokens:
             check_range(model, max(ids, default=0), 0, f"{where}: the", "")
 
