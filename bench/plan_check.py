@@ -67,14 +67,14 @@ def cases() -> list[Case]:
     return [
         Case(1, {}),
         *both,
-        Case(4, {**fsdp2, "bf16": False}),
-        Case(4, {**fsdp2, "reshard_after_forward": False}),
-        Case(4, {**fsdp2, "dp_replicate_size": 2}),
-        Case(4, {**fsdp2, **kept}, "Qwen3"),
         Case(2, {**fsdp2, "sp_size": 2}),
         Case(4, {**fsdp2, "sp_size": 2, **kept}),
         Case(4, {**fsdp2, "sp_size": 4, **kept}),
         Case(2, {"sp_size": 2, **kept}),
+        Case(4, {**fsdp2, "bf16": False}),
+        Case(4, {**fsdp2, "reshard_after_forward": False}),
+        Case(4, {**fsdp2, "dp_replicate_size": 2}),
+        Case(4, {**fsdp2, **kept}, "Qwen3"),
         Case(2, {}),
     ]
 

@@ -194,7 +194,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _group_size(args: Any) -> int:
     """Of a collective's arguments, how many processes take part: its group is one, or its name."""
-    from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
+    from torch._C._distributed_c10d import ProcessGroup, _resolve_process_group
 
     for value in reversed(args):
         if isinstance(value, torch.ScriptObject):

@@ -185,13 +185,15 @@ class Simulation:
         """Bytes of this process's part of the weights that are gathered together, at most."""
         from torch.distributed.fsdp import FSDPModule
 
-        sizes: dict[int, int] = {}
-        for module in self.model.modules():
+        seen: set[int] = set()
+        largest = 0
+        for module in reversed(list(self.model.modules())):  # what is inside another comes first
             if isinstance(module, FSDPModule):
-                own = [p for p in module.parameters() if id(p) not in sizes]
-                sizes |= {id(p): 0 for p in own}
-                sizes[id(module)] = sum(local(p).nbytes for p in own)
-        return max(sizes.values(), default=0)
+                unit: Any = module
+                own = [p for p in unit.parameters() if id(p) not in seen]
+                seen |= {id(p) for p in own}
+                largest = max(largest, sum(local(p).nbytes for p in own))
+        return largest
 
     def __enter__(self) -> "Simulation":
         return self

@@ -65,13 +65,14 @@ class RunPlan:
             f"have {gib(self.usable)} each:"
         ]
         for stage in self.stages:
+            if not stage.gpus:
+                lines.append(f"{stage.name:>11}  {stage.what}")
+                continue
             fits = stage.takes <= self.usable
-            takes = "no GPU" if not stage.gpus else gib(stage.takes)
-            fix = "" if fits else f"; {stage.fix}"
-            verdict = "fits" if fits else "DOES NOT FIT"
-            gpus = f"{stage.gpus} GPU{'s' if stage.gpus > 1 else ''}" if stage.gpus else ""
+            verdict, fix = ("fits", "") if fits else ("DOES NOT FIT", f"; {stage.fix}")
+            gpus = f"{stage.gpus} GPU{'s' if stage.gpus > 1 else ''}"
             lines.append(
-                f"{stage.name:>11}  {verdict:<12} {takes:>10}  {gpus:<7} {stage.what}{fix}"
+                f"{stage.name:>11}  {verdict}: {gib(stage.takes)} on {gpus}; {stage.what}{fix}"
             )
         return "\n".join(lines)
 

@@ -65,7 +65,9 @@ def test_what_divides_otherwise():
     assert copies.sent["all-reduce"] > 0 == plain.sent.get("all-reduce", 0)
     moved = step(4, engine="fsdp2", offload_params=True)
     state = plain.weights + plain.gradients + plain.optimizer
-    assert moved.host == state and moved.peak < plain.peak - state // 2
+    # Beside what runs there is one unit's part, of which the embeddings are the largest.
+    runs = moved.activations + max(moved.head, moved.backward)
+    assert moved.host == state and moved.peak == runs + 2048 * 128 * 4 // 4
     lora = step(4, engine="fsdp2", use_peft=True)
     assert lora.gradients < plain.gradients / 4
     assert lora.sent["reduce-scatter"] < plain.sent["reduce-scatter"] / 4

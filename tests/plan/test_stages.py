@@ -57,7 +57,7 @@ def run(**options: Any) -> IterateConfig:
 
 def plan(gpus: int = 2, gpu_gib: float = 4.0, **options: Any) -> Any:
     small = configuration("Llama", num_hidden_layers=2)
-    shapes = dict.fromkeys(("policy", "judge", "reward", "before"), small)
+    shapes: dict[str, Any] = dict.fromkeys(("policy", "judge", "reward", "before"), small)
     return plan_run(run(**options), gpus, gpu_gib, shapes)
 
 
@@ -118,7 +118,7 @@ def test_every_stage_that_has_a_model():
     with pytest.raises(
         ConfigError, match=r"^engine=fsdp2 divides a model between GPUs, and gpus=1"
     ):
-        plan(gpus=1, **{"train.engine": "fsdp2"})
+        plan(1, 4.0, **{"train.engine": "fsdp2"})
 
 
 def test_the_file_of_a_whole_run(tmp_path, capsys):
