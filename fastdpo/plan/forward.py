@@ -75,7 +75,7 @@ def sampling(model: Forwards, config: SampleConfig, length: int, rows: int) -> t
         nonlocal cached
         before = live.bytes
         out = model(**_inputs(model, rows, length - 1))
-        cache = out.past_key_values
+        cache = out["cache"] if "cache" in out else out.past_key_values
         del out
         cached = live.bytes - before
         live.restart()

@@ -87,7 +87,7 @@ def test_scorers_take_what_they_load():
     for spec in ("answer", "fastdpo.scoring:plain_language", "http://localhost:1/v1"):
         assert scoring(**{"score.scorer": spec}).gpus == 0
     missing = scoring(**{"score.scorer": "no/such/folder"})
-    assert missing.gpus == 0 and missing.what.startswith("not estimated: config.json of model=")
+    assert missing.gpus == 0 and missing.what.startswith("not estimated: the folder model=")
 
 
 def test_samples_take_their_cache():
