@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .rows import ROOT, load, where
-from .tables import grouped, latest_build, markdown_table, setting
+from .tables import grouped, markdown_table, setting
 
 OP = "plan"
 # Large enough for activations to count beside weights, small enough for seconds.
@@ -196,7 +196,9 @@ def markdown(rows: list[dict], links: list[str]) -> str:
     titles = ["model", "processes", "options", "estimated MiB", "measured MiB", "off", "limit"]
     parts = []
     for group in grouped(rows, ("device",)).values():
-        group = latest_build(group)
+        # The last of each case: a run that was stopped goes on at another commit.
+        last = {name_of(Case(x["processes"], x["options"], x["family"])): x for x in group}
+        group = list(last.values())
         body = [
             [
                 row["family"], str(row["processes"]), _options(row["options"]),
@@ -209,7 +211,7 @@ def markdown(rows: list[dict], links: list[str]) -> str:
             "**Peak of a training step in each process, as `fastdpo plan` estimates it and as "
             f"PyTorch's allocator saw it: {SIZES['num_hidden_layers']} layers of "
             f"{SIZES['hidden_size']}, V = {SIZES['vocab_size']:,}, two pairs of "
-            f"{PROMPT + 2 * RESPONSE} tokens a micro-batch, joined by gloo** {setting(group[0])}"
+            f"{PROMPT + 2 * RESPONSE} tokens a micro-batch, joined by gloo** {setting(group[-1])}"
         )
         rules = ["---", "---:", "---", "---:", "---:", "---:", "---"]
         parts.append(markdown_table(titles, rules, body))
