@@ -37,10 +37,14 @@ def run(words, folder, **environment):
     paths = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     values = {**os.environ, **paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     values["PATH"] = f"{folder}:{values['PATH']}"
-    done = subprocess.run(
-        words, cwd=folder, env=values, capture_output=True, text=True, timeout=300
-    )
-    return done.returncode, done.stdout + done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, cwd=folder, env=values, **pipes) as job:
+        try:
+            said, _ = job.communicate(timeout=500)
+        except subprocess.TimeoutExpired:
+            job.terminate()  # a launcher ends its processes then
+            said, _ = job.communicate()
+    return job.returncode, said
 
 
 @pytest.fixture(scope="module")

@@ -43,10 +43,10 @@ def test_storm_trains_divided_over_four_processes_in_each_round(tmp_path):
     argv = ["iterate", f"--config={files()['storm-7b.yaml']}"]
     argv += [f"--{name}={value}" for name, value in smaller.items()]
     out = tmp_path / "four"
-    launch = ["torchrun", "--nproc-per-node=4", "--master-port=0", "-m", "fastdpo.cli"]
+    launch = ["torchrun", "--standalone", "--nproc-per-node=4", "-m", "fastdpo.cli"]
     code, said = run([*launch, *argv, f"--output_dir={out}"], tmp_path)
     assert code == 0, said
-    one = tmp_path / "one"  # threads as there, for the same bits
+    one = tmp_path / "one"
     assert main([*argv, f"--output_dir={one}", "--train.engine=ddp"]) == 0
     for part in ("candidates", "scores"):
         found = read_parts(out / "round-01" / part)
