@@ -20,6 +20,8 @@ from fastdpo.plan.live import Live
 from fastdpo.plan.memory import as_on_gpu, know_the_machine, readable
 from fastdpo.sample.config import SampleConfig
 
+_CACHE = ("cache", "past_key_values")  # what transformers calls it, and did
+
 
 class Forwards:
     """A model without content on a GPU, and the bytes that its forwards take.
@@ -75,15 +77,15 @@ def sampling(model: Forwards, config: SampleConfig, length: int, rows: int) -> t
         nonlocal cached
         before = live.bytes
         out = model(**_inputs(model, rows, length - 1))
-        cache = out["cache"] if "cache" in out else out.past_key_values
+        cache = out[next(name for name in _CACHE if name in out)]
         del out
         cached = live.bytes - before
         live.restart()
         mask = torch.ones(rows, length, dtype=torch.long)
         ids = torch.zeros(rows, 1, dtype=torch.long)
-        names = inspect.signature(model.forward).parameters  # transformers is renaming it
-        cached_in = {"cache" if "cache" in names else "past_key_values": cache}
-        _draw(model(input_ids=ids, attention_mask=mask, **cached_in), config)
+        known = inspect.signature(model.forward).parameters
+        named = {next(name for name in _CACHE if name in known): cache}
+        _draw(model(input_ids=ids, attention_mask=mask, **named), config)
 
     live = model.live
     most = max(model.peak(begin), model.peak(end))
