@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,7 @@ def load_in_pieces(
     trace = Trace()
     with reading(trace):
         model = load_causal_lm(name, dtype=dtype, option=option)
-    return model, Pieces(model, trace)
+    return model, Pieces(model, trace, partial(load_causal_lm, name, dtype=dtype, option=option))
 
 
 def combine(names: Sequence[str], weights: Sequence[float], tokenizer: Any, path: Path) -> None:

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastdpo.errors import ModelError
-
 _KEPT = 6  # whole tensors that are kept for what is made of them next
 
 
@@ -27,7 +25,12 @@ class _Node:
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
-        self.unknown_by = ""  # an operation that it can't be made by
+        self.is_noted = True  # all that was done to it
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it can be made."""
+        return self.is_noted
 
     def make(self, trace: "Trace") -> Tensor:
         raise NotImplementedError
@@ -61,19 +64,11 @@ class _View:
         self.stride, self.offset = tensor.stride(), tensor.storage_offset()
 
     def make(self, trace: "Trace") -> Tensor:
-        self._check()
         whole = trace.whole(self.node)
         if self.shape == self.node.shape and self._is_plain:
             return whole
         # The node's storage had the strides of a new tensor.
         return whole.contiguous().as_strided(self.shape, self.stride, self.offset)
-
-    def _check(self) -> None:
-        if self.node.unknown_by:
-            raise ModelError(
-                "transformers makes weights of this model by an operation that cannot be done in "
-                f"pieces ({self.node.unknown_by}); set engine=ddp"
-            )
 
     @property
     def _is_plain(self) -> bool:
@@ -87,7 +82,6 @@ class _View:
     def rows(self, trace: "Trace", start: int, stop: int) -> Tensor:
         if not self._is_plain:
             return self.make(trace)[start:stop]
-        self._check()
         first = int(self.offset) // max(self.node.shape[1:].numel(), 1)
         return self.node.rows(trace, first + start, first + stop)
 
@@ -98,6 +92,11 @@ class _Result(_Node):
     def __init__(self, out: Tensor, func: Any, args: Any, kwargs: Any, index: int) -> None:
         super().__init__(out.shape, out.dtype)
         self.func, self.args, self.kwargs, self.index = func, args, kwargs, index
+
+    @property
+    def is_sound(self) -> bool:
+        parts = (x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, _View))
+        return super().is_sound and all(x.node.is_sound for x in parts)
 
     def make(self, trace: "Trace") -> Tensor:
         given = self.args, self.kwargs
@@ -135,6 +134,10 @@ class Trace(TorchDispatchMode):
 
     def knows(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and tensor.is_meta and _key(tensor) in self._nodes
+
+    def can_make(self, tensor: Tensor) -> bool:
+        """Whether one that it knows comes of operations that can be done again."""
+        return self._view(tensor).node.is_sound
 
     def value(self, tensor: Tensor) -> Tensor:
         """The content of one that `knows`."""
@@ -179,7 +182,7 @@ class Trace(TorchDispatchMode):
                 node = _Result(tensor, func, views[0], views[1], index)
                 self._nodes[_key(tensor)] = tensor, node
             if unknown:
-                self._nodes[_key(tensor)][1].unknown_by = func._schema.name
+                self._nodes[_key(tensor)][1].is_noted = False
         return out
 
 
@@ -251,24 +254,36 @@ def reading(trace: Trace) -> Iterator[None]:
 
 
 class Pieces:
-    """The weights of a model on the meta device, read when it is known who keeps which."""
+    """The weights of a model on the meta device, read when it is known who keeps which.
 
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
-        self._trace = trace
-        # Modules stay what they are where others are put around them.
-        self._places: list[tuple[nn.Module, str, Tensor]] = []
-        for module in model.modules():
+    What transformers makes of a file's tensors by an operation that cannot be done again, the first
+    process alone loads as it does, with the whole model, and sends.
+
+    Args:
+        load: gives the model whole.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace, load: Callable[[], nn.Module]) -> None:
+        self._trace, self._load = trace, load
+        self._whole: nn.Module | None = None
+        # Modules stay what they are where others are put around them, and names do not.
+        self._places: list[tuple[nn.Module, str, Tensor, str]] = []
+        for prefix, module in model.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
-                    self._places.append((module, name, parameter.detach()))
+                    full = f"{prefix}.{name}".lstrip(".")
+                    self._places.append((module, name, parameter.detach(), full))
             for name, buffer in module._buffers.items():
                 if trace.knows(buffer):
                     assert buffer is not None
                     module._buffers[name] = trace.value(buffer).clone()
 
     def value(self, module: nn.Module, name: str) -> Tensor:
-        """The content of one parameter, whole."""
-        return next(self._trace.value(x) for m, n, x in self._places if m is module and n == name)
+        """The content of one parameter, whole, for this process alone."""
+        tensor, full = next(x[2:] for x in self._places if x[0] is module and x[1] == name)
+        if self._trace.can_make(tensor):
+            return self._trace.value(tensor)
+        return self._of_whole(full)
 
     def fill(self, device: torch.device) -> None:
         """Give every parameter its content, on ``device``, of one that is cut this process's rows.
@@ -276,23 +291,43 @@ class Pieces:
         All processes call it.
         """
         done: dict[int, nn.Parameter] = {}
-        for module, name, tensor in self._places:
+        for module, name, tensor, full in self._places:
             old = module._parameters[name]
             assert old is not None
             if id(old) not in done:
-                data = self._content(old, tensor, device)
+                data = self._content(old, tensor, full, device)
                 done[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad)
             module._parameters[name] = done[id(old)]
         self._places.clear()
+        self._whole = None
 
-    def _content(self, old: Tensor, tensor: Tensor, device: torch.device) -> Tensor:
+    def _content(self, old: Tensor, tensor: Tensor, full: str, device: torch.device) -> Tensor:
+        noted = self._trace.can_make(tensor)
         if not is_cut(old):
-            return torch.empty_like(tensor, device=device).copy_(self._trace.value(tensor))
+            value = self._trace.value(tensor) if noted else self._of_whole(full)
+            return torch.empty_like(tensor, device=device).copy_(value)
         start, stop = own_rows(old)
         local = torch.empty(stop - start, *old.shape[1:], dtype=old.dtype, device=device)
-        if stop > start:
+        if not noted:
+            local.copy_(self._sent(old, full)[start:stop])
+        elif stop > start:
             local.copy_(self._trace.rows(tensor, start, stop))
         return dtensor_like(old, local)
+
+    def _of_whole(self, full: str) -> Tensor:
+        if self._whole is None:
+            self._whole = self._load()
+        return self._whole.get_parameter(full).detach()
+
+    def _sent(self, old: Any, full: str) -> Tensor:
+        """A parameter that the first process has, on all of them."""
+        kind = old.device_mesh.device_type
+        if torch.distributed.get_rank() == 0:
+            value = self._of_whole(full).to(kind).contiguous()
+        else:
+            value = torch.empty(old.shape, dtype=old.dtype, device=kind)
+        torch.distributed.broadcast(value, 0)
+        return value
 
 
 def is_cut(tensor: Tensor) -> bool:

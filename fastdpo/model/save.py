@@ -132,6 +132,10 @@ def save_in_pieces(model: Any, folder: Path | None, values: Making) -> None:
             trace,
         ):
             model.save_pretrained(scratch, state_dict=state)
+        made = (x for (tensors, _), _ in files for x in tensors.values() if trace.knows(x))
+        if not all(map(trace.can_make, made)):
+            _save_whole(model, folder, values)
+            return
         failed: list[Exception] = []
         for (tensors, path), options in files:
             real = {}
@@ -149,6 +153,20 @@ def save_in_pieces(model: Any, folder: Path | None, values: Making) -> None:
             raise failed[0]
         if folder is not None:
             shutil.copytree(scratch, folder, dirs_exist_ok=True)
+
+
+def _save_whole(model: Any, folder: Path | None, values: Making) -> None:
+    """Where transformers' conversion cannot be done again in pieces: one process has them all."""
+    state, tied = model.state_dict(), dict[int, Tensor]()
+    owners = dict(model.named_parameters(remove_duplicate=False))
+    for name, make in values.items():
+        tensor, owner = make(), id(owners.get(name, name))
+        if folder is not None and owner not in tied:
+            tied[owner] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        if folder is not None:
+            state[name] = tied[owner]
+    if folder is not None:
+        model.save_pretrained(folder, state_dict=state)
 
 
 def _made(make: Callable[[], Tensor], rows: slice | None) -> Tensor:

@@ -51,8 +51,8 @@ def shard(
         layer_names: classes of the layers; by default transformers' ``_no_split_modules``.
 
     Raises:
-        ModelError: the model has no layers of these classes, weights that take no gradient by
-            their kind, or one that several layers share.
+        ModelError: the model has no layers of these classes, or weights that take no gradient by
+            their kind.
     """
     base = head.base_of(model)
     kind = type(base).__name__
@@ -60,16 +60,10 @@ def shard(
     layers = _layers(base, layer_names)
     embeddings: Any = base.get_input_embeddings()
     own_head = cast(Any, base.get_output_embeddings())
-    units: list[nn.Module] = [*layers]
-    if not _shared(model, embeddings):
-        units.append(embeddings)
+    # What another part has too, as the table of embeddings that is the head, is the root's.
+    units = [x for x in (*layers, embeddings) if not _shared(model, x)]
     apart = own_head is not None and not (head_in_root or _shared(model, own_head))
     heads: list[Any] = [own_head] if apart else []
-    if any(_shared(model, layer) for layer in layers):
-        raise ModelError(
-            f"the layers of {kind} share a weight with another part, which FSDP2 cannot cut; set "
-            "engine=ddp"
-        )
     dtype = embeddings.weight.dtype
     # The autocast of training casts what goes into a layer; norms and sums keep what they get.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
