@@ -46,7 +46,7 @@ from .parallel_tables import MEASURES, OP, markdown
 from .rows import append, command_line, load, matching, resume, where
 
 WITHIN = 4.0  # times what another packing does on one process
-PATIENCE_S = 300  # for one run
+PATIENCE_S = 900  # for one run, of a few seconds where nothing else runs
 PACKAGES = ("accelerate", "peft", "deepspeed")
 
 
@@ -300,11 +300,8 @@ def run(
     known = {tuple(row[name] for name in Case._fields) for row in done}
     left = [case for case in wanted if tuple(case) not in known]
     baselines = Baselines(folder)
-    baselines.prepare(left)
-    # DeepSpeed sets up its processes for itself.
-    crews = dict.fromkeys((case.ranks, bool(case.job.environment)) for case in left)
-    for ranks, launched in crews:
-        mine = [x for x in left if (x.ranks, bool(x.job.environment)) == (ranks, launched)]
+    for mine in crews(left):
+        baselines.prepare(mine)
         started = time.perf_counter()
         for case, (_, path, why) in zip(mine, in_processes(ranks, [x.job for x in mine], folder)):
             took, started = time.perf_counter() - started, time.perf_counter()
@@ -314,6 +311,16 @@ def run(
                 yield {**row, "note": (why or "").strip().splitlines()[-1], "why": why}
             else:
                 yield row | compared(case, read(path), *baselines.of(case))
+
+
+def crews(cases: Sequence[Case]) -> list[list[Case]]:
+    """Those that the same processes run one after the other: DeepSpeed sets its own up."""
+    found: dict[Any, list[Case]] = {}
+    for case in cases:
+        of_heads = not case.extra and case.family == "llama"
+        key = case.ranks, bool(case.job.environment), of_heads
+        found.setdefault(key, []).append(case)
+    return [*found.values()]
 
 
 def compared(
