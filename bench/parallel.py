@@ -302,8 +302,8 @@ def run(
     baselines = Baselines(folder)
     for mine in crews(left):
         baselines.prepare(mine)
-        started = time.perf_counter()
-        for case, (_, path, why) in zip(mine, in_processes(ranks, [x.job for x in mine], folder)):
+        started, runs = time.perf_counter(), [case.job for case in mine]
+        for case, (_, path, why) in zip(mine, in_processes(mine[0].ranks, runs, folder)):
             took, started = time.perf_counter() - started, time.perf_counter()
             row = {"op": OP, **case._asdict(), "seconds": round(took, 2)}
             row |= {"trains": case.trains, "tied": case.alone.tied, "evaluated": case.job.evaluates}
