@@ -8,7 +8,8 @@ there are.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def write_parts(
         f"{part}.{k}": x for part, xs in _state(model, optimizer).items() for k, x in xs.items()
     }
     try:
-        save(flat, storage_writer=Writer(folder))
+        with _quiet():
+            save(flat, storage_writer=Writer(folder))
     except CheckpointException as error:
         raise _first_of(error) from None
     return [*folder.glob(f"__{rank}_*"), *([folder / _PARTS] if rank == 0 else [])]
@@ -174,11 +176,19 @@ def _read_parts(folder: Path, wanted: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        with warnings.catch_warnings():  # of a single process, which is meant
-            warnings.filterwarnings("ignore", message="torch.distributed is")
+        with _quiet():
             load(wanted, storage_reader=FileSystemReader(folder))
     except CheckpointException as error:
         raise _first_of(error) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warnings of a single process, which is meant, and of its own code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        warnings.filterwarnings("ignore", message="TypedStorage is")
+        yield
 
 
 def _first_of(error: Any) -> Exception:
