@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.errors import ConfigError
-from fastdpo.model import head
+from fastdpo.model import head, sequence_parallel
 from fastdpo.model.adapters import save_adapter
 from fastdpo.model.load import weights_digest
 from fastdpo.model.merge import save_merged
@@ -209,6 +209,7 @@ class DeepSpeed(Engine):
         # The first process reads it, and gives the others their parts, tensor by tensor.
         cpu = torch.device("cpu")
         model = load_start(start, config, cpu) if self.is_main else _unread(str(start), config)
+        sequence_parallel.use(model, self.sp)
         weights = weights_digest(model) if digest and self.is_main else ""
         return prepare_policy(model, config, place=place), weights
 
