@@ -119,8 +119,7 @@ def main() -> None:
         launched = launch(count, argv, run)
         begun(launched, run)
         victim = rng.choice([None, rng.randrange(count)])
-        # A half at most, so that later ones fall into what an earlier one resumed.
-        if ended(launched, rng.uniform(0, work / 2)) is not None or not workers(launched.pid):
+        if ended(launched, rng.uniform(0, work)) is not None or not workers(launched.pid):
             ended(launched)
             shutil.rmtree(run)
             continue

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdpo.errors import ConfigError
 from fastdpo.model.adapters import check_trainable, trainable_state
+from fastdpo.train.together import of_first
 
 STATE = "state.json"  # what a folder is of, beside its tensors
 _PARTS = ".metadata"  # which part of a tensor is where, as PyTorch calls it
@@ -72,16 +73,18 @@ def write_parts(
     return [*folder.glob(f"__{rank}_*"), *([folder / _PARTS] if rank == 0 else [])]
 
 
-def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def read(
+    engine: Any, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
     """Put what one of them wrote into the model and the optimizer, whole or this process's part.
 
-    All processes call it; of parts it fails on all.
+    All processes call it, and none is left in an exchange where one fails.
 
     Raises:
         ModelError: the model trains other tensors.
         ConfigError: it is of an engine that divides it in another way.
     """
-    known = _shapes(folder)
+    known = of_first(engine, lambda: _shapes(folder))
     own = {f"{_MODEL}.{name}": x for name, x in trainable_state(model).items()}
     saved = {name: shape for name, (shape, _) in known.items() if name.startswith(f"{_MODEL}.")}
     check_trainable(
