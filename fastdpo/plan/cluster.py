@@ -57,7 +57,7 @@ class Cluster:
                 f"engine={config.engine} divides a model between GPUs, and gpus=1; give gpus, as "
                 "--gpus 8, or leave engine out"
             )
-        if dist.is_initialized():
+        if gpus > 1 and dist.is_initialized():
             raise ConfigError("a plan is made by one process; start it without a launcher")
 
     def __enter__(self) -> "Cluster":
