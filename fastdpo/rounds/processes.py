@@ -102,8 +102,7 @@ class Processes:
                 self._check_others()
                 if _is_of_exchange(error):
                     raise ProcessError(
-                        f"another process is gone ({one_line(error)}); launch them again, the same "
-                        "command goes on"
+                        "another process is gone; launch them again, the same command goes on"
                     ) from error
                 raise
         self._wait_for_others("done")
