@@ -33,6 +33,11 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + rest
 
 
+def one_line(error: object, most: int = 300) -> str:
+    """The first of an error's text, in one line."""
+    return " ".join(str(error).split())[:most]
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number that a float can hold; True and False are none."""
     try:

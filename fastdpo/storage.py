@@ -8,6 +8,7 @@ Rows lie beside their SHA-256, in the format of `sha256sum`, which is compared w
 folder of weights has the SHA-256 of its files in it (`atomic_directory`).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from fastdpo.errors import DataError
 CACHE = "~/.cache/fastdpo"  # what is kept for other runs; `cache_path` makes it a path
 _PLAN = "plan.json"
 SUMS = "SHA256SUMS"  # of a folder, in it
+_FULL = (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numbers of an OSError
 _PART_NAME = re.compile(r"part-(\d{5,})\.jsonl")
 
 
@@ -378,12 +380,17 @@ def _of_others(path: Path) -> list[Path]:
 
 @contextmanager
 def told_when_full(path: Path) -> Iterator[None]:
-    """Make of safetensors' own exception, on a full disk above all, a DataError with the path."""
+    """Make of what a full disk or quota raises, or safetensors, a DataError with the path.
+
+    An `OSError` without a number is taken for one too: not all who write keep it.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
+        if getattr(error, "errno", None) not in _FULL:
+            raise
         free = shutil.disk_usage(path.parent).free / 2**30
         raise DataError(
             f"{path} can't be written ({error}; {free:.1f} GiB are free on its disk). Make room, "

@@ -3,18 +3,21 @@ plan | doctor``; in a checkout, ``bench``.
 
 Words in, a room's function called, an exit status out. Every option can stand in a YAML file
 (``--config``) and be overridden on the command line. Errors a user can mend are one line and exit
-status 2; an interruption exits with 130 and loses at most the unfinished part of a stage. Open
+status 2, from several processes of a launch once; an interruption exits with 130 and loses at most
+the unfinished part of a stage. Open
 `stages`, `commands` and `chat` first: a dataclass of options and a function for each command.
 `options` reads them, `names` knows what else people call them, `help` prints them.
 """
 
-import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastdpo import __version__
 from fastdpo.cli import chat, commands, demo, names, report, stages
+from fastdpo.cli.datasets import is_first
+from fastdpo.cli.failing import fail, in_several
 from fastdpo.cli.help import help_of, overview
 from fastdpo.cli.options import Given, made, options_of, read_arguments, read_file
 from fastdpo.errors import ConfigError, DataError, ModelError, ProcessError
@@ -69,12 +72,6 @@ def _of_file(path: str, command: str) -> list[Given]:
     return [x for x in found if x.name not in others]
 
 
-def _tells() -> bool:
-    """Whether this process says what ended it: one on each machine of a launch, where the others
-    end alike."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -92,11 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             command, config = parse(argv)
             COMMANDS[command][1](config)
     except (ConfigError, DataError, ModelError, ProcessError, OSError) as error:
-        if _tells() or isinstance(error, ProcessError):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        if _tells():
+        if is_first():
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception:
+        if not in_several():
+            raise
+        return fail(traceback.format_exc(), 1)
     return 0

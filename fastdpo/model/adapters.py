@@ -6,7 +6,7 @@ bitsandbytes are imported only where they are needed.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastdpo.errors import ModelError
 from fastdpo.model import head
 from fastdpo.model.load import load_causal_lm, one_line
+from fastdpo.model.pieces import gathered, is_cut
 from fastdpo.storage import atomic_directory
 
 ALL_LINEAR = "all-linear"
@@ -84,7 +85,7 @@ def add_lora(
         target_parameters=[*parameters, *(f"{name}.weight" for name in taken)] or None,
     )
     # peft draws on the CPU whatever the base's device is.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _as_on_cpu(model):
         torch.default_generator.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, config)
@@ -99,6 +100,32 @@ def add_lora(
         ends = sorted({".".join(n.split(".")[-2:]) for n in frozen})
         _log.warning("%s; lora_target_parameters=%s adapts them", trainable_share(adapted), ends)
     return adapted
+
+
+@contextmanager
+def _as_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Within the block weights on the meta device are of the CPU, of no more memory than a number.
+
+    peft puts adapters on the device of their layer, and what it drew for them would be lost there.
+    """
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    hollow = {
+        p: nn.Parameter(torch.empty((), dtype=p.dtype).expand(p.shape), p.requires_grad)
+        for _, _, p in places
+    }
+    for module, name, parameter in places:
+        module._parameters[name] = hollow[parameter]
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+            parameter.requires_grad_(hollow[parameter].requires_grad)
 
 
 def _targets(
@@ -159,8 +186,14 @@ def adapted_parameters(model: nn.Module) -> set[str]:
 
 def trainable_share(model: nn.Module) -> str:
     """One line that says what is trained: of all parameters, and of a mixture's experts."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+
+    def count(parameters: Iterable[Any]) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # of DeepSpeed's parts
+
+    trained, total = (
+        count(p for p in model.parameters() if p.requires_grad),
+        count(model.parameters()),
+    )
     line = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
     if trained == total:
         return line
@@ -169,7 +202,7 @@ def trainable_share(model: nn.Module) -> str:
     for what in ("experts", "routers"):
         named = {name: base.get_parameter(name) for name, kind in parts.items() if kind == what}
         if named:
-            share = sum(p.numel() for p in named.values()) / total
+            share = count(named.values()) / total
             done = {
                 p.requires_grad or name.replace(".base_layer", "") in adapted
                 for name, p in named.items()
@@ -238,7 +271,8 @@ def _check_targets(model: Any, targets: list[str]) -> None:
                 )
 
 
-def _check_adapted(model: Any) -> None:
+def check_adapted(model: Any) -> None:
+    """Raise ModelError where a model has no adapters."""
     if not hasattr(model, "disable_adapter"):
         raise ModelError(
             f"{type(model).__name__} is no peft.PeftModel; wrap it by add_lora, and unwrap it from "
@@ -253,7 +287,7 @@ def reference_mode(model: Any) -> Iterator[None]:
     Raises:
         ModelError: the model has no adapters.
     """
-    _check_adapted(model)
+    check_adapted(model)
     # peft switches the gradients of all adapters off, and then of all active ones on.
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -310,13 +344,20 @@ def save_adapter(model: Any, path: Path, tokenizer: Any = None) -> None:
     """Write the adapters in peft's format, whole or not at all; with them the tokenizer that they
     were trained with, as TRL does, since its chat template may be another than the base's.
 
+    Of a model that is cut over processes the first one writes; all of them call this.
+
     Raises:
         ModelError: the model has no adapters.
     """
-    _check_adapted(model)
+    check_adapted(model)
+    state = model.state_dict()
+    if any(map(is_cut, state.values())):
+        state = {name: gathered(x).cpu() for name, x in state.items() if ".lora_" in name}
+        if torch.distributed.get_rank() > 0:
+            return
     with atomic_directory(path) as folder:
         # "auto" may ask the hub whether the embeddings have grown; they are frozen.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
         # peft's card is a form to fill in; that of the run is written later, beside the checksums.
         (folder / "README.md").unlink(missing_ok=True)
         if tokenizer is not None:
@@ -364,10 +405,20 @@ def merged(
     Raises:
         ModelError: peft is missing, or the base or the adapters cannot be loaded.
     """
-    peft = _import_peft()
     base = load_causal_lm(base_name, dtype=dtype, option=option)
+    return merged_in_place(with_adapters(base, base_name, adapter_folder))
+
+
+def with_adapters(base: Any, base_name: str, adapter_folder: Path) -> Any:
+    """A base in memory, or on the meta device, with saved adapters around its layers.
+
+    Raises:
+        ModelError: peft is missing, or the adapters cannot be loaded.
+    """
+    peft = _import_peft()
     try:
-        model = peft.PeftModel.from_pretrained(base, str(adapter_folder), torch_device="cpu")
+        with _as_on_cpu(base):
+            model = peft.PeftModel.from_pretrained(base, str(adapter_folder), torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"adapters {str(adapter_folder)!r} cannot be loaded: {one_line(error)}"
@@ -383,7 +434,7 @@ def merged(
         )
     for name, tensor in saved.items():
         state[name].copy_(tensor)
-    return merged_in_place(model)
+    return model
 
 
 def merged_in_place(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -398,7 +449,7 @@ def merged_in_place(model: Any, dtype: torch.dtype | None = None) -> Any:
     Raises:
         ModelError: the model has no adapters, or its base is quantized.
     """
-    _check_adapted(model)
+    check_adapted(model)
     if getattr(model, "is_quantized", False):
         raise ModelError(
             "adapters cannot be merged into a quantized base, which would be rounded to 4 bits "

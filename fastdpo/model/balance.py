@@ -106,7 +106,7 @@ def check_balance(model: Any) -> None:
         ModelError: it does.
     """
     base = head.base_of(model)
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = head.table_rows(model.get_input_embeddings())
     device = next(model.parameters()).device
     ids_BT = torch.arange(2, 26, device=device).view(2, 12) * 7919 % vocab
     mask_BT = torch.ones_like(ids_BT)

@@ -37,13 +37,22 @@ def dispatching(device_map: str | dict[str, Any] | None) -> Iterator[dict[str, A
 
     Under ``accelerate launch`` with FSDP, transformers would leave the hooks out.
     """
-    key = "ACCELERATE_USE_FSDP"
-    before = os.environ.pop(key, None) if device_map is not None else None
+    if device_map is None:
+        yield {}
+        return
+    with without("ACCELERATE_USE_FSDP"):
+        yield {"device_map": device_map}
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """Within it, an environment variable of accelerate is not set."""
+    before = os.environ.pop(name, None)
     try:
-        yield {} if device_map is None else {"device_map": device_map}
+        yield
     finally:
         if before is not None:
-            os.environ[key] = before
+            os.environ[name] = before
 
 
 def placed(model: Any, device: torch.device | str | None, named: str) -> Any:

@@ -94,6 +94,11 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def table_rows(table: Any) -> int:
+    """Rows of an embedding's or a head's weight, also where DeepSpeed has divided it."""
+    return getattr(table.weight, "ds_shape", table.weight.shape)[0]
+
+
 def attach(model: Any) -> None:
     """Teach ``model`` (a transformers causal LM, or a PEFT model of one) ``head_call``.
 
@@ -223,7 +228,7 @@ def check(model: Any, impl: str = "auto") -> None:
         ModelError: something else happens between the hidden states and the logits.
     """
     device = device_of(base_of(model))
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = table_rows(model.get_input_embeddings())
     ids_BT = torch.tensor([[i * 7919 % vocab for i in range(_PROBE_TOKENS)]], device=device)
     base = base_of(model)
     head = base.get_output_embeddings()

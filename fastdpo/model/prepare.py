@@ -27,6 +27,7 @@ from fastdpo.model import attention, head, liger, noise, offload, rope, sequence
 from fastdpo.model.balance import balancing_loss, token_mask
 from fastdpo.model.devices import device_of
 from fastdpo.model.load import one_line
+from fastdpo.model.shard import reset, reshard
 
 _log = logging.getLogger(__name__)
 _FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, LookupError)
@@ -131,7 +132,8 @@ def reference_rows(model: nn.Module, batch: PackedPairs) -> dict[str, Tensor | N
     """
 
     def rows(h_TD: Tensor, w_VD: Tensor, bias_V: Tensor | None, **_: Any) -> dict[str, Any]:
-        return {"ref_h_TD": h_TD, "ref_w_VD": w_VD.detach(), "ref_bias_V": bias_V}
+        ref_bias_V = None if bias_V is None else bias_V.detach()
+        return {"ref_h_TD": h_TD, "ref_w_VD": w_VD.detach(), "ref_bias_V": ref_bias_V}
 
     return head.packed_forward(model, sequence_parallel.chunk(model, batch), rows)
 
@@ -151,7 +153,8 @@ def prepare_model(
     """Packed attention, the fused head, no dropout, in training mode; on the model's own device.
 
     Args:
-        model: a transformers causal LM, or a PEFT model of one; changed in place and returned.
+        model: a transformers causal LM, or a PEFT model of one; changed in place and returned. One
+            that is cut over processes (`fastdpo.model.shard`) is proven on all of them at once.
         layout: of `fastdpo.data.batch.pack_pairs`; "auto" takes the first that this model computes
             exactly, and says so where it is not the first. `layout_of` reads it back.
         gradient_checkpointing: recompute activations in the backward.
@@ -197,6 +200,7 @@ def prepare_model(
             model.train()
         else:
             _silence(model, alone, chosen)
+    reshard(model)
     return model
 
 
@@ -272,6 +276,7 @@ def _first_exact(model: Any, alone: "_Alone | None", layouts: Sequence[Layout]) 
         # A model that was not made for packed rows can fail in any way.
         except _FAILURES as problem:
             reasons.append(f"{layout}: {one_line(problem)}")
+            reset(model)  # where the error was in a forward
             if model.config._attn_implementation != own:
                 model.set_attn_implementation(own)
             continue
@@ -325,7 +330,7 @@ class _Alone:
         device = device_of(model)
         # CPM-Ant embeds tokens that its head does not give.
         tables = model.get_input_embeddings(), model.get_output_embeddings()
-        vocab = min(table.weight.shape[0] for table in tables)
+        vocab = min(map(head.table_rows, tables))
         self.padded = Layout("padded", classes)
         sizes = [(7, 5, 9), (11, 8, 4)]
         modules = model.named_modules()
@@ -460,7 +465,7 @@ def _disable_dropout(model: nn.Module) -> None:
 
 def check_range(model: Any, token: int, length: int, whose: str, what: str) -> None:
     """Refuse token ids and lengths that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = head.table_rows(model.get_input_embeddings())
     if token >= rows:
         raise ModelError(
             f"{whose} token ids go up to {token}, but {type(model).__name__} has {rows} "

@@ -6,10 +6,17 @@ of `prepare_model` too, comes after, on all processes at once and in the same or
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from fastdpo.errors import ModelError
 from fastdpo.model import head
@@ -47,22 +54,17 @@ def shard(
         ModelError: the model has no layers of these classes, weights that take no gradient by
             their kind, or one that several layers share.
     """
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-    )
-
     base = head.base_of(model)
     kind = type(base).__name__
     _check_weights(model, kind)
     layers = _layers(base, layer_names)
-    embeddings, own_head = base.get_input_embeddings(), base.get_output_embeddings()
+    embeddings: Any = base.get_input_embeddings()
+    own_head = cast(Any, base.get_output_embeddings())
     units: list[nn.Module] = [*layers]
     if not _shared(model, embeddings):
         units.append(embeddings)
-    keep = own_head is not None and not (head_in_root or _shared(model, own_head))
+    apart = own_head is not None and not (head_in_root or _shared(model, own_head))
+    heads: list[Any] = [own_head] if apart else []
     if any(_shared(model, layer) for layer in layers):
         raise ModelError(
             f"the layers of {kind} share a weight with another part, which FSDP2 cannot cut; set "
@@ -83,12 +85,25 @@ def shard(
     try:
         for unit in units:
             fully_shard(unit, reshard_after_forward=reshard_after_forward, **given)
-        if keep:
-            fully_shard(own_head, reshard_after_forward=False, **given)
+        for unit in heads:
+            fully_shard(unit, reshard_after_forward=False, **given)
         fully_shard(model, reshard_after_forward=False, **given)
+        for unit in _units(model):
+            _keep_name(type(unit))
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"FSDP2 cannot cut this {kind}: {error}; set engine=ddp") from error
     return model
+
+
+def _keep_name(kind: type) -> None:
+    """Name a class that ``fully_shard`` made as the one that it was made of: messages have its
+    name, and functions of a model are looked for in its module."""
+    own = next(x for x in kind.__mro__[1:] if x.__module__ != FSDPModule.__module__)
+    kind.__name__, kind.__qualname__, kind.__module__ = (
+        own.__name__,
+        own.__qualname__,
+        own.__module__,
+    )
 
 
 def _check_weights(model: nn.Module, kind: str) -> None:
@@ -133,8 +148,6 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _units(model: nn.Module) -> list[Any]:
-    from torch.distributed.fsdp import FSDPModule
-
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -144,11 +157,20 @@ def reshard(model: nn.Module) -> None:
         unit.reshard()
 
 
-def class_name(module: object) -> str:
-    """The name of a module's class, which ``fully_shard`` replaces by one of its own."""
-    from torch.distributed.fsdp import FSDPModule
+def reset(model: nn.Module) -> None:
+    """Let a model run again after its forward raised an error, on all processes alike."""
+    if not is_sharded(model):
+        return
+    unit: Any = model
+    if hasattr(unit, "reset_iter_state"):  # torch 2.13
+        unit.reset_iter_state()
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
-    kind = type(module)
-    if not isinstance(module, FSDPModule):
-        return kind.__name__
-    return next(x for x in kind.__mro__[1:] if x is not FSDPModule).__name__
+    for state in (unit._get_fsdp_state() for unit in _units(model)):
+        state._state_ctx.iter_forward_root = None
+        group = state._fsdp_param_group
+        state._training_state = TrainingState.IDLE
+        if group is not None:
+            group._training_state = TrainingState.IDLE
+    reshard(model)

@@ -35,7 +35,7 @@ def tile_mlp(model: nn.Module, tile_tokens: int) -> int:
     """
     if type(tile_tokens) is not int or tile_tokens < 1:
         raise ModelError(f"tile_tokens={tile_tokens!r} must be a positive integer, such as 4096")
-    mlps: list[Any] = list(_dense_mlps(model))
+    mlps: list[Any] = list(dense_mlps(model))
     if not mlps:
         raise ModelError(
             f"{type(model).__name__} has no dense MLP to tile (mixtures of experts are not tiled): "
@@ -50,7 +50,7 @@ def tile_mlp(model: nn.Module, tile_tokens: int) -> int:
     return len(mlps)
 
 
-def _dense_mlps(module: nn.Module, in_layer: bool = False) -> Iterator[nn.Module]:
+def dense_mlps(module: nn.Module, in_layer: bool = False) -> Iterator[nn.Module]:
     """MLPs inside the elements of module lists; an element itself is a layer, whatever it holds."""
     for child in module.children():
         if hasattr(child, "experts") or hasattr(child, "router"):
@@ -58,7 +58,7 @@ def _dense_mlps(module: nn.Module, in_layer: bool = False) -> Iterator[nn.Module
         if in_layer and _is_mlp(child):
             yield child
         else:
-            yield from _dense_mlps(child, in_layer or isinstance(module, nn.ModuleList))
+            yield from dense_mlps(child, in_layer or isinstance(module, nn.ModuleList))
 
 
 def _is_mlp(module: nn.Module) -> bool:

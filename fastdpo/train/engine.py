@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.errors import ConfigError
+from fastdpo.model import sequence_parallel
 from fastdpo.model.adapters import merged, merged_in_place, save_adapter
 from fastdpo.model.load import save_policy, weights_digest
 from fastdpo.train import stored
@@ -80,6 +81,7 @@ class Engine:
             all but the first process).
         """
         model = load_start(start, config, self.accelerator.device)
+        sequence_parallel.use(model, self.sp)
         weights = weights_digest(model) if digest and self.is_main else ""
         return prepare_policy(model, config), weights
 

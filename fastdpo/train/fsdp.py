@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastdpo.errors import ConfigError
-from fastdpo.model import head
-from fastdpo.model.load import weights_digest
+from fastdpo.model import head, sequence_parallel
+from fastdpo.model.adapters import save_adapter
+from fastdpo.model.load import save_policy, weights_digest
+from fastdpo.model.merge import save_merged, save_merged_in_place
 from fastdpo.model.shard import reshard, shard
 from fastdpo.train import stored
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
-from fastdpo.train.prepare import load_start, prepare_policy
+from fastdpo.train.prepare import load_start, prepare_policy, start_in_pieces
+from fastdpo.train.together import together
 
 
 class Fsdp2(Engine):
@@ -66,25 +69,41 @@ class Fsdp2(Engine):
             self.mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
 
     def load(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
+        pieces, weights = None, ""
+        if isinstance(start, str | Path):
+            model, pieces = start_in_pieces(str(start), config)
+        else:
+            model = load_start(start, config, torch.device("cpu"))
+        offload = self.division.offload_params
+
         def place(model: Any) -> None:
+            nonlocal weights
             head.attach(model)
             shard(
                 model,
                 self.mesh,
                 bf16=config.bf16,
                 reshard_after_forward=self.division.reshard_after_forward,
-                offload_params=self.division.offload_params,
+                offload_params=offload,
                 head_in_root=self.head_in_root,
                 layer_names=self.division.layer_names,
             )
+            if pieces is not None:
+                pieces.fill(torch.device("cpu") if offload else self.accelerator.device)
+            if digest:
+                weights = weights_digest(model)
 
-        model = load_start(start, config, torch.device("cpu"))
-        weights = weights_digest(model) if digest and self.is_main else ""
+        sequence_parallel.use(model, self.sp)
         model = prepare_policy(model, config, place=place)
         reshard(model)  # an optimizer made of gathered weights would train none
         return model, weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
+        if not isinstance(start, str | Path):
+            raise ConfigError(
+                "precompute_ref_log_probs=False needs a second model, and one in memory is divided "
+                "already; give the model by its folder, or set precompute_ref_log_probs=True"
+            )
         found, _ = self.load(start, config, digest=False)
         return found.requires_grad_(False).eval()
 
@@ -119,3 +138,21 @@ class Fsdp2(Engine):
     ) -> None:
         reshard(model)
         super().read_state(folder, model, optimizer)
+
+    def save_policy(
+        self, model: nn.Module, start: Any, config: TrainConfig, tokenizer: Any, out: Path
+    ) -> None:
+        named, adapter, policy = isinstance(start, str | Path), out / "adapter", out / "policy"
+        name = str(start if named else start.name_or_path)
+
+        def write() -> None:
+            if not config.use_peft:
+                save_policy(model, tokenizer, policy, start=name)
+            elif not named:
+                save_merged_in_place(model, tokenizer, policy, torch.float32, start=name)
+            elif self.is_main:  # of the files alone, so it exchanges nothing
+                save_merged(name, adapter, tokenizer, policy, torch.float32)
+
+        if config.use_peft:
+            together(self.accelerator, lambda: save_adapter(model, adapter, tokenizer))
+        together(self.accelerator, write)

@@ -5,6 +5,7 @@ so its settings are read here, and the same code runs on the processes of a CPU.
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from fastdpo.errors import ConfigError
+from fastdpo.model.devices import without
 from fastdpo.train.config import TrainConfig
+from fastdpo.train.deepspeed import DeepSpeed, launch_settings, require_deepspeed
 from fastdpo.train.engine import Engine
 
 _PARALLEL = "PARALLELISM_CONFIG_"  # accelerate's, in the environment
@@ -44,12 +47,18 @@ def joined() -> Any:
         ConfigError: they cannot, and each would train alone.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import parse_flag_from_env
 
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     # torchrun says nothing of CPUs, and accelerate would leave each process alone there.
     on_cpu = wanted > 1 and not torch.accelerator.is_available()
     waits = InitProcessGroupKwargs(timeout=_PATIENCE)
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits])
+    # What FSDP2 offloads lies in CPU memory, and is summed and gathered there.
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        waits = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=_PATIENCE)
+    # accelerate takes sizes of parallelism on GPUs only; `_division` reads them anyway.
+    with without("ACCELERATE_USE_PARALLELISM_CONFIG") if on_cpu else nullcontext():
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits])
     if accelerator.num_processes != wanted:
         raise ConfigError(
             f"{wanted} processes were launched, and accelerate joined {accelerator.num_processes} "
@@ -66,6 +75,9 @@ def launched(config: TrainConfig) -> Engine:
     """
     from accelerate.utils import DistributedType
 
+    asked = _asked_for()
+    if "deepspeed" in (asked, config.engine):
+        require_deepspeed()
     # Its precision belongs to the process, so autocast is entered in `batch_loss` instead.
     accelerator = joined()
     if accelerator.mixed_precision != "no":
@@ -74,7 +86,6 @@ def launched(config: TrainConfig) -> Engine:
             "option bf16 says what is computed in bf16"
         )
     accelerator.gradient_accumulation_steps = 1  # micro-batches are accumulated in take_step
-    asked = _asked_for(accelerator)
     if config.engine not in ("auto", asked or config.engine):
         raise ConfigError(
             f"engine={config.engine}, but accelerate is configured for {asked}; leave engine out, "
@@ -84,9 +95,7 @@ def launched(config: TrainConfig) -> Engine:
     if name != "fsdp2":
         _refuse_division(config, name)
     if name == "deepspeed":
-        from fastdpo.train.deepspeed import DeepSpeed
-
-        return DeepSpeed(accelerator, config)
+        return DeepSpeed(accelerator, config, launch_settings(accelerator))
     if name == "fsdp2":
         from fastdpo.train.fsdp import Fsdp2
 
@@ -101,7 +110,7 @@ def launched(config: TrainConfig) -> Engine:
     return Engine(accelerator, config)
 
 
-def _asked_for(accelerator: Any) -> str | None:
+def _asked_for() -> str | None:
     """The engine that accelerate was configured for, if it was for one."""
     from accelerate.utils import parse_flag_from_env
 
@@ -130,7 +139,7 @@ def _division(accelerator: Any, config: TrainConfig) -> Division:
     own = Division(
         config.dp_replicate_size, config.reshard_after_forward, config.offload_params, None
     )
-    if _asked_for(accelerator) != "fsdp2":
+    if _asked_for() != "fsdp2":
         return own
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy

@@ -16,15 +16,17 @@ from torch import nn
 from fastdpo.data.budget import counted, fit_to_budget
 from fastdpo.data.examples import Layout
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.model import balance
+from fastdpo.model import balance, head
 from fastdpo.model.adapters import add_lora, load_4bit
 from fastdpo.model.load import (
     check_generation_config,
     check_start,
     load_causal_lm,
+    load_in_pieces,
     refuse_quantized,
     weights_digest,
 )
+from fastdpo.model.pieces import Pieces
 from fastdpo.model.prepare import check_range, layout_of, prepare_model
 from fastdpo.storage import read_json, settle_directory, write_json_atomic
 from fastdpo.train.config import FREE, EvalConfig, TrainConfig
@@ -56,9 +58,21 @@ def check_model(
             the tokenizer has tokens that the model has not: nothing is wrong if none occurs.
     """
     check_range(model, 0, config.max_length, "", "max_length")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > head.table_rows(model.get_input_embeddings()):
         for where, ids in tokens:
             check_range(model, max(ids, default=0), 0, f"{where}: the", "")
+
+
+def start_in_pieces(name: str, config: TrainConfig) -> tuple[Any, Pieces]:
+    """`load_start` of a model that is to be cut over processes: its parameters have no content yet.
+
+    Returns:
+        The model, on the meta device, and what reads its weights once it is cut.
+    """
+    check_start(name)
+    model, pieces = load_in_pieces(name, dtype=getattr(torch, config.dtype))
+    check_generation_config(model)
+    return model, pieces
 
 
 def load_start(start: Any, config: TrainConfig, device: torch.device) -> Any:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdpo.errors import ConfigError, DataError
+from fastdpo.errors import ConfigError
 from fastdpo.model.adapters import check_trainable, trainable_state
 
 STATE = "state.json"  # what a folder is of, beside its tensors
@@ -52,11 +52,19 @@ def write_parts(
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    class Writer(FileSystemWriter):
+        def write_data(self, *args: Any) -> Any:
+            try:
+                return super().write_data(*args)
+            except RuntimeError as error:
+                # PyTorch's archive covers what the disk said with an error of its own.
+                raise error.__context__ or error from None
+
     flat = {
         f"{part}.{k}": x for part, xs in _state(model, optimizer).items() for k, x in xs.items()
     }
     try:
-        save(flat, storage_writer=FileSystemWriter(folder))
+        save(flat, storage_writer=Writer(folder))
     except CheckpointException as error:
         raise _first_of(error) from None
     return [*folder.glob(f"__{rank}_*"), *([folder / _PARTS] if rank == 0 else [])]
@@ -81,7 +89,7 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     weights, wanted = list(own.values()), dict(own)
     slots: dict[int, dict[str, Tensor]] = {}
     if optimizer is not None:
-        for name in known.keys() - saved.keys():
+        for name in sorted(known.keys() - saved.keys()):  # alike on all processes
             shape, dtype = known[name]
             _, index, *slot = name.split(".", 2)
             like = weights[int(index)] if slot else None
@@ -175,8 +183,7 @@ def _read_parts(folder: Path, wanted: dict[str, Any]) -> None:
 
 def _first_of(error: Any) -> Exception:
     """The error of the first process that had one, which PyTorch tells all of them."""
-    rank = min(error.failures)
-    found = error.failures[rank][0]
+    found = error.failures[min(error.failures)][0]
     if isinstance(found, Exception):
         return found
-    return DataError(f"process {rank}: {type(found).__name__}: {found}")
+    raise found  # an interruption

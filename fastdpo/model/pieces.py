@@ -1,0 +1,328 @@
+"""Large models read and written in pieces: nowhere is there a whole one.
+
+Between files and parameters transformers renames, splits, stacks and joins tensors, each family in
+its own way.  That code is run as it is, on tensors that have sizes but no content, and what it does
+to them is noted (`Trace`).  Then the same operations give the rows of a parameter that a process
+keeps, from those rows of the files that they need.  `fastdpo.model.save` goes the other way.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastdpo.errors import ModelError
+
+_KEPT = 6  # whole tensors that are kept for what is made of them next
+
+
+class _Node:
+    """A tensor that can be made: of a file, of processes, or by an operation on others."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.changed_by = ""  # the operation that changed it in place, which is not noted
+
+    def make(self, trace: "Trace") -> Tensor:
+        raise NotImplementedError
+
+    def rows(self, trace: "Trace", start: int, stop: int) -> Tensor:
+        """Some of the first dimension's; without more knowledge the whole is made for them."""
+        return trace.whole(self)[start:stop]
+
+
+class _Source(_Node):
+    """What ``read`` gives, whole or some rows of it (a slice of the first dimension)."""
+
+    def __init__(
+        self, shape: torch.Size, dtype: torch.dtype, read: Callable[[slice | None], Tensor]
+    ) -> None:
+        super().__init__(shape, dtype)
+        self.read = read
+
+    def make(self, trace: "Trace") -> Tensor:
+        return self.read(None).to(self.dtype)
+
+    def rows(self, trace: "Trace", start: int, stop: int) -> Tensor:
+        return self.read(slice(start, stop)).to(self.dtype)
+
+
+class _View:
+    """Elements of a node."""
+
+    def __init__(self, node: _Node, tensor: Tensor) -> None:
+        self.node, self.shape = node, tensor.shape
+        self.stride, self.offset = tensor.stride(), tensor.storage_offset()
+
+    def make(self, trace: "Trace") -> Tensor:
+        self._check()
+        whole = trace.whole(self.node)
+        if self.shape == self.node.shape and self._is_plain:
+            return whole
+        # The node's storage had the strides of a new tensor.
+        return whole.contiguous().as_strided(self.shape, self.stride, self.offset)
+
+    def _check(self) -> None:
+        if self.node.changed_by:
+            raise ModelError(
+                f"transformers changes weights of this model in place ({self.node.changed_by}), so "
+                "they cannot be read in pieces; set engine=ddp"
+            )
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether this is rows of the node, or all of it."""
+        shape = self.node.shape
+        plain = torch.empty(shape, device="meta").stride()
+        if len(self.shape) != len(shape) or not shape or self.shape[1:] != shape[1:]:
+            return self.shape == shape
+        return self.stride == plain and self.offset % max(plain[0], 1) == 0
+
+    def rows(self, trace: "Trace", start: int, stop: int) -> Tensor:
+        if not self._is_plain:
+            return self.make(trace)[start:stop]
+        self._check()
+        first = int(self.offset) // max(self.node.shape[1:].numel(), 1)
+        return self.node.rows(trace, first + start, first + stop)
+
+
+class _Result(_Node):
+    """One output of an operation."""
+
+    def __init__(self, out: Tensor, func: Any, args: Any, kwargs: Any, index: int) -> None:
+        super().__init__(out.shape, out.dtype)
+        self.func, self.args, self.kwargs, self.index = func, args, kwargs, index
+
+    def make(self, trace: "Trace") -> Tensor:
+        given = self.args, self.kwargs
+        args, kwargs = tree_map_only(_View, lambda x: x.make(trace), given)
+        return tree_leaves(self.func(*args, **kwargs))[self.index]
+
+    def rows(self, trace: "Trace", start: int, stop: int) -> Tensor:
+        """Stacks need those of their tensors alone, and so do what is joined side by side."""
+        name, ndim = self.func._schema.name, len(self.shape)
+        dim = self.args[1] if len(self.args) > 1 else 0
+        if name == "aten::stack" and dim % ndim == 0:
+            return torch.stack([x.make(trace) for x in self.args[0][start:stop]])
+        if name == "aten::cat" and dim % ndim > 0:
+            return torch.cat([x.rows(trace, start, stop) for x in self.args[0]], dim)
+        if name == "aten::clone" and self.args[0].shape == self.shape:
+            return self.args[0].rows(trace, start, stop)
+        return super().rows(trace, start, stop)
+
+
+class Trace(TorchDispatchMode):
+    """Notes what becomes of tensors without content (`source`), and makes it with content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._nodes: dict[int, tuple[Tensor, _Node]] = {}  # by storage, which the tensor keeps
+        self._made: OrderedDict[_Node, Tensor] = OrderedDict()
+
+    def source(
+        self, shape: Any, dtype: torch.dtype, read: Callable[[slice | None], Tensor]
+    ) -> Tensor:
+        """A tensor without content; its content is what ``read`` gives when asked for it."""
+        out = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        self._nodes[_key(out)] = out, _Source(out.shape, dtype, read)
+        return out
+
+    def knows(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and tensor.is_meta and _key(tensor) in self._nodes
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """The content of one that `knows`."""
+        return self._view(tensor).make(self)
+
+    def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Some of its first dimension's, from those parts of the sources that they need."""
+        return self._view(tensor).rows(self, start, stop)
+
+    def whole(self, node: _Node) -> Tensor:
+        if node in self._made:
+            self._made.move_to_end(node)
+        else:
+            self._made[node] = node.make(self)
+            while len(self._made) > _KEPT:
+                self._made.popitem(last=False)
+        return self._made[node]
+
+    def _view(self, tensor: Tensor) -> _View:
+        return _View(self._nodes[_key(tensor)][1], tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(self.knows(x) for x in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        views = tree_map_only(
+            Tensor, lambda x: self._view(x) if self.knows(x) else x, (args, kwargs)
+        )
+        if not any(
+            "Tensor" in str(x.type) for x in func._schema.returns
+        ):  # a number or truth value
+            given = tree_map_only(_View, lambda x: x.make(self), views)
+            return func(*given[0], **given[1])
+        out = func(*args, **kwargs)
+        for index, tensor in enumerate(tree_leaves(out)):
+            if not isinstance(tensor, Tensor) or not tensor.is_meta:
+                continue
+            if not self.knows(tensor):
+                self._nodes[_key(tensor)] = tensor, _Result(tensor, func, views[0], views[1], index)
+            elif func._schema.is_mutable:
+                self._nodes[_key(tensor)][1].changed_by = func._schema.name
+        return out
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+# ------------------------------------------------------------------------------------------ reading
+class _Stored:
+    """A tensor of a file, as transformers takes one: ``x[...].to(device, dtype)`` loads it."""
+
+    def __init__(self, trace: Trace, stored: Any) -> None:
+        self.trace, self.stored = trace, stored
+        self.shape = stored.shape if isinstance(stored, Tensor) else stored.get_shape()
+
+    def __getitem__(self, _: Any) -> "_Stored":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        own = self.stored[:0].dtype if self.shape else self.stored[...].dtype
+        return self.trace.source(self.shape, dtype or own, self._read)
+
+    def _read(self, rows: slice | None) -> Tensor:
+        return self.stored[...] if rows is None else self.stored[rows]
+
+
+class _File:
+    """In place of ``safetensors.safe_open``."""
+
+    def __init__(self, trace: Trace, opened: Any) -> None:
+        self.trace, self.opened = trace, opened
+
+    def keys(self) -> list[str]:
+        return list(self.opened.keys())
+
+    def metadata(self) -> Any:
+        return self.opened.metadata()
+
+    def get_slice(self, key: str) -> _Stored:
+        return _Stored(self.trace, self.opened.get_slice(key))
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass  # it is read from later
+
+
+@contextmanager
+def reading(trace: Trace) -> Iterator[None]:
+    """Within the block transformers' ``from_pretrained`` loads tensors without content."""
+    from transformers import modeling_utils
+
+    hf: Any = modeling_utils
+    opened, loaded = hf.safe_open, hf.load_state_dict
+
+    def safe_open(*args: Any, **kwargs: Any) -> _File:
+        return _File(trace, opened(*args, **kwargs))
+
+    def load_state_dict(*args: Any, **kwargs: Any) -> dict[str, _Stored]:
+        return {name: _Stored(trace, x) for name, x in loaded(*args, **kwargs).items()}
+
+    with (
+        mock.patch.object(hf, "safe_open", safe_open),
+        mock.patch.object(hf, "load_state_dict", load_state_dict),
+        trace,
+    ):
+        yield
+
+
+class Pieces:
+    """The weights of a model on the meta device, read when it is known who keeps which."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self._trace = trace
+        # Modules stay what they are where others are put around them.
+        self._places: list[tuple[nn.Module, str, Tensor]] = []
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    self._places.append((module, name, parameter.detach()))
+            for name, buffer in module._buffers.items():
+                if trace.knows(buffer):
+                    assert buffer is not None
+                    module._buffers[name] = trace.value(buffer).clone()
+
+    def value(self, module: nn.Module, name: str) -> Tensor:
+        """The content of one parameter, whole."""
+        return next(self._trace.value(x) for m, n, x in self._places if m is module and n == name)
+
+    def fill(self, device: torch.device) -> None:
+        """Give every parameter its content, on ``device``, of one that is cut this process's rows.
+
+        All processes call it.
+        """
+        done: dict[int, nn.Parameter] = {}
+        for module, name, tensor in self._places:
+            old = module._parameters[name]
+            assert old is not None
+            if id(old) not in done:
+                data = self._content(old, tensor, device)
+                done[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad)
+            module._parameters[name] = done[id(old)]
+        self._places.clear()
+
+    def _content(self, old: Tensor, tensor: Tensor, device: torch.device) -> Tensor:
+        if not is_cut(old):
+            return torch.empty_like(tensor, device=device).copy_(self._trace.value(tensor))
+        start, stop = own_rows(old)
+        local = torch.empty(stop - start, *old.shape[1:], dtype=old.dtype, device=device)
+        if stop > start:
+            local.copy_(self._trace.rows(tensor, start, stop))
+        return dtensor_like(old, local)
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether this process has some rows of a tensor only."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def own_rows(tensor: Any) -> tuple[int, int]:
+    """Which rows of a DTensor cut along its first dimension, over its mesh's last, are here."""
+    mesh = tensor.device_mesh
+    count, parts = tensor.shape[0], mesh.size(mesh.ndim - 1)
+    each = -(-count // parts)
+    start = min(mesh.get_local_rank(mesh.ndim - 1) * each, count)
+    return start, min(start + each, count)
+
+
+def dtensor_like(tensor: Any, local: Tensor) -> Any:
+    """A DTensor with this process's rows, cut as another."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape,
+        stride=tensor.stride(),
+    )  # fmt: skip
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a parameter or buffer; of one that is cut all processes call it."""
+    if not is_cut(tensor):
+        return tensor.detach()
+    cut: Any = tensor.detach()
+    local, kind = cut.to_local(), cut.device_mesh.device_type
+    if local.device.type != kind:  # kept in CPU memory, where the processes' backend cannot send
+        local = local.to(kind)
+    return dtensor_like(cut, local).full_tensor()
