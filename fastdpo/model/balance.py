@@ -99,8 +99,11 @@ def token_mask(batch: PackedPairs) -> Tensor | None:
 
 
 @torch.no_grad()
-def check_balance(model: Any) -> None:
+def check_balance(model: Any, *, bf16: bool = False) -> None:
     """Refuse a model whose own forward computes another balancing loss than `balancing_loss`.
+
+    Args:
+        bf16: under autocast, which weights need that are gathered in bf16 (`fastdpo.model.shard`).
 
     Raises:
         ModelError: it does.
@@ -112,7 +115,8 @@ def check_balance(model: Any) -> None:
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, 5:] = 0
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
-    with attention.own_attention(model):
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    with attention.own_attention(model), autocast:
         call = head.HeadCall(
             lambda h_TD, **_: h_TD,
             lambda base, gates, _: balancing_loss(base, gates, mask_BT),

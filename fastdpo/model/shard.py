@@ -169,8 +169,8 @@ def reset(model: nn.Module) -> None:
 
     for state in (unit._get_fsdp_state() for unit in _units(model)):
         state._state_ctx.iter_forward_root = None
-        group = state._fsdp_param_group
-        state._training_state = TrainingState.IDLE
-        if group is not None:
-            group._training_state = TrainingState.IDLE
+        groups = getattr(state, "_fsdp_param_groups", None)  # several from some torch on
+        for part in (state, *(groups or [state._fsdp_param_group])):
+            if part is not None:
+                part._training_state = TrainingState.IDLE
     reshard(model)

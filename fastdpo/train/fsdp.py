@@ -5,7 +5,9 @@ and lets go of them after.  Gradients are summed and divided after each micro-ba
 ever has all of them.
 """
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ class Fsdp2(Engine):
 
     def __init__(self, accelerator: Any, config: TrainConfig, division: Any) -> None:
         super().__init__(accelerator, config)
+        self._twin: Any = None
         self.division, replicas = division, division.replicas
         if self.world == 1 and not torch.distributed.is_initialized():
             raise ConfigError(
@@ -74,6 +77,8 @@ class Fsdp2(Engine):
             model, pieces = start_in_pieces(str(start), config)
         else:
             model = load_start(start, config, torch.device("cpu"))
+            if not (config.precompute_ref_log_probs or config.use_peft):
+                self._twin = copy.deepcopy(model)  # one that is cut can't be copied
         offload = self.division.offload_params
 
         def place(model: Any) -> None:
@@ -100,11 +105,9 @@ class Fsdp2(Engine):
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
         if not isinstance(start, str | Path):
-            raise ConfigError(
-                "precompute_ref_log_probs=False needs a second model, and one in memory is divided "
-                "already; give the model by its folder, or set precompute_ref_log_probs=True"
-            )
-        found, _ = self.load(start, config, digest=False)
+            start = self._twin
+        found, _ = self.load(start, replace(config, precompute_ref_log_probs=True), digest=False)
+        self._twin = None
         return found.requires_grad_(False).eval()
 
     def prepare(

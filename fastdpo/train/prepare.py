@@ -149,7 +149,7 @@ def prepare_policy(
         prove=prove,
     )
     if added and prove:
-        balance.check_balance(model)
+        balance.check_balance(model, bf16=config.bf16 and place is not None)
     return model
 
 

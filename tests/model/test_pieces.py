@@ -1,19 +1,18 @@
 """Models read and written in pieces: the bits, names and files of one process."""
 
+import gc
 import hashlib
-import multiprocessing
-import os
+import logging
 import re
-import socket
-import traceback
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from ranks import on_ranks
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 
 from fastdpo.data.batch import pack_pairs
 from fastdpo.data.examples import TokenizedPair
@@ -27,7 +26,7 @@ from fastdpo.model.load import (
 )
 from fastdpo.model.merge import save_merged, save_merged_in_place
 from fastdpo.model.pieces import gathered, is_cut
-from fastdpo.model.prepare import prepare_model
+from fastdpo.model.prepare import layout_of, prepare_model
 from fastdpo.model.save import save_made
 from fastdpo.model.shard import is_sharded, shard
 
@@ -224,44 +223,171 @@ def case(rank, mesh, folder, family, dtype, peft, offload) -> None:
     barrier()
 
 
-def worker(rank, world, port, queue, folder, work) -> None:
-    import logging
-
-    import torch.distributed as dist
+def mesh_of(world: int, *, copies: bool = True) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    torch.set_num_threads(1)
+    return init_device_mesh("cpu", (2, world // 2) if world == 4 and copies else (world,))
+
+
+def all_cases(rank, world, folder) -> None:
     logging.disable(logging.WARNING)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    sizes = (world,) if world < 4 else (2, world // 2)
-    try:
-        queue.put(work(rank, init_device_mesh("cpu", sizes), folder))
-    except Exception:
-        queue.put(traceback.format_exc())
-        raise
-    dist.destroy_process_group()
-
-
-def run(world, folder, work) -> list[Any]:
-    """What each process found; ``work`` takes its number, a mesh and a folder."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    queue = multiprocessing.get_context("spawn").SimpleQueue()
-    spawn(worker, args=(world, port, queue, folder, work), nprocs=world)
-    return [queue.get() for _ in range(world)]
-
-
-def all_cases(rank, mesh, folder) -> None:
+    mesh = mesh_of(world)
     for family in ("LLAMA", "QWEN", "GEMMA3", "MIXTRAL"):
         for dtype, peft in ((torch.float32, False), (torch.bfloat16, True)):
             case(rank, mesh, folder, family, dtype, peft, offload=family == "QWEN")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4])  # 4: two copies, each on two
 def test_several_processes(world, tmp_path):
     for family in ("LLAMA", "QWEN", "GEMMA3", "MIXTRAL"):
         tiny.save_tiny(getattr(tiny, family), tmp_path / family)
-    run(world, tmp_path, all_cases)
+    on_ranks(world, all_cases, world, tmp_path)
+
+
+# ----------------------------------------------------------------------------------- the proof
+def noisy(model: Any) -> None:
+    """Draws random numbers whatever its mode is."""
+    model.model.layers[1].mlp.register_forward_hook(lambda _, __, out: out + torch.rand_like(out))
+
+
+def other_logits(model: Any) -> None:
+    plain = model.forward
+
+    def forward(*args, **kwargs):
+        found = plain(*args, **kwargs)
+        found.logits = found.logits.sin()
+        return found
+
+    model.forward = forward
+
+
+def no_segments(model: Any) -> None:
+    """Fails in the middle of a forward on packed pairs."""
+
+    def refuse(_, __, kwargs):
+        if kwargs.get("segments") is not None:
+            raise RuntimeError("this layer takes no segments")
+
+    model.model.layers[1].register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+def nothing(model: Any) -> None:
+    pass
+
+
+def proven(family: str, change: Any, mesh: Any, **options: Any) -> tuple[str, Any]:
+    """The layout that is found, or the error; and the hidden states of a pair, in it."""
+    torch.manual_seed(0)
+    model = getattr(tiny, family).build(320)
+    change(model)
+    batch = None
+    if mesh is not None:
+        head.attach(model)
+        shard(model, mesh, bf16=options.get("bf16", False))
+    try:
+        prepare_model(model, **options)
+    except ModelError as error:
+        return str(error), None
+    assert mesh is None or all(map(is_cut, model.parameters()))
+    layout = layout_of(model)
+    batch = pack_pairs([TokenizedPair([5, 6, 7], [8, 9, 10, 11], [12, 13])], layout=layout)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=options.get("bf16", False)):
+        return layout.key, head.packed_forward(model, batch, lambda h_TD, **_: h_TD)
+
+
+def proofs(rank, world) -> None:
+    logging.disable(logging.WARNING)
+    mesh = mesh_of(world)
+    for family, change, options in (
+        ("LLAMA", noisy, {}),
+        ("LLAMA", other_logits, {}),
+        ("LLAMA", no_segments, {}),
+        ("LLAMA", no_segments, {"layout": "packed"}),
+        ("MAMBA", nothing, {}),
+        ("MAMBA", nothing, {"layout": "shared"}),
+        ("OPT", nothing, {"gradient_checkpointing": True}),
+        ("QWEN2_MOE", nothing, {}),
+        ("LLAMA", nothing, {"mlp_tile_tokens": 4, "activation_offloading": True}),
+        ("GEMMA", nothing, {"bf16": True}),
+    ):
+        wanted, hidden = proven(family, change, None, **options)
+        found, cut = proven(family, change, mesh, **options)
+        assert found == wanted, (family, change.__name__, found, wanted)
+        if hidden is not None and not options.get("bf16"):
+            assert torch.equal(hidden, cut), (family, change.__name__)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2])
+def test_proofs(world):
+    on_ranks(world, proofs, world)
+
+
+# --------------------------------------------------------------------------------------- memory
+def resident() -> float:
+    """MiB of this process's memory, without pages of files, which the system has for all."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", text)[0]) / 2**10
+
+
+def added(work: Any) -> tuple[Any, float]:
+    """What ``work`` gives, and the most MiB that it adds to what is there before."""
+    gc.collect()
+    before, done, seen = resident(), threading.Event(), [0.0]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        found = work()
+    finally:
+        done.set()
+        thread.join()
+    return found, max(seen) - before
+
+
+def loaded(rank, world, small, large) -> tuple[float, float, float, float]:
+    """MiB that loading, the digest and saving add, and those of the process's own parameters."""
+    logging.disable(logging.WARNING)
+    mesh, tokenizer = mesh_of(world, copies=False), tiny.build_tokenizer()
+
+    def load() -> Any:
+        model, pieces = load_in_pieces(str(start))
+        head.attach(model)
+        shard(model, mesh)
+        pieces.fill(torch.device("cpu"))
+        return model
+
+    found: list[Any] = []
+    for start in (small, large):  # the first one for what imports take
+        model, loading = added(load)
+        _, digest = added(lambda model=model: weights_digest(model))
+        saved = start.with_suffix(".saved")
+        _, saving = added(lambda model=model, out=saved: save_policy(model, tokenizer, out))
+        found = [loading, digest, saving, sum(p.to_local().nbytes for p in model.parameters())]
+    return found[0], found[1], found[2], found[3] / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's counters")
+def test_no_process_has_the_whole(tmp_path):
+    """Each reads its rows alone; what is gathered to be saved is a tensor at a time."""
+    small = tiny.save_tiny(tiny.LLAMA, tmp_path / "small")
+    wide = tiny._family(
+        "wide", "LlamaConfig", hidden_size=512, intermediate_size=1408, num_hidden_layers=24
+    )
+    large = tiny.save_tiny(wide, tmp_path / "large")
+    whole = (large / "model.safetensors").stat().st_size / 2**20
+    found = on_ranks(4, loaded, 4, small, large)
+    print(f"{whole:.0f} MiB of weights: {found}")
+    for rank, (loading, digest, saving, own) in enumerate(found):
+        assert own == pytest.approx(whole / 4, rel=0.05)
+        assert loading < 1.5 * own, rank
+        assert digest < own and (saving < own or rank == 0), rank
+    assert (
+        files(large.with_suffix(".saved"))["model.safetensors"] == files(large)["model.safetensors"]
+    )
