@@ -32,11 +32,12 @@ def launch(
     argv: Sequence[str],
     log: Path,
     count: int = 2,
-    before: Callable[[int, list[int]], Any] = lambda rank, others: None,
+    before: Callable[[int, dict[int, int]], Any] = lambda rank, others: None,
     *,
     ends_others: bool = False,
 ) -> list[int]:
-    """Exit codes of the processes; ``before`` gets the rank, and the first process all others."""
+    """Exit codes of the processes; ``before`` gets the rank, and of later ones the processes with
+    their ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -45,7 +46,7 @@ def launch(
     for rank in reversed(range(count)):  # the first one last, which knows the others then
         pid = os.fork()
         if pid == 0:
-            _be(rank, count, port, argv, log, lambda rank=rank: before(rank, [*pids]))
+            _be(rank, count, port, argv, log, lambda rank=rank: before(rank, pids))
         pids[pid] = rank
     codes: dict[int, int] = {}
     while len(codes) < count:

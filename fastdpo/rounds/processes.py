@@ -37,14 +37,15 @@ class Processes:
     """Those that a run was launched as; one alone is the first, and has nobody to tell.
 
     Args:
-        engine: how they train together.
+        engine: that joined them.
 
     Attributes:
+        rank: of this one.
         is_first: whether this is the one that runs the rounds.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.is_first = engine, engine.is_main
+        self.rank, self.is_first = engine.rank, engine.is_main
         self._others = engine.world - 1
         self._said = 0  # the number of the last word that was said, or heard
         self._store: Any = None
@@ -86,7 +87,7 @@ class Processes:
             ModelError: it cannot be trained.
         """
         given = Loading(model=name, config=asdict(config))
-        return self._do(given, lambda: given.run(self.engine))
+        return self._do(given, given.run)
 
     def _do(self, given: Training | Loading, work: Callable[[], Any]) -> Any:
         """What the work returns, which all processes do at once."""
@@ -173,7 +174,7 @@ class Processes:
 
     def _join(self, given: Training | Loading) -> None:
         try:
-            work = given.ready(self.engine)
+            work = given.ready()
             self._mark("ready")
             with self._watched():
                 work()
@@ -186,7 +187,7 @@ class Processes:
     def _fail(self, error: Exception) -> NoReturn:
         """End with the first process's error where it has one, or else with this one."""
         kind = "" if isinstance(error, _ERRORS) else f"{type(error).__name__}: "
-        told = f"process {self.engine.rank}: {kind}{one_line(error)}"
+        told = f"process {self.rank}: {kind}{one_line(error)}"
         if not _is_of_exchange(error):  # which fails because another process does
             self._store.compare_set("failed", "", told)
         word = self._hear(_LAST)
@@ -197,7 +198,7 @@ class Processes:
 
     def _deserted(self) -> ProcessError:
         return ProcessError(
-            f"process {self.engine.rank}: the first process is gone; launch them again, the same "
+            f"process {self.rank}: the first process is gone; launch them again, the same "
             "command goes on"
         )
 

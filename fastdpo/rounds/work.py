@@ -11,7 +11,7 @@ from fastdpo.pair.stage import load_examples, split_stages
 from fastdpo.report.evaluation import by_prompt
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.control import LengthController
-from fastdpo.train.engine import Engine
+from fastdpo.train.launch import launched
 from fastdpo.train.trainer import train
 
 
@@ -39,7 +39,7 @@ class Training:
     stage: int
     candidates: str | None
 
-    def ready(self, engine: Engine) -> Callable[[], Any]:
+    def ready(self) -> Callable[[], Any]:
         """Read the files; returns the work."""
         stages = split_stages(load_examples(Path(self.pairs)))
         tokenizer = load_tokenizer(self.model, self.chat_template)
@@ -69,11 +69,13 @@ class Loading:
     model: str
     config: dict[str, Any]
 
-    def ready(self, engine: Engine) -> Callable[[], Any]:
-        return lambda: self.run(engine)
+    def ready(self) -> Callable[[], Any]:
+        return self.run
 
-    def run(self, engine: Engine) -> Any:
-        model, _ = engine.load(self.model, TrainConfig(**self.config), digest=False)
+    def run(self) -> Any:
+        """The model, or this process's part of it."""
+        config = TrainConfig(**self.config)
+        model, _ = launched(config).load(self.model, config, digest=False)
         return model
 
 

@@ -48,11 +48,16 @@ def die_in_training(rank, others):
     _in_training(rank, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def die_late_in_training(rank, others):
+    """After the first checkpoint."""
+    _in_training(rank, 1, lambda: os.kill(os.getpid(), signal.SIGKILL), call=2)
+
+
 def die_first_in_training(rank, others):
     _in_training(rank, 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def _in_training(rank, which, act):
+def _in_training(rank, which, act, call=1):
     from fastdpo.train import update
 
     if rank != which:
@@ -61,7 +66,7 @@ def _in_training(rank, which, act):
 
     def changed(*args, **kwargs):
         calls[0] += 1
-        return act() if calls[0] == 1 else real(*args, **kwargs)
+        return act() if calls[0] == call else real(*args, **kwargs)
 
     update.batch_loss = changed
 
@@ -197,3 +202,30 @@ def test_one_process_says_what_ended_them_and_the_same_command_goes_on(inputs, t
     assert same(weights(tmp_path / "run", 1), weights(tmp_path / "whole", 1))
     assert other[0] == [2, 2]
     assert told(other[1]) == [[x for x in told(other[1])[0] if "launched as 2" in x], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_killed_in_training_it_goes_on_with_as_many_processes_or_others(inputs, tmp_path, engine):
+    """With as many to the bit, with others up to rounding, as one process has it."""
+    count, others = (2, 3) if engine == "ddp" else (4, 2)
+
+    def given(out, log, count, **changes):
+        argv = arguments(inputs, tmp_path / out, rounds=1, train__engine=engine)
+        return dict(argv=argv, log=tmp_path / log, count=count, ends_others=True, **changes)
+
+    kill = {"before": "test_launched:die_late_in_training"}
+    whole, *found = launches(
+        given("whole", "log", count),
+        given("same", "log-killed", count, **kill),
+        given("same", "log-same", count),
+        given("other", "log-killed-too", count, **kill),
+        given("other", "log-other", others),
+    )
+    assert whole[0] == [0] * count, whole
+    assert [codes[1] for codes, _ in found[::2]] == [-signal.SIGKILL] * 2, found
+    assert [codes for codes, _ in found[1::2]] == [[0] * count, [0] * others], found
+    assert same(weights(tmp_path / "same", 1), weights(tmp_path / "whole", 1))
+    assert main(arguments(inputs, tmp_path / "one", rounds=1)) == 0
+    for name in ("whole", "other"):
+        close(tmp_path / name, tmp_path / "one")
