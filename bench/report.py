@@ -23,6 +23,7 @@ from . import (
     loss_tables,
     losses,
     objectives,
+    parallel_tables,
     profile,
     sampling,
     smoke,
@@ -58,6 +59,7 @@ KINDS = {
     objectives.OP: Kind("Objectives on the same prompts", objectives.markdown),
     sampling.OP: Kind("Samplers", sampling.markdown),
     length_tables.OP: Kind("The length study", length_tables.markdown, length_tables.plot),
+    parallel_tables.OP: Kind("Several processes", parallel_tables.markdown),
     smoke.OP: Kind("Every op on every route", smoke.markdown),
     profile.OP: Kind("Kernels", profile.markdown),
 }

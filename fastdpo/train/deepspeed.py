@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.errors import ConfigError
-from fastdpo.model import head
+from fastdpo.model import head, sequence_parallel
 from fastdpo.model.adapters import save_adapter
 from fastdpo.model.load import weights_digest
 from fastdpo.model.merge import save_merged
@@ -209,6 +209,7 @@ class DeepSpeed(Engine):
         # The first process reads it, and gives the others their parts, tensor by tensor.
         cpu = torch.device("cpu")
         model = load_start(start, config, cpu) if self.is_main else _unread(str(start), config)
+        sequence_parallel.use(model, self.sp)
         weights = weights_digest(model) if digest and self.is_main else ""
         return prepare_policy(model, config, place=place), weights
 
@@ -246,6 +247,12 @@ class DeepSpeed(Engine):
         }
         engine, *_ = _library().initialize(model=model, optimizer=optimizer, config=settings)
         return engine
+
+    def close(self) -> None:
+        """Take off what DeepSpeed put on models, and on linear layers of any model."""
+        while self._engines:
+            _take_off(self._engines.pop())
+        torch.nn.functional.linear = self._linear
 
     def plain(self, model: Any) -> Any:
         return model.module if any(model is x for x in self._engines) else model

@@ -53,7 +53,7 @@ def trained(engine, family=LLAMA, *, lora=False, steps=0, shift=0.0):
         for p in trainable_state(model).values():
             p.add_(shift)
     if engine.name == "fsdp2":
-        shard(model, engine.mesh)
+        shard(model, engine.mesh, offload_params=engine.division.offload_params)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True
     )
@@ -198,3 +198,39 @@ def test_parts_are_read_by_each_engine_and_what_fails_on_one_is_the_error_of_all
 @pytest.mark.slow
 def test_parts_of_tied_weights_and_adapters(tmp_path):
     on_ranks(2, every_way, tmp_path, ["tied", "lora"])
+
+
+WAYS: dict[str, Any] = {
+    "fsdp2": {},
+    "hsdp": dict(dp_replicate_size=2),
+    "offloaded": dict(offload_params=True),
+}
+
+
+def written(rank, folder):
+    join(rank, 4)
+    for name, options in WAYS.items():
+        engine = launched(TrainConfig(engine="fsdp2", **options))
+        state = trained(engine, steps=2)
+        save_checkpoint(folder / name, 2, engine, *state)
+        whole = bits(*state[:2])
+        if rank == 0:
+            torch.save(whole, folder / f"{name}.pt")
+    is_read(rank, folder, 4)
+
+
+def is_read(rank, folder, world):
+    """By every way that this many processes can be divided in."""
+    join(rank, world)
+    for options in WAYS.values() if world > 2 else [WAYS["fsdp2"], WAYS["offloaded"]]:
+        engine = launched(TrainConfig(engine="fsdp2", **options))
+        for name in WAYS:
+            new = trained(engine, steps=1, shift=0.1)
+            assert load_checkpoint(folder / name, engine, *new) == (2, None)
+            assert_same(bits(*new[:2]), torch.load(folder / f"{name}.pt"))
+
+
+@pytest.mark.slow
+def test_parts_are_read_by_another_number_of_processes(tmp_path):
+    on_ranks(4, written, tmp_path)
+    on_ranks(2, is_read, tmp_path, 2)
