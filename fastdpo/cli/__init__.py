@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "plan": (commands.PlanCommand, commands.run_plan),
     "doctor": (commands.DoctorCommand, commands.run_doctor),
 }
+_GONE = (
+    "error: a process of this launch ended without a word, as where the system kills one for "
+    "memory; its launcher says which. The same command goes on from the last checkpoint"
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
@@ -59,7 +63,21 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     unknown = [x for x in given if x.name not in options]
     if unknown:
         names.refuse(unknown, command, options)
-    return command, made(config, given)
+    own = made(config, given)
+    if command == "plan":
+        own.run = _whole_run(files, given)
+    return command, own
+
+
+def _whole_run(files: Sequence[str], given: Sequence[Given]) -> IterateConfig | None:
+    """The options of the run whose file `plan` was given, and on its command line; None where it
+    was given no such file, which would name prompts."""
+    options = options_of(IterateConfig)
+    of_files = [x for path in files for x in read_file(path, IterateConfig)]
+    if not any(x.name == "prompts" for x in of_files):
+        return None
+    own = [x._replace(name=x.name if x.name in options else f"train.{x.name}") for x in given]
+    return made(IterateConfig, [*of_files, *(x for x in own if x.name in options)])
 
 
 def _of_file(path: str, command: str) -> list[Given]:
@@ -94,8 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first():
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
         if not in_several():
             raise
-        return fail(traceback.format_exc(), 1)
+        gone = "by peer" in str(error)  # as gloo says that a connection is closed or reset
+        return fail(_GONE if gone else traceback.format_exc(), 1)
     return 0
