@@ -24,6 +24,7 @@ from . import (
     losses,
     objectives,
     parallel_tables,
+    plan_check,
     profile,
     sampling,
     smoke,
@@ -60,6 +61,7 @@ KINDS = {
     sampling.OP: Kind("Samplers", sampling.markdown),
     length_tables.OP: Kind("The length study", length_tables.markdown, length_tables.plot),
     parallel_tables.OP: Kind("Several processes", parallel_tables.markdown),
+    plan_check.OP: Kind("The planner and real processes", plan_check.markdown),
     smoke.OP: Kind("Every op on every route", smoke.markdown),
     profile.OP: Kind("Kernels", profile.markdown),
 }

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data": {"errors", "lazy", "progress", "storage", "loss"},
     "model": MODEL,
     "train": TRAIN | {"__init__"},  # the version
-    "plan": {"plan"} | TRAIN,
+    "plan": STAGES | {"plan", "rounds"} | TRAIN,
     "sample": MODEL,
     "score": MODEL,
     "pair": MODEL,

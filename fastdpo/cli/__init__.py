@@ -59,7 +59,21 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     unknown = [x for x in given if x.name not in options]
     if unknown:
         names.refuse(unknown, command, options)
-    return command, made(config, given)
+    own = made(config, given)
+    if command == "plan":
+        own.run = _whole_run(files, given)
+    return command, own
+
+
+def _whole_run(files: Sequence[str], given: Sequence[Given]) -> IterateConfig | None:
+    """The options of the run whose file `plan` was given, and on its command line; None where it
+    was given no such file, which would name prompts."""
+    options = options_of(IterateConfig)
+    of_files = [x for path in files for x in read_file(path, IterateConfig)]
+    if not any(x.name == "prompts" for x in of_files):
+        return None
+    own = [x._replace(name=x.name if x.name in options else f"train.{x.name}") for x in given]
+    return made(IterateConfig, [*of_files, *(x for x in own if x.name in options)])
 
 
 def _of_file(path: str, command: str) -> list[Given]:

@@ -14,7 +14,7 @@ import yaml
 
 import fastdpo
 from fastdpo.cli.datasets import is_first
-from fastdpo.errors import ConfigError
+from fastdpo.errors import ConfigError, is_number, require, require_used
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.storage import CACHE, atomic_file, cache_path
 from fastdpo.train.config import TrainConfig
@@ -26,15 +26,33 @@ ON_SEVERAL = ("train", "iterate")  # commands that may be launched as several pr
 class PlanCommand(TrainConfig):
     """Say what a training step takes and the longest pair that fits, without weights or a GPU.
 
-    ``--config`` takes the file of a whole run too, of which it reads the model and ``train``.
+    Of several GPUs it says what each takes, and what it sends to the others.  ``--config`` takes
+    the file of a whole run too: what each of its stages takes is said before.  All are estimates.
 
     Attributes:
         model: folder or hub name; only its configuration is read.
-        gpu_gib: memory of the GPU, in GiB.
+        gpu_gib: memory of a GPU, in GiB.
+        gpus: how many train together, as engine and sp_size say; sampling uses one of them, and
+            scoring those that score.device_map spreads a model over.
+        zero_stage: of engine=deepspeed, 2 or 3. What it takes is at least what is said.
+        link_gbs: GB/s that a GPU can send to others, for the time that communication takes; 50 is a
+            network card of 400 Gbit/s for each GPU.
     """
 
     model: str
     gpu_gib: float = 24.0
+    gpus: int = 1
+    zero_stage: int = 3
+    link_gbs: float = 50.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.run: IterateConfig | None = None  # that of a file, set by `parse`
+        require(self, "gpus", self.gpus >= 1, ">= 1")
+        require(self, "zero_stage", self.zero_stage in (2, 3), "2 or 3")
+        require(self, "link_gbs", is_number(self.link_gbs) and self.link_gbs > 0, "> 0")
+        staged = self.engine == "deepspeed"
+        require_used(self, "zero_stage", staged, "engine be deepspeed")
 
 
 @dataclass(kw_only=True)
@@ -96,18 +114,27 @@ def save_options(values: dict[str, Any], out: Path) -> None:
 
 
 def run_plan(config: PlanCommand) -> None:
-    from fastdpo.plan import estimate, longest_pair
+    from fastdpo.plan import estimate, longest_pair, plan_run
 
+    cluster: dict[str, Any] = {"gpus": config.gpus, "zero_stage": config.zero_stage}
+    if config.run is not None:
+        print(plan_run(config.run, gpu_gib=config.gpu_gib, **cluster), flush=True)
+        print("training, in a step:")
     prompt = max(1, config.max_length // 4)
     response = config.max_length - prompt
     whats = {"pairs": "pairs", "lists": "lists of two", "singles": "single responses"}
+    each = f" on each of {config.gpus} GPUs" if config.gpus > 1 else ""
     print(
         f"a full micro-batch of max_tokens={config.max_tokens}, {whats[config.objective.shape]} "
-        f"of a prompt of {prompt} and responses of {response} tokens:"
+        f"of a prompt of {prompt} and responses of {response} tokens{each}, estimated:"
     )
-    gpu_gib = config.gpu_gib
-    print(estimate(config.model, config, prompt=prompt, response=response, gpu_gib=gpu_gib))
-    print(longest_pair(config.model, config, gpu_gib))
+    sizes: dict[str, Any] = {"prompt": prompt, "response": response, "gpu_gib": config.gpu_gib}
+    found = estimate(config.model, config, **sizes, **cluster)
+    print(found, flush=True)
+    print(f"its largest part is {found.limit}")
+    if config.gpus > 1:
+        print(found.exchange(config.link_gbs), flush=True)
+    print(longest_pair(config.model, config, config.gpu_gib, **cluster))
 
 
 def run_doctor(config: DoctorCommand) -> None:

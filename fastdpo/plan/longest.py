@@ -8,8 +8,8 @@ from fastdpo.errors import ConfigError
 from fastdpo.plan.memory import Simulation
 from fastdpo.plan.step import (
     StepMemory,
+    at_rest,
     configuration_of,
-    fixed_bytes,
     gib,
     of_step,
     usable_bytes,
@@ -31,6 +31,17 @@ _SAVINGS: tuple[dict[str, Any], ...] = (
         "gradient_checkpointing": True, "mlp_tile_tokens": 8192, "activation_offloading": True,
     },
 )  # fmt: skip
+# The same where several GPUs train: those that matter most, as each takes a while to try.
+_SAVINGS_OF_SEVERAL: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": True},
+    {"engine": "fsdp2"},
+    {"engine": "fsdp2", "gradient_checkpointing": True, "sp_size": 2},
+    {"engine": "fsdp2", "gradient_checkpointing": True, "sp_size": 4},
+    {"engine": "fsdp2", "gradient_checkpointing": True, "sp_size": 8},
+    {"engine": "fsdp2", "offload_params": True},
+    {"activation_offloading": True},
+    {"use_peft": True, "dtype": "bfloat16"},
+)
 _LENGTH_STEP = 64
 _NO_LIMIT = 2**20  # tokens, where a model names no limit of its own
 
@@ -62,6 +73,8 @@ class Fit:
         usable: bytes of it that tensors can have, see `usable_bytes`.
         limit: tokens of the longest sequence the model takes.
         what: an example, as "pair".
+        gpus: how many train together; the pair is of one of them, or of the ``sp_size`` that share
+            its tokens.
     """
 
     gpu_gib: float
@@ -69,6 +82,7 @@ class Fit:
     limit: int
     options: tuple[Option, ...]
     what: str = "pair"
+    gpus: int = 1
 
     @property
     def longest(self) -> int:
@@ -80,8 +94,9 @@ class Fit:
         return self.options[0].estimate
 
     def __str__(self) -> str:
+        several = f"{self.gpus} x " if self.gpus > 1 else ""
         rows = [
-            f"Longest {self.what} on {self.gpu_gib:g} GiB, of which tensors can have "
+            f"Longest {self.what} on {several}{self.gpu_gib:g} GiB, of which tensors can have "
             f"{gib(self.usable)}; one a micro-batch, a quarter of each side is prompt"
         ]
         sides = 1 if self.what == "response" else 2
@@ -99,7 +114,9 @@ class Fit:
         return "\n".join(rows)
 
 
-def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
+def longest_pair(
+    model: Any, config: TrainConfig, gpu_gib: float, *, gpus: int = 1, zero_stage: int = 3
+) -> Fit:
     """The longest pairs that a GPU can train on, as configured and with what saves memory.
 
     So are lists, of two responses, or single responses, where the objective takes those.  A pair is
@@ -109,9 +126,11 @@ def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
     Args:
         model: as in `estimate`.
         gpu_gib: memory of the GPU, in GiB.
+        gpus, zero_stage: as in `estimate`. With ``sp_size`` the pair is shared by so many GPUs.
 
     Raises:
-        ConfigError: ``gpu_gib`` is no memory of a GPU, or nothing fits whatever the options.
+        ConfigError: ``gpu_gib`` is no memory of a GPU, so many GPUs cannot be divided so, or
+            nothing fits whatever the options.
         ModelError: as in `estimate`.
     """
     usable, configuration = usable_bytes(gpu_gib), configuration_of(model)
@@ -119,19 +138,16 @@ def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
     limit = getattr(text, "max_position_embeddings", None) or _NO_LIMIT
     options: list[Option] = []
     guess = limit if limit <= 16384 else 4096
-    for changes in ({}, *_SAVINGS):
+    for changes in ({}, *(_SAVINGS if gpus == 1 else _SAVINGS_OF_SEVERAL)):
         wanted = {name: x for name, x in changes.items() if getattr(config, name) != x}
         if changes and (not wanted or any(wanted == option.changes for option in options)):
             continue
-        if "precompute_ref_log_probs" in wanted and config.objective.needs_kl:
-            continue  # a KL of tokens is of both models
-        changed = replace(config, **wanted)
-        if changed.use_peft and not config.use_peft and not find_spec("peft"):
-            continue  # its layers are peft's
-        if changed.use_peft and not config.use_peft and "precompute_ref_log_probs" in wanted:
+        if wanted and not _possible(config, wanted, text, gpus):
             continue
-        simulation = Simulation(configuration_of(configuration), changed, gpu_gib)
-        options.append(Option(wanted, *_longest(simulation, usable, limit, guess)))
+        changed = replace(config, **wanted)
+        own = configuration_of(configuration)
+        with Simulation(own, changed, gpu_gib, gpus, zero_stage) as simulation:
+            options.append(Option(wanted, *_longest(simulation, usable, limit, guess)))
     if not any(option.longest for option in options):
         least = min(options, key=lambda option: option.estimate.peak)
         how = f" with {least.name}" if least.changes else ""
@@ -140,7 +156,29 @@ def longest_pair(model: Any, config: TrainConfig, gpu_gib: float) -> Fit:
             f"pair needs {gib(least.estimate.peak)}{how}, and tensors can have {gib(usable)}"
         )
     whats = {"pairs": "pair", "lists": "list of two", "singles": "response"}
-    return Fit(gpu_gib, usable, limit, tuple(options), whats[config.objective.shape])
+    return Fit(gpu_gib, usable, limit, tuple(options), whats[config.objective.shape], gpus)
+
+
+def _possible(config: TrainConfig, wanted: dict[str, Any], text: Any, gpus: int) -> bool:
+    """Whether these changes go with the options and the model."""
+    if "precompute_ref_log_probs" in wanted and config.objective.needs_kl:
+        return False  # a KL of tokens is of both models
+    if wanted.get("use_peft") and not find_spec("peft"):
+        return False  # its layers are peft's
+    if wanted.get("use_peft") and "precompute_ref_log_probs" in wanted:
+        return False
+    if "engine" in wanted and (config.load_in_4bit or config.engine == "deepspeed"):
+        return False
+    size = wanted.get("sp_size")
+    if size is None:
+        return True
+    heads = getattr(text, "num_attention_heads", 0)
+    shared = gpus // config.dp_replicate_size
+    return size > config.sp_size and not (shared % size or heads % size) and _packs(config)
+
+
+def _packs(config: TrainConfig) -> bool:
+    return config.layout != "padded"
 
 
 def _longest(simulation: Simulation, usable: int, limit: int, guess: int) -> tuple[int, StepMemory]:
@@ -154,7 +192,7 @@ def _longest(simulation: Simulation, usable: int, limit: int, guess: int) -> tup
         return of_step(simulation, prompt, length - prompt, pairs=1)
 
     shortest = min(_LENGTH_STEP, limit)
-    before, before_peak = 0, simulation.weights + sum(fixed_bytes(simulation))
+    before, before_peak = 0, at_rest(simulation).device
     low, found, high, length = 0, None, limit + 1, max(shortest, min(guess, limit))
     while before_peak <= usable or before:
         tried = at(length)

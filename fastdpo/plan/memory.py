@@ -10,9 +10,9 @@ weights in 4 bits, which bitsandbytes makes of real ones.  Not counted are a CUD
 allocator's fragmentation, and what libraries take inside of one operation.
 """
 
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,18 +20,19 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastdpo.data.batch import PackedPairs, pack_pairs
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.kernels.device import simulated
+from fastdpo.loss import checks, eager
 from fastdpo.loss.gemm import Products, has_native_bf16
 from fastdpo.loss.objectives import given_slopes
 from fastdpo.loss.plan import default_workspace_mib
 from fastdpo.loss.streaming import Stash
-from fastdpo.model import balance
+from fastdpo.model import balance, sequence_parallel
 from fastdpo.model.prepare import layout_of, packed_loss, reference_rows
+from fastdpo.plan.cluster import Cluster
+from fastdpo.plan.live import Live, local
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.prepare import prepare_policy
 
@@ -51,125 +52,58 @@ class Peaks(NamedTuple):
         head: the most while the head runs, forward and backward.
         body: the most while the body runs, forward or backward.
         host: the most in CPU memory.
+        whole: the most that FSDP2 has whole at once, of weights, gradients and its buffers; a part
+            of `head` and `body`.
+        sent: bytes that the process sends, by kind of collective.
+        sent_forward: those of the forward alone.
     """
 
     kept: int
     head: int
     body: int
     host: int
+    whole: int
+    sent: Counter[str]
+    sent_forward: Counter[str]
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, from then until they are freed.
-
-    What was there before is told by `known`.  A number read from a tensor without content is zero;
-    a truth value says what it does for tokens in order: all are, none is not.  Distinct values are
-    as many as there can be.  Pinned memory is the host's.
-    """
-
-    def __init__(self, aligned: int) -> None:
-        super().__init__()
-        self.aligned = aligned
-        self.bytes, self.peak, self.host, self.host_peak = 0, 0, 0, 0
-        self._seen: set[int] = set()
-        self._any: Any = None  # the last tensor that says whether there is any
-
-    def known(self, tensors: Iterable[Tensor]) -> int:
-        """Take note of tensors that are not to be counted; returns their bytes."""
-        total = 0
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._seen:
-                self._watch(storage, 0, 0)
-                total += self.rounded(storage.nbytes())
-        return total
-
-    def restart(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self.bytes
-
-    def rounded(self, size: int) -> int:
-        return -(-size // self.aligned) * self.aligned
-
-    def _add(self, storage: Any, pinned: bool) -> None:
-        if storage._cdata in self._seen:
-            return
-        size, host = self.rounded(storage.nbytes()), 0
-        if pinned:  # rounded up to powers of two
-            size, host = 0, 1 << max(storage.nbytes() - 1, 0).bit_length()
-        self.bytes, self.host = self.bytes + size, self.host + host
-        self.peak, self.host_peak = max(self.peak, self.bytes), max(self.host_peak, self.host)
-        self._watch(storage, size, host)
-
-    def _watch(self, storage: Any, size: int, host: int) -> None:
-        key = storage._cdata  # free for another storage as soon as this one is gone
-        self._seen.add(key)
-        weakref.finalize(storage, self._free, key, size, host).atexit = False
-
-    def _free(self, key: int, size: int, host: int) -> None:
-        self._seen.discard(key)
-        self.bytes, self.host = self.bytes - size, self.host - host
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        pinned = kwargs.pop("pin_memory", False)
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return args[0] is not self._any if args[0].dtype == torch.bool else 0
-        rule = _RULES.get(func.name())
-        if rule is None:
-            out = func(*args, **kwargs)
-        else:
-            with self:  # what it makes counts too
-                out = rule(*args, **kwargs)
-        if func is torch.ops.aten.any.default:
-            self._any = out
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._add(value.untyped_storage(), pinned)
-        return out
+@contextmanager
+def readable(configuration: Any) -> Iterator[None]:
+    """Say in one line that a model cannot be built or simulated."""
+    try:
+        yield
+    except (ModelError, ConfigError):
+        raise
+    # Code of models that were not made for tensors without content can fail in any way.
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+        raise ModelError(
+            f"the memory of a model with {type(configuration).__name__} cannot be simulated: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
 
 
-# ------------------------------------------------------------------ operations with a rule of ours
-def _unique(values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(values), torch.empty_like(values), torch.empty_like(values)
+def know_the_machine() -> None:
+    """Let what is found out once be found out now, by real calls."""
+    has_native_bf16()
+    Products(torch.float32, torch.device("cpu"))
 
 
-def _linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Within it, code that is run on tensors without content runs as for a GPU."""
+    with simulated(_CAPABILITY), Stash.apart():
+        yield
 
 
-def _grouped_mm(left: Tensor, right: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Experts; torch's own rule knows bf16 alone.  Two matrices give one product a group."""
-    first = ()
-    if left.ndim == right.ndim:
-        first = (left if left.ndim == 3 else offsets).shape[:1]
-    return left.new_empty(*first, left.shape[-2], right.shape[-1])
-
-
-def _flash_backward(grad: Tensor, q_THd: Tensor, k_KHd: Tensor, v_KHd: Tensor, *rest: Any) -> Any:
-    """The gradients, and what flash attention 2 takes to make them.
-
-    Those are sums in fp32, of tokens rounded up to tiles, and gradients of keys and values for
-    every head of queries.
-    """
-    (T, H, d), K = q_THd.shape, k_KHd.shape[0]
-    out = tuple(torch.empty_like(x) for x in (q_THd, k_KHd, v_KHd))
-    rows = T + 128 * (len(rest[2]) - 1)
-    scratch = [q_THd.new_empty(H, rows, dtype=torch.float32)]
-    scratch.append(q_THd.new_empty(rows, H, -(-d // 32) * 32, dtype=torch.float32))
-    if k_KHd.shape[1] != H:
-        scratch += [q_THd.new_empty(K, H, d) for _ in range(2)]
-    return out
-
-
-# Operations whose sizes torch does not know without content, or not all of them.
-_RULES: dict[str, Any] = {
-    "aten::_unique2": _unique,
-    "aten::_grouped_mm": _grouped_mm,
-    "mkldnn::_linear_pointwise": _linear,
-    "mkldnn::_linear_pointwise.binary": lambda x, added, *rest: _linear(x, *rest),
-    "torch_attn::_varlen_attn_backward": _flash_backward,
-}
+@contextmanager
+def _all_scored() -> Iterator[None]:
+    """Within it, every target of a process is scored: sequence parallel counts them, on a CPU in
+    Python, and would find none in tensors without content."""
+    with (
+        mock.patch.object(checks, "check_lengths", lambda *_: None),
+        mock.patch.object(eager, "nothing_scored", lambda *_: False),
+    ):
+        yield
 
 
 # ------------------------------------------------------------------------------- weights in 4 bits
@@ -209,72 +143,104 @@ def _quantize(model: nn.Module) -> None:
 # -------------------------------------------------------------------------------------- simulation
 @dataclass
 class Simulation:
-    """One model with one set of options, on a GPU of ``gpu_gib`` or a CPU (0); many steps.
+    """One model with one set of options, on GPUs of ``gpu_gib`` or CPUs (0); many steps.
+
+    Of several GPUs it is one that has no less than any other.  It then has a process group that
+    only stands for one, until it is closed: use it as a context.
 
     Raises:
+        ConfigError: so many GPUs cannot be divided as the options say.
         ModelError: a model of this configuration cannot be built, prepared or run without content.
     """
 
     configuration: Any  # transformers', which is changed
     config: TrainConfig
     gpu_gib: float
+    gpus: int = 1
+    zero_stage: int = 3
 
     def __post_init__(self) -> None:
+        know_the_machine()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.live = Live(_ALIGNED["cuda" if self.gpu_gib else "cpu"])
+        with ExitStack() as stack:
+            self.cluster = stack.enter_context(Cluster(self.config, self.gpus, self.zero_stage))
+            with readable(self.configuration):
+                model = self._build()
+            self._open = stack.pop_all()
+        self.model: Any = model
+        self.layout = layout_of(model)
+        self.aux_loss_coef = balance.coefficient(model, self.config.router_aux_loss_coef)
+        self.weights = self.live.known([*model.parameters(), *model.buffers()])
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.gradients = sum(self.live.rounded(local(p).nbytes) for p in self.trained)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights, gradients and optimizer are kept in CPU memory."""
+        return self.config.offload_params and self.cluster.name == "fsdp2"
+
+    @property
+    def largest_unit(self) -> int:
+        """Bytes of this process's part of the weights that are gathered together, at most."""
+        from torch.distributed.fsdp import FSDPModule
+
+        seen: set[int] = set()
+        largest = 0
+        for module in reversed(list(self.model.modules())):  # what is inside another comes first
+            if isinstance(module, FSDPModule):
+                unit: Any = module
+                own = [p for p in unit.parameters() if id(p) not in seen]
+                seen |= {id(p) for p in own}
+                largest = max(largest, sum(local(p).nbytes for p in own))
+        return largest
+
+    def __enter__(self) -> "Simulation":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the processes that were stood for; no further step is run."""
+        self._open.close()
+
+    def _build(self) -> Any:
         from transformers import AutoModelForCausalLM
 
         config = self.config
-        # What these find out once is for real calls.
-        has_native_bf16()
-        Products(torch.float32, torch.device("cpu"))
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live = Live(_ALIGNED["cuda" if self.gpu_gib else "cpu"])
-        with self._readable():
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    self.configuration, dtype=getattr(torch, config.dtype)
-                )
-                if config.load_in_4bit:
-                    _quantize(model)
-                model = prepare_policy(model, config, prove=False)
-            # It is not built there, because peft could not move its adapters.
-            with self.fake:
-                model.to_empty(device="cpu")
-            model.tie_weights()  # type: ignore[operator]
-        self.model: Any = model
-        self.layout = layout_of(model)
-        self.aux_loss_coef = balance.coefficient(model, config.router_aux_loss_coef)
-        self.weights = self.live.known([*model.parameters(), *model.buffers()])
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.gradients = sum(self.live.rounded(p.nbytes) for p in self.trained)
 
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        """Say in one line that a model cannot be built or simulated."""
-        try:
-            yield
-        except (ModelError, ConfigError):
-            raise
-        # Code of models that were not made for tensors without content can fail in any way.
-        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-            raise ModelError(
-                f"the memory of a model with {type(self.configuration).__name__} cannot be "
-                f"simulated: {' '.join(str(error).split())[:200]}"
-            ) from error
+        def place(model: Any) -> None:
+            # It is not built with the fake mode, because peft could not move its adapters.
+            with torch.device("cpu"), self.fake:
+                model.to_empty(device="cpu")
+                model.tie_weights()
+                self.cluster.place(model)
+
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                self.configuration, dtype=getattr(torch, config.dtype)
+            )
+            if config.load_in_4bit:
+                _quantize(model)
+            return prepare_policy(model, config, place=place, prove=False)
 
     def run(self, pairs: Sequence[Any], *, accumulated: bool) -> Peaks:
         """A micro-batch, forward and backward; ``accumulated``: after others of its step."""
         from transformers import masking_utils
 
         live = self.live
-        batch = pack_pairs(pairs, layout=self.layout)
-        gpu = simulated(_CAPABILITY) if self.gpu_gib else nullcontext()
+        # What a process gets of it depends on its content.
+        batch = sequence_parallel.chunk(self.model, pack_pairs(pairs, layout=self.layout))
+        gpu = as_on_gpu() if self.gpu_gib else Stash.apart()
         masks = nullcontext()
         if self.layout == "padded":
             # Padded rows need no mask, but transformers does not look at tensors that it takes for
             # a trace, and makes one of (T, T) to be safe.
             masks = mock.patch.object(masking_utils, "is_tracing", lambda *_: False, create=True)
+        scored = nullcontext() if batch.chunk is None else _all_scored()
         start = live.bytes  # of an earlier step, where the collector has not come yet
-        with self._readable(), self.fake, gpu, Stash.apart(), masks:
+        with readable(self.configuration), self.fake, gpu, masks, scored:
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if accumulated else None
             live.known(p.grad for p in self.trained if p.grad is not None)
@@ -290,10 +256,11 @@ class Simulation:
     def _micro_batch(self, batch: PackedPairs, start: int) -> Peaks:
         live, config = self.live, self.config
         before, edges = live.bytes, [live.bytes]
-        live.host_peak = live.host
+        live.host_peak, live.whole_peak = live.host, live.whole
+        live.sent.clear()
 
         def head_begins(_: Any, args: tuple[Tensor, ...]) -> None:
-            edges.extend([live.peak, live.bytes])
+            edges.extend([live.peak, live.bytes - live.whole])
             args[0].register_hook(head_is_done)
             live.restart()
 
@@ -313,11 +280,15 @@ class Simulation:
                     self.model, batch, **given, workspace_mib=workspace_mib, impl=config.impl,
                     router_aux_loss_coef=self.aux_loss_coef,
                 )  # fmt: skip
+            sent_forward = live.sent.copy()
             result.loss.backward()
         finally:
             hook.remove()
         _, forward, kept, head = edges
-        return Peaks(kept - before, head - start, max(forward, live.peak) - start, live.host_peak)
+        return Peaks(
+            kept - before, head - start, max(forward, live.peak) - start, live.host_peak,
+            live.whole_peak, live.sent.copy(), sent_forward,
+        )  # fmt: skip
 
     def _given(self, batch: PackedPairs) -> tuple[PackedPairs, dict[str, Any]]:
         """A batch as its objective takes it, and what the loss gets beside it.

@@ -1,6 +1,10 @@
-"""What a training step takes: the bytes of its parts, and the most that is alive at once."""
+"""What a training step takes: the bytes of its parts, and the most that is alive at once.
 
-from dataclasses import dataclass, fields
+Of several GPUs all is what one of them takes, and no other takes more.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastdpo.data.examples import (
@@ -12,13 +16,27 @@ from fastdpo.data.examples import (
 from fastdpo.errors import ConfigError, ModelError, is_number
 from fastdpo.loss.examples import BaseObjective
 from fastdpo.model.load import check_folder, refuse_quantized
-from fastdpo.plan.memory import GIB, Simulation
+from fastdpo.plan.memory import GIB, Peaks, Simulation
 from fastdpo.train.config import TrainConfig
 
 # Of a GPU's memory, a CUDA context with its libraries takes this, and of the rest the caching
 # allocator loses a share to gaps between blocks.  Both are estimates that no GPU has confirmed.
 CONTEXT_GIB = 0.6
 ALLOCATED_SHARE = 0.95
+
+
+# Of these the parts of a step's memory are told.
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "reference": "reference",
+    "activations": "activations",
+    "head": "head",
+    "backward": "backward",
+    "whole": "whole layers",
+    "buckets": "DDP's buckets",
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +52,16 @@ class StepMemory:
         head: the most that the head adds to that: workspace, accumulators, its gradients.
         backward: the most that the body's backward adds, of which new gradients are a part.
         peak: the most that is alive at once on the device.
-        host: CPU memory that offloaded activations take, for a GPU.
+        host: CPU memory that offloaded activations take, for a GPU, and offloaded weights with
+            their gradients and optimizer.
         pairs: of the micro-batch.
-        tokens: of the micro-batch.
+        tokens: of the micro-batch; with sequence parallel those of the whole group.
+        whole: the most that FSDP2 has whole at once: the weights and gradients of layers, and
+            buffers to gather and reduce them; a part of `head` and `backward`.
+        buckets: of DDP, copies of the gradients that it sums.
+        limit: the largest part of `peak`.
+        micro_batches: of a step, for each GPU or group of sequence parallel.
+        sent: bytes that a GPU sends in a step, by kind of collective.
     """
 
     weights: int
@@ -50,12 +75,27 @@ class StepMemory:
     host: int
     pairs: int
     tokens: int
+    whole: int = 0
+    buckets: int = 0
+    limit: str = ""
+    micro_batches: int = 1
+    sent: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = {x.name: getattr(self, x.name) for x in fields(self)[:7]}
+        parts = {told: getattr(self, name) for name, told in _PARTS.items()}
         shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
         host = f", and {gib(self.host)} of CPU memory" if self.host else ""
         return f"peak {gib(self.peak)}{host} for {self.tokens} tokens ({shown})"
+
+    def exchange(self, gbs: float) -> str:
+        """What a GPU sends in a step, and how long that takes at ``gbs`` GB/s if nothing else goes
+        on meanwhile."""
+        total = sum(self.sent.values())
+        kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in self.sent.items())
+        return (
+            f"a GPU sends {total / 1e9:.2f} GB a step of {self.micro_batches} micro-batches "
+            f"({kinds}): {total / 1e9 / gbs:.2f} s at {gbs:g} GB/s if nothing overlaps"
+        )
 
 
 def gib(size: float) -> str:
@@ -85,6 +125,8 @@ def estimate(
     response: int,
     device: str = "cuda",
     gpu_gib: float = 24.0,
+    gpus: int = 1,
+    zero_stage: int = 3,
 ) -> StepMemory:
     """Peak memory of a step on pairs of ``prompt`` tokens and two responses of ``response`` tokens.
 
@@ -96,9 +138,12 @@ def estimate(
         model: folder (only its config.json is read) or hub name, or a transformers configuration.
         device: "cuda" or "cpu", the target; it need not be here.
         gpu_gib: memory of the GPU, in GiB, of which the head's default workspace is a part.
+        gpus: how many train together, as ``config.engine`` and ``config.sp_size`` have it; or CPU
+            processes.
+        zero_stage: of ``engine="deepspeed"``, 2 or 3.
 
     Raises:
-        ConfigError: an argument has an impossible value.
+        ConfigError: an argument has an impossible value, or so many cannot be divided so.
         ModelError: the model's configuration cannot be had, or not be simulated.
     """
     for name, value in (("prompt", prompt), ("response", response)):
@@ -109,7 +154,8 @@ def estimate(
     if device == "cuda":
         usable_bytes(gpu_gib)  # it may be no memory of a GPU
     memory = gpu_gib if device == "cuda" else 0.0
-    return of_step(Simulation(configuration_of(model), config, memory), prompt, response)
+    with Simulation(configuration_of(model), config, memory, gpus, zero_stage) as simulation:
+        return of_step(simulation, prompt, response)
 
 
 def configuration_of(model: Any) -> Any:
@@ -136,12 +182,33 @@ def configuration_of(model: Any) -> Any:
     return found
 
 
-def fixed_bytes(simulation: Simulation) -> tuple[int, int]:
-    """Bytes of the optimizer and of a second model, which are there whatever runs."""
-    config = simulation.config
+@dataclass(frozen=True)
+class _AtRest:
+    """Bytes that are there whatever runs: on the device, and of them or offloaded the parts."""
+
+    gradients: int  # between micro-batches; not counted in `device`
+    optimizer: int
+    reference: int
+    buckets: int
+    device: int
+    host: int
+
+
+def at_rest(simulation: Simulation) -> _AtRest:
+    """What the weights, the optimizer, a second model and DDP's buckets take."""
+    config, cluster = simulation.config, simulation.cluster
     in_steps = config.objective.needs_reference and not config.precompute_ref_log_probs
-    twice = in_steps and not config.use_peft
-    return 2 * simulation.gradients, simulation.weights if twice else 0
+    gradients, several = simulation.gradients, cluster.gpus > 1
+    if cluster.name == "zero2":
+        gradients = -(-gradients // cluster.gpus)
+    # ZeRO keeps a second copy of the weights that it trains, which the optimizer works on.
+    optimizer = gradients * (3 if cluster.name.startswith("zero") else 2)
+    reference = simulation.weights if in_steps and not config.use_peft else 0
+    buckets = gradients if cluster.name == "ddp" and several else 0
+    total = simulation.weights + optimizer + reference
+    if simulation.offloaded:
+        return _AtRest(gradients, optimizer, reference, 0, 0, total + gradients)
+    return _AtRest(gradients, optimizer, reference, buckets, total + buckets, 0)
 
 
 def of_step(
@@ -151,30 +218,76 @@ def of_step(
 
     ``pairs`` of it; by default as many as the configuration lets it have.
     """
-    config = simulation.config
+    config, cluster = simulation.config, simulation.cluster
     pair = _example(config.objective, prompt, response)
     tokens = pair.num_tokens(simulation.layout)
+    share = -(-config.batch_size // cluster.engine.dp_size)
     if pairs is None:
-        pairs = min(max(1, config.max_tokens // tokens), config.batch_size)
-    several = pairs < config.batch_size
+        pairs = min(max(1, config.max_tokens // tokens), share)
+    fixed, offloaded = at_rest(simulation), simulation.offloaded
+    # Of gradients that are divided, or moved to the CPU, as each is there, none stays on the device
+    # beside those between micro-batches.
+    passing = offloaded or cluster.name == "zero2"
+    several = pairs < share or passing
     found = simulation.run([pair] * pairs, accumulated=several)
-    optimizer, reference = fixed_bytes(simulation)
-    fixed = simulation.weights + optimizer + reference
-    running = fixed + (simulation.gradients if several else 0) + max(found.head, found.body)
+    running = fixed.device + max(found.head, found.body)
+    if offloaded:
+        running += simulation.largest_unit
+    elif several:
+        running += fixed.gradients
+    # When the optimizer steps there are the gradients, and it makes nothing of its own.
+    stepping = fixed.device + (0 if offloaded else fixed.gradients)
+    parts = {
+        "weights": simulation.weights,
+        "gradients": fixed.gradients,
+        "optimizer": fixed.optimizer,
+        "reference": fixed.reference,
+        "activations": found.kept,
+        "head": found.head - found.kept,
+        "backward": max(0, found.body - found.kept),
+        "whole": found.whole,
+        "buckets": fixed.buckets,
+    }
+    micro_batches = -(-share // pairs)
     return StepMemory(
-        weights=simulation.weights,
-        gradients=simulation.gradients,
-        optimizer=optimizer,
-        reference=reference,
-        activations=found.kept,
-        head=found.head - found.kept,
-        backward=max(0, found.body - found.kept),
-        # When the optimizer steps there are the gradients, and it makes nothing of its own.
-        peak=max(running, fixed + simulation.gradients),
-        host=found.host,
+        **parts,
+        peak=max(running, stepping),
+        host=found.host + fixed.host,
         pairs=pairs,
         tokens=pairs * tokens,
+        limit=_limit(parts, found.head > found.body, offloaded),
+        micro_batches=micro_batches,
+        sent=_sent(simulation, found, micro_batches),
     )
+
+
+def _limit(parts: dict[str, int], at_head: bool, offloaded: bool) -> str:
+    """The largest of the parts that are alive at the peak, of what runs then without the rest."""
+    runs, rests = ("head", "backward") if at_head else ("backward", "head")
+    alive = {name: size for name, size in parts.items() if name != rests}
+    alive[runs] = max(0, alive[runs] - alive["whole"])
+    if offloaded:
+        for name in ("weights", "gradients", "optimizer", "reference"):
+            del alive[name]
+    return _PARTS[max(alive, key=alive.__getitem__)]
+
+
+def _sent(simulation: Simulation, found: Peaks, micro_batches: int) -> dict[str, int]:
+    """Bytes of a step: of each micro-batch, of a reference beside it, and of whole gradients."""
+    config, cluster = simulation.config, simulation.cluster
+    objective = config.objective
+    sent = Counter({kind: size * micro_batches for kind, size in found.sent.items()})
+    # One that gives a KL was run already.
+    if objective.needs_reference and not (config.precompute_ref_log_probs or objective.needs_kl):
+        for kind, size in found.sent_forward.items():
+            sent[kind] += size * micro_batches
+    others = simulation.gradients * (cluster.gpus - 1) // cluster.gpus
+    if cluster.name == "ddp" and others:
+        sent["all-reduce"] += 2 * others
+    elif cluster.name == "zero2":  # divided after each micro-batch, and what was changed gathered
+        sent["reduce-scatter"] += others * micro_batches
+        sent["all-gather"] += others
+    return dict(sent)
 
 
 def _example(objective: BaseObjective, prompt: int, response: int) -> TokenizedExample:

@@ -93,7 +93,7 @@ def launched(config: TrainConfig) -> Engine:
         )
     name = config.engine if config.engine != "auto" else asked or "ddp"
     if name != "fsdp2":
-        _refuse_division(config, name)
+        refuse_division(config, name)
     if name == "deepspeed":
         return DeepSpeed(accelerator, config, launch_settings(accelerator))
     if name == "fsdp2":
@@ -119,7 +119,7 @@ def _asked_for() -> str | None:
     return "fsdp2" if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
 
 
-def _refuse_division(config: TrainConfig, name: str) -> None:
+def refuse_division(config: TrainConfig, name: str) -> None:
     """Refuse options of FSDP2 where it is not the engine."""
     for option in ("dp_replicate_size", "offload_params", "reshard_after_forward"):
         value, default = getattr(config, option), getattr(type(config), option)

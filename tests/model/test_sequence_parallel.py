@@ -242,7 +242,7 @@ def of_fsdp2(rank: int, world: int, size: int) -> dict[str, float]:
     for i in range(count):  # one whose examples have run out goes on at no weight
         j = mine[i] if i < len(mine) else 0
         batch = pack_pairs([PAIRS[j]])
-        given = {"beta": 0.1, "alpha": 0.02, "num_pairs": len(PAIRS) / world}
+        given: dict[str, Any] = {"beta": 0.1, "alpha": 0.02, "num_pairs": len(PAIRS) / world}
         loss = packed_loss(shared, batch, REF[2 * j : 2 * j + 2], **given).loss
         (loss * (i < len(mine))).backward()
         total += loss.item() * (i < len(mine)) / world
@@ -251,9 +251,9 @@ def of_fsdp2(rank: int, world: int, size: int) -> dict[str, float]:
     result = packed_loss(one, pack_pairs(PAIRS), REF, beta=0.1, alpha=0.02)
     result.loss.backward()
     found = {"loss": apart(losses / size, result.loss.detach())}
-    for (name, p), q in zip(shared.named_parameters(), one.parameters()):
-        found[name] = apart(p.grad.full_tensor(), q.grad)
-    return found
+    wanted: dict[str, Any] = {name: p.grad for name, p in one.named_parameters()}
+    parts: dict[str, Any] = {name: p.grad for name, p in shared.named_parameters()}
+    return found | {name: apart(x.full_tensor(), wanted[name]) for name, x in parts.items()}
 
 
 @pytest.mark.slow

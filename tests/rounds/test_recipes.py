@@ -164,7 +164,7 @@ def test_storm_is_a_configuration():
 @pytest.mark.parametrize("recipe", sorted(STORM.parent.glob("*.yaml")), ids=lambda path: path.name)
 def test_plan_takes_a_recipe(recipe, tmp_path, capsys):
     model = save_tiny(LLAMA, tmp_path / "model")
-    command = ["plan", f"--config={recipe}", f"--model={model}"]
+    command = ["plan", f"--config={recipe}", f"--model={model}", "--gpus=8"]
     assert main(command) == 0
     values = yaml.safe_load(recipe.read_text())
     said = f"max_tokens={values['train']['max_tokens']}, pairs of a prompt of"
