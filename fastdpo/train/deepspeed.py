@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -185,6 +186,9 @@ class DeepSpeed(Engine):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         _library().utils.logger.setLevel(logging.WARNING)
+        # DeepSpeed's calls, at every step.
+        old = r"`torch\.distributed\.\w+` is deprecated"
+        warnings.filterwarnings("ignore", old, FutureWarning)
         # Else transformers divides what it loads.
         unset_hf_deepspeed_config()
 

@@ -188,7 +188,7 @@ JOBS = [
         {**LORA, "precompute_ref_log_probs": False, "gradient_checkpointing": True}, {"stage": 3},
     ),
     Job("three-copy", "llama", {"precompute_ref_log_probs": False}, {"stage": 3}),
-    Job("three-aot", "llama", {"loss_type": "aot"}, {"stage": 3}),
+    Job("three-aot", "llama", {"loss_type": "aot", "alpha": 0.0}, {"stage": 3}),
     Job("three-tiles", "llama", {"mlp_tile_tokens": 8}, {"stage": 3}),
     Job("three-offload", "llama", {}, {"stage": 3, **OFFLOAD}),
 ]  # fmt: skip
