@@ -199,7 +199,8 @@ def test_shapes_of_8b_and_70b(sizes, gpus, peak):
     shared = estimate(
         transformers.LlamaConfig(**sizes), replace(config, sp_size=8), gpus=gpus, **args
     )
-    assert shared.peak < found.peak and shared.sent["all-to-all"] > 0
+    assert shared.tokens > found.tokens and shared.sent["all-to-all"] > 0
+    assert shared.activations < found.activations / 2
 
 
 def _of_llama(sizes: dict[str, Any]) -> tuple[int, int]:
