@@ -171,8 +171,8 @@ measurable = pytest.mark.skipif(
 @pytest.mark.parametrize("case", plan_check.cases()[::2], ids=plan_check.name_of)
 def test_the_peak_of_real_processes(case):
     found, wanted = plan_check.estimated(case).peak, max(plan_check.measured(case))
-    # Observed within 3%; what is asked for is 15%.
-    assert found == pytest.approx(wanted, rel=0.08)
+    # Observed within 1%, but for 8% where a process let go of its buffers late.
+    assert found == pytest.approx(wanted, rel=0.15)
 
 
 # Shapes of public model cards: Llama 3.1.
