@@ -30,6 +30,7 @@ _LIMIT = 300.0  # seconds for a launch to begin, or to end when one of its proce
 def command(argv: list[str]) -> None:
     from fastdpo.cli import main
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the launcher's, of which it is a fork
     sys.exit(main(argv))
 
 
@@ -43,6 +44,7 @@ def agent(count: int, argv: list[str], log: Path) -> None:
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", run_id="kills", monitor_interval=0.1, start_method="fork",
+        max_restarts=0,
     )  # fmt: skip
     elastic_launch(config, command)(argv)
 
@@ -117,8 +119,8 @@ def main() -> None:
         launched = launch(count, argv, run)
         begun(launched, run)
         victim = rng.choice([None, rng.randrange(count)])
-        # A half at most, so that later ones fall into what an earlier one resumed.
-        if ended(launched, rng.uniform(0, work / 2)) is not None:
+        if ended(launched, rng.uniform(0, work)) is not None or not workers(launched.pid):
+            ended(launched)
             shutil.rmtree(run)
             continue
         took = kill(launched, victim)

@@ -27,7 +27,7 @@ class _Node:
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
-        self.changed_by = ""  # the operation that changed it in place, which is not noted
+        self.unknown_by = ""  # an operation that it can't be made by
 
     def make(self, trace: "Trace") -> Tensor:
         raise NotImplementedError
@@ -69,10 +69,10 @@ class _View:
         return whole.contiguous().as_strided(self.shape, self.stride, self.offset)
 
     def _check(self) -> None:
-        if self.node.changed_by:
+        if self.node.unknown_by:
             raise ModelError(
-                f"transformers changes weights of this model in place ({self.node.changed_by}), so "
-                "they cannot be read in pieces; set engine=ddp"
+                "transformers makes weights of this model by an operation that cannot be done in "
+                f"pieces ({self.node.unknown_by}); set engine=ddp"
             )
 
     @property
@@ -169,13 +169,17 @@ class Trace(TorchDispatchMode):
             given = tree_map_only(_View, lambda x: x.make(self), views)
             return func(*given[0], **given[1])
         out = func(*args, **kwargs)
+        # What is changed in place is not noted, nor the content of tensors that are made meanwhile.
+        left = tree_leaves(views)
+        unknown = func._schema.is_mutable or any(isinstance(x, Tensor) and x.is_meta for x in left)
         for index, tensor in enumerate(tree_leaves(out)):
             if not isinstance(tensor, Tensor) or not tensor.is_meta:
                 continue
             if not self.knows(tensor):
-                self._nodes[_key(tensor)] = tensor, _Result(tensor, func, views[0], views[1], index)
-            elif func._schema.is_mutable:
-                self._nodes[_key(tensor)][1].changed_by = func._schema.name
+                node = _Result(tensor, func, views[0], views[1], index)
+                self._nodes[_key(tensor)] = tensor, node
+            if unknown:
+                self._nodes[_key(tensor)][1].unknown_by = func._schema.name
         return out
 
 

@@ -248,6 +248,12 @@ class DeepSpeed(Engine):
         engine, *_ = _library().initialize(model=model, optimizer=optimizer, config=settings)
         return engine
 
+    def close(self) -> None:
+        """Take off what DeepSpeed put on models, and on linear layers of any model."""
+        while self._engines:
+            _take_off(self._engines.pop())
+        torch.nn.functional.linear = self._linear
+
     def plain(self, model: Any) -> Any:
         return model.module if any(model is x for x in self._engines) else model
 

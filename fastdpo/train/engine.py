@@ -99,6 +99,9 @@ class Engine:
         """The model without what `prepare` put around it."""
         return self.accelerator.unwrap_model(model)
 
+    def close(self) -> None:
+        """Called when training has ended, however it did."""
+
     # -------------------------------------------------------------------------------- the step
     def accumulates(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch that is not the last of its step."""
@@ -175,7 +178,7 @@ class Engine:
             ModelError: it is of other tensors.
             ConfigError: this engine cannot read it, or not on so many processes.
         """
-        stored.read(folder, model, optimizer)
+        stored.read(self, folder, model, optimizer)
 
     def save_policy(
         self, model: nn.Module, start: Any, config: TrainConfig, tokenizer: Any, out: Path

@@ -14,7 +14,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -109,7 +109,7 @@ def train(
     setup = Setup(engine, config, out, reference, progress, pairs, keep_checkpoint)
     setup = replace(setup, unpaired=len(pairs) > len(given))
     evaluator = Evaluator(setup, eval_pairs, evaluation or EvalConfig())
-    with _repeatable(setup.device):
+    with closing(engine), _repeatable(setup.device):
         claim_folder(setup, model, evaluator.facts())
         if not is_finished(setup):
             if engine.is_main:

@@ -129,7 +129,8 @@ def test_same_errors(damage, tmp_path):
         load_in_pieces(str(start))
 
 
-def test_changed_in_place(tmp_path, monkeypatch):
+@pytest.mark.parametrize("own", [False, True], ids=["in place", "own tensor"])
+def test_what_cannot_be_noted(own, tmp_path, monkeypatch):
     """What the notes can't tell is refused, not read wrongly."""
     from transformers import core_model_loading
 
@@ -138,13 +139,14 @@ def test_changed_in_place(tmp_path, monkeypatch):
 
     def convert(self, *args, **kwargs):
         found = plain(self, *args, **kwargs)
-        for x in found.values():
-            (x[0] if isinstance(x, list) else x).mul_(2)
+        for name, x in found.items():
+            x = x[0] if isinstance(x, list) else x
+            found[name] = x + torch.ones(x.shape, device=x.device) if own else x.mul_(2)
         return found
 
     monkeypatch.setattr(core_model_loading.WeightRenaming, "convert", convert)
     _, pieces = load_in_pieces(start)
-    with pytest.raises(ModelError, match=r"in place .aten::mul_.*set engine=ddp"):
+    with pytest.raises(ModelError, match=r"in pieces .aten::(mul_|add).*set engine=ddp"):
         pieces.fill(torch.device("cpu"))
 
 
@@ -226,7 +228,9 @@ def case(rank, mesh, folder, family, dtype, peft, offload) -> None:
 def mesh_of(world: int, *, copies: bool = True) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", (2, world // 2) if world == 4 and copies else (world,))
+    if world < 4 or not copies:
+        return init_device_mesh("cpu", (world,))
+    return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copy", "part"))
 
 
 def all_cases(rank, world, folder) -> None:

@@ -1,14 +1,26 @@
 """DeepSpeed's ZeRO: what its configuration may say, and training equal to one process."""
 
+import json
+import os
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from ranks import on_ranks
+from safetensors.torch import load_file
 from test_trainer import random_pairs
+from tiny import LLAMA, QWEN, save_tiny
 
 from fastdpo.errors import ConfigError
-from fastdpo.train import deepspeed
-from fastdpo.train.config import TrainConfig
+from fastdpo.model.load import load_tokenizer
+from fastdpo.train import deepspeed, update
+from fastdpo.train.config import EvalConfig, TrainConfig
+from fastdpo.train.evaluate import BEST
+from fastdpo.train.metrics import read_metrics
 from fastdpo.train.trainer import train
 
 CONFIG = TrainConfig(
@@ -16,6 +28,8 @@ CONFIG = TrainConfig(
     reference_cache=None, max_grad_norm=0.05, save_steps=1,
 )  # fmt: skip
 ZERO = {"zero_optimization": {"stage": 2}}
+GROUPED, RECOMPUTED = 0.03, 0.012  # workspaces with which micro-batches take that route
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
 # ------------------------------------------------------------------------------ the configuration
@@ -70,7 +84,166 @@ def test_without_the_package_one_error_says_what_to_install(monkeypatch, tmp_pat
         train("model", None, random_pairs(2), replace(CONFIG, engine="deepspeed"), tmp_path)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+@needs_deepspeed
 def test_one_process_or_no_settings_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="accelerate launch --use_deepspeed"):
         train("model", None, random_pairs(2), replace(CONFIG, engine="deepspeed"), tmp_path)
+
+
+# ------------------------------------------------------------------------------ the same training
+class Stopped(Exception):
+    """In place of a kill."""
+
+
+class Job(NamedTuple):
+    """A run on several processes: its folder's name, the model, options, DeepSpeed's settings."""
+
+    name: str
+    model: str
+    options: dict[str, Any]
+    zero: dict[str, Any]
+    stop: int = 0  # after so many steps
+    evaluates: bool = False
+
+
+def run(job: Job, folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
+    """Train: metrics of the steps, and the routes that micro-batches took through the head."""
+    routes: set[str] = set()
+    real = update.batch_loss
+
+    def watched(*args: Any, **options: Any) -> Any:
+        result = real(*args, **options)
+        routes.add(result.plan.route)
+        return result
+
+    def on_step(row: dict[str, float]) -> None:
+        if next(steps) == job.stop:
+            raise Stopped
+
+    steps, out = iter(range(1, 100)), folder / job.name
+    given: dict[str, Any] = {}
+    config, model = replace(CONFIG, **job.options), str(folder / job.model)
+    if job.evaluates:
+        evaluation = EvalConfig(eval_steps=1, load_best_model_at_end=True)
+        given = dict(eval_pairs=random_pairs(5, seed=7), evaluation=evaluation)
+    linear = torch.nn.functional.linear
+    with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
+        patch.setattr(update, "batch_loss", watched)
+        train(
+            model, load_tokenizer(model), random_pairs(13, seed=1), config, out, progress=False,
+            on_step=on_step, **given,
+        )  # fmt: skip
+    assert torch.nn.functional.linear is linear
+    return read_metrics(out / "metrics" / "metrics.jsonl"), routes
+
+
+def run_all(rank: int, world: int, jobs: list[Job], folder: Path) -> list[Any]:
+    os.environ.update(
+        WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true", ACCELERATE_USE_DEEPSPEED="true",
+    )  # fmt: skip
+    found = []
+    for job in jobs:
+        # Above the norms of these models, below all else.
+        zero = {"stage3_param_persistence_threshold": 100, **job.zero}
+        path = folder / f"{job.name}.{rank}.json"
+        path.write_text(json.dumps({"zero_optimization": zero}))
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+        found.append(run(job, folder))
+    return found
+
+
+def policy(folder: Path) -> dict[str, torch.Tensor]:
+    files = (folder / "policy").glob("*.safetensors")
+    return {name: x for file in files for name, x in load_file(file).items()}
+
+
+def check_same(
+    job: Job, rows: list[dict[str, Any]], one: list[dict[str, Any]], folder: Path, alone: Path
+) -> None:
+    """Losses, the norm before clipping and the policy, within rounding of one process's."""
+    for row, wanted in zip(rows, one, strict=True):
+        assert wanted["grad_norm"] > CONFIG.max_grad_norm
+        for name in ("loss", "grad_norm", "logps/chosen", "rewards/margins", "eval_loss"):
+            if name in wanted:
+                found = row[name]
+                assert found == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), (job.name, name)
+        assert row["pairs"] == wanted["pairs"] and row["num_tokens"] == wanted["num_tokens"]
+    found, wanted = policy(folder), policy(alone)
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        # An update is the learning rate times a ratio whose rounding shows where it is near 0.
+        torch.testing.assert_close(found[name], x, rtol=0, atol=0.03 * CONFIG.learning_rate)
+
+
+LORA = dict(use_peft=True, lora_r=4)
+OFFLOAD = {key: {"device": "cpu"} for key in ("offload_optimizer", "offload_param")}
+JOBS = [
+    Job("two", "llama", {"workspace_mib": GROUPED}, {"stage": 2}),
+    Job("two-lora", "llama", LORA, {"stage": 2}),
+    Job("three", "llama", {"workspace_mib": GROUPED}, {"stage": 3}, evaluates=True),
+    Job("three-tied", "qwen", {"workspace_mib": RECOMPUTED}, {"stage": 3}),
+    Job(
+        "three-lora", "llama",
+        {**LORA, "precompute_ref_log_probs": False, "gradient_checkpointing": True}, {"stage": 3},
+    ),
+    Job("three-copy", "llama", {"precompute_ref_log_probs": False}, {"stage": 3}),
+    Job("three-aot", "llama", {"loss_type": "aot"}, {"stage": 3}),
+    Job("three-tiles", "llama", {"mlp_tile_tokens": 8}, {"stage": 3}),
+    Job("three-offload", "llama", {}, {"stage": 3, **OFFLOAD}),
+]  # fmt: skip
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_training_equals_one_process(tmp_path):
+    for family in (LLAMA, QWEN):
+        save_tiny(family, tmp_path / family.name.removesuffix("3"))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for family in ("llama", "qwen"):
+        (alone / family).symlink_to(tmp_path / family)
+    [found, other] = on_ranks(2, run_all, 2, JOBS, tmp_path)
+    for job, (rows, routes), (_, others) in zip(JOBS, found, other):
+        one, _ = run(job, alone)
+        check_same(job, rows, one, tmp_path / job.name, alone / job.name)
+        route = {GROUPED: "grouped", RECOMPUTED: "recompute"}.get(
+            job.options.get("workspace_mib", 0)
+        )
+        assert route is None or route in routes & others
+        if job.evaluates:
+            kept = [json.loads((x / job.name / BEST).read_text()) for x in (tmp_path, alone)]
+            assert kept[0]["best_global_step"] == kept[1]["best_global_step"]
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_in_the_same_bits_or_on_other_processes(tmp_path):
+    save_tiny(LLAMA, tmp_path / "llama")
+    whole = [Job(f"whole-{n}", "llama", {}, {"stage": n}) for n in (2, 3)]
+    begun = [Job(f"stage-{n}", "llama", {}, {"stage": n}, stop=2) for n in (2, 3)]
+    moved = [Job(f"moved-{n}", "llama", {}, {"stage": n}, stop=2) for n in (2, 3)]
+    resumed = [job._replace(stop=0) for job in begun]
+    on_ranks(2, run_all, 2, [*whole, *begun, *moved, *resumed], tmp_path)
+    for n in (2, 3):
+        wanted, found = (policy(tmp_path / f"{name}-{n}") for name in ("whole", "stage"))
+        assert all(torch.equal(found[name], x) for name, x in wanted.items())
+    # Three processes, each stage from what the other one wrote on two.
+    on_ranks(
+        3, run_all, 3,
+        [Job("moved-2", "llama", {}, {"stage": 3}), Job("moved-3", "llama", {}, {"stage": 2})],
+        tmp_path,
+    )  # fmt: skip
+    for n in (2, 3):
+        wanted, found = (policy(tmp_path / f"{name}-{n}") for name in ("whole", "moved"))
+        for name, x in wanted.items():
+            torch.testing.assert_close(found[name], x, rtol=0, atol=0.03 * CONFIG.learning_rate)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_parts_are_refused_by_another_engine(tmp_path):
+    save_tiny(LLAMA, tmp_path / "llama")
+    on_ranks(2, run_all, 2, [Job("run", "llama", {}, {"stage": 3}, stop=1)], tmp_path)
+    with pytest.raises(ConfigError, match="engine=deepspeed on 2 processes"):
+        run(Job("run", "llama", {}, {}), tmp_path)

@@ -1,0 +1,93 @@
+"""A run of which each process has some rows of the model, from the start to the saved policy."""
+
+import logging
+import os
+import random
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from safetensors.torch import load_file
+
+from fastdpo.data.examples import TokenizedPair
+from fastdpo.model.load import load_causal_lm
+from fastdpo.train.config import TrainConfig
+from fastdpo.train.together import together
+from fastdpo.train.trainer import train
+
+# Of a model by name and in memory, with and without adapters.
+CASES = [(memory, lora) for memory in (False, True) for lora in (False, True)]
+
+
+def run(folder: Any, out: Any, memory: bool, lora: bool, engine: str) -> float:
+    """The loss of two steps; full training takes the reference as a second model."""
+    draw = random.Random(0)
+
+    def ids(least: int) -> list[int]:
+        return [draw.randrange(4, 300) for _ in range(draw.randrange(least, 9))]
+
+    pairs = [TokenizedPair(ids(4), ids(3), ids(3), where=f"row {i}") for i in range(8)]
+    config = TrainConfig(
+        batch_size=4, max_tokens=64, max_length=32, learning_rate=1e-3, bf16=False, use_peft=lora,
+        engine=engine, reference_cache=None, precompute_ref_log_probs=lora,
+    )  # fmt: skip
+    start = load_causal_lm(str(folder)) if memory else str(folder)
+    return train(start, tiny.build_tokenizer(), pairs, config, out, progress=False)["loss"]
+
+
+def join(rank: int) -> None:
+    """The environment of a launch, for accelerate."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    os.environ |= dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", ACCELERATE_USE_CPU="true",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="1",
+    )  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def divided(rank: int, folder: Any) -> list[float]:
+    logging.disable(logging.WARNING)
+    join(rank)
+    found = []
+    for memory, lora in CASES:
+        out = folder / f"divided-{memory}-{lora}"
+        found.append(run(folder / "start", out, memory, lora, "fsdp2"))
+    return found
+
+
+@pytest.mark.slow
+def test_run_of_a_divided_model_equals_that_of_one_process(tmp_path):
+    tiny.save_tiny(tiny.QWEN, tmp_path / "start")
+    found, _ = on_ranks(2, divided, tmp_path)
+    for (memory, lora), loss in zip(CASES, found):
+        out = tmp_path / f"one-{memory}-{lora}"
+        assert loss == pytest.approx(run(tmp_path / "start", out, memory, lora, "auto"), abs=1e-6)
+        name = "policy/model.safetensors"
+        weights, wanted = (
+            load_file(tmp_path / f"divided-{memory}-{lora}" / name),
+            load_file(out / name),
+        )
+        assert weights.keys() == wanted.keys()
+        for key, x in weights.items():
+            torch.testing.assert_close(x, wanted[key], rtol=0, atol=2e-6)  # a step moves 1e-3
+
+
+def late(rank: int) -> list[int]:
+    """The first process takes longer than an exchange may."""
+    from accelerate import Accelerator
+
+    join(rank)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    return together(Accelerator(), lambda: time.sleep(5 * (rank == 0)) or rank)
+
+
+@pytest.mark.slow
+def test_what_takes_longer_than_an_exchange_may(tmp_path):
+    assert on_ranks(2, late) == [[0, 1]] * 2
