@@ -23,7 +23,7 @@ from fastdpo.rounds.config import IterateConfig, defaults
 from fastdpo.rounds.folder import Run
 from fastdpo.rounds.heldout import evaluate
 from fastdpo.rounds.inputs import check_inputs
-from fastdpo.rounds.processes import Processes, Training
+from fastdpo.rounds.processes import Processes
 from fastdpo.rounds.replay import (
     answer_offline,
     answers,
@@ -31,6 +31,7 @@ from fastdpo.rounds.replay import (
     offline_scores,
     read_offline,
 )
+from fastdpo.rounds.work import Training
 from fastdpo.score.stage import score
 from fastdpo.storage import locked, read_json, write_json_atomic
 from fastdpo.train.examples import as_trained

@@ -1,11 +1,16 @@
 """What one process cannot do, none of them goes on from."""
 
+import time
 from collections.abc import Callable
+from itertools import count
 from typing import Any, TypeVar
+
+from torch.distributed import group
 
 from fastdpo.errors import ConfigError, DataError, ModelError
 
 Result = TypeVar("Result")
+_calls = count()  # as many on each process
 
 _KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, ModelError, OSError)}
 
@@ -33,6 +38,7 @@ def together(accelerator: Any, work: Callable[[], Result]) -> list[Result]:
         result = work()
     except Exception as error:
         own = error
+    _await(accelerator.num_processes)
     told = None if own is None else (type(own).__name__, str(own))
     found: list[Any] = gather_object([(told, result)])
     failed = {rank: error for rank, (error, _) in enumerate(found) if error is not None}
@@ -43,6 +49,23 @@ def together(accelerator: Any, work: Callable[[], Result]) -> list[Result]:
             raise _KINDS[kind](text)
         raise RuntimeError(f"process {rank} of {len(found)}: {kind}: {text}")
     return [result for _, result in found]
+
+
+def _await(world: int) -> None:
+    """Return when all processes are here, however long one takes.
+
+    An exchange has a limit, of ten minutes on GPUs, and a large policy takes longer to write and to
+    sum up.
+    """
+    if world == 1:
+        return
+    store: Any = group.WORLD.get_group_store()  # type: ignore[union-attr]
+    name = f"fastdpo/here-{next(_calls)}"
+    store.add(name, 1)
+    pause = 0.001
+    while store.add(name, 0) < world:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def of_first(engine: Any, work: Callable[[], Result]) -> Result:

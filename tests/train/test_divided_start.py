@@ -3,17 +3,21 @@
 import logging
 import os
 import random
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from safetensors.torch import load_file
 
 from fastdpo.data.examples import TokenizedPair
 from fastdpo.model.load import load_causal_lm
 from fastdpo.train.config import TrainConfig
+from fastdpo.train.together import together
 from fastdpo.train.trainer import train
 
 # Of a model by name and in memory, with and without adapters.
@@ -36,16 +40,21 @@ def run(folder: Any, out: Any, memory: bool, lora: bool, engine: str) -> float:
     return train(start, tiny.build_tokenizer(), pairs, config, out, progress=False)["loss"]
 
 
-def divided(rank: int, folder: Any) -> list[float]:
+def join(rank: int) -> None:
+    """The environment of a launch, for accelerate."""
     from accelerate.state import AcceleratorState, GradientState
 
-    logging.disable(logging.WARNING)
     os.environ |= dict(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", ACCELERATE_USE_CPU="true",
         MASTER_ADDR="127.0.0.1", MASTER_PORT="1",
     )  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def divided(rank: int, folder: Any) -> list[float]:
+    logging.disable(logging.WARNING)
+    join(rank)
     found = []
     for memory, lora in CASES:
         out = folder / f"divided-{memory}-{lora}"
@@ -68,3 +77,17 @@ def test_run_of_a_divided_model_equals_that_of_one_process(tmp_path):
         assert weights.keys() == wanted.keys()
         for key, x in weights.items():
             torch.testing.assert_close(x, wanted[key], rtol=0, atol=2e-6)  # a step moves 1e-3
+
+
+def late(rank: int) -> list[int]:
+    """The first process takes longer than an exchange may."""
+    from accelerate import Accelerator
+
+    join(rank)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    return together(Accelerator(), lambda: time.sleep(5 * (rank == 0)) or rank)
+
+
+@pytest.mark.slow
+def test_what_takes_longer_than_an_exchange_may(tmp_path):
+    assert on_ranks(2, late) == [[0, 1]] * 2
