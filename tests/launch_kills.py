@@ -8,8 +8,8 @@ into imports. Then OUT/killed is started again and again by the same command: ea
 way further, either the launcher and all processes are killed, or one of them, for whose end the
 launcher has to end the rest. A run that ends before its kill is begun anew in its place. At last it
 is left to end, and a copy of it, taken after a kill, on FEWER processes. Prints a JSON object:
-where each kill fell, the seconds in which the rest ended where one was killed, and the exit codes of the
-three that ended.
+where each kill fell, the seconds in which the rest ended where one was killed, and the exit codes
+of the three that ended.
 """
 
 import importlib
