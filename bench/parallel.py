@@ -24,7 +24,9 @@ Weights are random, so the tables say nothing of speed.
 from __future__ import annotations
 
 import argparse
+import base64
 import importlib.util
+import json
 import multiprocessing
 import queue
 import socket
@@ -77,7 +79,13 @@ def _fsdp2(*ranks: int, extras: bool = True, **options: Any) -> Engine:
 
 
 def _zero(stage: int, *ranks: int, extras: bool = True, **options: Any) -> Engine:
-    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    # By itself it would divide none of a small model's weights.
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    settings = base64.urlsafe_b64encode(json.dumps({"zero_optimization": zero}).encode()).decode()
+    launched = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": settings,
+    }
     options["engine"] = "deepspeed"
     return Engine(options, ranks or (2, 4), environment=launched, extras=extras)
 
