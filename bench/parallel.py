@@ -13,9 +13,10 @@ after clipping, every weight after three steps, and every weight of the saved po
 is relative: of a number to itself, of a weight's tensor the norm to the tensor's norm.
 
 What a difference may be is measured too.  The same run on one process, with its micro-batches
-packed otherwise, sums in another order: the larger difference of two such runs is what rounding
-makes in this dtype, and a run on several processes may have `WITHIN` times as much.  In bf16 what
-is computed is another number, so there the measure is how far one process in bf16 is from fp32.
+packed otherwise, sums in another order, and so it does by another way through a head that is
+trained: the largest difference of such runs is what rounding makes in this dtype, and a run on
+several processes may have `WITHIN` times as much.  In bf16 what is computed is another number, so
+there the measure is how far one process in bf16 is from fp32.
 
 Weights are random, so the tables say nothing of speed.
 """
@@ -23,7 +24,9 @@ Weights are random, so the tables say nothing of speed.
 from __future__ import annotations
 
 import argparse
+import base64
 import importlib.util
+import json
 import multiprocessing
 import queue
 import socket
@@ -45,7 +48,7 @@ from .parallel_tables import MEASURES, OP, markdown
 from .rows import append, command_line, load, matching, resume, where
 
 WITHIN = 4.0  # times what another packing does on one process
-PATIENCE_S = 300  # for one run
+PATIENCE_S = 900  # for one run, of a few seconds where nothing else runs
 PACKAGES = ("accelerate", "peft", "deepspeed")
 
 
@@ -76,7 +79,13 @@ def _fsdp2(*ranks: int, extras: bool = True, **options: Any) -> Engine:
 
 
 def _zero(stage: int, *ranks: int, extras: bool = True, **options: Any) -> Engine:
-    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    # By itself it would divide none of a small model's weights.
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    settings = base64.urlsafe_b64encode(json.dumps({"zero_optimization": zero}).encode()).decode()
+    launched = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": settings,
+    }
     options["engine"] = "deepspeed"
     return Engine(options, ranks or (2, 4), environment=launched, extras=extras)
 
@@ -114,7 +123,11 @@ EXTRAS: dict[str, dict[str, Any]] = {
 ADAPTED = ("tdpo2", "reference in each step", "bf16")  # with LoRA too
 EVALUATED = {"evaluation", "kto", "aot", "reference in each step"}
 # What is run once: packed otherwise, or in fp32.
-PACKED = ({"max_tokens": 2000}, {"layout": "packed", "max_tokens": 170})
+PACKED = (
+    {"max_tokens": 2000},
+    {"layout": "packed", "max_tokens": 170},
+    {"layout": "padded", "max_tokens": 300},
+)
 
 
 class Case(NamedTuple):
@@ -140,6 +153,17 @@ class Case(NamedTuple):
         elif WORKSPACES[self.route] is not None:
             options["workspace_mib"] = WORKSPACES[self.route]
         return Job(self.family, self.head == TIED, options, evaluates=self.extra in EVALUATED)
+
+    @property
+    def others(self) -> list[Job]:
+        """Runs that differ from that on one process as much as this one may."""
+        job = self.alone
+        if job.options.get("bf16"):
+            return [job._replace(options={**job.options, "bf16": False})]
+        jobs = [job]
+        if job == Case("", 1, self.head, self.route).alone and self.route in WORKSPACES:
+            jobs = [self._replace(route=route).alone for route in WORKSPACES]
+        return [x._replace(options={**x.options, **way}) for x in jobs for way in PACKED]
 
     @property
     def job(self) -> Job:
@@ -215,23 +239,16 @@ class Baselines:
         self.known: dict[str, Any] = {}
 
     def prepare(self, cases: Iterable[Case]) -> None:
-        jobs = {repr(job): job for case in cases for job in (case.alone, *self.others(case))}
+        jobs = {repr(job): job for case in cases for job in (case.alone, *case.others)}
         new = [job for key, job in jobs.items() if key not in self.known]
         for job, found, why in in_processes(1, new, self.folder):
             if why is not None:
                 raise RuntimeError(f"one process alone: {job}\n{why}")
             self.known[repr(job)] = found
 
-    def others(self, case: Case) -> list[Job]:
-        """Runs that differ from the case's on one process as much as it may."""
-        job = case.alone
-        if job.options.get("bf16"):
-            return [job._replace(options={**job.options, "bf16": False})]
-        return [job._replace(options={**job.options, **packed}) for packed in PACKED]
-
     def of(self, case: Case) -> tuple[Found, dict[str, float]]:
         alone = read(self.known[repr(case.alone)])
-        return alone, rounding_of(alone, [read(self.known[repr(x)]) for x in self.others(case)])
+        return alone, rounding_of(alone, [read(self.known[repr(x)]) for x in case.others])
 
 
 def rounding_of(alone: Found, others: Iterable[Found]) -> dict[str, float]:
@@ -291,13 +308,10 @@ def run(
     known = {tuple(row[name] for name in Case._fields) for row in done}
     left = [case for case in wanted if tuple(case) not in known]
     baselines = Baselines(folder)
-    baselines.prepare(left)
-    # DeepSpeed sets up its processes for itself.
-    crews = dict.fromkeys((case.ranks, bool(case.job.environment)) for case in left)
-    for ranks, launched in crews:
-        mine = [x for x in left if (x.ranks, bool(x.job.environment)) == (ranks, launched)]
-        started = time.perf_counter()
-        for case, (_, path, why) in zip(mine, in_processes(ranks, [x.job for x in mine], folder)):
+    for mine in crews(left):
+        baselines.prepare(mine)
+        started, runs = time.perf_counter(), [case.job for case in mine]
+        for case, (_, path, why) in zip(mine, in_processes(mine[0].ranks, runs, folder)):
             took, started = time.perf_counter() - started, time.perf_counter()
             row = {"op": OP, **case._asdict(), "seconds": round(took, 2)}
             row |= {"trains": case.trains, "tied": case.alone.tied, "evaluated": case.job.evaluates}
@@ -305,6 +319,16 @@ def run(
                 yield {**row, "note": (why or "").strip().splitlines()[-1], "why": why}
             else:
                 yield row | compared(case, read(path), *baselines.of(case))
+
+
+def crews(cases: Sequence[Case]) -> list[list[Case]]:
+    """Those that the same processes run one after the other: DeepSpeed sets its own up."""
+    found: dict[Any, list[Case]] = {}
+    for case in cases:
+        of_heads = not case.extra and case.family == "llama"
+        key = case.ranks, bool(case.job.environment), of_heads
+        found.setdefault(key, []).append(case)
+    return [*found.values()]
 
 
 def compared(

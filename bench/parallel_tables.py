@@ -15,10 +15,10 @@ _ALONE = "one process, packed otherwise"
 _LEGEND = """\
 Each cell has the largest relative difference from one process, over three clipped steps: of losses
 and log-probs; of gradients, each weight's and their norm; of gradients after clipping; and of
-weights after the last step, each tensor's, and those of the saved policy. `{alone}` is the largest
-difference of three runs of one process among each other: sums in another order. Columns are the
-ways through the head; in the last adapters are trained (LoRA) and the head is frozen. In the last
-step one process has a pair and the others have none."""
+weights after the last step, each tensor's, and those of the saved policy. `{alone}` is how far runs
+of one process are from each other whose sums have another order: three packings, by each way
+through the head where it is trained. Columns are those ways; in the last adapters are trained
+(LoRA) and the head is frozen. In the last step one process has a pair and the others have none."""
 _LEGEND_OF_OTHERS = """\
 Other runs, each as the largest of those four differences over that of one process packed otherwise;
 of bf16 over the difference of one process in bf16 from fp32. *{names}* have an evaluation after

@@ -1,15 +1,16 @@
 """Run the command line again and again, and kill it (SIGKILL) at random moments of every stage.
 
-    python random_kills.py SEED KILLS OUT iterate ...
+    python random_kills.py SEED KILLS COUNT OUT iterate ...
 
 First OUT/whole is left to end, to learn how long each stage takes. Then OUT/killed is killed KILLS
-times in each stage, after a random part of that time, and at last left to end. Each attempt is
-forked from this process, which has everything imported, so that moments fall into the work and not
-into imports. Prints a JSON object: the stages, where each kill fell, whether files of samples and
-scores that were there were written again, and the exit codes of the two that ended.
+times in each stage, after a random part of that time, and at last left to end. Where the command is
+launched as COUNT processes over 1, now all of them are killed and now one, after which the others
+are ended as a launcher does. Each attempt is forked from this process, which has everything
+imported, so that moments fall into the work and not into imports. Prints a JSON object: the stages,
+where each kill fell, whether files of samples and scores that were there were written again, and
+the exit codes of the two that ended.
 """
 
-import importlib
 import json
 import os
 import random
@@ -19,35 +20,44 @@ import threading
 import time
 from pathlib import Path
 
+from launched import launch, warm_up
+
 WORK = ("candidates/part-*.jsonl", "scores*/part-*.jsonl")
 
 
-def attempt(argv: list[str], run: Path, stage: int | None, delay: float = 0.0) -> int:
-    """Exit code of the command; it is killed some seconds into a stage, unless it ended by then."""
-    pid = os.fork()
-    if pid == 0:
-        with run.with_suffix(".log").open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        watch(run.with_suffix(".seconds"), stage, delay)
-        from fastdpo.cli import main
+def attempt(
+    argv: list[str], run: Path, count: int, stage: int | None, delay: float = 0.0, victim: int = -1
+) -> int:
+    """Exit code of the command; it is killed some seconds into a stage, unless it ended by then:
+    all of its processes, or one of them."""
 
-        os._exit(main([*argv, f"--output_dir={run}"]))
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+    def before(rank: int, others: dict[int, int]) -> None:
+        if rank == 0:
+            pids = {**others, os.getpid(): 0}
+            victims = [pid for pid, rank in pids.items() if victim in (-1, rank)]
+            watch(run.with_suffix(".seconds"), stage, delay, victims)
+
+    argv = [*argv, f"--output_dir={run}"]
+    codes = launch(argv, run.with_suffix(".log"), count, before, ends_others=True)
+    return next((code for code in codes if code == -signal.SIGKILL), codes[0])
 
 
-def watch(times: Path, target: int | None, delay: float) -> None:
+def watch(times: Path, target: int | None, delay: float, victims: list[int]) -> None:
     """In this process, note how long stages take, and set the clock of the end in one of them."""
     from fastdpo.rounds.resume import Stages
 
-    run_stage = Stages.run
+    def kill() -> None:
+        for pid in victims:  # this process is the last
+            os.kill(pid, signal.SIGKILL)
+
+    run_stage, clocks = Stages.run, []
 
     def stage(self, name, work, **options):
-        if len(self.done) == target and name not in self.done:
-            timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
-            timer.daemon = True
-            timer.start()
+        # Where an earlier kill came after its stage, this one is of the next.
+        if not clocks and target is not None and len(self.done) >= target and name not in self.done:
+            clocks.append(threading.Timer(delay, kill))
+            clocks[0].daemon = True
+            clocks[0].start()
         before, started = len(self.done), time.perf_counter()
         run_stage(self, name, work, **options)
         if len(self.done) > before:
@@ -73,29 +83,26 @@ def work(run: Path) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    seed, kills, out, argv = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
-    for name in (
-        "fastdpo.cli",
-        "fastdpo.rounds.run",
-        "transformers.generation.utils",
-        "accelerate",
-    ):
-        importlib.import_module(name)
+    seed, kills, count = map(int, sys.argv[1:4])
+    out, argv = Path(sys.argv[4]), sys.argv[5:]
+    warm_up()
     rng, whole, run = random.Random(seed), out / "whole", out / "killed"
-    codes = [attempt(argv, whole, None)]
+    codes = [attempt(argv, whole, count, None)]
     seconds = [float(x) for x in whole.with_suffix(".seconds").read_text().split()]
     names = stages(whole)
     places, again = [], []
     known: dict[str, list[int]] = {}
     for stage, took in enumerate(seconds):
         for _ in range(kills):
-            if attempt(argv, run, stage, rng.uniform(0, took)) != -signal.SIGKILL:
+            victim = rng.randrange(-1, count) if count > 1 else -1
+            delay = rng.uniform(0, took)
+            if attempt(argv, run, count, stage, delay, victim) != -signal.SIGKILL:
                 continue
             places.append(dict(enumerate(names)).get(len(stages(run)), "the end"))
             found = work(run)
             again += [path for path, value in known.items() if found.get(path) != value]
             known = found
-    codes.append(attempt(argv, run, None))
+    codes.append(attempt(argv, run, count, None))
     found = work(run)
     again += [path for path, value in known.items() if found.get(path) != value]
     print(json.dumps({"stages": names, "places": places, "again": again, "codes": codes}))

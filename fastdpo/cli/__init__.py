@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "plan": (commands.PlanCommand, commands.run_plan),
     "doctor": (commands.DoctorCommand, commands.run_doctor),
 }
+_GONE = (
+    "error: a process of this launch ended without a word, as where the system kills one for "
+    "memory; its launcher says which. The same command goes on from the last checkpoint"
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
@@ -103,13 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             command, config = parse(argv)
             COMMANDS[command][1](config)
     except (ConfigError, DataError, ModelError, ProcessError, OSError) as error:
-        return fail(f"error: {error}", 2)
+        return fail(f"error: {error}", 2, of_another=isinstance(error, ProcessError))
     except KeyboardInterrupt:
         if is_first():
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
         if not in_several():
             raise
-        return fail(traceback.format_exc(), 1)
+        gone = "by peer" in str(error)  # as gloo says that a connection is closed or reset
+        return fail(_GONE if gone else traceback.format_exc(), 1)
     return 0

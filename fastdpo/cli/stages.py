@@ -28,7 +28,7 @@ from fastdpo.pair import filters
 from fastdpo.pair.config import PairConfig
 from fastdpo.pair.offline import offline_pairs
 from fastdpo.pair.stage import pair
-from fastdpo.rounds.processes import response_lengths
+from fastdpo.rounds.work import response_lengths
 from fastdpo.sample.config import SampleConfig
 from fastdpo.sample.stage import open_sampler, sample
 from fastdpo.score.config import ScoreConfig

@@ -268,8 +268,9 @@ def _first_exact(model: Any, alone: "_Alone | None", layouts: Sequence[Layout]) 
                 attention.use_packed_attention(model)
             elif own == attention.NAME:  # prepared before
                 attention.use_own_attention(model)
-            if layout == "padded" and sequence_parallel.of(model) is not None:
-                raise ValueError(sequence_parallel.PADDED)
+            parallel = sequence_parallel.of(model)
+            if layout == "padded" and parallel is not None:
+                raise ValueError(sequence_parallel.padded(parallel))
             _refuse_state(model, layout)
             if alone is not None:
                 alone.check(model, layout)

@@ -144,9 +144,6 @@ class _Gather(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------- the model
-PADDED = "sequence parallel cuts a packed row, and padded batches have none"
-
-
 def use(model: nn.Module, group: Any) -> None:
     """Let a model share each packed row with the other processes of ``group``.
 
@@ -179,6 +176,14 @@ def _indivisible(name: str, heads: int, size: int) -> str:
     )
 
 
+def padded(parallel: SequenceParallel) -> str:
+    """Why a layout that pads is refused."""
+    return (
+        f"sequence parallel (sp_size={parallel.size}) cuts packed rows, and padded batches have "
+        "none; use sp_size=1, or a model and layout that pack"
+    )
+
+
 def of(model: Any) -> SequenceParallel | None:
     """The group that a model shares its rows with; ``model`` may be wrapped by DDP."""
     model = getattr(model, "module", model)
@@ -198,7 +203,7 @@ def chunk(model: Any, batch: PackedPairs) -> PackedPairs:
     if parallel is None or batch.chunk is not None:
         return batch
     if segments is None or batch.position_ids_BT is None:
-        raise ValueError(f"{PADDED}; layout=fastdpo.model.layout_of(model) packs pairs")
+        raise ValueError(padded(parallel))
     device, T = batch.target_N.device, batch.num_tokens
     size = -(-T // parallel.size)
     row_N = batch.rows_N.cpu() - parallel.rank * size

@@ -57,7 +57,7 @@ class Cluster:
                 f"engine={config.engine} divides a model between GPUs, and gpus=1; give gpus, as "
                 "--gpus 8, or leave engine out"
             )
-        if dist.is_initialized():
+        if gpus > 1 and dist.is_initialized():
             raise ConfigError("a plan is made by one process; start it without a launcher")
 
     def __enter__(self) -> "Cluster":
@@ -102,6 +102,8 @@ class Cluster:
 
 def _stand_for(gpus: int, rank: int) -> None:
     """Make a process group of so many processes, of which this is the only one that there is."""
+    # Before torch 2.11 this import alone lets collectives take tensors without content.
+    import torch.distributed._tools.fake_collectives  # noqa: F401
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=gpus, store=FakeStore())

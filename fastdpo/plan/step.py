@@ -92,8 +92,9 @@ class StepMemory:
         on meanwhile."""
         total = sum(self.sent.values())
         kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in self.sent.items())
+        several = "es" if self.micro_batches > 1 else ""
         return (
-            f"a GPU sends {total / 1e9:.2f} GB a step of {self.micro_batches} micro-batches "
+            f"a GPU sends {total / 1e9:.2f} GB a step of {self.micro_batches} micro-batch{several} "
             f"({kinds}): {total / 1e9 / gbs:.2f} s at {gbs:g} GB/s if nothing overlaps"
         )
 

@@ -23,7 +23,7 @@ from fastdpo.rounds.config import IterateConfig, defaults
 from fastdpo.rounds.folder import Run
 from fastdpo.rounds.heldout import evaluate
 from fastdpo.rounds.inputs import check_inputs
-from fastdpo.rounds.processes import Processes, Training
+from fastdpo.rounds.processes import Processes
 from fastdpo.rounds.replay import (
     answer_offline,
     answers,
@@ -31,6 +31,7 @@ from fastdpo.rounds.replay import (
     offline_scores,
     read_offline,
 )
+from fastdpo.rounds.work import Training
 from fastdpo.score.stage import score
 from fastdpo.storage import locked, read_json, write_json_atomic
 from fastdpo.train.examples import as_trained
@@ -50,6 +51,7 @@ def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, A
             has the folder; says which and why.
         ModelError: a model cannot be loaded or trained.
         ProcessError: another process of the launch failed, or is gone.
+        SystemExit: on other processes than the first, which failed and says why.
     """
     processes = Processes(launched(config.train))
     if not processes.is_first:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -132,6 +133,8 @@ def checked_settings(settings: Mapping[str, Any], config: TrainConfig) -> dict[s
         place = (zero.get(name) or {}).get("device")
         if place not in (*_AUTO, "none", "cpu"):
             raise ConfigError(f"DeepSpeed's {name}.device is {place}; set it to cpu or none")
+        if place != "cpu":
+            zero.pop(name, None)
     for where, given, taken in (
         ("", set(settings) - {*said, "bf16", "fp16", "amp"}, _TAKEN),
         ("zero_optimization.", set(zero), _TAKEN_OF_ZERO),
@@ -185,6 +188,9 @@ class DeepSpeed(Engine):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         _library().utils.logger.setLevel(logging.WARNING)
+        # DeepSpeed's calls, at every step.
+        old = r"`torch\.distributed\.\w+` is deprecated"
+        warnings.filterwarnings("ignore", old, FutureWarning)
         # Else transformers divides what it loads.
         unset_hf_deepspeed_config()
 
@@ -206,9 +212,15 @@ class DeepSpeed(Engine):
                     _library().utils.set_z3_leaf_module(mlp, True)
             self._engines.append(self._initialized(model))
 
+        model: Any = None
+
+        def read() -> None:
+            nonlocal model
+            cpu = torch.device("cpu")
+            model = load_start(start, config, cpu) if self.is_main else _unread(str(start), config)
+
         # The first process reads it, and gives the others their parts, tensor by tensor.
-        cpu = torch.device("cpu")
-        model = load_start(start, config, cpu) if self.is_main else _unread(str(start), config)
+        together(self.accelerator, read)
         sequence_parallel.use(model, self.sp)
         weights = weights_digest(model) if digest and self.is_main else ""
         return prepare_policy(model, config, place=place), weights
@@ -245,6 +257,12 @@ class DeepSpeed(Engine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+        if self.divides_weights and not hasattr(next(model.parameters()), "ds_id"):
+            # Tensor by tensor: the engine would first put the whole on the device.
+            _library().zero.Init(module=model, config_dict_or_path=settings)
+            for module in model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = buffer.to(self.accelerator.device)
         engine, *_ = _library().initialize(model=model, optimizer=optimizer, config=settings)
         return engine
 
@@ -313,9 +331,9 @@ class DeepSpeed(Engine):
 
         def whole() -> None:
             if not config.use_peft:
-                _save_whole(model, tokenizer, policy, start=start)
+                _save_whole(model, tokenizer, policy, start=str(start))
             elif self.is_main:  # of the files alone
-                save_merged(start, adapter, tokenizer, policy, torch.float32)
+                save_merged(str(start), adapter, tokenizer, policy, torch.float32)
 
         if config.use_peft:
             together(self.accelerator, of_adapters)
@@ -370,3 +388,6 @@ def _take_off(engine: Any) -> None:
     for module in engine.module.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):  # they belong to the engine, and would be kept
             vars(module).pop(name, None)
+    # A list of the library's that keeps models, and with them their optimizers, for good.
+    modules = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
+    modules[:] = [module for module in modules if module is not engine.module]

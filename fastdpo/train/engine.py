@@ -178,7 +178,7 @@ class Engine:
             ModelError: it is of other tensors.
             ConfigError: this engine cannot read it, or not on so many processes.
         """
-        stored.read(folder, model, optimizer)
+        stored.read(self, folder, model, optimizer)
 
     def save_policy(
         self, model: nn.Module, start: Any, config: TrainConfig, tokenizer: Any, out: Path

@@ -8,7 +8,8 @@ there are.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdpo.errors import ConfigError
 from fastdpo.model.adapters import check_trainable, trainable_state
+from fastdpo.train.together import of_first
 
 STATE = "state.json"  # what a folder is of, beside its tensors
 _PARTS = ".metadata"  # which part of a tensor is where, as PyTorch calls it
@@ -64,22 +66,25 @@ def write_parts(
         f"{part}.{k}": x for part, xs in _state(model, optimizer).items() for k, x in xs.items()
     }
     try:
-        save(flat, storage_writer=Writer(folder))
+        with _quiet():
+            save(flat, storage_writer=Writer(folder))
     except CheckpointException as error:
         raise _first_of(error) from None
     return [*folder.glob(f"__{rank}_*"), *([folder / _PARTS] if rank == 0 else [])]
 
 
-def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def read(
+    engine: Any, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
     """Put what one of them wrote into the model and the optimizer, whole or this process's part.
 
-    All processes call it; of parts it fails on all.
+    All processes call it, and none is left in an exchange where one fails.
 
     Raises:
         ModelError: the model trains other tensors.
         ConfigError: it is of an engine that divides it in another way.
     """
-    known = _shapes(folder)
+    known = of_first(engine, lambda: _shapes(folder))
     own = {f"{_MODEL}.{name}": x for name, x in trainable_state(model).items()}
     saved = {name: shape for name, (shape, _) in known.items() if name.startswith(f"{_MODEL}.")}
     check_trainable(
@@ -174,11 +179,19 @@ def _read_parts(folder: Path, wanted: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        with warnings.catch_warnings():  # of a single process, which is meant
-            warnings.filterwarnings("ignore", message="torch.distributed is")
+        with _quiet():
             load(wanted, storage_reader=FileSystemReader(folder))
     except CheckpointException as error:
         raise _first_of(error) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warnings of a single process, which is meant, and of its own code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        warnings.filterwarnings("ignore", message="TypedStorage is")
+        yield
 
 
 def _first_of(error: Any) -> Exception:

@@ -84,19 +84,24 @@ def result_of(model: Any, batch: PackedPairs, **options: Any) -> Any:
 
 
 def values_of(model: Any, result: Any) -> Iterator[tuple[str, Tensor]]:
-    """All that can be compared, gradients summed over the group first."""
+    """All that can be compared."""
     yield from ((name, x.detach()) for name, x in result.items())
     yield from result.metrics.items()
     yield from result.stats.items()
     yield from ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
 
 
+def summed(model: Any) -> None:
+    """Gradients summed over the group."""
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+
+
 def errors(one: Any, shared: Any, batch: PackedPairs, **options: Any) -> dict[str, float]:
     """Relative differences of a shared model's numbers from those of one process."""
     wanted, found = (result_of(model, batch, **options) for model in (one, shared))
-    for p in shared.parameters():
-        if p.grad is not None:
-            dist.all_reduce(p.grad)
+    summed(shared)
     pairs = dict(values_of(one, wanted)), dict(values_of(shared, found))
     assert pairs[0].keys() == pairs[1].keys()
     return {name: apart(pairs[1][name], x) for name, x in pairs[0].items()}
@@ -144,29 +149,32 @@ def bound_of(name: str) -> float:
     return 1e-6 if name.startswith(("gemma", "latent")) else 1e-12
 
 
-def rounding_of(rank: int, names: list[str]) -> dict[str, tuple[float, float]]:
-    """Errors in fp32 against fp64 on one process: those of a shared model, of one process."""
+def rounding_of(rank: int, names: list[str], bf16: bool) -> dict[str, tuple[float, float]]:
+    """Errors of fp32 or bf16 against fp64: those of a shared model, and of one process."""
     found = {}
     for name in names:
-        gold, (one, shared) = prepare_model(built(name)), one_and_shared(built(name).float())
+        gold = prepare_model(built(name))
+        one, shared = one_and_shared(built(name).float(), bf16=bf16)
         batch = pack_pairs(PAIRS, layout=layout_of(shared))
-        results = [result_of(model, batch) for model in (gold, one, shared)]
-        for p in shared.parameters():
-            dist.all_reduce(p.grad)
-        wanted, *others = (
-            {k: x.double() for k, x in values_of(m, result)}
-            for m, result in zip((gold, one, shared), results)
-        )
-        worst = [max(apart(x, wanted[k]) for k, x in other.items()) for other in others]
-        found[name] = worst[1], worst[0]
+        wanted = {k: x.double() for k, x in values_of(gold, result_of(gold, batch))}
+        worst = []
+        for model in (shared, one):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+                result = result_of(model, batch)
+            if model is shared:
+                summed(model)
+            worst.append(max(apart(x.double(), wanted[k]) for k, x in values_of(model, result)))
+        found[name] = worst[0], worst[1]
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
-def test_models_in_fp32_round_as_one_process_does(world):
+@pytest.mark.parametrize(
+    ("world", "bf16"), [(2, False), (4, False), (2, True)], ids=["2", "4", "2, bf16"]
+)
+def test_models_round_as_in_one_process(world, bf16):
     names = ["llama", "qwen3", "gemma3", "mistral"]
-    for found in on_ranks(world, rounding_of, names):
+    for found in on_ranks(world, rounding_of, names, bf16):
         assert all(shared < 2 * one for shared, one in found.values()), found
 
 
@@ -329,6 +337,6 @@ def test_what_cannot_be_shared_is_refused_alike_on_all_processes():
         "evenly; sizes that can: 3"
     )
     assert "pairs are not isolated" in first["mixing"]
-    assert "sequence parallel cuts a packed row" in first["padded"]
-    assert "sequence parallel cuts a packed row" in first["batch"]
+    assert "sequence parallel (sp_size=2) cuts packed rows" in first["padded"]
+    assert "sequence parallel (sp_size=2) cuts packed rows" in first["batch"]
     assert "cut the batch first" in first["whole"]

@@ -334,8 +334,8 @@ EVERYTHING = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERYTHING)
-def test_killed_at_random_moments_it_ends_in_the_same_weights(inputs, tmp_path, name):
+@pytest.mark.parametrize(("name", "count"), [*((name, 1) for name in EVERYTHING), ("plain", 2)])
+def test_killed_at_random_moments_it_ends_in_the_same_weights(inputs, tmp_path, name, count):
     """A kill or two in every stage; nothing that was sampled or scored is so again."""
     kills, changes = EVERYTHING[name]
     save_tiny(LLAMA, tmp_path / "other", seed=1)
@@ -344,10 +344,11 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(inputs, tmp_path, 
     paths = {"offline": tmp_path / "offline.jsonl", "other": tmp_path / "other"}
     changes = {k: v.format(**paths) if isinstance(v, str) else v for k, v in changes.items()}
     options = [x for x in arguments(inputs, "", **changes) if not x.startswith("--output_dir")]
-    command = [sys.executable, str(TESTS / "random_kills.py"), "0", str(kills), str(tmp_path)]
+    driver = str(TESTS / "random_kills.py")
+    command = [sys.executable, driver, "0", str(kills), str(count), str(tmp_path)]
     environment = ENVIRONMENT
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
-    log = (tmp_path / "whole.log").read_text()[-2000:]
+    log = (tmp_path / "whole.log/0.err").read_text()[-2000:]
     assert done.returncode == 0, done.stderr + log
     found = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(found["places"], indent=1))

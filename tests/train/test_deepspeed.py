@@ -162,13 +162,14 @@ def check_same(
     job: Job, rows: list[dict[str, Any]], one: list[dict[str, Any]], folder: Path, alone: Path
 ) -> None:
     """Losses, the norm before clipping and the policy, within rounding of one process's."""
+    assert all(row["grad_norm"] > CONFIG.max_grad_norm for row in one if "grad_norm" in row)
     for row, wanted in zip(rows, one, strict=True):
-        assert wanted["grad_norm"] > CONFIG.max_grad_norm
         for name in ("loss", "grad_norm", "logps/chosen", "rewards/margins", "eval_loss"):
             if name in wanted:
                 found = row[name]
                 assert found == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), (job.name, name)
-        assert row["pairs"] == wanted["pairs"] and row["num_tokens"] == wanted["num_tokens"]
+        for name in ("step", "pairs", "num_tokens"):
+            assert row.get(name) == wanted.get(name), (job.name, name)
     found, wanted = policy(folder), policy(alone)
     assert found.keys() == wanted.keys()
     for name, x in wanted.items():
@@ -188,7 +189,7 @@ JOBS = [
         {**LORA, "precompute_ref_log_probs": False, "gradient_checkpointing": True}, {"stage": 3},
     ),
     Job("three-copy", "llama", {"precompute_ref_log_probs": False}, {"stage": 3}),
-    Job("three-aot", "llama", {"loss_type": "aot"}, {"stage": 3}),
+    Job("three-aot", "llama", {"loss_type": "aot", "alpha": 0.0}, {"stage": 3}),
     Job("three-tiles", "llama", {"mlp_tile_tokens": 8}, {"stage": 3}),
     Job("three-offload", "llama", {}, {"stage": 3, **OFFLOAD}),
 ]  # fmt: skip

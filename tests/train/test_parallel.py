@@ -50,9 +50,9 @@ def test_several_processes_are_one(tmp_path):
 def test_two_processes_are_one(tmp_path, monkeypatch):
     """One case, beside one process that is this one."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    case = Case("fsdp2", 2, OWN, "grouped")
+    case = Case("fsdp2", 2, OWN, "stash", "evaluation")
     model = parallel_run.save_model("llama", False, tmp_path)
-    jobs = case.alone, *parallel.Baselines(tmp_path).others(case)
+    jobs = case.alone, *case.others
     runs = (parallel_run.run(job, model, tmp_path / f"{i}") for i, job in enumerate(jobs))
     alone, *others = (found for found in runs if found is not None)
     rounding = parallel.rounding_of(alone, others)
@@ -62,7 +62,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     row = parallel.compared(case, found, alone, rounding)
     assert row["note"] is None
     assert row["batches"] == [[3, 3, 1], [2, 3, 0]] and row["fillers"][1] > row["fillers"][0] == 0
-    assert alone.batches == [[5, 6, 1]] and set(row["routes"]) == {"grouped", "stash"}
+    assert alone.batches == [[5, 6, 1]] and set(row["routes"]) == {"stash"}
 
     # What it finds: a gradient that misses a pair, a weight that moved otherwise, another route.
     name = "model.layers.3.mlp.up_proj.weight"
@@ -71,7 +71,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     for wrong, problem in (
         (replace(found, gradients=scaled), "gradients off by 1.0e-03"),
         (replace(found, policy={**found.policy, name: zeros}), "policy off by 1.0e+00"),
-        (replace(found, routes={"stash": 7}), "took {'stash': 7}"),
+        (replace(found, routes={"frozen": 7}), "took {'frozen': 7}"),
         (replace(found, batches=[[3, 3, 1]] * 2), "as many micro-batches"),
         (replace(found, counts={**found.counts, "pairs": [10, 10, 2]}), "'pairs': [10, 10, 2]"),
     ):
@@ -82,7 +82,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
 def told_of(case, row):
     """A row in the tables of all results."""
     facts = {"op": "parallel", "trains": "full", "tied": False, "evaluated": False}
-    whole = {**facts, **case._asdict(), **row, **where(torch.device("cpu"), "abc")}
+    whole = {**facts, **case._asdict(), **row, **where(torch.device("cpu"), "abc"), "extra": ""}
     table = markdown([whole, {**whole, "extra": "kto", "evaluated": True}], [])
     gradients = max(row["differences"][x] for x in ("norm", "gradients"))
     assert f" {gradients:.0e} " in table and "| fsdp2 | 2 | own unit | " in table
