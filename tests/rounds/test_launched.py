@@ -153,9 +153,8 @@ def test_two_processes_run_like_one(inputs, tmp_path):
     assert not same(weights(runs[1], 1), start)
     assert "Finished: 1 of 1 rounds" in (runs[1] / "report.html").read_text()
     said = (tmp_path / "log/1.out").read_text().splitlines()
-    assert [line for line in said if line.startswith("held")] == [
-        "held 0"
-    ] * 3  # loading, training, end
+    said = [line for line in said if not line.startswith("[Gloo]")]  # of torch before 2.11
+    # While it waits to load the model, to train and to end.
     assert said == ["held 0"] * 3, "the first process alone talks"
 
 
