@@ -263,7 +263,7 @@ def test_the_reference_of_adapters_is_the_model_without_them(model_path, tmp_pat
         assert not isinstance(x, torch.nn.Module) or not list(x.parameters()), "a second model"
         return real(x, *args)
 
-    monkeypatch.setattr(trainer.copy, "deepcopy", no_model)
+    monkeypatch.setattr(copy, "deepcopy", no_model)
     run(model_path, tmp_path / "each", bf16=False, precompute_ref_log_probs=False, **LORA)
     monkeypatch.undo()
     run(model_path, tmp_path / "once", bf16=False, **LORA)
