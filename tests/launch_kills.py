@@ -4,12 +4,12 @@
 
 First OUT/whole is left to end, to learn how long the work takes. A launch is that of ``torchrun``,
 but for its processes, which are forked from this one, so that moments fall into the work and not
-into imports. Then OUT/killed
-is started again and again by the same command: each time, after a random part of the work, either
-the launcher and all processes are killed, or one of them, for whose end the launcher has to end the
-rest. A run that ends before its kill is begun anew in its place. At last it is left to end, and a
-copy of it, taken after a kill, on FEWER processes. Prints a JSON object: where each kill fell, the
-seconds in which the rest ended where one was killed, and the exit codes of the three that ended.
+into imports. Then OUT/killed is started again and again by the same command: each time, a random
+way further, either the launcher and all processes are killed, or one of them, for whose end the
+launcher has to end the rest. A run that ends before its kill is begun anew in its place. At last it
+is left to end, and a copy of it, taken after a kill, on FEWER processes. Prints a JSON object:
+where each kill fell, the seconds in which the rest ended where one was killed, and the exit codes
+of the three that ended.
 """
 
 import importlib
@@ -95,13 +95,17 @@ def kill(launched: Any, victim: int | None) -> float:
     return time.monotonic() - started
 
 
-def place(run: Path) -> str:
-    """What of a run is on the disk: steps in the log and in checkpoints, and unfinished folders."""
+def rows(run: Path) -> int:
+    """How many steps and evaluations a run has logged."""
     log = run / "metrics" / "metrics.jsonl"
-    steps = log.read_text().count("\n") if log.is_file() else 0
+    return log.read_text().count("\n") if log.is_file() else 0
+
+
+def place(run: Path) -> str:
+    """What of a run is on the disk: rows of its log, checkpoints, and unfinished folders."""
     names = [x.name for x in (*run.glob("checkpoint/*step*"), *run.glob("best/.step*"))]
     names += [x.name for x in run.glob(".*.partial")]
-    return f"{steps} rows, {' '.join(sorted(names)) or 'no checkpoint'}"
+    return f"{rows(run)} rows, {' '.join(sorted(names)) or 'no checkpoint'}"
 
 
 def main() -> None:
@@ -119,7 +123,11 @@ def main() -> None:
         launched = launch(count, argv, run)
         begun(launched, run)
         victim = rng.choice([None, rng.randrange(count)])
-        if ended(launched, rng.uniform(0, work)) is not None or not workers(launched.pid):
+        # Some way on from where it began, counted in rows of its log, whatever else a machine does.
+        wanted = rows(run) + rng.randrange(5)
+        while rows(run) < wanted and ended(launched, 0.02) is None:
+            pass
+        if ended(launched, rng.uniform(0, work / 8)) is not None or not workers(launched.pid):
             ended(launched)
             shutil.rmtree(run)
             continue

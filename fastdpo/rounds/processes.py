@@ -29,8 +29,7 @@ _PAUSE = 0.5  # seconds between looks at the store, at most
 _LIMITS = {"heard": 60.0, "ready": 1800.0, "done": 600.0}
 _LAST = 10.0  # seconds in which the last word is heard, or said to one that has failed
 _EXIT = 3.0  # seconds in which a process fails by itself where another one does
-# What the first process fails with, and the others then too.
-_ERRORS = (ConfigError, DataError, ModelError, OSError, KeyboardInterrupt)
+_ERRORS = (ConfigError, DataError, ModelError, ProcessError, OSError)  # what is told in a line
 
 
 class Processes:
@@ -60,9 +59,8 @@ class Processes:
         try:
             yield
         except BaseException as error:
-            kinds = (x.__name__ for x in (*_ERRORS, ProcessError) if isinstance(error, x))
-            kind = next(kinds, None)
-            last = {"do": "fail", "kind": kind, "message": str(error)}
+            status = 130 if isinstance(error, KeyboardInterrupt) else 1
+            last = {"do": "fail", "status": 2 if isinstance(error, _ERRORS) else status}
             raise
         finally:
             if self._others:
@@ -154,7 +152,7 @@ class Processes:
 
         Raises:
             ProcessError: the first process is gone, or this one failed alone.
-            Exception: what the first process failed with.
+            SystemExit: the first process failed, and says why.
         """
         try:
             while (word := self._hear())["do"] in WORK:
@@ -234,19 +232,16 @@ class Processes:
         if told:
             print(f"\nerror: {told}", file=sys.stderr, flush=True)  # below a bar
         if self.is_first:
-            self._end({"do": "fail", "kind": ProcessError.__name__, "message": told})
+            self._end({"do": "fail", "status": 2})
         elif not told:
             self._hear(_LAST)
         os._exit(2)
 
 
 def _take(word: dict[str, Any]) -> None:
-    """Raise the error that a last word is of."""
+    """End this process where the last word is of an error, which the first process tells."""
     if word["do"] == "fail":
-        kinds = {x.__name__: x for x in _ERRORS}
-        if word["kind"] not in kinds:  # the first process says what it is
-            raise SystemExit(1 if word["kind"] is None else 2)
-        raise kinds[word["kind"]](word["message"])
+        raise SystemExit(word["status"])
 
 
 def _is_of_exchange(error: Exception) -> bool:

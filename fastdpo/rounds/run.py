@@ -51,6 +51,7 @@ def iterate(config: IterateConfig, *, progress: bool = True) -> list[dict[str, A
             has the folder; says which and why.
         ModelError: a model cannot be loaded or trained.
         ProcessError: another process of the launch failed, or is gone.
+        SystemExit: on other processes than the first, which failed and says why.
     """
     processes = Processes(launched(config.train))
     if not processes.is_first:
