@@ -352,9 +352,12 @@ def compared(
         problems.append(f"took {dict(found.routes)}")
     if min(norms) <= limit:
         problems.append(f"clipped nothing, norms {norms}")
-    alike = len({*map(tuple, found.batches)}) == 1
-    if alike and case.ranks > ENGINES[case.engine].options.get("sp_size", 1):
-        problems.append("all processes have as many micro-batches")
+    options = ENGINES[case.engine].options
+    if case.ranks > options.get("sp_size", 1):
+        if len({*map(tuple, found.batches)}) == 1:
+            problems.append("all processes have as many micro-batches")
+        if "engine" in options and not any(found.fillers):
+            problems.append("none was topped up")
     return {**row, "note": "; ".join(problems) or None}
 
 

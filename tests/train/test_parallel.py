@@ -27,6 +27,7 @@ SOME = [
     Case("fsdp2, sp 2", 2, OWN, "recompute"),
     Case("zero 2", 2, TIED, "grouped"),
     Case("zero 3", 2, UNTIED, "recompute"),
+    Case("zero 3, sp 2", 2, TIED, "stash"),
     Case("fsdp2", 4, TIED, "frozen"),
     Case("fsdp2, kept after forward", 4, OWN, "grouped"),
     Case("fsdp2, 2 replicas", 4, TIED, "recompute"),
@@ -43,8 +44,6 @@ def test_several_processes_are_one(tmp_path):
         some = [case for case in SOME if not case.job.environment]
     rows = list(parallel.run(some, tmp_path))
     assert len(rows) == len(some) and not [parallel.line(row) for row in rows if row["note"]]
-    fillers = [row["fillers"] for row in rows if row["engine"].startswith("fsdp2")]
-    assert all(max(each) > 0 for each in fillers if len({*each}) > 1) and len(fillers) > 8
 
 
 def test_two_processes_are_one(tmp_path, monkeypatch):
@@ -72,6 +71,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
         (replace(found, gradients=scaled), "gradients off by 1.0e-03"),
         (replace(found, policy={**found.policy, name: zeros}), "policy off by 1.0e+00"),
         (replace(found, routes={"frozen": 7}), "took {'frozen': 7}"),
+        (replace(found, fillers=[0, 0]), "none was topped up"),
         (replace(found, batches=[[3, 3, 1]] * 2), "as many micro-batches"),
         (replace(found, counts={**found.counts, "pairs": [10, 10, 2]}), "'pairs': [10, 10, 2]"),
     ):
