@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from accelerate import Accelerator
 from test_trainer import CONFIG, random_pairs, read_metrics
 from tiny import LLAMA, save_tiny
 
@@ -20,6 +19,7 @@ from fastdpo.report.runfiles import flat
 from fastdpo.rounds.config import IterateConfig, defaults
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.examples import as_trained, warn_of_ties
+from fastdpo.train.launch import launched
 from fastdpo.train.prepare import claim_folder
 from fastdpo.train.steps import Setup
 from fastdpo.train.trainer import train
@@ -68,7 +68,7 @@ def test_an_alpha_that_is_given_is_kept_or_refused():
 
 
 def test_a_folder_of_before_goes_on(tmp_path):
-    setup = Setup(Accelerator(cpu=True), TrainConfig(), tmp_path, None, False, random_pairs(2))
+    setup = Setup(launched(TrainConfig()), TrainConfig(), tmp_path, None, False, random_pairs(2))
     claim_folder(setup, "model")
     path = tmp_path / "run.json"
     recorded = json.loads(path.read_text())

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from test_trainer import CONFIG, random_pairs, read_metrics, run, weights
 from tiny import LLAMA, MAMBA, QWEN, build_tokenizer, save_tiny
 
@@ -17,6 +16,7 @@ from fastdpo.model import liger, offload
 from fastdpo.model.load import load_causal_lm, load_tokenizer, weights_digest
 from fastdpo.train import reference, trainer
 from fastdpo.train.config import TrainConfig
+from fastdpo.train.launch import launched
 from fastdpo.train.prepare import claim_folder
 from fastdpo.train.steps import Setup
 from fastdpo.train.trainer import train
@@ -174,7 +174,7 @@ def test_a_model_in_memory_is_trained_against_what_it_was(model_path, tmp_path):
 
 
 def test_an_option_newer_than_a_run_had_its_default(tmp_path):
-    setup = Setup(Accelerator(cpu=True), TrainConfig(), tmp_path, None, False, random_pairs(2))
+    setup = Setup(launched(TrainConfig()), TrainConfig(), tmp_path, None, False, random_pairs(2))
     claim_folder(setup, "model")
     path = tmp_path / "run.json"
     known = json.loads(path.read_text())
