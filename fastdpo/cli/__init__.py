@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command, config = parse(argv)
             COMMANDS[command][1](config)
     except (ConfigError, DataError, ModelError, ProcessError, OSError) as error:
-        return fail(f"error: {error}", 2, of_another=isinstance(error, ProcessError))
+        return fail(f"error: {error}", 2)
     except KeyboardInterrupt:
         if is_first():
             print("\ninterrupted; the same command goes on from here", file=sys.stderr)

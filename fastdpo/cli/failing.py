@@ -18,7 +18,7 @@ def in_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def fail(text: str, status: int, *, of_another: bool = False) -> int:
+def fail(text: str, status: int) -> int:
     """Print why the command failed, and return the status that its process is to end with.
 
     Of several processes the first prints it.  Where that knows nothing of it, and waits for the
@@ -37,8 +37,6 @@ def fail(text: str, status: int, *, of_another: bool = False) -> int:
     prints = True
     with suppress(RuntimeError, ValueError):  # it is gone, and nobody left to ask
         store = next(rendezvous("env://", timeout=_TIMEOUT))[0]
-        if of_another:  # which can say more of it
-            _comes(store, f"{name}/why")
         text, status = json.loads(store.compare_set(f"{name}/why", "", json.dumps([text, status])))
         prints = is_first() or not _comes(store, f"{name}/told")
         prints = prints and store.add(f"{name}/claims", 1) == 1

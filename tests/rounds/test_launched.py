@@ -169,7 +169,7 @@ ENDS = {
     "a stop": ({}, "stop_in_sampling", [130, 130], ["", ""]),
     "the first": ({}, "die_in_sampling", [-9, 2], ["", "process 1: the first process is gone"]),
     "an error of another": ({}, "fail_in_training", [2, 2], ["process 1: a row is broken", ""]),
-    "a bug of another": ({}, "crash_in_training", [1, 1], ["", ""]),
+    "a bug of another": ({}, "crash_in_training", [2, 1], ["process 1: IndexError: list", ""]),
     "another": ({}, "die_in_training", [2, -9], ["another process is gone", ""]),
     "the first in training": ({}, "die_first_in_training", [-9, 2], ["", "process 1: the first"]),
 }  # fmt: skip
