@@ -78,7 +78,8 @@ def train(
     Args:
         model: folder or hub name of the start, which is also the reference; or a transformers model
             in memory, which is trained in place while its reference is what it was.  With adapters
-            it ends merged, in fp32 on the CPU.
+            it ends merged, in fp32 on the CPU; under FSDP2 it ends divided between the processes,
+            and of no more use.
         tokenizer: saved beside the policy.
         pairs: tokenized pairs, lists or single responses, as the objective takes them;
             ``config.overlong`` says what becomes of those that do not fit ``config.max_tokens``.
