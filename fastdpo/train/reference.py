@@ -62,6 +62,7 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
     need_tokens = setup.config.objective.ld_alpha is not None
     if setup.layout.classes:
         weights = cache_key(weights=weights, layout=setup.layout.key)
+    weights += setup.engine.rounding
     if setup.is_main:
         logps = load(own, setup.pairs, weights, need_tokens=need_tokens)
         if logps is None and setup.config.reference_cache is not None:
