@@ -135,7 +135,7 @@ def divided(rank: int, folder: Any) -> dict[str, float]:
     run(folder / "start", folder / "fp32", **cache)
     run(folder / "start", folder / "bf16", bf16=True, **cache)
     # Of a run that one process began.
-    run(folder / "start", folder / "begun", bf16=True, num_train_epochs=2.0, **cache)
+    run(folder / "start", folder / "begun", bf16=True, num_train_epochs=2, **cache)
     return {
         name: run(folder / name.split()[0], folder / f"divided {name}", engine="fsdp2", **options)
         for name, options in MIXTURES.items()
