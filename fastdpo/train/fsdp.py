@@ -71,18 +71,17 @@ class Fsdp2(Engine):
             self.mesh = mesh_of(kind, sizes, ("dp_replicate", "dp_shard"))
 
     def load(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
-        if not isinstance(start, str | Path):
-            start = load_start(start, config, torch.device("cpu"))
-            if not (config.precompute_ref_log_probs or config.use_peft):
-                self._twin = copy.deepcopy(start)  # one that is cut can't be copied
-        return self._load(start, config, digest=digest)
+        named = isinstance(start, str | Path)
+        if not (named or config.precompute_ref_log_probs or config.use_peft):
+            self._twin = copy.deepcopy(start.to("cpu"))  # one that is cut can't be copied
+        return self._divided(start, config, digest=digest)
 
-    def _load(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
+    def _divided(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
         pieces, weights = None, ""
         if isinstance(start, str | Path):
             model, pieces = start_in_pieces(str(start), config)
         else:
-            model = start
+            model = load_start(start, config, torch.device("cpu"))
         offload = self.division.offload_params
 
         def place(model: Any) -> None:
@@ -108,9 +107,8 @@ class Fsdp2(Engine):
         return model, weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
-        named = isinstance(start, str | Path)
-        found, _ = self._load(start if named else self._twin, config, digest=False)
-        self._twin = None
+        twin, self._twin = self._twin, None
+        found, _ = self._divided(start if twin is None else twin, config, digest=False)
         return found.requires_grad_(False).eval()
 
     def prepare(

@@ -49,6 +49,7 @@ from fastdpo.train.prepare import (
 )
 from fastdpo.train.reference import known_reference
 from fastdpo.train.steps import Reference, Setup, plan_epoch
+from fastdpo.train.together import telling
 from fastdpo.train.update import COVARIANCE, take_step
 
 CONTROL = "control.json"  # the state of alpha=auto at the end
@@ -57,6 +58,7 @@ _FEW_STEPS = 5  # fewer are too few to learn from
 _log = logging.getLogger(__name__)
 
 
+@telling()
 def train(
     model: Any,
     tokenizer: Any,
