@@ -26,7 +26,7 @@ from fastdpo.model.load import (
     weights_digest,
 )
 from fastdpo.model.merge import save_merged, save_merged_in_place
-from fastdpo.model.pieces import gathered, is_cut
+from fastdpo.model.pieces import Trace, gathered, is_cut
 from fastdpo.model.prepare import layout_of, prepare_model
 from fastdpo.model.save import save_made
 from fastdpo.model.shard import is_sharded, shard
@@ -180,6 +180,16 @@ def test_merged_in_pieces(family, tmp_path):
     save_policy(merged, tokenizer, tmp_path / "whole", start=start)
     save_merged(start, tmp_path / "adapter", tokenizer, tmp_path / "made", torch.float32)
     assert files(tmp_path / "made") == files(tmp_path / "whole")
+
+
+def test_what_is_made_for_other_processes_leaves_nothing_here():
+    trace, reads = Trace(), []
+    with trace:
+        x = trace.source((4, 3), torch.float32, lambda rows: reads.append(rows) or torch.ones(4, 3))
+        y = torch.cat([x, x.clone()]).t().contiguous()
+    trace.hollow = True
+    made = trace.value(y)
+    assert made.is_meta and made.shape == (3, 8) and reads == [None]
 
 
 # ------------------------------------------------------------------------------ several processes
