@@ -188,7 +188,7 @@ def test_the_peak_of_real_processes(case):
     if not plan_check.possible(case):
         pytest.skip("needs deepspeed")
     found, wanted = plan_check.estimated_peak(case), max(plan_check.measured(case))
-    # Observed within 1%, and 8% with sequence parallel over four.
+    # Observed within 1%; 8% with sequence parallel over four, 9% with ZeRO-2.
     assert found == pytest.approx(wanted, rel=0.15)
 
 
