@@ -22,6 +22,7 @@ from jinja2 import TemplateSyntaxError
 from fastdpo.data.rendering import line_of
 from fastdpo.errors import ModelError, listed, one_line
 from fastdpo.model.attention import keep_softcap
+from fastdpo.model.devices import without
 from fastdpo.model.pieces import Pieces, Trace, gathered, reading
 from fastdpo.model.save import save_policy
 from fastdpo.storage import CACHE, cache_path
@@ -258,9 +259,11 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     with _loading(name, option=option):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **options
-        )
+        # In a launch of FSDP transformers would leave weights empty on all but the first process.
+        with without("ACCELERATE_USE_FSDP"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **options
+            )
         model, loading = loaded
     kind = type(model).__name__
     if missing := sorted(loading["missing_keys"]):

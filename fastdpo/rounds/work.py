@@ -13,6 +13,7 @@ from fastdpo.report.evaluation import by_prompt
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.control import LengthController
 from fastdpo.train.launch import launched
+from fastdpo.train.together import telling
 from fastdpo.train.trainer import train
 
 
@@ -73,6 +74,7 @@ class Loading:
     def ready(self) -> Callable[[], Any]:
         return self.run
 
+    @telling()
     def run(self) -> Any:
         """The model, or this process's part of it."""
         config = TrainConfig(**self.config)

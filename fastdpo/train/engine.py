@@ -22,6 +22,7 @@ from fastdpo.model.load import save_policy, weights_digest
 from fastdpo.train import stored
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.prepare import load_start, prepare_policy
+from fastdpo.train.together import of_first
 
 
 class Engine:
@@ -187,16 +188,18 @@ class Engine:
 
         All processes call it.  Merged in bf16, most of a small change would be rounded away.
         """
-        if not self.is_main:
-            return
         named, adapter = isinstance(start, str | Path), out / "adapter"
-        policy: Any = model
-        if config.use_peft:
-            save_adapter(model, adapter, tokenizer)
-            # Neither way needs room for an fp32 model on the device.
-            if named:
-                policy = merged(str(start), adapter, torch.float32)
-            else:
-                policy = merged_in_place(model.cpu(), torch.float32)
         name = str(start if named else start.name_or_path)
-        save_policy(policy, tokenizer, out / "policy", start=name)
+
+        def save() -> None:
+            policy: Any = model
+            if config.use_peft:
+                save_adapter(model, adapter, tokenizer)
+                # Neither way needs room for an fp32 model on the device.
+                if named:
+                    policy = merged(str(start), adapter, torch.float32)
+                else:
+                    policy = merged_in_place(model.cpu(), torch.float32)
+            save_policy(policy, tokenizer, out / "policy", start=name)
+
+        of_first(self, save)

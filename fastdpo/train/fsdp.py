@@ -7,7 +7,6 @@ ever has all of them.
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +71,17 @@ class Fsdp2(Engine):
             self.mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
 
     def load(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
+        named = isinstance(start, str | Path)
+        if not (named or config.precompute_ref_log_probs or config.use_peft):
+            self._twin = copy.deepcopy(start.to("cpu"))  # one that is cut can't be copied
+        return self._divided(start, config, digest=digest)
+
+    def _divided(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
         pieces, weights = None, ""
         if isinstance(start, str | Path):
             model, pieces = start_in_pieces(str(start), config)
         else:
             model = load_start(start, config, torch.device("cpu"))
-            if not (config.precompute_ref_log_probs or config.use_peft):
-                self._twin = copy.deepcopy(model)  # one that is cut can't be copied
         offload = self.division.offload_params
 
         def place(model: Any) -> None:
@@ -104,10 +107,8 @@ class Fsdp2(Engine):
         return model, weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
-        if not isinstance(start, str | Path):
-            start = self._twin
-        found, _ = self.load(start, replace(config, precompute_ref_log_probs=True), digest=False)
-        self._twin = None
+        twin, self._twin = self._twin, None
+        found, _ = self._divided(start if twin is None else twin, config, digest=False)
         return found.requires_grad_(False).eval()
 
     def prepare(

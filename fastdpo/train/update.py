@@ -136,7 +136,8 @@ def _over_examples(
                 sums[counted] = sums.get(counted, 0.0) + share * float(real)
             # An evaluation may sum thousands of micro-batches, too many for fp32.
             value = value if learn else value.double()
-            sums[name] = sums.get(name, 0.0) + value * (share if real else 0.0)
+            # A filler's may be infinite, which times 0 is none.
+            sums[name] = sums.get(name, 0.0) + (value * share if real else torch.zeros_like(value))
     values = engine.sum(torch.stack([x.double() for x in sums.values()]))
     row = _means(dict(zip(sums, values.tolist())))
     if shared.loss is not None:

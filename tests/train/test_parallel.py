@@ -22,7 +22,7 @@ SOME = [
     Case("fsdp2", 2, OWN, "stash", "reference in each step"),
     Case("fsdp2", 2, OWN, "stash", "kto"),
     Case("fsdp2", 2, OWN, "stash", "bf16"),
-    Case("fsdp2", 2, TIED, "frozen", "tdpo2"),
+    Case("fsdp2", 2, OWN, "stash", "tdpo2"),
     Case("fsdp2, offloaded", 2, OWN, "stash", "evaluation"),
     Case("fsdp2, sp 2", 2, OWN, "recompute"),
     Case("zero 2", 2, TIED, "grouped"),
