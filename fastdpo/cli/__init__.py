@@ -9,8 +9,10 @@ the unfinished part of a stage. Open
 `options` reads them, `names` knows what else people call them, `help` prints them.
 """
 
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(help_of(argv[0], COMMANDS[argv[0]][0]))
         else:
             commands.check_one_process(argv[0])
+            if not is_first():  # which warns of the same
+                logging.disable(logging.WARNING)
+                warnings.simplefilter("ignore")
             command, config = parse(argv)
             COMMANDS[command][1](config)
     except (ConfigError, DataError, ModelError, ProcessError, OSError) as error:

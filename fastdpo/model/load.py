@@ -22,7 +22,8 @@ from jinja2 import TemplateSyntaxError
 from fastdpo.data.rendering import line_of
 from fastdpo.errors import ModelError, listed, one_line
 from fastdpo.model.attention import keep_softcap
-from fastdpo.model.pieces import Pieces, Trace, gathered, reading
+from fastdpo.model.devices import without
+from fastdpo.model.pieces import Pieces, Trace, gathered, is_cut, reading
 from fastdpo.model.save import save_policy
 from fastdpo.storage import CACHE, cache_path
 
@@ -258,9 +259,11 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     with _loading(name, option=option):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **options
-        )
+        # In a launch of FSDP transformers would leave weights empty on all but the first process.
+        with without("ACCELERATE_USE_FSDP"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **options
+            )
         model, loading = loaded
     kind = type(model).__name__
     if missing := sorted(loading["missing_keys"]):
@@ -366,9 +369,13 @@ def weights_digest(model: Any) -> str:
 
     It reads the weights themselves, so it is the same for a folder, a hub name and a model in
     memory.  It is the same for one that is cut over processes, which all call it: tensors are
-    gathered one by one.
+    gathered one by one, and the first process has the digest, the others "".
     """
-    digest = hashlib.sha256()
+    digest, tensors = hashlib.sha256(), sorted(_without_adapters(model).items())
+    if any(is_cut(x) for _, x in tensors) and torch.distributed.get_rank() > 0:
+        for _, tensor in tensors:
+            gathered(tensor)
+        return ""
     # Where it was loaded from and how it attends do not change what a model is.
     settings = {
         k: v
@@ -376,7 +383,7 @@ def weights_digest(model: Any) -> str:
         if not k.startswith("_") and k != "transformers_version"
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(_without_adapters(model).items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = gathered(tensor).cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(memoryview(data.numpy()))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """What all processes of a launch do at once, in files and values that any of them can read."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fastdpo.report.evaluation import by_prompt
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.control import LengthController
 from fastdpo.train.launch import launched
+from fastdpo.train.together import telling
 from fastdpo.train.trainer import train
 
 
@@ -72,11 +74,12 @@ class Loading:
     def ready(self) -> Callable[[], Any]:
         return self.run
 
+    @telling()
     def run(self) -> Any:
         """The model, or this process's part of it."""
         config = TrainConfig(**self.config)
-        model, _ = launched(config).load(self.model, config, digest=False)
-        return model
+        with closing(launched(config)) as engine:
+            return engine.load(self.model, config, digest=False)[0]
 
 
 WORK = {work.__name__: work for work in (Training, Loading)}

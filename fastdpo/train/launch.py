@@ -52,9 +52,12 @@ def joined() -> Any:
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     # torchrun says nothing of CPUs, and accelerate would leave each process alone there.
     on_cpu = wanted > 1 and not torch.accelerator.is_available()
+    on_cpu = on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     waits = InitProcessGroupKwargs(timeout=_PATIENCE)
-    # What FSDP2 offloads lies in CPU memory, and is summed and gathered there.
-    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+    # What FSDP2 offloads lies in CPU memory, and is summed and gathered there.  A process that no
+    # launcher started joins none.
+    on_gpus = "LOCAL_RANK" in os.environ and torch.cuda.is_available() and not on_cpu
+    if on_gpus and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         waits = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=_PATIENCE)
     # accelerate takes sizes of parallelism on GPUs only; `_division` reads them anyway.
     with without("ACCELERATE_USE_PARALLELISM_CONFIG") if on_cpu else nullcontext():

@@ -33,6 +33,7 @@ from fastdpo.train.config import FREE, EvalConfig, TrainConfig
 from fastdpo.train.coupling import mismatched
 from fastdpo.train.reference import pairs_digest
 from fastdpo.train.steps import Setup
+from fastdpo.train.together import of_first
 
 _RUN = "run.json"
 # In it: the epochs and steps of the policy, where it is saved, and when that was.
@@ -242,13 +243,15 @@ def claim_folder(setup: Setup, start: Any, facts: Mapping[str, Any] = {}) -> Non
     run["reference"] = None if setup.reference is None else str(setup.reference)
     run |= facts
     path = setup.out / _RUN
-    if setup.is_main:
+
+    def claim() -> None:
         for name in ("policy", "adapter"):
             settle_directory(setup.out / name)
         if not path.exists():
             write_json_atomic(path, run)
+
     # Every process waits, whether or not it could already see the file.
-    setup.engine.accelerator.wait_for_everyone()
+    of_first(setup.engine, claim)
     # An option that is newer than the run had its default's meaning.
     known = asdict(TrainConfig()) | asdict(EvalConfig())
     recorded = read_json(path)
@@ -278,7 +281,7 @@ def _change_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:
     Raises:
         ConfigError: it is finished, and what it would go on from is gone.
     """
-    accelerator, more = setup.engine.accelerator, run["num_train_epochs"]
+    more = run["num_train_epochs"]
     told = (
         f"goes on to num_train_epochs={more}, after {before} before; from its last checkpoint on, "
         f"the learning rate is that of the schedule of all {more}"
@@ -296,12 +299,10 @@ def _change_epochs(setup: Setup, run: dict[str, Any], before: int) -> None:
                 "output_dir"
             )
         run.setdefault(_FINISHED, before)
-    accelerator.wait_for_everyone()  # all have read what was there
-    if setup.is_main:
-        write_json_atomic(setup.out / _RUN, run)
+    setup.engine.accelerator.wait_for_everyone()  # all have read what was there
+    of_first(setup.engine, lambda: write_json_atomic(setup.out / _RUN, run))
     if setup.progress:
         print(f"{setup.out} {told}")
-    accelerator.wait_for_everyone()
 
 
 def _has_policy_of(setup: Setup, run: Mapping[str, Any], epochs: int) -> bool:

@@ -29,6 +29,7 @@ from fastdpo.progress import advance, bar
 from fastdpo.storage import cache_path
 from fastdpo.train.logps import LogProbs, load, places_of, save
 from fastdpo.train.steps import Reference, Setup, plan_epoch, reference_logps_of
+from fastdpo.train.together import of_first
 
 _log = logging.getLogger(__name__)
 
@@ -55,34 +56,39 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
     Raises:
         ModelError: those of the run are of another model, or one is not finite.
     """
-    from accelerate.utils import gather_object
-
-    logps, shared = None, None
+    logps: LogProbs | None = None
     own = setup.out / "ref_logps" / f"{setup.logps_name}.safetensors"
     need_tokens = setup.config.objective.ld_alpha is not None
     if setup.layout.classes:
         weights = cache_key(weights=weights, layout=setup.layout.key)
-    if setup.is_main:
+    weights += setup.engine.rounding
+
+    def find() -> bool:
+        nonlocal logps
         logps = load(own, setup.pairs, weights, need_tokens=need_tokens)
         if logps is None and setup.config.reference_cache is not None:
             shared = _cache_path(setup, weights)
             logps = load(shared, setup.pairs, weights, need_tokens=need_tokens)
             if logps is not None:
                 save(own, logps, weights)
-    [known, *_] = gather_object([logps is not None])
-    if not known:
-        logps = compute_reference(setup, model)
-        if setup.is_main:
-            save(own, logps, weights)
-        if shared is not None:
-            try:
-                save(shared, logps, weights)
-            except OSError as error:
-                _log.warning(
-                    "reference_cache: %s cannot be written, other runs will not find it: %s",
-                    shared, error,
-                )  # fmt: skip
-    setup.engine.accelerator.wait_for_everyone()
+        return logps is not None
+
+    def keep(logps: LogProbs) -> None:
+        save(own, logps, weights)
+        if setup.config.reference_cache is None:
+            return
+        shared = _cache_path(setup, weights)
+        try:
+            save(shared, logps, weights)
+        except OSError as error:
+            _log.warning(
+                "reference_cache: %s cannot be written, other runs will not find it: %s",
+                shared, error,
+            )  # fmt: skip
+
+    if not of_first(setup.engine, find):
+        found = logps = compute_reference(setup, model)
+        of_first(setup.engine, lambda: keep(found))
     # Every process reads what the first one found.
     logps = logps or load(own, setup.pairs, None)
     assert logps is not None

@@ -1,18 +1,38 @@
 """What one process cannot do, none of them goes on from."""
 
+import json
 import time
-from collections.abc import Callable
-from itertools import count
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TypeVar
 
-from torch.distributed import group
+from torch import distributed
 
 from fastdpo.errors import ConfigError, DataError, ModelError
 
 Result = TypeVar("Result")
-_calls = count()  # as many on each process
+_count = {"works": 0, "calls": 0}  # of `telling`, and of `together` in it; alike on each process
 
 _KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, ModelError, OSError)}
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Around a work of all processes: the error that one ends with is told to the others.
+
+    Those that wait for it in `together` raise it too, instead of waiting for good.  All processes
+    enter it equally often.
+    """
+    _count.update(works=_count["works"] + 1, calls=0)
+    word = _word()
+    try:
+        yield
+    except BaseException as error:
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            told = distributed.get_rank(), *_told(error)
+            with suppress(RuntimeError):  # the store is gone, and the others know it
+                _store().compare_set(word, "", json.dumps(told))
+        raise
 
 
 def together(accelerator: Any, work: Callable[[], Result]) -> list[Result]:
@@ -39,31 +59,51 @@ def together(accelerator: Any, work: Callable[[], Result]) -> list[Result]:
     except Exception as error:
         own = error
     _await(accelerator.num_processes)
-    told = None if own is None else (type(own).__name__, str(own))
-    found: list[Any] = gather_object([(told, result)])
-    failed = {rank: error for rank, (error, _) in enumerate(found) if error is not None}
+    found: list[Any] = gather_object([(None if own is None else _told(own), result)])
     if own is not None:
         raise own
-    for rank, (kind, text) in failed.items():
-        if kind in _KINDS:
-            raise _KINDS[kind](text)
-        raise RuntimeError(f"process {rank} of {len(found)}: {kind}: {text}")
+    for rank, (error, _) in enumerate(found):
+        if error is not None:
+            _fail(rank, *error)
     return [result for _, result in found]
+
+
+def _told(error: BaseException) -> tuple[str, str]:
+    return type(error).__name__, str(error)
+
+
+def _fail(rank: int, kind: str, text: str) -> NoReturn:
+    """Raise another process's error."""
+    if kind in _KINDS:
+        raise _KINDS[kind](text)
+    raise RuntimeError(f"process {rank} of {distributed.get_world_size()}: {kind}: {text}")
+
+
+def _store() -> Any:
+    return distributed.group.WORLD.get_group_store()  # type: ignore[union-attr]
+
+
+def _word() -> str:
+    """Where in the store the error of a process is that ended."""
+    return f"fastdpo/{_count['works']}/failed"
 
 
 def _await(world: int) -> None:
     """Return when all processes are here, however long one takes.
 
     An exchange has a limit, of ten minutes on GPUs, and a large policy takes longer to write and to
-    sum up.
+    sum up.  A process that has ended with an error doesn't come: its error is raised.
     """
     if world == 1:
         return
-    store: Any = group.WORLD.get_group_store()  # type: ignore[union-attr]
-    name = f"fastdpo/here-{next(_calls)}"
+    store, name = _store(), f"fastdpo/{_count['works']}/here-{_count['calls']}"
+    _count["calls"] += 1
     store.add(name, 1)
     pause = 0.001
     while store.add(name, 0) < world:
+        # It may have ended since, after it was here.
+        if store.check([_word()]) and store.add(name, 0) < world:
+            _fail(*json.loads(store.get(_word())))
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
 

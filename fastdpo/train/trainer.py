@@ -49,6 +49,7 @@ from fastdpo.train.prepare import (
 )
 from fastdpo.train.reference import known_reference
 from fastdpo.train.steps import Reference, Setup, plan_epoch
+from fastdpo.train.together import telling
 from fastdpo.train.update import COVARIANCE, take_step
 
 CONTROL = "control.json"  # the state of alpha=auto at the end
@@ -57,6 +58,7 @@ _FEW_STEPS = 5  # fewer are too few to learn from
 _log = logging.getLogger(__name__)
 
 
+@telling()
 def train(
     model: Any,
     tokenizer: Any,
@@ -78,7 +80,8 @@ def train(
     Args:
         model: folder or hub name of the start, which is also the reference; or a transformers model
             in memory, which is trained in place while its reference is what it was.  With adapters
-            it ends merged, in fp32 on the CPU.
+            it ends merged, in fp32 on the CPU; under FSDP2 it ends divided between the processes,
+            and of no more use.
         tokenizer: saved beside the policy.
         pairs: tokenized pairs, lists or single responses, as the objective takes them;
             ``config.overlong`` says what becomes of those that do not fit ``config.max_tokens``.

@@ -122,6 +122,8 @@ def _over_examples(
             loss = result.loss if real else 0.0 * result.loss
             if learn:
                 engine.backward(model, loss)
+        if reference.model is not None:  # some losses and their backwards read its head
+            engine.release(reference.model)
         metrics = {"loss": loss.detach(), **result.metrics}
         if learn and setup.config.alpha == "auto":
             metrics[COVARIANCE] = _covariance(result, batch.firsts)
@@ -136,7 +138,8 @@ def _over_examples(
                 sums[counted] = sums.get(counted, 0.0) + share * float(real)
             # An evaluation may sum thousands of micro-batches, too many for fp32.
             value = value if learn else value.double()
-            sums[name] = sums.get(name, 0.0) + value * (share if real else 0.0)
+            # A filler's may be infinite, which times 0 is none.
+            sums[name] = sums.get(name, 0.0) + (value * share if real else torch.zeros_like(value))
     values = engine.sum(torch.stack([x.double() for x in sums.values()]))
     row = _means(dict(zip(sums, values.tolist())))
     if shared.loss is not None:

@@ -26,7 +26,7 @@ from fastdpo.train.checkpoint import (
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
 from fastdpo.train.launch import launched
-from fastdpo.train.together import together
+from fastdpo.train.together import telling, together
 
 VOCAB = len(build_tokenizer())
 
@@ -122,8 +122,8 @@ def every_way(rank, folder, cases):
 
 
 @contextmanager
-def full_disk(on, most=4096):
-    """Where it is ``on``, no file grows beyond so many bytes."""
+def full_disk(on, most=2**15):
+    """Where it is ``on``, no file grows beyond so many bytes; that of the store is smaller."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if on:
@@ -164,6 +164,18 @@ def fails_on_one(rank, folder):
         together(accelerator, lambda: {}["a"] if rank == 1 else 1)
     told.append(str(error.value))
     assert together(accelerator, lambda: rank) == [0, 1]
+    # One that ended, so it never comes to where the other waits, and the work after it.
+    with pytest.raises(ModelError, match="the second is broken"), telling():
+        if rank == 1:
+            raise ModelError("the second is broken")
+        together(accelerator, lambda: rank)
+    with telling():
+        assert together(accelerator, lambda: rank) == [0, 1]
+    # What the first process does alone.
+    whole, model = Engine(accelerator, TrainConfig()), LLAMA.build(VOCAB)
+    with full_disk(rank == 0), pytest.raises(DataError) as error:
+        whole.save_policy(model, model, TrainConfig(), build_tokenizer(), folder)
+    told.append(str(error.value))
     return told
 
 
@@ -192,6 +204,7 @@ def test_parts_are_read_by_each_engine_and_what_fails_on_one_is_the_error_of_all
         for text in told[:2]:
             assert text.startswith(f"{path} can't be written ([Errno 27] File too large")
         assert told[2].startswith(f"{path / '__1_0.distcp'} differs from what was written")
+        assert told[4].startswith(f"{tmp_path / 'fails' / 'policy'} can't be written (")
     assert (first[3], second[3]) == ("process 1 of 2: KeyError: 'a'", "'a'")
 
 
