@@ -6,7 +6,8 @@ Each case is three steps of `fastdpo.train.trainer.train` on processes of this m
 joins.  Measured is the most that PyTorch's allocator had alive in any of them from the end of the
 first step to the end of the last: weights, gradients, optimizer and all else, counted by
 `allocations.c`, which needs Linux and a C compiler.  Estimated is what `fastdpo.plan.step` says of
-the same options.
+the same options.  gloo makes a copy of what it reduces or gathers: where the peak comes then, as
+with sequence parallel, the real processes take so much more.
 """
 
 from __future__ import annotations

@@ -203,6 +203,7 @@ class _Search:
     guess: int  # tokens of a side
     short: float = _SHORT
     beside: float = 0.0  # bytes of a step without tokens, but for what is there whatever runs
+    first: bool = True  # nothing was simulated yet
 
     def longest(self, simulation: Simulation) -> tuple[int, StepMemory]:
         """The longest side that fits, to `short`, and its estimate; (0, that of the shortest) if
@@ -214,7 +215,10 @@ class _Search:
             return of_step(simulation, prompt, length - prompt, pairs=1)
 
         shortest, rest = min(_LENGTH_STEP, limit), at_rest(simulation)
-        before, before_peak = 0, rest.device + rest.gradients * (not rest.host) + self.beside
+        still = rest.device + rest.gradients * (not rest.host)
+        before, before_peak, slope = 0, still + self.beside, 0.0
+        # A little short of where the line ends, so that the guess tends to fit.
+        aim = usable - 0.4 * self.short * (usable - rest.device)
         low, found, high, length = 0, None, limit + 1, max(shortest, min(self.guess, limit))
         while rest.device <= usable:
             tried = at(length)
@@ -224,9 +228,8 @@ class _Search:
                 high = length
             slope = (tried.peak - before_peak) / (length - before)
             before, before_peak = length, tried.peak
-            # A little short of where the line ends, so that the guess tends to fit.
-            room = (1 - 0.3 * self.short) * (usable - tried.peak) / slope if slope > 0 else limit
-            if 0 <= room < max(int(length * self.short), _LENGTH_STEP):
+            room = (aim - tried.peak) / slope if slope > 0 else limit
+            if tried.peak <= usable and room < max(length * self.short, _LENGTH_STEP):
                 break
             length = int(min(length + room, high - 1, limit))
             if length < limit:
@@ -237,4 +240,7 @@ class _Search:
                 break
         if found is None:
             return 0, at(shortest)
+        if self.first:
+            self.first, self.guess = False, low
+            self.beside = max(0.0, found.peak - slope * low - still)
         return low, found

@@ -152,11 +152,11 @@ def test_what_cannot_be_divided(gpus, options, message):
 
 
 def test_the_longest_pair_of_several_gpus():
-    sizes = configuration("Llama", max_position_embeddings=2**14, num_hidden_layers=1)
+    sizes = configuration("Llama", max_position_embeddings=2**20, num_hidden_layers=1)
     config = TrainConfig(engine="fsdp2", gradient_checkpointing=False, max_tokens=512)
-    found = longest_pair(sizes, config, 1.7, gpus=4)
+    found = longest_pair(sizes, config, 4.0, gpus=4)
     longest = {option.name: option.longest for option in found.options}
-    assert "Longest pair on 4 x 1.7 GiB" in str(found)
+    assert "Longest pair on 4 x 4 GiB" in str(found)
     assert 0 < found.longest < longest["gradient_checkpointing=True, sp_size=2"]
     # No eight GPUs, and no other engine than the one that is configured.
     assert not any("sp_size=8" in name or "engine" in name for name in longest)
@@ -188,7 +188,7 @@ def test_the_peak_of_real_processes(case):
     if not plan_check.possible(case):
         pytest.skip("needs deepspeed")
     found, wanted = plan_check.estimated_peak(case), max(plan_check.measured(case))
-    # Observed within 1%, and 8% with sequence parallel over four.
+    # Observed within 1%; 8% with sequence parallel over four, 9% with ZeRO-2.
     assert found == pytest.approx(wanted, rel=0.15)
 
 
@@ -216,7 +216,7 @@ def test_shapes_of_8b_and_70b(sizes, gpus, peak):
     shared = estimate(
         transformers.LlamaConfig(**sizes), replace(config, sp_size=8), gpus=gpus, **args
     )
-    assert shared.tokens > found.tokens and shared.sent["all-to-all"] > 0
+    assert shared.tokens >= found.tokens and shared.sent["all-to-all"] > 0
     assert shared.activations < found.activations / 2
 
 

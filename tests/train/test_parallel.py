@@ -76,6 +76,8 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
         (replace(found, counts={**found.counts, "pairs": [10, 10, 2]}), "'pairs': [10, 10, 2]"),
     ):
         assert problem in parallel.compared(case, wrong, alone, rounding)["note"]
+    for exact, problem in ((found, "computed in fp32"), (replace(found, gradients=scaled), None)):
+        assert parallel.compared(case, found, alone, rounding, exact)["note"] == problem
     told_of(case, row)
 
 
