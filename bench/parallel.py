@@ -16,7 +16,7 @@ What a difference may be is measured too.  The same run on one process, with its
 packed otherwise, sums in another order, and so it does by another way through a head that is
 trained: the largest difference of such runs is what rounding makes in this dtype, and a run on
 several processes may have `WITHIN` times as much.  In bf16 what is computed is another number, so
-there the measure is how far one process in bf16 is from fp32.
+there the measure is how far one process in bf16 is from fp32, of which they keep as far away.
 
 Weights are random, so the tables say nothing of speed.
 """
@@ -145,6 +145,12 @@ class Case(NamedTuple):
         return "LoRA" if self.route == "frozen" else "full"
 
     @property
+    def goes(self) -> str:
+        """The way through the head: a KL of tokens that are divided is always recomputed."""
+        divided = ENGINES[self.engine].divides_tokens and self.extra == "tdpo2"
+        return "recompute" if divided else self.route
+
+    @property
     def alone(self) -> Job:
         """The same on one process."""
         options: dict[str, Any] = dict(EXTRAS[self.extra])
@@ -155,10 +161,14 @@ class Case(NamedTuple):
         return Job(self.family, self.head == TIED, options, evaluates=self.extra in EVALUATED)
 
     @property
+    def in_bf16(self) -> bool:
+        return bool(EXTRAS[self.extra].get("bf16"))
+
+    @property
     def others(self) -> list[Job]:
         """Runs that differ from that on one process as much as this one may."""
         job = self.alone
-        if job.options.get("bf16"):
+        if self.in_bf16:
             return [job._replace(options={**job.options, "bf16": False})]
         jobs = [job]
         if job == Case("", 1, self.head, self.route).alone and self.route in WORKSPACES:
@@ -246,9 +256,11 @@ class Baselines:
                 raise RuntimeError(f"one process alone: {job}\n{why}")
             self.known[repr(job)] = found
 
-    def of(self, case: Case) -> tuple[Found, dict[str, float]]:
+    def of(self, case: Case) -> tuple[Found, dict[str, float], Found | None]:
+        """What `compared` gets."""
         alone = read(self.known[repr(case.alone)])
-        return alone, rounding_of(alone, [read(self.known[repr(x)]) for x in case.others])
+        others = [read(self.known[repr(x)]) for x in case.others]
+        return alone, rounding_of(alone, others), others[0] if case.in_bf16 else None
 
 
 def rounding_of(alone: Found, others: Iterable[Found]) -> dict[str, float]:
@@ -332,9 +344,17 @@ def crews(cases: Sequence[Case]) -> list[list[Case]]:
 
 
 def compared(
-    case: Case, found: Found, alone: Found, rounding: Mapping[str, float]
+    case: Case,
+    found: Found,
+    alone: Found,
+    rounding: Mapping[str, float],
+    exact: Found | None = None,
 ) -> dict[str, Any]:
-    """What a row says of a run: differences, what they are measured by, and what is wrong."""
+    """What a row says of a run: differences, what they are measured by, and what is wrong.
+
+    Args:
+        exact: of a run in bf16, what one process finds in fp32.
+    """
     off = differences(found, alone)
     norms, limit = found.values["grad_norm"], TrainConfig(**CONFIG).max_grad_norm
     row = {
@@ -346,9 +366,12 @@ def compared(
         "grad_norms": norms,
     }
     problems = [f"{x} off by {y:.1e}" for x, y in off.items() if y > WITHIN * rounding[x]]
+    least = rounding["gradients"] / WITHIN
+    if exact is not None and differences(found, exact)["gradients"] < least:
+        problems.append("computed in fp32")
     if found.counts != alone.counts:
         problems.append(f"counts {found.counts}, not {alone.counts}")
-    if max(found.routes, key=found.routes.__getitem__) != case.route:
+    if max(found.routes, key=found.routes.__getitem__) != case.goes:
         problems.append(f"took {dict(found.routes)}")
     if min(norms) <= limit:
         problems.append(f"clipped nothing, norms {norms}")

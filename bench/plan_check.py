@@ -6,13 +6,16 @@ Each case is three steps of `fastdpo.train.trainer.train` on processes of this m
 joins.  Measured is the most that PyTorch's allocator had alive in any of them from the end of the
 first step to the end of the last: weights, gradients, optimizer and all else, counted by
 `allocations.c`, which needs Linux and a C compiler.  Estimated is what `fastdpo.plan.step` says of
-the same options.
+the same options.  gloo makes a copy of what it reduces or gathers: where the peak comes then, as
+with sequence parallel, the real processes take so much more.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import ctypes
+import importlib.util
 import json
 import os
 import socket
@@ -39,6 +42,8 @@ SIZES: dict[str, Any] = {
 PROMPT, RESPONSE = 128, 192  # tokens
 STEPS = 3
 PAIRS = 4  # of a step, for each process or group that has some of its own
+# Of ZeRO, values: what DeepSpeed takes by itself, 2 GB, would hide everything else.
+ZERO_BUCKET = 2**18
 MAX_TOKENS = 2 * (PROMPT + 2 * RESPONSE)  # two pairs a micro-batch
 
 
@@ -52,10 +57,11 @@ class Case(NamedTuple):
     processes: int
     options: dict[str, Any]
     family: str = "Llama"
+    zero_stage: int = 0  # of DeepSpeed
 
 
 def cases() -> list[Case]:
-    """FSDP2 at 2 and 4 processes, what changes its memory, sequence parallel, and DDP."""
+    """FSDP2 at 2 and 4 processes, what changes its memory, sequence parallel, DDP and ZeRO."""
     fsdp2: dict[str, Any] = {"engine": "fsdp2"}
     kept: dict[str, Any] = {"gradient_checkpointing": False}
     both = [
@@ -75,13 +81,21 @@ def cases() -> list[Case]:
         Case(4, {**fsdp2, "reshard_after_forward": False}),
         Case(4, {**fsdp2, "dp_replicate_size": 2}),
         Case(4, {**fsdp2, **kept}, "Qwen3"),
+        Case(2, {**fsdp2, "offload_params": True}),
+        Case(4, {**fsdp2, "precompute_ref_log_probs": False}),
         Case(2, {}),
+        *(Case(2, {"engine": "deepspeed"}, zero_stage=stage) for stage in (2, 3)),
     ]
+
+
+def possible(case: Case) -> bool:
+    """Whether what it needs is installed."""
+    return not case.zero_stage or importlib.util.find_spec("deepspeed") is not None
 
 
 def name_of(case: Case) -> str:
     """Its number of processes, its options and its family."""
-    return f"{case.processes} x {_options(case.options)}, {case.family}"
+    return f"{case.processes} x {_options(case)}, {case.family}"
 
 
 def configuration_of(case: Case) -> Any:
@@ -106,8 +120,27 @@ def estimated(case: Case) -> Any:
 
     return estimate(
         configuration_of(case), options_of(case), prompt=PROMPT, response=RESPONSE, device="cpu",
-        gpus=case.processes,
+        gpus=case.processes, zero_stage=case.zero_stage or 3,
     )  # fmt: skip
+
+
+def estimated_peak(case: Case) -> int:
+    """The estimate as a process of CPUs has it: what is moved to CPU memory is there too."""
+    return _on_cpu(case, estimated(case))
+
+
+def _on_cpu(case: Case, found: Any) -> int:
+    bucket = 4 * ZERO_BUCKET - found.buckets if case.zero_stage else 0
+    return found.peak + found.host + bucket
+
+
+def start_of(case: Case) -> Any:
+    """Its model, of random weights."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, options_of(case).dtype)
+    return AutoModelForCausalLM.from_config(configuration_of(case), dtype=dtype)
 
 
 def measured(case: Case) -> list[int]:
@@ -119,7 +152,9 @@ def measured(case: Case) -> list[int]:
         counter = Path(out) / "allocations.so"
         source = Path(__file__).with_name("allocations.c")
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", counter, source, "-ldl"], check=True)
-        job = json.dumps([*case[:3], out])
+        if case.zero_stage:  # ZeRO-3 divides a model as it is loaded
+            start_of(case).save_pretrained(Path(out) / "start")
+        job = json.dumps([*case, out])
         command = [sys.executable, "-m", "bench.plan_check", "--job", job]
         started = []
         for rank in range(case.processes):
@@ -132,6 +167,15 @@ def measured(case: Case) -> list[int]:
                 "LOCAL_WORLD_SIZE": str(case.processes), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }  # fmt: skip
+            if case.zero_stage:
+                zero = {"stage": case.zero_stage, "reduce_bucket_size": ZERO_BUCKET}
+                settings = json.dumps({"zero_optimization": zero})
+                env |= {
+                    "ACCELERATE_USE_DEEPSPEED": "true",
+                    "ACCELERATE_DEEPSPEED_CONFIG_FILE": base64.urlsafe_b64encode(
+                        settings.encode()
+                    ).decode(),
+                }
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             started.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes))
         ended = [(process.communicate(), process.returncode) for process in started]
@@ -143,8 +187,6 @@ def measured(case: Case) -> list[int]:
 
 def peak_of_steps(case: Case, out: Path) -> int:
     """Most bytes alive from the first step's end on, in this process of the case."""
-    from transformers import AutoModelForCausalLM
-
     from fastdpo.data.examples import TokenizedPair
     from fastdpo.train.trainer import train
 
@@ -171,10 +213,7 @@ def peak_of_steps(case: Case, out: Path) -> int:
     for name in ("allocations_alive", "allocations_most"):
         getattr(counted, name).restype = ctypes.c_size_t
     before = counted.allocations_alive()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        configuration_of(case), dtype=getattr(torch, config.dtype)
-    )
+    model = str(out / "start") if case.zero_stage else start_of(case)
     with suppress(_Enough):
         train(
             model, None, pairs, config, out, keep_checkpoint=False, progress=False, on_step=on_step
@@ -182,12 +221,20 @@ def peak_of_steps(case: Case, out: Path) -> int:
     return counted.allocations_most() - before
 
 
+def key_of(case: Case) -> dict[str, Any]:
+    """What names its row."""
+    return {key: x for key, x in case._asdict().items() if key != "zero_stage" or x}
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    return Case(**{key: row[key] for key in Case._fields if key in row})
+
+
 def row_of(case: Case) -> dict[str, Any]:
     peaks, found = measured(case), estimated(case)
     return {
-        "op": OP, "family": case.family, "processes": case.processes, "options": case.options,
-        "estimated": found.peak, "measured": max(peaks), "measured_least": min(peaks),
-        "limit": found.limit, "sent": found.sent,
+        "op": OP, **key_of(case), "estimated": _on_cpu(case, found), "measured": max(peaks),
+        "measured_least": min(peaks), "limit": found.limit, "sent": found.sent,
     }  # fmt: skip
 
 
@@ -197,11 +244,11 @@ def markdown(rows: list[dict], links: list[str]) -> str:
     parts = []
     for group in grouped(rows, ("device",)).values():
         # The last of each case: a run that was stopped goes on at another commit.
-        last = {name_of(Case(x["processes"], x["options"], x["family"])): x for x in group}
+        last = {name_of(case_of(row)): row for row in group}
         group = list(last.values())
         body = [
             [
-                row["family"], str(row["processes"]), _options(row["options"]),
+                row["family"], str(row["processes"]), _options(case_of(row)),
                 f"{row['estimated'] / 2**20:.1f}", f"{row['measured'] / 2**20:.1f}",
                 f"{row['estimated'] / row['measured'] - 1:+.1%}", row["limit"],
             ]
@@ -218,8 +265,9 @@ def markdown(rows: list[dict], links: list[str]) -> str:
     return "\n\n".join(parts)
 
 
-def _options(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in options.items()) or "(default)"
+def _options(case: Case) -> str:
+    stage = [f"stage {case.zero_stage}"] if case.zero_stage else []
+    return ", ".join([*(f"{name}={x}" for name, x in case.options.items()), *stage]) or "(default)"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -234,9 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     place = where(torch.device("cpu"), None, "accelerate", "peft")
     done = load([given.out]) if given.out and given.out.exists() else []
-    for case in cases():
-        same = {"family": case.family, "processes": case.processes, "options": case.options}
-        if any(same.items() <= row.items() for row in done):
+    for case in filter(possible, cases()):
+        if any(case == case_of(row) for row in done):
             continue
         row = row_of(case) | place
         off = row["estimated"] / row["measured"] - 1

@@ -18,7 +18,7 @@ from fastdpo.cli import COMMANDS, main, parse
 from fastdpo.cli.commands import save_options
 from fastdpo.cli.names import _of_trl, table
 from fastdpo.cli.options import options_of
-from fastdpo.errors import ConfigError
+from fastdpo.errors import ConfigError, DataError
 from fastdpo.model.load import demo_model
 from fastdpo.rounds.config import IterateConfig
 from fastdpo.rounds.old_names import old_names
@@ -100,7 +100,7 @@ def test_the_options_left_in_a_run_are_whole(tmp_path, monkeypatch):
 
     save_options({"beta": 0.1}, tmp_path)
     monkeypatch.setattr(Path, "write_text", cut)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(DataError, match="no space"):
         save_options({"beta": 0.2}, tmp_path)
     (file,) = tmp_path.iterdir()
     assert yaml.safe_load(file.read_text()) == {"beta": 0.1}

@@ -23,7 +23,7 @@ from fastdpo.data.rendering import line_of
 from fastdpo.errors import ModelError, listed, one_line
 from fastdpo.model.attention import keep_softcap
 from fastdpo.model.devices import without
-from fastdpo.model.pieces import Pieces, Trace, gathered, reading
+from fastdpo.model.pieces import Pieces, Trace, gathered, is_cut, reading
 from fastdpo.model.save import save_policy
 from fastdpo.storage import CACHE, cache_path
 
@@ -369,9 +369,13 @@ def weights_digest(model: Any) -> str:
 
     It reads the weights themselves, so it is the same for a folder, a hub name and a model in
     memory.  It is the same for one that is cut over processes, which all call it: tensors are
-    gathered one by one.
+    gathered one by one, and the first process has the digest, the others "".
     """
-    digest = hashlib.sha256()
+    digest, tensors = hashlib.sha256(), sorted(_without_adapters(model).items())
+    if any(is_cut(x) for _, x in tensors) and torch.distributed.get_rank() > 0:
+        for _, tensor in tensors:
+            gathered(tensor)
+        return ""
     # Where it was loaded from and how it attends do not change what a model is.
     settings = {
         k: v
@@ -379,7 +383,7 @@ def weights_digest(model: Any) -> str:
         if not k.startswith("_") and k != "transformers_version"
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(_without_adapters(model).items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = gathered(tensor).cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(memoryview(data.numpy()))  # type: ignore[arg-type]

@@ -101,6 +101,8 @@ class _Result(_Node):
     def make(self, trace: "Trace") -> Tensor:
         given = self.args, self.kwargs
         args, kwargs = tree_map_only(_View, lambda x: x.make(trace), given)
+        if trace.hollow:
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
         return tree_leaves(self.func(*args, **kwargs))[self.index]
 
     def rows(self, trace: "Trace", start: int, stop: int) -> Tensor:
@@ -123,6 +125,7 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self._nodes: dict[int, tuple[Tensor, _Node]] = {}  # by storage, which the tensor keeps
         self._made: OrderedDict[_Node, Tensor] = OrderedDict()
+        self.hollow = False  # from now on tensors are made for other processes, and none here
 
     def source(
         self, shape: Any, dtype: torch.dtype, read: Callable[[slice | None], Tensor]
@@ -151,7 +154,8 @@ class Trace(TorchDispatchMode):
         if node in self._made:
             self._made.move_to_end(node)
         else:
-            self._made[node] = node.make(self)
+            made = node.make(self)
+            self._made[node] = torch.empty_like(made, device="meta") if self.hollow else made
             while len(self._made) > _KEPT:
                 self._made.popitem(last=False)
         return self._made[node]

@@ -152,6 +152,7 @@ def save_in_pieces(
     if not all(map(trace.can_make, made)):
         _save_whole(model, folder, values)
         return
+    trace.hollow = folder is None
     for (tensors, path), options in files:
         real = {}
         for name, tensor in tensors.items():
@@ -183,7 +184,8 @@ def _save_whole(model: Any, folder: Path | None, values: Making) -> None:
 
 
 def _made(make: Callable[[], Tensor], rows: slice | None) -> Tensor:
-    return make() if rows is None else make()[rows]
+    made = make().cpu()  # several are kept, and a device has no room for them
+    return made if rows is None else made[rows]
 
 
 def _storage(tensor: Tensor) -> tuple[str, int, int]:

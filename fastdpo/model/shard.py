@@ -6,6 +6,7 @@ of `prepare_model` too, comes after, on all processes at once and in the same or
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -43,8 +44,9 @@ def shard(
         model: a transformers causal LM or a PEFT model of one, with the same weights in every
             process or on the meta device; changed in place.
         mesh: of one dimension, or of two: copies, and the processes that hold a copy together.
-        bf16: gather parameters in bfloat16, and sum gradients in fp32; what the embeddings give
-            keeps the dtype of the weights, and so does the residual stream.
+        bf16: gather layers and an untied head in bfloat16, and sum gradients in fp32.  Embeddings
+            and what the root has, as the last norm, are gathered in the dtype of the weights, and
+            so the residual stream keeps it.
         reshard_after_forward: free a layer after its forward and gather it again for the backward.
         offload_params: keep parameters, gradients and the optimizer's state in CPU memory.
         head_in_root: gather the head with the root.
@@ -64,24 +66,26 @@ def shard(
     units = [x for x in (*layers, embeddings) if not _shared(model, x)]
     apart = own_head is not None and not (head_in_root or _shared(model, own_head))
     heads: list[Any] = [own_head] if apart else []
-    dtype = embeddings.weight.dtype
     # The autocast of training casts what goes into a layer; norms and sums keep what they get.
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    exact = policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if bf16:
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        embeddings.register_forward_hook(lambda _, __, out: out.to(dtype))
+        # Of weights that are products' alone this is the rounding of autocast.
+        exact = replace(exact, reduce_dtype=torch.float32)
+        policy = replace(exact, param_dtype=torch.bfloat16)
     offload: OffloadPolicy = OffloadPolicy()
     if offload_params:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
-    given: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
+    given: dict[str, Any] = {"mesh": mesh, "offload_policy": offload}
+    after: dict[str, Any] = {**given, "reshard_after_forward": reshard_after_forward}
+    kept: dict[str, Any] = {**given, "reshard_after_forward": False}
     try:
         for unit in units:
-            fully_shard(unit, reshard_after_forward=reshard_after_forward, **given)
+            fully_shard(unit, mp_policy=exact if unit is embeddings else policy, **after)
         for unit in heads:
-            fully_shard(unit, reshard_after_forward=False, **given)
-        fully_shard(model, reshard_after_forward=False, **given)
+            fully_shard(unit, mp_policy=policy, **kept)
+        fully_shard(model, mp_policy=exact, **kept)
+        if embeddings in units and isinstance(embeddings, nn.Embedding):
+            cast(Any, embeddings).set_unshard_in_backward(False)  # a sum of rows, without the table
         for unit in _units(model):
             _keep_name(type(unit))
     except (ValueError, NotImplementedError) as error:

@@ -73,6 +73,14 @@ class Cluster:
         self._open.close()
 
     @property
+    def groups(self) -> int:
+        """Groups of processes that one is in and exchanges tensors with."""
+        if self.gpus == 1:
+            return 0
+        copies = 2 if self.name == "fsdp2" and self.config.dp_replicate_size > 1 else 0
+        return 1 + copies + (self.config.sp_size > 1)
+
+    @property
     def _rank(self) -> int:
         return min(self.config.sp_size, self.gpus) - 1
 

@@ -31,18 +31,19 @@ _SAVINGS: tuple[dict[str, Any], ...] = (
         "gradient_checkpointing": True, "mlp_tile_tokens": 8192, "activation_offloading": True,
     },
 )  # fmt: skip
-# The same where several GPUs train: those that matter most, as each takes a while to try.
+# The same where several GPUs train: those that matter most, as each takes a while to try.  Of
+# sequence parallel there are the smallest size and the largest that is possible.
 _SAVINGS_OF_SEVERAL: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"engine": "fsdp2"},
-    {"engine": "fsdp2", "gradient_checkpointing": True, "sp_size": 2},
-    {"engine": "fsdp2", "gradient_checkpointing": True, "sp_size": 4},
-    {"engine": "fsdp2", "gradient_checkpointing": True, "sp_size": 8},
+    *({"engine": "fsdp2", "gradient_checkpointing": True, "sp_size": size} for size in (2, 4, 8)),
     {"engine": "fsdp2", "offload_params": True},
     {"activation_offloading": True},
     {"use_peft": True, "dtype": "bfloat16"},
 )
 _LENGTH_STEP = 64
+# The share of the longest length that may be missing, on one GPU and on several.
+_SHORT, _SHORT_OF_SEVERAL = 0.01, 0.03
 _NO_LIMIT = 2**20  # tokens, where a model names no limit of its own
 
 
@@ -137,17 +138,14 @@ def longest_pair(
     text = configuration.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or _NO_LIMIT
     options: list[Option] = []
-    guess = limit if limit <= 16384 else 4096
-    for changes in ({}, *(_SAVINGS if gpus == 1 else _SAVINGS_OF_SEVERAL)):
-        wanted = {name: x for name, x in changes.items() if getattr(config, name) != x}
-        if changes and (not wanted or any(wanted == option.changes for option in options)):
-            continue
-        if wanted and not _possible(config, wanted, text, gpus):
-            continue
+    search = _Search(usable, limit, limit if limit <= 16384 else 4096)
+    if gpus > 1:
+        search.short = _SHORT_OF_SEVERAL
+    for wanted in _wanted(config, text, gpus):
         changed = replace(config, **wanted)
         own = configuration_of(configuration)
         with Simulation(own, changed, gpu_gib, gpus, zero_stage) as simulation:
-            options.append(Option(wanted, *_longest(simulation, usable, limit, guess)))
+            options.append(Option(wanted, *search.longest(simulation)))
     if not any(option.longest for option in options):
         least = min(options, key=lambda option: option.estimate.peak)
         how = f" with {least.name}" if least.changes else ""
@@ -157,6 +155,17 @@ def longest_pair(
         )
     whats = {"pairs": "pair", "lists": "list of two", "singles": "response"}
     return Fit(gpu_gib, usable, limit, tuple(options), whats[config.objective.shape], gpus)
+
+
+def _wanted(config: TrainConfig, text: Any, gpus: int) -> list[dict[str, Any]]:
+    """What to try: nothing, and what changes the configuration and goes with it."""
+    found: list[dict[str, Any]] = [{}]
+    for changes in _SAVINGS if gpus == 1 else _SAVINGS_OF_SEVERAL:
+        wanted = {name: x for name, x in changes.items() if getattr(config, name) != x}
+        if wanted not in found and _possible(config, wanted, text, gpus):
+            found.append(wanted)
+    divided = [wanted for wanted in found if "sp_size" in wanted]
+    return [wanted for wanted in found if wanted not in divided[1:-1]]
 
 
 def _possible(config: TrainConfig, wanted: dict[str, Any], text: Any, gpus: int) -> bool:
@@ -181,36 +190,57 @@ def _packs(config: TrainConfig) -> bool:
     return config.layout != "padded"
 
 
-def _longest(simulation: Simulation, usable: int, limit: int, guess: int) -> tuple[int, StepMemory]:
-    """Longest side that fits, to one percent, and its estimate; (0, that of the shortest) if none.
+@dataclass
+class _Search:
+    """Longest sides that fit, of one simulation after the other.
 
-    The peak is close to a line in the number of tokens, so few guesses do.
+    The peak is close to a line in the number of tokens, so few guesses do.  What the first
+    simulation finds makes the first guess of the others.
     """
 
-    def at(length: int) -> StepMemory:
-        prompt = max(1, length // 4)
-        return of_step(simulation, prompt, length - prompt, pairs=1)
+    usable: int
+    limit: int
+    guess: int  # tokens of a side
+    short: float = _SHORT
+    beside: float = 0.0  # bytes of a step without tokens, but for what is there whatever runs
+    first: bool = True  # nothing was simulated yet
 
-    shortest = min(_LENGTH_STEP, limit)
-    before, before_peak = 0, at_rest(simulation).device
-    low, found, high, length = 0, None, limit + 1, max(shortest, min(guess, limit))
-    while before_peak <= usable or before:
-        tried = at(length)
-        if tried.peak <= usable:
-            low, found = length, tried
-        else:
-            high = length
-        slope = (tried.peak - before_peak) / (length - before)
-        before, before_peak = length, tried.peak
+    def longest(self, simulation: Simulation) -> tuple[int, StepMemory]:
+        """The longest side that fits, to `short`, and its estimate; (0, that of the shortest) if
+        none does."""
+        usable, limit = self.usable, self.limit
+
+        def at(length: int) -> StepMemory:
+            prompt = max(1, length // 4)
+            return of_step(simulation, prompt, length - prompt, pairs=1)
+
+        shortest, rest = min(_LENGTH_STEP, limit), at_rest(simulation)
+        still = rest.device + rest.gradients * (not rest.host)
+        before, before_peak, slope = 0, still + self.beside, 0.0
         # A little short of where the line ends, so that the guess tends to fit.
-        room = 0.997 * (usable - tried.peak) / slope if slope > 0 else limit
-        if 0 <= room < max(length // 100, _LENGTH_STEP):
-            break
-        length = int(min(length + room, high - 1, limit))
-        if length < limit:
-            length = length // _LENGTH_STEP * _LENGTH_STEP
-        if length <= low:  # the line says less than what was found to fit, or nothing
-            length = (low + high) // 2 // _LENGTH_STEP * _LENGTH_STEP
-        if length <= low + low // 100 or length < shortest or length >= high:
-            break
-    return (0, at(shortest)) if found is None else (low, found)
+        aim = usable - 0.4 * self.short * (usable - rest.device)
+        low, found, high, length = 0, None, limit + 1, max(shortest, min(self.guess, limit))
+        while rest.device <= usable:
+            tried = at(length)
+            if tried.peak <= usable:
+                low, found = length, tried
+            else:
+                high = length
+            slope = (tried.peak - before_peak) / (length - before)
+            before, before_peak = length, tried.peak
+            room = (aim - tried.peak) / slope if slope > 0 else limit
+            if tried.peak <= usable and room < max(length * self.short, _LENGTH_STEP):
+                break
+            length = int(min(length + room, high - 1, limit))
+            if length < limit:
+                length = length // _LENGTH_STEP * _LENGTH_STEP
+            if length <= low:  # the line says less than what was found to fit, or nothing
+                length = (low + high) // 2 // _LENGTH_STEP * _LENGTH_STEP
+            if length <= low * (1 + self.short) or length < shortest or length >= high:
+                break
+        if found is None:
+            return 0, at(shortest)
+        if self.first:
+            self.first, self.guess = False, low
+            self.beside = max(0.0, found.peak - slope * low - still)
+        return low, found

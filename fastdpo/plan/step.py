@@ -23,6 +23,12 @@ from fastdpo.train.config import TrainConfig
 # allocator loses a share to gaps between blocks.  Both are estimates that no GPU has confirmed.
 CONTEXT_GIB = 0.6
 ALLOCATED_SHARE = 0.95
+# Of several GPUs NCCL takes this for each group that one of them is in, outside of the allocator.
+# Reports have 0.3 to 1.5 GiB, by the number of GPUs and channels; an estimate, too.
+COMMUNICATOR_GIB = 1.0
+# Gradients that DeepSpeed gathers before it sums them: its reduce_bucket_size, in fp32.  It makes
+# the whole of it whatever the model.
+ZERO_BUCKET_BYTES = 4 * 500_000_000
 
 
 # Of these the parts of a step's memory are told.
@@ -35,7 +41,8 @@ _PARTS = {
     "head": "head",
     "backward": "backward",
     "whole": "whole layers",
-    "buckets": "DDP's buckets",
+    "buckets": "buckets",
+    "communicators": "NCCL",
 }
 
 
@@ -58,7 +65,9 @@ class StepMemory:
         tokens: of the micro-batch; with sequence parallel those of the whole group.
         whole: the most that FSDP2 has whole at once: the weights and gradients of layers, and
             buffers to gather and reduce them; a part of `head` and `backward`.
-        buckets: of DDP, copies of the gradients that it sums.
+        buckets: of DDP, copies of the gradients that it sums; of ZeRO its bucket of gradients, as
+            large as DeepSpeed makes it by itself.
+        communicators: of NCCL, an allowance for each group of GPUs that this one is in.
         limit: the largest part of `peak`.
         micro_batches: of a step, for each GPU or group of sequence parallel.
         sent: bytes that a GPU sends in a step, by kind of collective.
@@ -77,6 +86,7 @@ class StepMemory:
     tokens: int
     whole: int = 0
     buckets: int = 0
+    communicators: int = 0
     limit: str = ""
     micro_batches: int = 1
     sent: dict[str, int] = field(default_factory=dict)
@@ -191,12 +201,13 @@ class _AtRest:
     optimizer: int
     reference: int
     buckets: int
+    communicators: int
     device: int
     host: int
 
 
 def at_rest(simulation: Simulation) -> _AtRest:
-    """What the weights, the optimizer, a second model and DDP's buckets take."""
+    """What the weights, the optimizer, a second model, buckets and NCCL take."""
     config, cluster = simulation.config, simulation.cluster
     in_steps = config.objective.needs_reference and not config.precompute_ref_log_probs
     gradients, several = simulation.gradients, cluster.gpus > 1
@@ -206,10 +217,13 @@ def at_rest(simulation: Simulation) -> _AtRest:
     optimizer = gradients * (3 if cluster.name.startswith("zero") else 2)
     reference = simulation.weights if in_steps and not config.use_peft else 0
     buckets = gradients if cluster.name == "ddp" and several else 0
-    total = simulation.weights + optimizer + reference
+    if cluster.name.startswith("zero"):
+        buckets = ZERO_BUCKET_BYTES
+    nccl = int(COMMUNICATOR_GIB * GIB) * cluster.groups if simulation.gpu_gib else 0
+    device, host = simulation.weights + optimizer + reference + buckets, 0
     if simulation.offloaded:
-        return _AtRest(gradients, optimizer, reference, 0, 0, total + gradients)
-    return _AtRest(gradients, optimizer, reference, buckets, total + buckets, 0)
+        device, host = 0, device + gradients
+    return _AtRest(gradients, optimizer, reference, buckets, nccl, device + nccl, host)
 
 
 def of_step(
@@ -248,6 +262,7 @@ def of_step(
         "backward": max(0, found.body - found.kept),
         "whole": found.whole,
         "buckets": fixed.buckets,
+        "communicators": fixed.communicators,
     }
     micro_batches = -(-share // pairs)
     return StepMemory(

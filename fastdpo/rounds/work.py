@@ -1,6 +1,7 @@
 """What all processes of a launch do at once, in files and values that any of them can read."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ class Loading:
     def run(self) -> Any:
         """The model, or this process's part of it."""
         config = TrainConfig(**self.config)
-        model, _ = launched(config).load(self.model, config, digest=False)
-        return model
+        with closing(launched(config)) as engine:
+            return engine.load(self.model, config, digest=False)[0]
 
 
 WORK = {work.__name__: work for work in (Training, Loading)}

@@ -20,6 +20,7 @@ from fastdpo.model.load import policy_digest
 from fastdpo.progress import advance
 from fastdpo.remote import Endpoint, PassingError, Remote, RemoteError, Stop, hidden
 from fastdpo.sample.config import SampleConfig
+from fastdpo.sample.launch import own_environment
 from fastdpo.sample.sampler import Ending, Output, Sampler, finished, prompt_seed, shorter
 
 _START_S = 1800.0  # a large model loads and compiles for minutes
@@ -250,7 +251,7 @@ class LocalServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "VLLM_API_KEY": self._key} if self._key else None,
+                env=own_environment() | ({"VLLM_API_KEY": self._key} if self._key else {}),
                 start_new_session=True,
             )
 

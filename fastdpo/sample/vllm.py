@@ -7,6 +7,7 @@ from fastdpo.errors import ModelError
 from fastdpo.model.load import policy_digest
 from fastdpo.progress import advance
 from fastdpo.sample.config import SampleConfig
+from fastdpo.sample.launch import alone
 from fastdpo.sample.sampler import Ending, Output, Sampler, finished, free, prompt_seed, told
 
 _log = logging.getLogger(__name__)
@@ -34,12 +35,13 @@ class VllmSampler(Sampler):
         super().__init__(config, ending)
         self.policy, self.dtype, self.context = policy_digest(policy), config.dtype, max_length
         try:
-            self._llm: Any = LLM(
-                model=policy,
-                dtype=config.dtype,
-                max_model_len=max_length,
-                generation_config="vllm",  # its own defaults, not the model's
-            )
+            with alone():
+                self._llm: Any = LLM(
+                    model=policy,
+                    dtype=config.dtype,
+                    max_model_len=max_length,
+                    generation_config="vllm",  # its own defaults, not the model's
+                )
         except Exception as error:
             raise ModelError(f"vLLM can't load model={policy!r}: {error}") from error
 

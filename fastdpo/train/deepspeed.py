@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,10 @@ _BY_SIZE = {
 
 def _library() -> Any:
     return importlib.import_module("deepspeed")  # this module has its name
+
+
+def _part(name: str) -> Any:
+    return importlib.import_module(f"deepspeed.runtime.{name}")
 
 
 def require_deepspeed() -> None:
@@ -181,7 +185,6 @@ class DeepSpeed(Engine):
             )
         self.settings = checked_settings(settings, config)
         self.divides_weights = self.settings["zero_optimization"]["stage"] == 3
-        self._linear = torch.nn.functional.linear
         self._engines: list[Any] = []  # of the models that are divided, the policy's at last
         if accelerator.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -264,13 +267,19 @@ class DeepSpeed(Engine):
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(self.accelerator.device)
         engine, *_ = _library().initialize(model=model, optimizer=optimizer, config=settings)
+        # Where autocast is on, its engines would switch it off around the module.
+        _part("engine").autocast_if_enabled = nullcontext
         return engine
 
     def close(self) -> None:
         """Take off what DeepSpeed put on models, and on linear layers of any model."""
         while self._engines:
             _take_off(self._engines.pop())
-        torch.nn.functional.linear = self._linear
+        _part("engine").autocast_if_enabled = _part("torch_autocast").autocast_if_enabled
+        places = _part("zero.partition_parameters")
+        if torch.nn.functional.linear is places.zero3_linear_wrap:
+            kept = places.InsertPostInitMethodToModuleSubClasses.linear_bk
+            torch.nn.functional.linear = kept
 
     def plain(self, model: Any) -> Any:
         return model.module if any(model is x for x in self._engines) else model
@@ -388,6 +397,12 @@ def _take_off(engine: Any) -> None:
     for module in engine.module.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):  # they belong to the engine, and would be kept
             vars(module).pop(name, None)
-    # A list of the library's that keeps models, and with them their optimizers, for good.
-    modules = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
+    # What in the library keeps models, and with them their optimizers, for good: a list, and what a
+    # method has cached.
+    modules = _part("zero.parameter_offload").FWD_MODULE_STACK
     modules[:] = [module for module in modules if module is not engine.module]
+    of_parameters = _part("zero.partitioned_param_coordinator").PartitionedParameterCoordinator
+    for method in vars(of_parameters).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,19 @@ from fastdpo.train.config import TrainConfig
 from fastdpo.train.prepare import load_start, prepare_policy
 from fastdpo.train.together import of_first
 
+# By the group of all processes, with which they end: none of their groups is ever let go of before.
+_meshes: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def mesh_of(kind: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> Any:
+    """All processes as a device mesh, the same one whenever it is asked for."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    known = _meshes.setdefault(torch.distributed.group.WORLD, {})
+    if (kind, sizes, names) not in known:
+        known[kind, sizes, names] = init_device_mesh(kind, sizes, mesh_dim_names=names)
+    return known[kind, sizes, names]
+
 
 class Engine:
     """Each process holds a whole model.
@@ -32,6 +46,8 @@ class Engine:
         name: as in the option ``engine``.
         collective: whether every forward is an exchange between all processes, so that each of
             them has to run as many as the others.
+        rounding: what this engine does to weights before it computes log-probs with them; "" is
+            nothing, as one process.
         world, rank: all processes, and the number of this one.
         dp_size, dp_rank: those that take examples of their own, and which of them this one is.
         sp: process group that divides the tokens of this process's examples; None is one alone.
@@ -39,6 +55,7 @@ class Engine:
 
     name = "ddp"
     collective = False
+    rounding = ""
 
     def __init__(self, accelerator: Any, config: TrainConfig) -> None:
         self.accelerator, self.config = accelerator, config
@@ -52,10 +69,7 @@ class Engine:
         self.dp_size, self.dp_rank = self.world // size, self.rank // size
         self.sp: Any = None
         if size > 1:
-            from torch.distributed.device_mesh import init_device_mesh
-
-            kind = accelerator.device.type
-            mesh = init_device_mesh(kind, (self.dp_size, size), mesh_dim_names=("dp", "sp"))
+            mesh = mesh_of(accelerator.device.type, (self.dp_size, size), ("dp", "sp"))
             self.sp = mesh["sp"].get_group()
 
     @property
@@ -99,6 +113,9 @@ class Engine:
     def plain(self, model: nn.Module) -> Any:
         """The model without what `prepare` put around it."""
         return self.accelerator.unwrap_model(model)
+
+    def release(self, model: nn.Module) -> None:
+        """Let go of what the forward of a model that has no backward left gathered."""
 
     def close(self) -> None:
         """Called when training has ended, however it did."""

@@ -7,7 +7,6 @@ ever has all of them.
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from fastdpo.model.merge import save_merged, save_merged_in_place
 from fastdpo.model.shard import reshard, shard
 from fastdpo.train import stored
 from fastdpo.train.config import TrainConfig
-from fastdpo.train.engine import Engine
+from fastdpo.train.engine import Engine, mesh_of
+from fastdpo.train.logps import ROUNDED
 from fastdpo.train.prepare import load_start, prepare_policy, start_in_pieces
 from fastdpo.train.together import of_first, together
 
@@ -46,6 +46,8 @@ class Fsdp2(Engine):
     def __init__(self, accelerator: Any, config: TrainConfig, division: Any) -> None:
         super().__init__(accelerator, config)
         self._twin: Any = None
+        if config.bf16 and config.dtype != "bfloat16":
+            self.rounding = f"{ROUNDED}bfloat16"  # the weights of layers, as they are gathered
         self.division, replicas = division, division.replicas
         if self.world == 1 and not torch.distributed.is_initialized():
             raise ConfigError(
@@ -62,24 +64,25 @@ class Fsdp2(Engine):
                 "load_in_4bit=True cannot be divided by engine=fsdp2: weights in 4 bits are "
                 "packed with their constants; leave it out, or use engine=ddp"
             )
-        from torch.distributed.device_mesh import init_device_mesh
-
         kind = accelerator.device.type
         if replicas == 1:
-            self.mesh = init_device_mesh(kind, (self.world,), mesh_dim_names=("dp_shard",))
+            self.mesh = mesh_of(kind, (self.world,), ("dp_shard",))
         else:
-            names = ("dp_replicate", "dp_shard")
             sizes = replicas, self.world // replicas
-            self.mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
+            self.mesh = mesh_of(kind, sizes, ("dp_replicate", "dp_shard"))
 
     def load(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
+        named = isinstance(start, str | Path)
+        if not (named or config.precompute_ref_log_probs or config.use_peft):
+            self._twin = copy.deepcopy(start.to("cpu"))  # one that is cut can't be copied
+        return self._divided(start, config, digest=digest)
+
+    def _divided(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
         pieces, weights = None, ""
         if isinstance(start, str | Path):
             model, pieces = start_in_pieces(str(start), config)
         else:
             model = load_start(start, config, torch.device("cpu"))
-            if not (config.precompute_ref_log_probs or config.use_peft):
-                self._twin = copy.deepcopy(model)  # one that is cut can't be copied
         offload = self.division.offload_params
 
         def place(model: Any) -> None:
@@ -108,10 +111,8 @@ class Fsdp2(Engine):
         return model, weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
-        if not isinstance(start, str | Path):
-            start = self._twin
-        found, _ = self.load(start, replace(config, precompute_ref_log_probs=True), digest=False)
-        self._twin = None
+        twin, self._twin = self._twin, None
+        found, _ = self._divided(start if twin is None else twin, config, digest=False)
         return found.requires_grad_(False).eval()
 
     def prepare(
@@ -123,6 +124,9 @@ class Fsdp2(Engine):
 
     def plain(self, model: nn.Module) -> Any:
         return model
+
+    def release(self, model: nn.Module) -> None:
+        reshard(model)
 
     def accumulates(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -21,6 +21,7 @@ from fastdpo.errors import ModelError
 from fastdpo.storage import atomic_file
 
 _log = logging.getLogger(__name__)
+ROUNDED = "+"  # between the digest of weights and what they are rounded to
 _DIGESTS = "digests"  # of the weights and of the log-probs; safetensors keeps no order of entries
 
 
@@ -83,8 +84,9 @@ def load(
 
     Args:
         weights: digest of the model that they must belong to, and of its length classes if it has
-            any: log-probs of such a model once depended on what else was in a batch.  None: it is
-            known to be theirs.
+            any: log-probs of such a model once depended on what else was in a batch.  After
+            `ROUNDED` it may say how weights are rounded; those of another rounding are passed over
+            too.  None: it is known to be theirs.
 
     Raises:
         ModelError: they are of another model.
@@ -104,14 +106,18 @@ def load(
     except (SafetensorError, OSError, KeyError) as error:
         problem = str(error)
     else:
-        if owner and weights is not None and owner != weights:
+        given = owner if weights is None else weights
+        (own, *rounding), (wanted, *other) = owner.split(ROUNDED), given.split(ROUNDED)
+        if owner and own != wanted:
             raise ModelError(
                 f"{path} holds the log-probs of another model, or computed in another way: the "
                 "one that the run started from has changed since; give the old one to go on, or "
                 "another output_dir to start anew"
             )
         count = bounds[-1] if logp_N is None else len(logp_N)
-        if known != _digest(logp_S, logp_N):
+        if owner and rounding != other:
+            problem = "it is of an engine that rounds the model's weights otherwise"
+        elif known != _digest(logp_S, logp_N):
             problem = "its SHA-256 differs, or it has none"
         elif len(logp_S) != firsts[-1] or count != bounds[-1]:
             problem = (

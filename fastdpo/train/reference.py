@@ -61,6 +61,7 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
     need_tokens = setup.config.objective.ld_alpha is not None
     if setup.layout.classes:
         weights = cache_key(weights=weights, layout=setup.layout.key)
+    weights += setup.engine.rounding
 
     def find() -> bool:
         nonlocal logps

@@ -220,7 +220,10 @@ def of_reference(
         index = batch.pair_index_P.tolist()
         ref_logp_S = reference.logps.sums(index, objective.ld_alpha)
         return {"ref_logp_S": ref_logp_S.to(batch.target_N.device, non_blocking=True)}
-    return {"ref_logp_S": reference_logps_of(setup, of_model, batch, objective.ld_alpha).logp_S}
+    logp_S = reference_logps_of(setup, of_model, batch, objective.ld_alpha).logp_S
+    if reference.model is not None:
+        setup.engine.release(reference.model)
+    return {"ref_logp_S": logp_S}
 
 
 class Totals(NamedTuple):

@@ -122,6 +122,8 @@ def _over_examples(
             loss = result.loss if real else 0.0 * result.loss
             if learn:
                 engine.backward(model, loss)
+        if reference.model is not None:  # some losses and their backwards read its head
+            engine.release(reference.model)
         metrics = {"loss": loss.detach(), **result.metrics}
         if learn and setup.config.alpha == "auto":
             metrics[COVARIANCE] = _covariance(result, batch.firsts)

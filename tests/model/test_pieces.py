@@ -181,7 +181,7 @@ def case(rank, mesh, folder, family, dtype, peft, offload) -> None:
     pieces.fill(torch.device("cpu"))
     whole = load_causal_lm(start, dtype=dtype)
     digest = weights_digest(whole)
-    assert weights_digest(model) == digest
+    assert weights_digest(model) == (digest if rank == 0 else "")
     whole = lora(whole) if peft else whole
     assert is_sharded(model) and not is_sharded(whole)
     for (name, x), (other, y) in zip(model.named_parameters(), whole.named_parameters()):
@@ -199,7 +199,8 @@ def case(rank, mesh, folder, family, dtype, peft, offload) -> None:
         hidden = [head.packed_forward(m, batch, lambda h_TD, **_: h_TD) for m in (model, plain)]
     found, wanted = hidden
     assert torch.equal(found, wanted)
-    assert weights_digest(model) == digest  # after a forward that leaves some gathered
+    # After a forward that leaves some gathered.
+    assert weights_digest(model) == (digest if rank == 0 else "")
 
     out, adapter = folder / f"{family}-out", folder / f"{family}-adapter"
     if not peft:

@@ -38,15 +38,15 @@ def test_fsdp2_divides_what_is_there_and_counts_what_is_sent():
         assert getattr(four, name) == pytest.approx(getattr(one, name) / 4, rel=0.01)
     assert four.pairs == one.pairs and four.micro_batches * 4 == one.micro_batches
     whole, layers = parameters()
-    # Every weight is gathered for the forward, and those of the layers again for the backward;
-    # FSDP2 gathers the embeddings ahead then, too.
+    # Every weight is gathered for the forward, and those of the layers again for the backward.
     others = 4 * 3 / 4 * four.micro_batches
-    embeddings = 2048 * 128
-    gathered = whole + layers + embeddings
+    gathered = whole + layers
     assert four.sent["all-gather"] == pytest.approx(others * gathered, rel=1e-3)
     assert four.sent["reduce-scatter"] == pytest.approx(others * whole, rel=1e-3)
-    half = step(4, engine="fsdp2")  # gathered in bf16, reduced in fp32
-    assert half.sent["all-gather"] == pytest.approx(four.sent["all-gather"] / 2, rel=1e-3)
+    # Gathered in bf16, but for the embeddings and the last norm, and reduced in fp32.
+    half = step(4, engine="fsdp2")
+    exact = 2048 * 128 + 128
+    assert half.sent["all-gather"] == pytest.approx(others * (gathered + exact) / 2, rel=1e-3)
     assert half.sent["reduce-scatter"] == four.sent["reduce-scatter"]
     said = four.exchange(50)
     assert f"a step of {four.micro_batches} micro-batches" in said and "at 50 GB/s" in said
@@ -67,7 +67,8 @@ def test_what_divides_otherwise():
     state = plain.weights + plain.gradients + plain.optimizer
     # Beside what runs there is one unit's part, of which the embeddings are the largest.
     runs = moved.activations + max(moved.head, moved.backward)
-    assert moved.host == state and moved.peak == runs + 2048 * 128 * 4 // 4
+    assert moved.host == state
+    assert moved.peak == runs + 2048 * 128 * 4 // 4 + moved.communicators
     lora = step(4, engine="fsdp2", use_peft=True)
     assert lora.gradients < plain.gradients / 4
     assert lora.sent["reduce-scatter"] < plain.sent["reduce-scatter"] / 4
@@ -75,9 +76,19 @@ def test_what_divides_otherwise():
 
 def test_copies_by_ddp():
     one, four = step(1), step(4)
-    assert four.buckets == four.gradients and four.peak == one.peak + four.buckets
+    assert four.buckets == four.gradients
+    assert four.peak == one.peak + four.buckets + four.communicators
     assert four.sent == {"all-reduce": 2 * four.gradients * 3 // 4}
     assert step(4, engine="ddp") == four
+
+
+def test_each_group_of_gpus_has_an_allowance():
+    one, four = step(1), step(4, engine="fsdp2")
+    assert one.communicators == 0 < four.communicators and "NCCL 1.00 GiB" in str(four)
+    assert step(4, engine="fsdp2", sp_size=2).communicators == 2 * four.communicators
+    assert step(4, engine="fsdp2", dp_replicate_size=2).communicators == 3 * four.communicators
+    sizes: dict[str, Any] = {"prompt": 64, "response": 64, "device": "cpu", "gpus": 2}
+    assert estimate(configuration("Llama"), TrainConfig(), **sizes).communicators == 0  # gloo
 
 
 def test_zero_divides_more_by_each_stage():
@@ -87,7 +98,8 @@ def test_zero_divides_more_by_each_stage():
     # A copy of the trained weights beside the moments.
     assert two.optimizer == 3 * two.gradients and three.optimizer == 3 * three.gradients
     assert three.weights == pytest.approx(two.weights / 4, rel=0.01)
-    assert three.peak < two.peak < plain.peak
+    assert three.peak - three.buckets < two.peak - two.buckets < plain.peak - plain.buckets
+    assert two.buckets == three.buckets == 4 * 500_000_000  # DeepSpeed's own
     assert set(two.sent) == set(three.sent) == {"all-gather", "reduce-scatter"}
 
 
@@ -122,7 +134,11 @@ def test_nothing_stands_for_processes_afterwards():
         (8, {"sp_size": 3}, "^sp_size=3 does not divide the 8 processes"),
         (8, {"engine": "fsdp2", "dp_replicate_size": 3}, "^dp_replicate_size=3 does not divide"),
         (8, {"sp_size": 8}, "^sp_size=8: LlamaForCausalLM has 4 attention heads"),
-        (4, {"sp_size": 2, "layout": "padded"}, "sequence parallel cuts a packed row"),
+        (
+            4,
+            {"sp_size": 2, "layout": "padded"},
+            r"sequence parallel \(sp_size=2\) cuts packed rows",
+        ),
         (1, {"engine": "fsdp2"}, "^engine=fsdp2 divides a model between GPUs, and gpus=1; give"),
         (1, {"sp_size": 2}, "^sp_size=2 does not divide the 1 processes"),
         (4, {"offload_params": True}, "^offload_params=True has no effect with engine=ddp"),
@@ -136,11 +152,11 @@ def test_what_cannot_be_divided(gpus, options, message):
 
 
 def test_the_longest_pair_of_several_gpus():
-    sizes = configuration("Llama", max_position_embeddings=2**14, num_hidden_layers=1)
+    sizes = configuration("Llama", max_position_embeddings=2**20, num_hidden_layers=1)
     config = TrainConfig(engine="fsdp2", gradient_checkpointing=False, max_tokens=512)
-    found = longest_pair(sizes, config, 0.65, gpus=4)
+    found = longest_pair(sizes, config, 4.0, gpus=4)
     longest = {option.name: option.longest for option in found.options}
-    assert "Longest pair on 4 x 0.65 GiB" in str(found)
+    assert "Longest pair on 4 x 4 GiB" in str(found)
     assert 0 < found.longest < longest["gradient_checkpointing=True, sp_size=2"]
     # No eight GPUs, and no other engine than the one that is configured.
     assert not any("sp_size=8" in name or "engine" in name for name in longest)
@@ -167,11 +183,12 @@ measurable = pytest.mark.skipif(
 
 @measurable
 @pytest.mark.slow
-# All of them are in the table of results.
-@pytest.mark.parametrize("case", plan_check.cases()[::2], ids=plan_check.name_of)
+@pytest.mark.parametrize("case", plan_check.cases(), ids=plan_check.name_of)
 def test_the_peak_of_real_processes(case):
-    found, wanted = plan_check.estimated(case).peak, max(plan_check.measured(case))
-    # Observed within 1%, and 8% with sequence parallel over four.
+    if not plan_check.possible(case):
+        pytest.skip("needs deepspeed")
+    found, wanted = plan_check.estimated_peak(case), max(plan_check.measured(case))
+    # Observed within 1%; 8% with sequence parallel over four, 9% with ZeRO-2.
     assert found == pytest.approx(wanted, rel=0.15)
 
 
@@ -199,7 +216,7 @@ def test_shapes_of_8b_and_70b(sizes, gpus, peak):
     shared = estimate(
         transformers.LlamaConfig(**sizes), replace(config, sp_size=8), gpus=gpus, **args
     )
-    assert shared.tokens > found.tokens and shared.sent["all-to-all"] > 0
+    assert shared.tokens >= found.tokens and shared.sent["all-to-all"] > 0
     assert shared.activations < found.activations / 2
 
 

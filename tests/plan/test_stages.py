@@ -42,7 +42,7 @@ def test_storm_fits_eight_gpus_of_80_gb():
     weights = 2 * 7.24e9
     assert weights + cache < sampling.takes < 1.25 * (weights + cache)
     assert scoring.gpus == 8 and 2 * 34.4e9 / 8 < scoring.takes < 16 * 2**30
-    assert 16 * 7.24e9 / 8 < training.takes < 30 * 2**30
+    assert 16 * 7.24e9 / 8 < training.takes < 36 * 2**30
     # On one GPU nothing but sampling would.
     whole = plan_run(config, 8, 40.0, shapes)
     assert [stage.name for stage in whole.too_large] == ["sampling"]

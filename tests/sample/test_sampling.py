@@ -910,6 +910,42 @@ def test_a_started_server_ends_with_a_killed_process(folder, tmp_path):
     assert ends(pid)
 
 
+# As torchrun and accelerate launch set them.
+LAUNCH = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
+    "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "ACCELERATE_USE_FSDP", "FSDP_VERSION",
+    "PARALLELISM_CONFIG_SP_SIZE",
+}  # fmt: skip
+
+
+def test_what_is_started_hears_nothing_of_a_launch(folder, tokenizer, tmp_path, monkeypatch):
+    """It would join the processes of the launch, or wait for them."""
+    for name in LAUNCH:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("FSDPLUS", "1")
+    before = dict(os.environ)
+    show = shlex.join([sys.executable, "-c", "import json, os; print(json.dumps({**os.environ}))"])
+    config = config_of(backend="server", server_command=f"{show} {{model}}")
+    with pytest.raises(RemoteError, match="ended with status 0"):
+        open_sampler(str(folder), tokenizer, config, log_path=tmp_path / "log")
+    heard = json.loads((tmp_path / "log").read_text())
+    assert heard["FSDPLUS"] == "1" and not LAUNCH & {*heard}
+
+    def load(**_: Any) -> Any:
+        heard.clear()
+        heard.update(os.environ)
+        raise RuntimeError("no GPU")
+
+    module = types.ModuleType("vllm")
+    module.LLM = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    with pytest.raises(ModelError, match="no GPU"):
+        open_sampler(str(folder), tokenizer, config_of(backend="vllm"))
+    assert heard["FSDPLUS"] == "1" and not LAUNCH & {*heard}
+    assert dict(os.environ) == before
+
+
 # vLLM in this process: a recorder of its published signatures, drawing from the real model.
 # docs.vllm.ai, API reference: LLM, LLM.generate, SamplingParams, EngineArgs.
 

@@ -1,9 +1,10 @@
 """DeepSpeed's ZeRO: what its configuration may say, and training equal to one process."""
 
+import gc
 import json
 import os
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from tiny import LLAMA, QWEN, save_tiny
 
 from fastdpo.errors import ConfigError
 from fastdpo.model.load import load_tokenizer
+from fastdpo.rounds.work import Loading
 from fastdpo.train import deepspeed, update
 from fastdpo.train.config import EvalConfig, TrainConfig
 from fastdpo.train.evaluate import BEST
@@ -239,6 +241,70 @@ def test_a_stopped_run_goes_on_in_the_same_bits_or_on_other_processes(tmp_path):
         wanted, found = (policy(tmp_path / f"{name}-{n}") for name in ("whole", "moved"))
         for name, x in wanted.items():
             torch.testing.assert_close(found[name], x, rtol=0, atol=0.03 * CONFIG.learning_rate)
+
+
+# ------------------------------------------------------------------- what is left, what is computed
+def launch_as_one(zero: dict[str, Any], folder: Path) -> None:
+    """Let accelerate find a launch of one process with DeepSpeed."""
+    path = folder / "zero.json"
+    zero = {"stage3_param_persistence_threshold": 0, **zero}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    os.environ.update(
+        WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+        ACCELERATE_USE_CPU="true", ACCELERATE_USE_DEEPSPEED="true",
+        ACCELERATE_DEEPSPEED_CONFIG_FILE=str(path),
+    )  # fmt: skip
+
+
+def train_under_autocast(rank: int, model: str, folder: Path) -> list[set[torch.dtype]]:
+    """For each stage, what linear layers give in training where autocast is on as on a GPU."""
+    real, found = torch.is_autocast_enabled, []
+    for stage in (2, 3):
+        launch_as_one({"stage": stage}, folder)
+        dtypes: set[torch.dtype] = set()
+
+        def note(module: Any, _: Any, output: Any, dtypes: Any = dtypes) -> None:
+            inner = isinstance(module, torch.nn.Linear) and isinstance(output, torch.Tensor)
+            if inner and torch.is_grad_enabled():  # the head gives the loss
+                dtypes.add(output.dtype)
+
+        with pytest.MonkeyPatch.context() as patch:
+            # Without a kind it is GPUs that are asked for.
+            patch.setattr(torch, "is_autocast_enabled", lambda *kind: not kind or real(*kind))
+            hook = torch.nn.modules.module.register_module_forward_hook(note)
+            try:
+                config, pairs = replace(CONFIG, bf16=True), random_pairs(4, seed=1)
+                out = folder / f"stage-{stage}"
+                train(model, load_tokenizer(model), pairs, config, out, progress=False)
+            finally:
+                hook.remove()
+        found.append(dtypes)
+    return found
+
+
+@needs_deepspeed
+def test_bf16_is_computed_where_autocast_is_on_for_gpus(tmp_path):
+    model = str(save_tiny(LLAMA, tmp_path / "llama"))
+    [found] = on_ranks(1, train_under_autocast, model, tmp_path)
+    assert found == [{torch.bfloat16}] * 2
+
+
+def load_and_drop(rank: int, model: str, folder: Path) -> tuple[bool, bool, int]:
+    """Load a model to be trained as a run does first: whether its weights were divided, whether
+    linear layers are torch's afterwards, and how many parameters are left."""
+    launch_as_one({"stage": 3}, folder)
+    linear = torch.nn.functional.linear
+    loading = Loading(model=model, config=asdict(CONFIG))
+    divided = all(hasattr(p, "ds_id") for p in loading.run().parameters())
+    gc.collect()
+    left = [x for x in gc.get_objects() if isinstance(x, torch.nn.Parameter)]
+    return divided, torch.nn.functional.linear is linear, len(left)
+
+
+@needs_deepspeed
+def test_a_model_that_was_only_loaded_leaves_nothing(tmp_path):
+    model = str(save_tiny(LLAMA, tmp_path / "llama"))
+    assert on_ranks(1, load_and_drop, model, tmp_path) == [(True, True, 0)]
 
 
 @needs_deepspeed

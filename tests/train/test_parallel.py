@@ -22,7 +22,7 @@ SOME = [
     Case("fsdp2", 2, OWN, "stash", "reference in each step"),
     Case("fsdp2", 2, OWN, "stash", "kto"),
     Case("fsdp2", 2, OWN, "stash", "bf16"),
-    Case("fsdp2", 2, TIED, "frozen", "tdpo2"),
+    Case("fsdp2", 2, OWN, "stash", "tdpo2"),
     Case("fsdp2, offloaded", 2, OWN, "stash", "evaluation"),
     Case("fsdp2, sp 2", 2, OWN, "recompute"),
     Case("zero 2", 2, TIED, "grouped"),
@@ -76,6 +76,8 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
         (replace(found, counts={**found.counts, "pairs": [10, 10, 2]}), "'pairs': [10, 10, 2]"),
     ):
         assert problem in parallel.compared(case, wrong, alone, rounding)["note"]
+    for exact, problem in ((found, "computed in fp32"), (replace(found, gradients=scaled), None)):
+        assert parallel.compared(case, found, alone, rounding, exact)["note"] == problem
     told_of(case, row)
 
 
