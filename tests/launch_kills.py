@@ -1,15 +1,17 @@
 """Train on several processes again and again, and kill them (SIGKILL) at random moments.
 
-    python launch_kills.py SEED KILLS PROCESSES FEWER OUT train ...
+    python launch_kills.py SEED EARLY KILLS PROCESSES FEWER OUT train ...
 
 First OUT/whole is left to end, to learn how long the work takes. A launch is that of ``torchrun``,
 but for its processes, which are forked from this one, so that moments fall into the work and not
-into imports. Then OUT/killed is started again and again by the same command: each time, a random
-way further, either the launcher and all processes are killed, or one of them, for whose end the
-launcher has to end the rest. A run that ends before its kill is begun anew in its place. At last it
-is left to end, and a copy of it, taken after a kill, on FEWER processes. Prints a JSON object:
-where each kill fell, the seconds in which the rest ended where one was killed, and the exit codes
-of the three that ended.
+into imports. Then OUT/killed is started again and again by the same command: each time, at a random
+moment, either the launcher and all processes are killed, or one of them, for whose end the launcher
+has to end the rest. EARLY moments are spread over what comes before training: the processes join
+each other, load and prove the model, compute the reference. KILLS come a random way further in
+training; a run that ends before its kill is begun anew in its place. At last it is left to end, and
+a copy of it, taken after a kill, on FEWER processes. Prints a JSON object: where each kill fell,
+the seconds in which the rest ended where one was killed, and the exit codes of the three that
+ended.
 """
 
 import importlib
@@ -101,6 +103,21 @@ def rows(run: Path) -> int:
     return log.read_text().count("\n") if log.is_file() else 0
 
 
+def since(file: Path, moment: float) -> bool:
+    """Whether a file was written since a moment, in seconds as `time.time` has them."""
+    return file.is_file() and file.stat().st_mtime >= moment
+
+
+def part(run: Path, launched_at: float) -> str:
+    """What a launch was doing, as the files tell that it wrote or has left to write."""
+    if since(run / "metrics" / "metrics.jsonl", launched_at):
+        return "training"
+    if since(run / "fitted.json", launched_at):
+        has = (run / "ref_logps" / "ref_logps.safetensors").is_file()
+        return "beginning to train" if has else "computing the reference"
+    return "loading" if since(run / "run.json", launched_at) else "joining or loading"
+
+
 def place(run: Path) -> str:
     """What of a run is on the disk: rows of its log, checkpoints, and unfinished folders."""
     names = [x.name for x in (*run.glob("checkpoint/*step*"), *run.glob("best/.step*"))]
@@ -109,33 +126,42 @@ def place(run: Path) -> str:
 
 
 def main() -> None:
-    seed, kills, count, fewer = map(int, sys.argv[1:5])
-    out, argv = Path(sys.argv[5]), sys.argv[6:]
+    seed, early, kills, count, fewer = map(int, sys.argv[1:6])
+    out, argv = Path(sys.argv[6]), sys.argv[7:]
     for name in ("fastdpo.cli", "transformers", "accelerate", "torch.distributed.run"):
         importlib.import_module(name)
     rng, whole, run = random.Random(seed), out / "whole", out / "killed"
     launched = launch(count, argv, whole)
     started = begun(launched, whole)
+    while rows(whole) == 0 and ended(launched, 0.01) is None:
+        pass
+    before_training = time.monotonic() - started
     codes = [ended(launched)]
     work = time.monotonic() - started
     places, seconds = [], []
-    while len(places) < kills:
-        launched = launch(count, argv, run)
+    while len(places) < early + kills:
+        if len(places) < early and (run / "ref_logps").exists():
+            shutil.rmtree(run)  # or it would not be computed again
+        launched, launched_at = launch(count, argv, run), time.time()
         begun(launched, run)
         victim = rng.choice([None, rng.randrange(count)])
-        # Some way on from where it began, counted in rows of its log, whatever else a machine does.
-        wanted = rows(run) + rng.randrange(5)
-        while rows(run) < wanted and ended(launched, 0.02) is None:
-            pass
-        if ended(launched, rng.uniform(0, work / 8)) is not None or not workers(launched.pid):
+        if len(places) < early:
+            pause = (len(places) + rng.random()) / early * before_training
+        else:
+            # Some way on from where it began, in rows of its log, whatever else a machine does.
+            wanted, pause = rows(run) + rng.randrange(5), rng.uniform(0, work / 8)
+            while rows(run) < wanted and ended(launched, 0.02) is None:
+                pass
+        if ended(launched, pause) is not None or not workers(launched.pid):
             ended(launched)
             shutil.rmtree(run)
             continue
         took = kill(launched, victim)
         seconds += [took] if victim is not None else []
         who = "all" if victim is None else f"process {victim}"
-        places.append(f"{who}: {place(run)}")
-        print(f"{len(places)} of {kills}: {places[-1]} ({took:.1f} s)", file=sys.stderr, flush=True)
+        places.append(f"{who}, {part(run, launched_at)}: {place(run)}")
+        told = f"{len(places)} of {early + kills}: {places[-1]} ({took:.1f} s)"
+        print(told, file=sys.stderr, flush=True)
         if list(run.glob("checkpoint/step-*")) and not (run / "policy").exists():
             shutil.rmtree(out / "fewer", ignore_errors=True)
             shutil.copytree(run, out / "fewer")

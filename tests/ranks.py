@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,3 +31,19 @@ def _run(rank: int, world: int, store: str, queue: Any, f: Callable[..., Any], a
     queue.put((rank, f(rank, *args)))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def not_noted(own: bool) -> Any:
+    """Makes transformers double weights in a way that notes don't tell."""
+    from transformers import core_model_loading
+
+    plain = core_model_loading.WeightRenaming.convert
+
+    def convert(self, *args, **kwargs):
+        found: dict[str, Any] = plain(self, *args, **kwargs)
+        for name, x in found.items():
+            x = x[0] if isinstance(x, list) else x
+            found[name] = x + torch.ones(x.shape, device=x.device) if own else x.mul_(2)
+        return found
+
+    return mock.patch.object(core_model_loading.WeightRenaming, "convert", convert)

@@ -289,13 +289,27 @@ class Pieces:
             return self._trace.value(tensor)
         return self._of_whole(full)
 
+    @property
+    def needs_whole(self) -> bool:
+        """Whether a parameter's content comes from the whole model alone."""
+        return not all(self._trace.can_make(x[2]) for x in self._places)
+
+    def load_whole(self) -> None:
+        """Load the whole model, where it is not yet; the first process does before `fill` where a
+        model that is cut `needs_whole`, as the others would wait for it in an exchange."""
+        if self._whole is None:
+            self._whole = self._load()
+
     def fill(self, device: torch.device) -> None:
         """Give every parameter its content, on ``device``, of one that is cut this process's rows.
 
-        All processes call it.
+        All processes call it.  What the first one sends comes before what each reads, so that one
+        that cannot read leaves none in an exchange.
         """
         done: dict[int, nn.Parameter] = {}
-        for module, name, tensor, full in self._places:
+        for module, name, tensor, full in sorted(
+            self._places, key=lambda x: self._trace.can_make(x[2])
+        ):
             old = module._parameters[name]
             assert old is not None
             if id(old) not in done:
@@ -319,8 +333,8 @@ class Pieces:
         return dtensor_like(old, local)
 
     def _of_whole(self, full: str) -> Tensor:
-        if self._whole is None:
-            self._whole = self._load()
+        self.load_whole()
+        assert self._whole is not None
         return self._whole.get_parameter(full).detach()
 
     def _sent(self, old: Any, full: str) -> Tensor:

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastdpo.errors import one_line
+from fastdpo.errors import DataError, one_line
 from fastdpo.model.pieces import Trace, gathered, is_cut
 from fastdpo.storage import atomic_directory
 
@@ -60,26 +60,35 @@ def save_made(
         values: what makes the tensors of some names of the model's ``state_dict``.
         collective: whether all processes have to make them, and call this.
     """
-    failed: list[Exception] = []
     with ExitStack() as stack:
-        folder = None
+        folder, failed = None, None
         if not collective or torch.distributed.get_rank() == 0:
             try:
                 folder = stack.enter_context(atomic_directory(path))
             except OSError as error:
-                if not collective:
-                    raise
-                failed.append(error)  # the others have begun to gather
+                failed = error
+        _agree(failed, collective)
         if values:
-            save_in_pieces(model, folder, values)
+            save_in_pieces(model, folder, values, collective=collective)
         elif folder is not None:
             model.save_pretrained(folder)
         if folder is not None:
             tokenizer.save_pretrained(folder)
             if start:
                 _keep_beside(start, folder)
-    if failed:
-        raise failed[0]
+
+
+def _agree(failed: Exception | None, collective: bool) -> None:
+    """Raise what failed, on one process or on any of all: none begins to make tensors then."""
+    found: list[Any] = [failed and str(failed)]
+    if collective:
+        found *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, found[0])
+    if failed is not None:
+        raise failed
+    for text in found:
+        if text is not None:
+            raise DataError(text)
 
 
 def _keep_beside(start: str, folder: Path) -> None:
@@ -100,14 +109,16 @@ def _keep_beside(start: str, folder: Path) -> None:
         shutil.copyfile(path, folder / Path(path).name)
 
 
-def save_in_pieces(model: Any, folder: Path | None, values: Making) -> None:
+def save_in_pieces(
+    model: Any, folder: Path | None, values: Making, *, collective: bool = False
+) -> None:
     """``model.save_pretrained(folder)`` of tensors that are made one by one, file by file.
 
     Args:
         model: what its class does to names and tensors is done to those of its ``state_dict``.
         folder: None where this process only takes part in making them.
-        values: with collectives every process has to call this; a process whose disk is full makes
-            the rest too, so that the others don't wait for it.
+        collective: whether all processes have to make them, and call this; one whose disk is full
+            makes the rest too, so that the others don't wait for it.
 
     Raises:
         OSError, safetensors.SafetensorError: a file could not be written.
@@ -121,39 +132,41 @@ def save_in_pieces(model: Any, folder: Path | None, values: Making) -> None:
         name: trace.source(x.shape, x.dtype, partial(_made, values[name])) if name in values else x
         for name, x in model.state_dict().items()
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        with (
-            mock.patch.object(
-                modeling_utils, "safe_save_file", lambda *x, **y: files.append((x, y))
-            ),
-            mock.patch.object(model, "should_save_on_this_rank", lambda *_: True, create=True),
-            # Parts of one tensor go to one file, which the hub's code can't tell without content.
-            mock.patch.object(_torch, "get_torch_storage_id", _storage),
-            trace,
-        ):
-            model.save_pretrained(scratch, state_dict=state)
-        made = (x for (tensors, _), _ in files for x in tensors.values() if trace.knows(x))
-        if not all(map(trace.can_make, made)):
-            _save_whole(model, folder, values)
-            return
-        failed: list[Exception] = []
-        trace.hollow = folder is None
-        for (tensors, path), options in files:
-            real = {}
-            for name, tensor in tensors.items():
-                tensor = trace.value(tensor) if trace.knows(tensor) else tensor
-                if folder is not None and not failed:
-                    # A copy: the whole that it is a part of is let go of.
-                    real[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    failed: list[Exception] = []
+    with (
+        mock.patch.object(modeling_utils, "safe_save_file", lambda *x, **y: files.append((x, y))),
+        mock.patch.object(model, "should_save_on_this_rank", lambda *_: True, create=True),
+        # Parts of one tensor go to one file, which the hub's code can't tell without content.
+        mock.patch.object(_torch, "get_torch_storage_id", _storage),
+        ExitStack() as stack,
+    ):
+        try:
+            # All but tensors is written here, on the other processes for nothing.
+            out = folder or stack.enter_context(tempfile.TemporaryDirectory())
+            with trace:
+                model.save_pretrained(out, state_dict=state)
+        except Exception as error:
+            failed.append(error)
+    _agree(next(iter(failed), None), collective)
+    made = (x for (tensors, _), _ in files for x in tensors.values() if trace.knows(x))
+    if not all(map(trace.can_make, made)):
+        _save_whole(model, folder, values)
+        return
+    trace.hollow = folder is None
+    for (tensors, path), options in files:
+        real = {}
+        for name, tensor in tensors.items():
+            tensor = trace.value(tensor) if trace.knows(tensor) else tensor
             if folder is not None and not failed:
-                try:
-                    write(real, folder / Path(path).name, **options)
-                except Exception as error:
-                    failed.append(error)
-        if failed:
-            raise failed[0]
-        if folder is not None:
-            shutil.copytree(scratch, folder, dirs_exist_ok=True)
+                # A copy: the whole that it is a part of is let go of.
+                real[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        if folder is not None and not failed:
+            try:
+                write(real, folder / Path(path).name, **options)
+            except Exception as error:
+                failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def _save_whole(model: Any, folder: Path | None, values: Making) -> None:

@@ -7,6 +7,7 @@ ever has all of them.
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine, mesh_of
 from fastdpo.train.logps import ROUNDED
 from fastdpo.train.prepare import load_start, prepare_policy, start_in_pieces
-from fastdpo.train.together import together
+from fastdpo.train.together import of_first, together
 
 
 class Fsdp2(Engine):
@@ -97,7 +98,10 @@ class Fsdp2(Engine):
                 layer_names=self.division.layer_names,
             )
             if pieces is not None:
-                pieces.fill(torch.device("cpu") if offload else self.accelerator.device)
+                if pieces.needs_whole:
+                    of_first(self, pieces.load_whole)
+                device = torch.device("cpu") if offload else self.accelerator.device
+                together(self.accelerator, partial(pieces.fill, device))
             if digest:
                 weights = weights_digest(model)
 

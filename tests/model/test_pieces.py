@@ -5,6 +5,7 @@ import hashlib
 import logging
 import re
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,12 +13,12 @@ from unittest import mock
 import pytest
 import tiny
 import torch
-from ranks import on_ranks
+from ranks import not_noted, on_ranks
 from torch import nn
 
 from fastdpo.data.batch import pack_pairs
 from fastdpo.data.examples import TokenizedPair
-from fastdpo.errors import ModelError
+from fastdpo.errors import DataError, ModelError
 from fastdpo.model import adapters, head
 from fastdpo.model.load import (
     load_causal_lm,
@@ -128,22 +129,6 @@ def test_same_errors(damage, tmp_path):
         load_causal_lm(str(start))
     with pytest.raises(ModelError, match=re.escape(str(whole.value))):
         load_in_pieces(str(start))
-
-
-def not_noted(own: bool) -> Any:
-    """Makes transformers double weights in a way that notes don't tell."""
-    from transformers import core_model_loading
-
-    plain = core_model_loading.WeightRenaming.convert
-
-    def convert(self, *args, **kwargs):
-        found: dict[str, Any] = plain(self, *args, **kwargs)
-        for name, x in found.items():
-            x = x[0] if isinstance(x, list) else x
-            found[name] = x + torch.ones(x.shape, device=x.device) if own else x.mul_(2)
-        return found
-
-    return mock.patch.object(core_model_loading.WeightRenaming, "convert", convert)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["in place", "own tensor"])
@@ -273,6 +258,29 @@ def test_several_processes(world, tmp_path):
     for family in ("LLAMA", "QWEN", "GEMMA3", "MIXTRAL"):
         tiny.save_tiny(getattr(tiny, family), tmp_path / family)
     on_ranks(world, all_cases, world, tmp_path)
+
+
+def full(rank, folder) -> list[str]:
+    """No process but one can write, the second beside what is for nothing."""
+    logging.disable(logging.WARNING)
+    model, told = tiny.LLAMA.build(320), []
+    shard(model, mesh_of(2))
+    for one, target in ((1, "tempfile.TemporaryDirectory"), (0, "fastdpo.storage.begin_directory")):
+        error = OSError(28, "No space left on device", "it")
+        patch = mock.patch(target, side_effect=error) if rank == one else nullcontext()
+        with patch, pytest.raises((OSError, DataError)) as raised:
+            save_policy(model, tiny.build_tokenizer(), folder / "policy")
+        told.append(str(raised.value))
+        assert not (folder / "policy").exists()
+    save_policy(model, tiny.build_tokenizer(), folder / "policy")
+    return told
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_on_one_process_ends_all(tmp_path):
+    for first, second in zip(*on_ranks(2, full, tmp_path)):
+        assert "[Errno 28] No space left on device: 'it'" in first and "[Errno 28]" in second
+    assert (tmp_path / "policy" / "model.safetensors").is_file()
 
 
 # ----------------------------------------------------------------------------------- the proof

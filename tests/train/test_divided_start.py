@@ -4,17 +4,20 @@ import logging
 import os
 import random
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import not_noted, on_ranks
 from safetensors.torch import load_file
 
 from fastdpo.data.examples import TokenizedPair
+from fastdpo.errors import ModelError
 from fastdpo.model.load import load_causal_lm
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.together import together
@@ -91,3 +94,36 @@ def late(rank: int) -> list[int]:
 @pytest.mark.slow
 def test_what_takes_longer_than_an_exchange_may(tmp_path):
     assert on_ranks(2, late) == [[0, 1]] * 2
+
+
+def cannot_load(rank: int, folder: Any) -> list[str]:
+    """The first process cannot load the whole of what it is to send; the second cannot read."""
+    from fastdpo.model import load
+    from fastdpo.model.pieces import Pieces
+
+    logging.disable(logging.WARNING)
+    join(rank)
+    plain, calls, told = load.load_causal_lm, [], []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise ModelError("the whole is gone")
+        return plain(*args, **kwargs)
+
+    def broken(self: Any, *args: Any) -> Any:
+        raise OSError("a file is gone")
+
+    noted = not_noted(own=True), mock.patch.object(load, "load_causal_lm", once)
+    on_second = mock.patch.object(Pieces, "_content", broken) if rank else nullcontext()
+    for number, patches in enumerate((noted, (on_second, nullcontext()))):
+        with patches[0], patches[1], pytest.raises((ModelError, OSError)) as error:
+            run(folder / "start", folder / f"{number}", False, True, "fsdp2")
+        told.append(str(error.value))
+    return told
+
+
+@pytest.mark.slow
+def test_one_that_cannot_load_is_the_error_of_all(tmp_path):
+    tiny.save_tiny(tiny.QWEN, tmp_path / "start")
+    assert on_ranks(2, cannot_load, tmp_path) == [["the whole is gone", "a file is gone"]] * 2

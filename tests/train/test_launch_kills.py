@@ -12,7 +12,7 @@ from tiny import LLAMA, save_tiny
 from fastdpo.train.metrics import read_metrics
 
 SCRIPT = Path(__file__).parents[1] / "launch_kills.py"
-KILLS = 20
+EARLY, KILLS = 8, 20
 TIMES = {"pairs_per_second", "fill_rate", "eval_runtime", "eval_samples_per_second"}
 
 
@@ -57,9 +57,11 @@ def test_killed_at_random_moments_a_launch_ends_the_same(tmp_path):
         "--load_best_model_at_end=true", "--reference_cache=null", "--bf16=false",
         "--batch_size=10", "--max_tokens=100", "--learning_rate=1e-3", "--num_train_epochs=4",
     ]  # fmt: skip
-    command = [sys.executable, str(SCRIPT), "0", str(KILLS), "4", "2", str(out), "train", *options]
+    numbers = "0", str(EARLY), str(KILLS), "4", "2"
+    command = [sys.executable, str(SCRIPT), *numbers, str(out), "train", *options]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
-    assert len(told["places"]) == KILLS and told["codes"] == [0, 0, 0], told
+    assert len(told["places"]) == EARLY + KILLS and told["codes"] == [0, 0, 0], told
+    assert any("loading" in x for x in told["places"][:EARLY])
     check(out)
