@@ -53,6 +53,7 @@ class PlanCommand(TrainConfig):
         require(self, "link_gbs", is_number(self.link_gbs) and self.link_gbs > 0, "> 0")
         staged = self.engine == "deepspeed"
         require_used(self, "zero_stage", staged, "engine be deepspeed")
+        require_used(self, "link_gbs", self.gpus > 1, "gpus be more than 1")
 
 
 @dataclass(kw_only=True)

@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_with_weights_is_one_error(inputs, whole, tmp_path)
     """The system itself refuses to write more from the first training step on."""
     code = (
         "import resource, signal, sys\n"
-        "from fastdpo.cli import main; from fastdpo.rounds import run\n"
+        "from fastdpo.cli import main; from fastdpo.rounds import work as run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); real = run.train\n"
         "def train(*arguments, **options):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"

@@ -103,6 +103,11 @@ IDLE: list[tuple[tuple[type, ...], dict[str, Any], str, dict[str, Any]]] = [
     ((IterateConfig,), {"score.judge_template": "x"}, "score.judge_template",
      {"evaluate.scorer": "judge:j"}),
     (SCORE, dict(dtype="bfloat16"), "dtype", dict(scorer=REWARD)),
+    (SCORE, dict(device_map="auto"), "device_map", dict(scorer=REWARD)),
+    ((IterateConfig,), {"score.device_map": "auto"}, "score.device_map",
+     {"evaluate.scorer": REWARD}),
+    ((PlanCommand,), dict(zero_stage=2), "zero_stage", dict(engine="deepspeed", gpus=2)),
+    ((PlanCommand,), dict(link_gbs=9.0), "link_gbs", dict(gpus=2)),
     ((IterateConfig,), {"score.dtype": "bfloat16"}, "score.dtype", {"evaluate.scorer": REWARD}),
     ((ScoreCommand,), dict(dtype="bfloat16", scorer="judge:http://h/v1#m"), "dtype",
      dict(scorer="judge:j")),
@@ -202,6 +207,8 @@ ALWAYS = {
     "loss_type", "combine",
     "prompt_in_likelihood", "from_first_difference",  # depend on the dataset, which says so
     "router_aux_loss_coef",  # depends on the model, which says so
+    # Depend on the launch, and plan's on the number of GPUs, which say so.
+    "engine", "dp_replicate_size", "sp_size", "offload_params", "reshard_after_forward", "gpus",
 }  # fmt: skip
 
 

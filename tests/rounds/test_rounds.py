@@ -123,7 +123,7 @@ def test_the_reference_is_the_start_of_the_round(finished):
 def test_a_finished_run_goes_on_with_more_rounds(finished, inputs, tmp_path, capsys, monkeypatch):
     import shutil
 
-    from fastdpo.rounds import processes as outer
+    from fastdpo.rounds import work as outer
 
     out = tmp_path / "more"
     shutil.copytree(finished, out)
