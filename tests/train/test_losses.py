@@ -24,7 +24,7 @@ from fastdpo.data.examples import TokenizedList, TokenizedPair, TokenizedSingle
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.kernels.support import METRICS
 from fastdpo.model.load import load_tokenizer
-from fastdpo.train import control, coupling, logps, prepare, reference, trainer
+from fastdpo.train import control, coupling, engine, logps, prepare, reference, trainer
 from fastdpo.train.config import EvalConfig, TrainConfig
 from fastdpo.train.trainer import train
 
@@ -429,7 +429,7 @@ def test_mismatched_completions_where_one_prompt_dominates():
 @pytest.mark.gpu
 def test_no_reference_is_computed_for_a_loss_that_needs_none(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "compute_reference", None)
-    monkeypatch.setattr(trainer, "weights_digest", None)
+    monkeypatch.setattr(engine, "weights_digest", None)
     cache = tmp_path / "cache"
     monkeypatch.setattr(reference, "cache_path", lambda _: cache)
     config = {**CONFIG, "loss_type": "simpo"}
