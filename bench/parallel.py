@@ -171,7 +171,7 @@ class Case(NamedTuple):
         if self.in_bf16:
             return [job._replace(options={**job.options, "bf16": False})]
         jobs = [job]
-        if job == Case("", 1, self.head, self.route).alone and self.route in WORKSPACES:
+        if self.route in WORKSPACES:
             jobs = [self._replace(route=route).alone for route in WORKSPACES]
         return [x._replace(options={**x.options, **way}) for x in jobs for way in PACKED]
 
