@@ -58,28 +58,28 @@ class Engine(NamedTuple):
     Attributes:
         options: of training.
         ranks: numbers of processes.
-        cuts: whether embeddings and head are units, or may be in the root.
+        units: whether embeddings and head are units, or may be in the root.
         environment: of the processes, as accelerate's launch sets it.
         extras: which other runs, and models of other families.
     """
 
     options: Mapping[str, Any]
     ranks: tuple[int, ...] = (2, 4)
-    cuts: bool = False
+    units: bool = False
     environment: Mapping[str, str] = {}
     extras: bool = True
 
     @property
-    def divides_tokens(self) -> bool:
+    def splits_tokens(self) -> bool:
         return "sp_size" in self.options
 
 
 def _fsdp2(*ranks: int, extras: bool = True, **options: Any) -> Engine:
-    return Engine({"engine": "fsdp2", **options}, ranks or (2, 4), cuts=True, extras=extras)
+    return Engine({"engine": "fsdp2", **options}, ranks or (2, 4), units=True, extras=extras)
 
 
 def _zero(stage: int, *ranks: int, extras: bool = True, **options: Any) -> Engine:
-    # By itself it would divide none of a small model's weights.
+    # By itself it would shard none of a small model's weights.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     settings = base64.urlsafe_b64encode(json.dumps({"zero_optimization": zero}).encode()).decode()
     launched = {
@@ -146,9 +146,9 @@ class Case(NamedTuple):
 
     @property
     def goes(self) -> str:
-        """The way through the head: a KL of tokens that are divided is always recomputed."""
-        divided = ENGINES[self.engine].divides_tokens and self.extra == "tdpo2"
-        return "recompute" if divided else self.route
+        """The way through the head: a KL of tokens that are split is always recomputed."""
+        split = ENGINES[self.engine].splits_tokens and self.extra == "tdpo2"
+        return "recompute" if split else self.route
 
     @property
     def alone(self) -> Job:
@@ -188,10 +188,10 @@ def cases() -> list[Case]:
     """All lines of the table, those first that say most."""
     found = []
     for name, engine in ENGINES.items():
-        heads = (TIED, OWN, ROOT) if engine.cuts else (TIED, UNTIED)
+        heads = (TIED, OWN, ROOT) if engine.units else (TIED, UNTIED)
         for ranks, head, route in product(engine.ranks, heads, ROUTES):
-            # Sums of whole sequences come late where their tokens are divided: nothing is grouped.
-            if route != "grouped" or not engine.divides_tokens:
+            # Sums of whole sequences come late where their tokens are split: nothing is grouped.
+            if route != "grouped" or not engine.splits_tokens:
                 found.append(Case(name, ranks, head, route))
         for extra in [*EXTRAS][1:] if engine.extras else ["evaluation", "bf16"]:
             found.append(Case(name, engine.ranks[0], heads[1], "stash", extra))

@@ -152,7 +152,7 @@ def measured(case: Case) -> list[int]:
         counter = Path(out) / "allocations.so"
         source = Path(__file__).with_name("allocations.c")
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", counter, source, "-ldl"], check=True)
-        if case.zero_stage:  # ZeRO-3 divides a model as it is loaded
+        if case.zero_stage:  # ZeRO-3 shards a model as it is loaded
             start_of(case).save_pretrained(Path(out) / "start")
         job = json.dumps([*case, out])
         command = [sys.executable, "-m", "bench.plan_check", "--job", job]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdpo.errors import ModelError
 from fastdpo.model import head
 from fastdpo.model.load import load_causal_lm, one_line
-from fastdpo.model.pieces import gathered, is_cut
+from fastdpo.model.pieces import gathered, is_sharded
 from fastdpo.storage import atomic_directory
 
 ALL_LINEAR = "all-linear"
@@ -344,14 +344,14 @@ def save_adapter(model: Any, path: Path, tokenizer: Any = None) -> None:
     """Write the adapters in peft's format, whole or not at all; with them the tokenizer that they
     were trained with, as TRL does, since its chat template may be another than the base's.
 
-    Of a model that is cut over processes the first one writes; all of them call this.
+    Of a model that is sharded over processes the first one writes; all of them call this.
 
     Raises:
         ModelError: the model has no adapters.
     """
     check_adapted(model)
     state = model.state_dict()
-    if any(map(is_cut, state.values())):
+    if any(map(is_sharded, state.values())):
         state = {name: gathered(x).cpu() for name, x in state.items() if ".lora_" in name}
         if torch.distributed.get_rank() > 0:
             return

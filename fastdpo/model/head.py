@@ -95,7 +95,7 @@ def base_of(model: Any) -> Any:
 
 
 def table_rows(table: Any) -> int:
-    """Rows of an embedding's or a head's weight, also where DeepSpeed has divided it."""
+    """Rows of an embedding's or a head's weight, also where DeepSpeed has sharded it."""
     return getattr(table.weight, "ds_shape", table.weight.shape)[0]
 
 
@@ -188,7 +188,7 @@ def _check_chunk(model: Any, segments: Segments | None = None, **_: Any) -> None
     if parallel is not None and segments is not None and segments.chunk is None:
         raise ValueError(
             f"{type(model).__name__} shares packed rows with {parallel.size - 1} other processes: "
-            "cut the batch first, fastdpo.model.sequence_parallel.chunk(model, batch)"
+            "split the batch first, fastdpo.model.sequence_parallel.chunk(model, batch)"
         )
 
 

@@ -23,7 +23,7 @@ from fastdpo.data.rendering import line_of
 from fastdpo.errors import ModelError, listed, one_line
 from fastdpo.model.attention import keep_softcap
 from fastdpo.model.devices import without
-from fastdpo.model.pieces import Pieces, Trace, gathered, is_cut, reading
+from fastdpo.model.pieces import Pieces, Trace, gathered, is_sharded, reading
 from fastdpo.model.save import save_policy
 from fastdpo.storage import CACHE, cache_path
 
@@ -293,7 +293,7 @@ def load_in_pieces(
     """`load_causal_lm` without the content of its parameters, on the meta device; buffers have it.
 
     Returns:
-        The model, and what gives its parameters their content once they are cut.
+        The model, and what gives its parameters their content once they are sharded.
 
     Raises:
         ModelError: as `load_causal_lm`.
@@ -368,11 +368,11 @@ def weights_digest(model: Any) -> str:
     """Digest of a model's configuration, parameters and buffers; adapters are no part of it.
 
     It reads the weights themselves, so it is the same for a folder, a hub name and a model in
-    memory.  It is the same for one that is cut over processes, which all call it: tensors are
+    memory.  It is the same for one that is sharded over processes, which all call it: tensors are
     gathered one by one, and the first process has the digest, the others "".
     """
     digest, tensors = hashlib.sha256(), sorted(_without_adapters(model).items())
-    if any(is_cut(x) for _, x in tensors) and torch.distributed.get_rank() > 0:
+    if any(is_sharded(x) for _, x in tensors) and torch.distributed.get_rank() > 0:
         for _, tensor in tensors:
             gathered(tensor)
         return ""

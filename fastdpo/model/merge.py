@@ -32,7 +32,7 @@ def save_merged(
 def save_merged_in_place(
     model: Any, tokenizer: Any, path: Path, dtype: torch.dtype, *, start: str | None = None
 ) -> None:
-    """`merged_in_place` of a model that is cut over processes, saved as a policy by the first one.
+    """`merged_in_place` of a model that is sharded, saved as a policy by the first process.
 
     All processes call it; ``model`` is of no use afterwards.
 

@@ -296,12 +296,12 @@ class Pieces:
 
     def load_whole(self) -> None:
         """Load the whole model, where it is not yet; the first process does before `fill` where a
-        model that is cut `needs_whole`, as the others would wait for it in an exchange."""
+        model that is sharded `needs_whole`, as the others would wait for it in an exchange."""
         if self._whole is None:
             self._whole = self._load()
 
     def fill(self, device: torch.device) -> None:
-        """Give every parameter its content, on ``device``, of one that is cut this process's rows.
+        """Give every parameter its content, on ``device``, of a sharded one this process's rows.
 
         All processes call it.  What the first one sends comes before what each reads, so that one
         that cannot read leaves none in an exchange.
@@ -321,7 +321,7 @@ class Pieces:
 
     def _content(self, old: Tensor, tensor: Tensor, full: str, device: torch.device) -> Tensor:
         noted = self._trace.can_make(tensor)
-        if not is_cut(old):
+        if not is_sharded(old):
             value = self._trace.value(tensor) if noted else self._of_whole(full)
             return torch.empty_like(tensor, device=device).copy_(value)
         start, stop = own_rows(old)
@@ -348,7 +348,7 @@ class Pieces:
         return value
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether this process has some rows of a tensor only."""
     from torch.distributed.tensor import DTensor
 
@@ -356,7 +356,7 @@ def is_cut(tensor: Tensor) -> bool:
 
 
 def own_rows(tensor: Any) -> tuple[int, int]:
-    """Which rows of a DTensor cut along its first dimension, over its mesh's last, are here."""
+    """Which rows of a DTensor, sharded by its first dimension over its mesh's last, are here."""
     mesh = tensor.device_mesh
     count, parts = tensor.shape[0], mesh.size(mesh.ndim - 1)
     each = -(-count // parts)
@@ -365,7 +365,7 @@ def own_rows(tensor: Any) -> tuple[int, int]:
 
 
 def dtensor_like(tensor: Any, local: Tensor) -> Any:
-    """A DTensor with this process's rows, cut as another."""
+    """A DTensor with this process's rows, sharded as another."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -375,11 +375,11 @@ def dtensor_like(tensor: Any, local: Tensor) -> Any:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a parameter or buffer; of one that is cut all processes call it."""
-    if not is_cut(tensor):
+    """The whole of a parameter or buffer; of a sharded one all processes call it."""
+    if not is_sharded(tensor):
         return tensor.detach()
-    cut: Any = tensor.detach()
-    local, kind = cut.to_local(), cut.device_mesh.device_type
+    shard: Any = tensor.detach()
+    local, kind = shard.to_local(), shard.device_mesh.device_type
     if local.device.type != kind:  # kept in CPU memory, where the processes' backend cannot send
         local = local.to(kind)
-    return dtensor_like(cut, local).full_tensor()
+    return dtensor_like(shard, local).full_tensor()

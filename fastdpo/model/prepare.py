@@ -154,7 +154,7 @@ def prepare_model(
 
     Args:
         model: a transformers causal LM, or a PEFT model of one; changed in place and returned. One
-            that is cut over processes (`fastdpo.model.shard`) is proven on all of them at once.
+            that is sharded over processes (`fastdpo.model.shard`) is proven on all of them at once.
         layout: of `fastdpo.data.batch.pack_pairs`; "auto" takes the first that this model computes
             exactly, and says so where it is not the first. `layout_of` reads it back.
         gradient_checkpointing: recompute activations in the backward.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.errors import DataError, one_line
-from fastdpo.model.pieces import Trace, gathered, is_cut
+from fastdpo.model.pieces import Trace, gathered, is_sharded
 from fastdpo.storage import atomic_directory
 
 # What belongs to a model beside its weights and its tokenizer.json: processors of images, sound and
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 def save_policy(model: Any, tokenizer: Any, path: Path, *, start: str | None = None) -> None:
     """Write model and tokenizer in Hugging Face format (safetensors), whole or not at all.
 
-    A model that is cut over processes (`fastdpo.model.shard`) is gathered tensor by tensor, and
+    A model that is sharded over processes (`fastdpo.model.shard`) is gathered tensor by tensor, and
     written by the first of them; all of them call this.
 
     Args:
@@ -40,7 +40,7 @@ def save_policy(model: Any, tokenizer: Any, path: Path, *, start: str | None = N
             images, is kept beside the weights.
     """
     values: Making = {
-        name: partial(gathered, x) for name, x in model.state_dict().items() if is_cut(x)
+        name: partial(gathered, x) for name, x in model.state_dict().items() if is_sharded(x)
     }
     save_made(model, values, tokenizer, path, start=start, collective=bool(values))
 

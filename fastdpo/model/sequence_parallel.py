@@ -1,12 +1,12 @@
 """Sequence parallel: one long packed row on several processes, by DeepSpeed-Ulysses' exchange.
 
-A packed row is cut into as many equal chunks of tokens as the group has processes, the last filled
-up with tokens that nothing sees.  Each process runs the model's body on its chunk.  Only attention
-needs the other tokens: around it, an all-to-all gives each process all tokens of its share of the
-heads, and another one brings its own tokens back with all heads (arXiv 2309.14509).  The head runs
-on the scored tokens of the chunk, and the loss adds their sums up over the group before its formula
-(`fastdpo.loss.spread`).  So a process holds 1 / size of the activations, and never all tokens of
-all heads.
+A packed row is split into as many equal chunks of tokens as the group has processes, the last
+filled up with tokens that nothing sees.  Each process runs the model's body on its chunk.  Only
+attention needs the other tokens: around it, an all-to-all gives each process all tokens of its
+share of the heads, and another one brings its own tokens back with all heads (arXiv 2309.14509).
+The head runs on the scored tokens of the chunk, and the loss adds their sums up over the group
+before its formula (`fastdpo.loss.spread`).  So a process holds 1 / size of the activations, and
+never all tokens of all heads.
 
     group = torch.distributed.new_group(ranks)           # or one dimension of a device mesh
     sequence_parallel.use(model, group)                  # before prepare_model, which proves it
@@ -49,7 +49,7 @@ class SequenceParallel:
 
 @dataclass(frozen=True)
 class Chunk:
-    """This process's part of a packed row: what the layers of a batch that was cut ask."""
+    """This process's part of a packed row: what the layers of a batch that was split ask."""
 
     parallel: SequenceParallel
     size: int  # tokens that each process has
@@ -179,7 +179,7 @@ def _indivisible(name: str, heads: int, size: int) -> str:
 def padded(parallel: SequenceParallel) -> str:
     """Why a layout that pads is refused."""
     return (
-        f"sequence parallel (sp_size={parallel.size}) cuts packed rows, and padded batches have "
+        f"sequence parallel (sp_size={parallel.size}) splits packed rows, and padded batches have "
         "none; use sp_size=1, or a model and layout that pack"
     )
 
@@ -193,8 +193,8 @@ def of(model: Any) -> SequenceParallel | None:
 def chunk(model: Any, batch: PackedPairs) -> PackedPairs:
     """The process's part of a batch: its tokens, the targets that they predict, whole segments.
 
-    ``batch`` itself where the model has whole rows, and where it was cut before.  On a GPU it waits
-    for the device once.
+    ``batch`` itself where the model has whole rows, and where it was split before.  On a GPU it
+    waits for the device once.
 
     Raises:
         ValueError: the batch is padded.

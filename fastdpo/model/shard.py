@@ -1,8 +1,9 @@
-"""A model cut over processes: each holds some rows of every parameter (torch's FSDP2).
+"""A model sharded over processes: each holds some rows of every parameter (torch's FSDP2).
 
-`shard` cuts a model that is in memory, or one on the meta device whose rows `fastdpo.model.pieces`
-reads.  Adapters are put in and the head attached before; what is computed with the model, the proof
-of `prepare_model` too, comes after, on all processes at once and in the same order.
+`shard` takes a model that is in memory, or one on the meta device whose rows
+`fastdpo.model.pieces` reads.  Adapters are put in and the head attached before; what is computed
+with the model, the proof of `prepare_model` too, comes after, on all processes at once and in the
+same order.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def shard(
     head_in_root: bool = False,
     layer_names: Sequence[str] | None = None,
 ) -> Any:
-    """Cut the parameters of a model along their first dimension, with torch's ``fully_shard``.
+    """Shard the parameters of a model along their first dimension, with torch's ``fully_shard``.
 
     Units that are gathered at once are each decoder layer, the embeddings, and the head.  Where
     embeddings and head are one parameter, it is gathered with the root, which has all that is left.
@@ -89,7 +90,7 @@ def shard(
         for unit in _units(model):
             _keep_name(type(unit))
     except (ValueError, NotImplementedError) as error:
-        raise ModelError(f"FSDP2 cannot cut this {kind}: {error}; set engine=ddp") from error
+        raise ModelError(f"FSDP2 cannot shard this {kind}: {error}; set engine=ddp") from error
     return model
 
 
@@ -105,13 +106,13 @@ def _keep_name(kind: type) -> None:
 
 
 def _check_weights(model: nn.Module, kind: str) -> None:
-    """Refuse weights that cannot be cut, as those in 4 bits."""
-    if is_sharded(model):
+    """Refuse weights that cannot be sharded, as those in 4 bits."""
+    if _units(model):
         raise ModelError(f"this {kind} is sharded already")
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ModelError(
-                f"{name} of {kind} is kept in {parameter.dtype}, which FSDP2 cannot cut; set "
+                f"{name} of {kind} is kept in {parameter.dtype}, which FSDP2 cannot shard; set "
                 "load_in_4bit=false, or engine=ddp"
             )
 
@@ -139,12 +140,7 @@ def _shared(model: nn.Module, part: nn.Module) -> bool:
     return any(id(p) in outside for p in part.parameters())
 
 
-# --------------------------------------------------------------------------- of a model that is cut
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has cut this model."""
-    return bool(_units(model))
-
-
+# ----------------------------------------------------------------------- of a model that is sharded
 def _units(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
@@ -157,7 +153,7 @@ def reshard(model: nn.Module) -> None:
 
 def reset(model: nn.Module) -> None:
     """Let a model run again after its forward raised an error, on all processes alike."""
-    if not is_sharded(model):
+    if not _units(model):
         return
     unit: Any = model
     if hasattr(unit, "reset_iter_state"):  # torch 2.13

@@ -4,7 +4,7 @@ torch's fake process group has any number of processes, and its collectives leav
 it was.  Over it run the engines that train, `fastdpo.train.fsdp` and sequence parallel, so the
 memory of a process and what it sends are those of the real step.  DeepSpeed's code does not run
 so.  ZeRO-3 is run as FSDP2, which gathers and reduces the same, in fp32; ZeRO-2 as a process with a
-whole model, whose gradients and optimizer are divided by arithmetic (`fastdpo.plan.step`).
+whole model, whose gradients and optimizer are sharded by arithmetic (`fastdpo.plan.step`).
 """
 
 from contextlib import ExitStack
@@ -20,13 +20,13 @@ from fastdpo.model.shard import shard
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.engine import Engine
 from fastdpo.train.fsdp import Fsdp2
-from fastdpo.train.launch import Division, refuse_division
+from fastdpo.train.launch import Sharding, refuse_sharding
 
 
 class Cluster:
     """GPUs that train together, as one of their processes sees it; a context.
 
-    That is the first of them, or, where tokens are divided, the last of the first group: the first
+    That is the first of them, or, where tokens are split, the last of the first group: the first
     has the prompt, which the head has nothing to do with.
 
     Args:
@@ -51,10 +51,10 @@ class Cluster:
         named = {"auto": "ddp", "deepspeed": f"zero{zero_stage}"}
         self.name = named.get(config.engine, config.engine)
         if self.name != "fsdp2":
-            refuse_division(config, self.name)
+            refuse_sharding(config, self.name)
         if self.name != "ddp" and gpus == 1:
             raise ConfigError(
-                f"engine={config.engine} divides a model between GPUs, and gpus=1; give gpus, as "
+                f"engine={config.engine} shards a model over GPUs, and gpus=1; give gpus, as "
                 "--gpus 8, or leave engine out"
             )
         if gpus > 1 and dist.is_initialized():
@@ -92,11 +92,11 @@ class Cluster:
         if self.name not in ("fsdp2", "zero3"):
             return Engine(accelerator, config)
         # What is offloaded is taken off what was counted, as all tensors here are on the CPU.
-        division = Division(config.dp_replicate_size, config.reshard_after_forward, False, None)
-        return Fsdp2(accelerator, config, division)
+        sharding = Sharding(config.dp_replicate_size, config.reshard_after_forward, False, None)
+        return Fsdp2(accelerator, config, sharding)
 
     def place(self, model: Any) -> None:
-        """Divide a model between the processes, as its engine does."""
+        """Shard a model over the processes, as its engine does."""
         engine = self.engine
         if engine.sp is not None:
             sequence_parallel.use(model, engine.sp)

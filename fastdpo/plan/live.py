@@ -80,7 +80,7 @@ class Live(TorchDispatchMode):
     def known(self, tensors: Iterable[Tensor]) -> int:
         """Take note of tensors that are not to be counted; returns their bytes.
 
-        Of one that is cut over processes, this process's part.
+        Of one that is sharded over processes, this process's part.
         """
         total = 0
         for tensor in tensors:
@@ -184,7 +184,7 @@ class Live(TorchDispatchMode):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that is cut over several, or the tensor."""
+    """This process's part of a tensor that is sharded over several, or the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -164,8 +164,8 @@ def _wanted(config: TrainConfig, text: Any, gpus: int) -> list[dict[str, Any]]:
         wanted = {name: x for name, x in changes.items() if getattr(config, name) != x}
         if wanted not in found and _possible(config, wanted, text, gpus):
             found.append(wanted)
-    divided = [wanted for wanted in found if "sp_size" in wanted]
-    return [wanted for wanted in found if wanted not in divided[1:-1]]
+    split = [wanted for wanted in found if "sp_size" in wanted]
+    return [wanted for wanted in found if wanted not in split[1:-1]]
 
 
 def _possible(config: TrainConfig, wanted: dict[str, Any], text: Any, gpus: int) -> bool:

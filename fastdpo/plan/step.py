@@ -240,7 +240,7 @@ def of_step(
     if pairs is None:
         pairs = min(max(1, config.max_tokens // tokens), share)
     fixed, offloaded = at_rest(simulation), simulation.offloaded
-    # Of gradients that are divided, or moved to the CPU, as each is there, none stays on the device
+    # Of gradients that are sharded, or moved to the CPU, as each is there, none stays on the device
     # beside those between micro-batches.
     passing = offloaded or cluster.name == "zero2"
     several = pairs < share or passing
@@ -300,7 +300,7 @@ def _sent(simulation: Simulation, found: Peaks, micro_batches: int) -> dict[str,
     others = simulation.gradients * (cluster.gpus - 1) // cluster.gpus
     if cluster.name == "ddp" and others:
         sent["all-reduce"] += 2 * others
-    elif cluster.name == "zero2":  # divided after each micro-batch, and what was changed gathered
+    elif cluster.name == "zero2":  # scattered after each micro-batch, and what was changed gathered
         sent["reduce-scatter"] += others * micro_batches
         sent["all-gather"] += others
     return dict(sent)

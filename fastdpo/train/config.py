@@ -126,9 +126,9 @@ class TrainConfig:
         engine: how several processes hold the model: each a whole one ("ddp"), each a part of it by
             PyTorch's FSDP2 ("fsdp2"), or by DeepSpeed's ZeRO ("deepspeed"). "auto" is what
             accelerate's launch was configured for, and else ddp.
-        dp_replicate_size: groups of processes that FSDP2 divides a model within, as in accelerate
+        dp_replicate_size: groups of processes that FSDP2 shards a model within, as in accelerate
             (hybrid sharding); gradients are averaged over all.
-        sp_size: processes that divide the tokens of each sequence between them, as in accelerate.
+        sp_size: processes that split the tokens of each sequence between them, as in accelerate.
         offload_params: of FSDP2, keep weights, gradients and the optimizer in CPU memory.
         reshard_after_forward: of FSDP2, let go of a layer's weights after its forward, and gather
             them again for its backward.

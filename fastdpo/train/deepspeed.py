@@ -131,7 +131,7 @@ def checked_settings(settings: Mapping[str, Any], config: TrainConfig) -> dict[s
     if zero.get("stage") not in _STAGES:
         raise ConfigError(
             f"DeepSpeed's zero_optimization.stage is {zero.get('stage')}; set it to 2 (optimizer "
-            "and gradients are divided) or 3 (weights too), or leave DeepSpeed out"
+            "and gradients are sharded) or 3 (weights too), or leave DeepSpeed out"
         )
     for name in ("offload_param", "offload_optimizer"):
         place = (zero.get(name) or {}).get("device")
@@ -169,12 +169,12 @@ class DeepSpeed(Engine):
         super().__init__(accelerator, config)
         if not torch.distributed.is_initialized():
             raise ConfigError(
-                "engine=deepspeed divides a model between processes, and there is one; launch "
+                "engine=deepspeed shards a model over processes, and there is one; launch "
                 "several with accelerate launch, or leave engine out"
             )
         if config.load_in_4bit:
             raise ConfigError(
-                "load_in_4bit=True cannot be divided by engine=deepspeed; leave it out, or use "
+                "load_in_4bit=True cannot be sharded by engine=deepspeed; leave it out, or use "
                 "engine=ddp"
             )
         if config.dtype != "float32" and not config.use_peft:
@@ -184,8 +184,8 @@ class DeepSpeed(Engine):
                 "computes in bf16), or use_peft=true"
             )
         self.settings = checked_settings(settings, config)
-        self.divides_weights = self.settings["zero_optimization"]["stage"] == 3
-        self._engines: list[Any] = []  # of the models that are divided, the policy's at last
+        self.shards_weights = self.settings["zero_optimization"]["stage"] == 3
+        self._engines: list[Any] = []  # of the models that are sharded, the policy's at last
         if accelerator.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -194,16 +194,16 @@ class DeepSpeed(Engine):
         # DeepSpeed's calls, at every step.
         old = r"`torch\.distributed\.\w+` is deprecated"
         warnings.filterwarnings("ignore", old, FutureWarning)
-        # Else transformers divides what it loads.
+        # Else transformers shards what it loads.
         unset_hf_deepspeed_config()
 
     # ------------------------------------------------------------------------------- the model
     def load(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
-        if not self.divides_weights:
+        if not self.shards_weights:
             return super().load(start, config, digest=digest)
         if not isinstance(start, str | Path):
             raise ConfigError(
-                "engine=deepspeed with zero_optimization.stage 3 divides a model as it is loaded; "
+                "engine=deepspeed with zero_optimization.stage 3 shards a model as it is loaded; "
                 "save the one in memory (save_pretrained), and give its folder"
             )
 
@@ -229,7 +229,7 @@ class DeepSpeed(Engine):
         return prepare_policy(model, config, place=place), weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
-        if not self.divides_weights:
+        if not self.shards_weights:
             return super().frozen_copy(model, start, config)
         found, _ = self.load(start, config, digest=False)
         return found.requires_grad_(False).eval()
@@ -260,7 +260,7 @@ class DeepSpeed(Engine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-        if self.divides_weights and not hasattr(next(model.parameters()), "ds_id"):
+        if self.shards_weights and not hasattr(next(model.parameters()), "ds_id"):
             # Tensor by tensor: the engine would first put the whole on the device.
             _library().zero.Init(module=model, config_dict_or_path=settings)
             for module in model.modules():
@@ -320,13 +320,13 @@ class DeepSpeed(Engine):
         engine.empty_partition_cache()  # weights that are whole would stay what they were
         zero = engine.optimizer
         together(self.accelerator, lambda: read_parts(folder, model, zero, optimizer))
-        if not self.divides_weights:
+        if not self.shards_weights:
             zero.update_lp_params()
 
     def save_policy(
         self, model: nn.Module, start: Any, config: TrainConfig, tokenizer: Any, out: Path
     ) -> None:
-        if not self.divides_weights:
+        if not self.shards_weights:
             super().save_policy(model, start, config, tokenizer, out)
             return
         adapter, policy = out / "adapter", out / "policy"
@@ -353,7 +353,7 @@ class DeepSpeed(Engine):
 
 
 def _save_whole(model: Any, tokenizer: Any, path: Path, *, start: str) -> None:
-    """`save_policy` of a model whose weights are divided: each is put together when it is written.
+    """`save_policy` of a model whose weights are sharded: each is put together when it is written.
 
     All processes call it.
     """
@@ -390,7 +390,7 @@ def _unread(name: str, config: TrainConfig) -> Any:
 
 
 def _take_off(engine: Any) -> None:
-    """Remove an engine's hooks from its model, whose weights stay divided."""
+    """Remove an engine's hooks from its model, whose weights stay sharded."""
     engine.destroy()
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()

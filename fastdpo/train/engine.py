@@ -1,7 +1,7 @@
 """How the processes of a run hold the model between them, and what that makes of a step.
 
 `Engine` is the plain way: each process has a whole model, and accelerate's DDP averages their
-gradients.  `fastdpo.train.fsdp` and `fastdpo.train.deepspeed` divide the model; `launch` finds
+gradients.  `fastdpo.train.fsdp` and `fastdpo.train.deepspeed` shard the model; `launch` finds
 which of them a run was started with.  With ``sp_size`` over 1 as many processes in a row take the
 same examples, and each of them a part of every sequence's tokens.
 """
@@ -50,7 +50,7 @@ class Engine:
             nothing, as one process.
         world, rank: all processes, and the number of this one.
         dp_size, dp_rank: those that take examples of their own, and which of them this one is.
-        sp: process group that divides the tokens of this process's examples; None is one alone.
+        sp: process group that splits the tokens of this process's examples; None is one alone.
     """
 
     name = "ddp"

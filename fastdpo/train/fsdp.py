@@ -33,25 +33,25 @@ class Fsdp2(Engine):
     """A part of the model on each process.
 
     Args:
-        division: how it is divided (`fastdpo.train.launch.Division`).
+        sharding: how it is sharded (`fastdpo.train.launch.Sharding`).
 
     Raises:
-        ConfigError: the processes cannot be divided so, or a weight in 4 bits cannot.
+        ConfigError: the processes cannot be divided so, or a weight in 4 bits cannot be sharded.
     """
 
     name = "fsdp2"
     collective = True
     head_in_root = False  # a unit of its own
 
-    def __init__(self, accelerator: Any, config: TrainConfig, division: Any) -> None:
+    def __init__(self, accelerator: Any, config: TrainConfig, sharding: Any) -> None:
         super().__init__(accelerator, config)
         self._twin: Any = None
         if config.bf16 and config.dtype != "bfloat16":
             self.rounding = f"{ROUNDED}bfloat16"  # the weights of layers, as they are gathered
-        self.division, replicas = division, division.replicas
+        self.sharding, replicas = sharding, sharding.replicas
         if self.world == 1 and not torch.distributed.is_initialized():
             raise ConfigError(
-                "engine=fsdp2 divides a model between processes, and there is one; launch several "
+                "engine=fsdp2 shards a model over processes, and there is one; launch several "
                 "with accelerate launch or torchrun, or leave engine out"
             )
         if self.world % replicas or (self.world // replicas) % config.sp_size:
@@ -61,7 +61,7 @@ class Fsdp2(Engine):
             )
         if config.load_in_4bit:
             raise ConfigError(
-                "load_in_4bit=True cannot be divided by engine=fsdp2: weights in 4 bits are "
+                "load_in_4bit=True cannot be sharded by engine=fsdp2: weights in 4 bits are "
                 "packed with their constants; leave it out, or use engine=ddp"
             )
         kind = accelerator.device.type
@@ -74,16 +74,16 @@ class Fsdp2(Engine):
     def load(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
         named = isinstance(start, str | Path)
         if not (named or config.precompute_ref_log_probs or config.use_peft):
-            self._twin = copy.deepcopy(start.to("cpu"))  # one that is cut can't be copied
-        return self._divided(start, config, digest=digest)
+            self._twin = copy.deepcopy(start.to("cpu"))  # a sharded one can't be copied
+        return self._sharded(start, config, digest=digest)
 
-    def _divided(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
+    def _sharded(self, start: Any, config: TrainConfig, *, digest: bool) -> tuple[nn.Module, str]:
         pieces, weights = None, ""
         if isinstance(start, str | Path):
             model, pieces = start_in_pieces(str(start), config)
         else:
             model = load_start(start, config, torch.device("cpu"))
-        offload = self.division.offload_params
+        offload = self.sharding.offload_params
 
         def place(model: Any) -> None:
             nonlocal weights
@@ -92,10 +92,10 @@ class Fsdp2(Engine):
                 model,
                 self.mesh,
                 bf16=config.bf16,
-                reshard_after_forward=self.division.reshard_after_forward,
+                reshard_after_forward=self.sharding.reshard_after_forward,
                 offload_params=offload,
                 head_in_root=self.head_in_root,
-                layer_names=self.division.layer_names,
+                layer_names=self.sharding.layer_names,
             )
             if pieces is not None:
                 if pieces.needs_whole:
@@ -112,7 +112,7 @@ class Fsdp2(Engine):
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
         twin, self._twin = self._twin, None
-        found, _ = self._divided(start if twin is None else twin, config, digest=False)
+        found, _ = self._sharded(start if twin is None else twin, config, digest=False)
         return found.requires_grad_(False).eval()
 
     def prepare(

@@ -24,8 +24,8 @@ _PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
-class Division:
-    """How FSDP2 divides a model, by the options or by accelerate's configuration.
+class Sharding:
+    """How FSDP2 shards a model, by the options or by accelerate's configuration.
 
     Attributes:
         replicas: groups of processes that each hold the model once.
@@ -59,7 +59,7 @@ def joined() -> Any:
     on_gpus = "LOCAL_RANK" in os.environ and torch.cuda.is_available() and not on_cpu
     if on_gpus and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         waits = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=_PATIENCE)
-    # accelerate takes sizes of parallelism on GPUs only; `_division` reads them anyway.
+    # accelerate takes sizes of parallelism on GPUs only; `_sharding` reads them anyway.
     with without("ACCELERATE_USE_PARALLELISM_CONFIG") if on_cpu else nullcontext():
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits])
     if accelerator.num_processes != wanted:
@@ -96,13 +96,13 @@ def launched(config: TrainConfig) -> Engine:
         )
     name = config.engine if config.engine != "auto" else asked or "ddp"
     if name != "fsdp2":
-        refuse_division(config, name)
+        refuse_sharding(config, name)
     if name == "deepspeed":
         return DeepSpeed(accelerator, config, launch_settings(accelerator))
     if name == "fsdp2":
         from fastdpo.train.fsdp import Fsdp2
 
-        return Fsdp2(accelerator, config, _division(accelerator, config))
+        return Fsdp2(accelerator, config, _sharding(accelerator, config))
     plain = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if accelerator.distributed_type not in plain:
         raise ConfigError(
@@ -122,7 +122,7 @@ def _asked_for() -> str | None:
     return "fsdp2" if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
 
 
-def refuse_division(config: TrainConfig, name: str) -> None:
+def refuse_sharding(config: TrainConfig, name: str) -> None:
     """Refuse options of FSDP2 where it is not the engine."""
     for option in ("dp_replicate_size", "offload_params", "reshard_after_forward"):
         value, default = getattr(config, option), getattr(type(config), option)
@@ -133,13 +133,13 @@ def refuse_division(config: TrainConfig, name: str) -> None:
             )
 
 
-def _division(accelerator: Any, config: TrainConfig) -> Division:
+def _sharding(accelerator: Any, config: TrainConfig) -> Sharding:
     """What FSDP2 gets of the options, and of accelerate's plugin where that was configured.
 
     Raises:
         ConfigError: the two differ, or the plugin asks for what FSDP2 is not given here.
     """
-    own = Division(
+    own = Sharding(
         config.dp_replicate_size, config.reshard_after_forward, config.offload_params, None
     )
     if _asked_for() != "fsdp2":
@@ -179,11 +179,11 @@ def _division(accelerator: Any, config: TrainConfig) -> Division:
         if sizes[name] > 1:
             raise ConfigError(
                 f"accelerate's {name}_size is {sizes[name]}, which training does not do; long "
-                "pairs are divided by sp_size"
+                "pairs are split by sp_size"
             )
     offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_offload is True
     _check_same(config, "sp_size", sizes["sp"], config.sp_size)
-    return Division(
+    return Sharding(
         _either(config, "dp_replicate_size", sizes["dp_replicate"]),
         _either(config, "reshard_after_forward", bool(plugin.reshard_after_forward)),
         _either(config, "offload_params", offload),

@@ -65,10 +65,10 @@ def check_model(
 
 
 def start_in_pieces(name: str, config: TrainConfig) -> tuple[Any, Pieces]:
-    """`load_start` of a model that is to be cut over processes: its parameters have no content yet.
+    """`load_start` of a model that is to be sharded: its parameters have no content yet.
 
     Returns:
-        The model, on the meta device, and what reads its weights once it is cut.
+        The model, on the meta device, and what reads its weights once it is sharded.
     """
     check_start(name)
     model, pieces = load_in_pieces(name, dtype=getattr(torch, config.dtype))
@@ -119,7 +119,7 @@ def prepare_policy(
 
     Args:
         place: called where all parameters are there, adapters too, and before the first forward; it
-            may divide them between processes.
+            may shard them over processes.
         prove: without it nothing is run, as for a model whose tensors have no content.
     """
     if config.use_peft:

@@ -1,6 +1,6 @@
 """What is trained as files, with the optimizer's and the random state: whole, or in parts.
 
-A whole state is written by one process in safetensors.  Of a divided one each process writes its
+A whole state is written by one process in safetensors.  Of a sharded one each process writes its
 part, by PyTorch's distributed checkpoints.  Both call a tensor by the same name and hold the same
 tensors, so that either is read by whoever holds the model in whatever way, on as many processes as
 there are.
@@ -82,7 +82,7 @@ def read(
 
     Raises:
         ModelError: the model trains other tensors.
-        ConfigError: it is of an engine that divides it in another way.
+        ConfigError: it is of an engine that shards it in another way.
     """
     known = of_first(engine, lambda: _shapes(folder))
     own = {f"{_MODEL}.{name}": x for name, x in trainable_state(model).items()}

@@ -80,7 +80,7 @@ def train(
     Args:
         model: folder or hub name of the start, which is also the reference; or a transformers model
             in memory, which is trained in place while its reference is what it was.  With adapters
-            it ends merged, in fp32 on the CPU; under FSDP2 it ends divided between the processes,
+            it ends merged, in fp32 on the CPU; under FSDP2 it ends sharded over the processes,
             and of no more use.
         tokenizer: saved beside the policy.
         pairs: tokenized pairs, lists or single responses, as the objective takes them;

@@ -1,6 +1,6 @@
-"""What ZeRO divides of a training, as files: each process writes the parts that it holds.
+"""What ZeRO shards of a training, as files: each process writes the parts that it holds.
 
-DeepSpeed lays parameters one after the other and cuts the row (stage 2), or cuts each of them
+DeepSpeed lays parameters one after the other and splits the row (stage 2), or splits each of them
 (stage 3).  Either way a process has ranges of elements of some parameters, and that is what a file
 has, in safetensors: so any number of processes, of either stage, reads what others wrote.
 """
@@ -43,7 +43,7 @@ def write_parts(
     """Write this process's parts; returns the file.
 
     Args:
-        zero: DeepSpeed's optimizer, which divides them.
+        zero: DeepSpeed's optimizer, which shards them.
         optimizer: the one inside it; None leaves its state and the random state out.
     """
     tensors: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ def read_parts(
     paths = sorted(folder.glob("zero-*.safetensors"))
     if not paths:
         raise ConfigError(
-            f"{folder} was not written with engine=deepspeed, whose parts are cut otherwise; "
+            f"{folder} was not written with engine=deepspeed, whose shards are laid out otherwise; "
             "launch the command as it was, or give another output_dir to start anew"
         )
     found: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}

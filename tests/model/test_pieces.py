@@ -27,10 +27,10 @@ from fastdpo.model.load import (
     weights_digest,
 )
 from fastdpo.model.merge import save_merged, save_merged_in_place
-from fastdpo.model.pieces import Trace, gathered, is_cut
+from fastdpo.model.pieces import Trace, gathered, is_sharded
 from fastdpo.model.prepare import layout_of, prepare_model
 from fastdpo.model.save import save_made
-from fastdpo.model.shard import is_sharded, shard
+from fastdpo.model.shard import shard
 
 FAMILIES = ["LLAMA", "QWEN", "GEMMA3", "MIXTRAL", "QWEN2_MOE", "PHI", "OPT", "BLOOM", "MAMBA"]
 LORA: dict[str, Any] = {"r": 4, "alpha": 8.0, "target_modules": None}
@@ -193,16 +193,16 @@ def case(rank, mesh, folder, family, dtype, peft, offload) -> None:
     digest = weights_digest(whole)
     assert weights_digest(model) == (digest if rank == 0 else "")
     whole = lora(whole) if peft else whole
-    assert is_sharded(model) and not is_sharded(whole)
+    assert not any(map(is_sharded, whole.parameters()))
     for (name, x), (other, y) in zip(model.named_parameters(), whole.named_parameters()):
         assert name == other and x.requires_grad == y.requires_grad, name
-        assert is_cut(x) and torch.equal(gathered(x), y), name
+        assert is_sharded(x) and torch.equal(gathered(x), y), name
     ties = [[n for n, _ in m.named_parameters()] for m in (model, whole)]
     assert ties[0] == ties[1]
 
-    # The proof leaves parameters cut, and what it computes with them is what they were.
+    # The proof leaves parameters sharded, and what it computes with them is what they were.
     prepare_model(model, gradient_checkpointing=True)
-    assert all(map(is_cut, model.parameters()))
+    assert all(map(is_sharded, model.parameters()))
     batch = pack_pairs([TokenizedPair([5, 6, 7], [8, 9, 10, 11], [12, 13])])
     plain = prepare_model(whole, gradient_checkpointing=True)
     with torch.no_grad():
@@ -327,7 +327,7 @@ def proven(family: str, change: Any, mesh: Any, **options: Any) -> tuple[str, An
         prepare_model(model, **options)
     except ModelError as error:
         return str(error), None
-    assert mesh is None or all(map(is_cut, model.parameters()))
+    assert mesh is None or all(map(is_sharded, model.parameters()))
     layout = layout_of(model)
     batch = pack_pairs([TokenizedPair([5, 6, 7], [8, 9, 10, 11], [12, 13])], layout=layout)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=options.get("bf16", False)):

@@ -337,6 +337,6 @@ def test_what_cannot_be_shared_is_refused_alike_on_all_processes():
         "evenly; sizes that can: 3"
     )
     assert "pairs are not isolated" in first["mixing"]
-    assert "sequence parallel (sp_size=2) cuts packed rows" in first["padded"]
-    assert "sequence parallel (sp_size=2) cuts packed rows" in first["batch"]
-    assert "cut the batch first" in first["whole"]
+    assert "sequence parallel (sp_size=2) splits packed rows" in first["padded"]
+    assert "sequence parallel (sp_size=2) splits packed rows" in first["batch"]
+    assert "split the batch first" in first["whole"]

@@ -137,9 +137,9 @@ def test_nothing_stands_for_processes_afterwards():
         (
             4,
             {"sp_size": 2, "layout": "padded"},
-            r"sequence parallel \(sp_size=2\) cuts packed rows",
+            r"sequence parallel \(sp_size=2\) splits packed rows",
         ),
-        (1, {"engine": "fsdp2"}, "^engine=fsdp2 divides a model between GPUs, and gpus=1; give"),
+        (1, {"engine": "fsdp2"}, "^engine=fsdp2 shards a model over GPUs, and gpus=1; give"),
         (1, {"sp_size": 2}, "^sp_size=2 does not divide the 1 processes"),
         (4, {"offload_params": True}, "^offload_params=True has no effect with engine=ddp"),
         (0, {}, "^gpus=0 must be a whole number of at least 1"),

@@ -115,9 +115,7 @@ def test_every_stage_that_has_a_model():
     said = str(found)
     assert said.startswith("Estimates of each stage on 2 x 4 GiB") and "fits: " in said
     assert not torch.distributed.is_initialized()
-    with pytest.raises(
-        ConfigError, match=r"^engine=fsdp2 divides a model between GPUs, and gpus=1"
-    ):
+    with pytest.raises(ConfigError, match=r"^engine=fsdp2 shards a model over GPUs, and gpus=1"):
         plan(1, 4.0, **{"train.engine": "fsdp2"})
 
 
@@ -138,4 +136,4 @@ def test_the_file_of_a_whole_run(tmp_path, capsys):
     assert main(["plan", f"--config={path}", "--gpus=2", "--gpu_gib=8", "--engine=ddp"]) == 0
     assert "2 GPUs; ddp, " in capsys.readouterr().out
     assert main(["plan", f"--config={path}"]) == 2
-    assert "engine=fsdp2 divides a model between GPUs, and gpus=1" in capsys.readouterr().err
+    assert "engine=fsdp2 shards a model over GPUs, and gpus=1" in capsys.readouterr().err

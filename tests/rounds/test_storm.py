@@ -22,7 +22,7 @@ TEMPLATE = (
 
 
 @pytest.mark.slow
-def test_storm_trains_divided_over_four_processes_in_each_round(tmp_path):
+def test_storm_trains_sharded_over_four_processes_in_each_round(tmp_path):
     """As one process does up to rounding: the same samples, scores and pairs in the first round,
     and the same policy."""
     model = save_tiny(MISTRAL, tmp_path / "model")

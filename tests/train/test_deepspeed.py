@@ -290,15 +290,15 @@ def test_bf16_is_computed_where_autocast_is_on_for_gpus(tmp_path):
 
 
 def load_and_drop(rank: int, model: str, folder: Path) -> tuple[bool, bool, int]:
-    """Load a model to be trained as a run does first: whether its weights were divided, whether
+    """Load a model to be trained as a run does first: whether its weights were sharded, whether
     linear layers are torch's afterwards, and how many parameters are left."""
     launch_as_one({"stage": 3}, folder)
     linear = torch.nn.functional.linear
     loading = Loading(model=model, config=asdict(CONFIG))
-    divided = all(hasattr(p, "ds_id") for p in loading.run().parameters())
+    sharded = all(hasattr(p, "ds_id") for p in loading.run().parameters())
     gc.collect()
     left = [x for x in gc.get_objects() if isinstance(x, torch.nn.Parameter)]
-    return divided, torch.nn.functional.linear is linear, len(left)
+    return sharded, torch.nn.functional.linear is linear, len(left)
 
 
 @needs_deepspeed

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from safetensors.torch import load_file
-from test_divided_start import join
+from test_sharded_start import join
 
 from fastdpo.data.examples import TokenizedPair
 from fastdpo.errors import ModelError
-from fastdpo.model.pieces import is_cut
+from fastdpo.model.pieces import is_sharded
 from fastdpo.model.shard import shard
 from fastdpo.train import logps, trainer
 from fastdpo.train.config import TrainConfig
@@ -102,7 +102,7 @@ def test_log_probs_of_weights_that_an_engine_rounds(tmp_path, caplog):
 
 def test_which_engine_rounds():
     accelerator: Any = SimpleNamespace(num_processes=2, process_index=0, device=torch.device("cpu"))
-    division = SimpleNamespace(replicas=1)
+    sharding = SimpleNamespace(replicas=1)
     with patch("fastdpo.train.fsdp.mesh_of"):
         for bf16, dtype, rounding in (
             (True, "float32", "+bfloat16"),
@@ -110,7 +110,7 @@ def test_which_engine_rounds():
             (False, "float32", ""),
         ):
             config = replace(TrainConfig(), bf16=bf16, dtype=dtype)
-            assert Fsdp2(accelerator, config, division).rounding == rounding
+            assert Fsdp2(accelerator, config, sharding).rounding == rounding
 
 
 def let_go(real: Any) -> Any:
@@ -118,13 +118,13 @@ def let_go(real: Any) -> Any:
 
     def call(setup: Any, model: Any, optimizer: Any, batches: Any, objective: Any, *rest: Any):
         row = real(setup, model, optimizer, batches, objective, *rest)
-        assert all(map(is_cut, rest[0].model.parameters()))
+        assert all(map(is_sharded, rest[0].model.parameters()))
         return row
 
     return call
 
 
-def divided(rank: int, folder: Any) -> dict[str, float]:
+def sharded(rank: int, folder: Any) -> dict[str, float]:
     logging.disable(logging.WARNING)
     join(rank)
     given: dict[str, Any] = {"engine": "fsdp2", "precompute_ref_log_probs": False}
@@ -137,7 +137,7 @@ def divided(rank: int, folder: Any) -> dict[str, float]:
     # Of a run that one process began.
     run(folder / "start", folder / "begun", bf16=True, num_train_epochs=2, **cache)
     return {
-        name: run(folder / name.split()[0], folder / f"divided {name}", engine="fsdp2", **options)
+        name: run(folder / name.split()[0], folder / f"sharded {name}", engine="fsdp2", **options)
         for name, options in MIXTURES.items()
     }
 
@@ -163,7 +163,7 @@ def test_references_and_mixtures(tmp_path):
         )
     own = tmp_path / "begun" / "ref_logps" / "ref_logps.safetensors"
     before = load_file(own)
-    found, _ = on_ranks(2, divided, tmp_path)
+    found, _ = on_ranks(2, sharded, tmp_path)
     # fp32 of both engines, bf16 of one process, and bf16 of two.
     assert len(list((tmp_path / "cache").iterdir())) == 3
     assert not torch.equal(load_file(own)["logp_S"], before["logp_S"])
@@ -171,7 +171,7 @@ def test_references_and_mixtures(tmp_path):
         out = tmp_path / f"one {name}"
         loss = run(tmp_path / name.split()[0], out, **options)
         assert found[name] == pytest.approx(loss, abs=1e-6)
-        of_two = tmp_path / f"divided {name}" / "policy" / "model.safetensors"
+        of_two = tmp_path / f"sharded {name}" / "policy" / "model.safetensors"
         weights, wanted = load_file(of_two), load_file(out / "policy" / "model.safetensors")
         assert weights.keys() == wanted.keys()
         for key, x in weights.items():

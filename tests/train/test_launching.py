@@ -47,18 +47,18 @@ def test_processes_of_a_launch_on_gpus_can_sum_on_the_cpu_too(
     assert given["cpu"] == ("ACCELERATE_USE_CPU" in environment)
 
 
-def division(monkeypatch, config=None, environment=None, **settings):
+def sharding(monkeypatch, config=None, environment=None, **settings):
     """What FSDP2 gets of a plugin that accelerate has entered, as it does on GPUs."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for name, value in (environment or {}).items():
         monkeypatch.setenv(name, value)
     plugin = accelerate.FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **settings})
     state = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    return launch._division(state, config or TrainConfig())
+    return launch._sharding(state, config or TrainConfig())
 
 
 def test_settings_of_accelerates_plugin_are_taken(monkeypatch):
-    found = division(
+    found = sharding(
         monkeypatch,
         environment={"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"},
         reshard_after_forward=False,
@@ -66,7 +66,7 @@ def test_settings_of_accelerates_plugin_are_taken(monkeypatch):
         auto_wrap_policy="TRANSFORMER_BASED_WRAP",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
     )
-    assert found == launch.Division(2, False, True, ("LlamaDecoderLayer",))
+    assert found == launch.Sharding(2, False, True, ("LlamaDecoderLayer",))
 
 
 @pytest.mark.parametrize(
@@ -96,4 +96,4 @@ def test_what_the_plugin_asks_for_and_is_not_done_is_refused(
     monkeypatch, config, environment, settings, message
 ):
     with pytest.raises(ConfigError, match=message):
-        division(monkeypatch, TrainConfig(**config), environment, **settings)
+        sharding(monkeypatch, TrainConfig(**config), environment, **settings)

@@ -1,4 +1,4 @@
-"""Checkpoints of a divided model: each process writes its part, and any engine reads them."""
+"""Checkpoints of a sharded model: each process writes its part, and any engine reads them."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def join(rank, world):
 
 
 def trained(engine, family=LLAMA, *, lora=False, steps=0, shift=0.0):
-    """A model, divided by its engine, its optimizer and schedule after so many steps."""
+    """A model, sharded by its engine, its optimizer and schedule after so many steps."""
     torch.manual_seed(0)
     model: Any = family.build(VOCAB)
     if lora:
@@ -53,7 +53,7 @@ def trained(engine, family=LLAMA, *, lora=False, steps=0, shift=0.0):
         for p in trainable_state(model).values():
             p.add_(shift)
     if engine.name == "fsdp2":
-        shard(model, engine.mesh, offload_params=engine.division.offload_params)
+        shard(model, engine.mesh, offload_params=engine.sharding.offload_params)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True
     )
@@ -93,9 +93,9 @@ def every_way(rank, folder, cases):
     whole = Engine(accelerator, TrainConfig())
     for name in cases:
         out, options = folder / name, CASES[name]
-        divided = trained(fsdp2, steps=3, **options)
-        wanted = bits(*divided[:2])
-        save_checkpoint(out / "parts", 3, fsdp2, *divided, extra={"a": 1})
+        sharded = trained(fsdp2, steps=3, **options)
+        wanted = bits(*sharded[:2])
+        save_checkpoint(out / "parts", 3, fsdp2, *sharded, extra={"a": 1})
         alone = trained(whole, steps=2, **options)
         of_alone = bits(*alone[:2])
         save_checkpoint(out / "whole", 2, whole, *alone)
@@ -109,7 +109,7 @@ def every_way(rank, folder, cases):
                 rates = [group["lr"] for group in new[1].param_groups]
                 assert rates == new[2].get_last_lr() == [1e-2 * (1 / (1 + step))]
         # The best weights, from a model whose weights are gathered after a forward.
-        model = divided[0]
+        model = sharded[0]
         with torch.no_grad():
             model(torch.arange(3, 9)[None])
         save_best(out / "best", 3, fsdp2, model, 0.5)
@@ -233,7 +233,7 @@ def written(rank, folder):
 
 
 def is_read(rank, folder, world):
-    """By every way that this many processes can be divided in."""
+    """By every way that this many processes can be grouped in."""
     join(rank, world)
     for options in WAYS.values() if world > 2 else [WAYS["fsdp2"], WAYS["offloaded"]]:
         engine = launched(TrainConfig(engine="fsdp2", **options))

@@ -55,26 +55,26 @@ def join(rank: int) -> None:
     GradientState._reset_state()
 
 
-def divided(rank: int, folder: Any) -> list[float]:
+def sharded(rank: int, folder: Any) -> list[float]:
     logging.disable(logging.WARNING)
     join(rank)
     found = []
     for memory, lora in CASES:
-        out = folder / f"divided-{memory}-{lora}"
+        out = folder / f"sharded-{memory}-{lora}"
         found.append(run(folder / "start", out, memory, lora, "fsdp2"))
     return found
 
 
 @pytest.mark.slow
-def test_run_of_a_divided_model_equals_that_of_one_process(tmp_path):
+def test_run_of_a_sharded_model_equals_that_of_one_process(tmp_path):
     tiny.save_tiny(tiny.QWEN, tmp_path / "start")
-    found, _ = on_ranks(2, divided, tmp_path)
+    found, _ = on_ranks(2, sharded, tmp_path)
     for (memory, lora), loss in zip(CASES, found):
         out = tmp_path / f"one-{memory}-{lora}"
         assert loss == pytest.approx(run(tmp_path / "start", out, memory, lora, "auto"), abs=1e-6)
         name = "policy/model.safetensors"
         weights, wanted = (
-            load_file(tmp_path / f"divided-{memory}-{lora}" / name),
+            load_file(tmp_path / f"sharded-{memory}-{lora}" / name),
             load_file(out / name),
         )
         assert weights.keys() == wanted.keys()
