@@ -9,6 +9,7 @@ same examples, and each of them a part of every sequence's tokens.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -154,6 +155,15 @@ class Engine:
         from accelerate.utils import gather_object
 
         return gather_object(found if self.counts else [])
+
+    def gather_first(self, found: list[Any]) -> list[Any]:
+        """As `gather` on the first process; nothing on the others, which need no memory for it."""
+        found = found if self.counts else []
+        if self.world == 1:
+            return found
+        parts: list[Any] | None = [None] * self.world if self.is_main else None
+        torch.distributed.gather_object(found, parts)
+        return list(chain.from_iterable(parts or []))
 
     def forwards(
         self, batches: Sequence[list[int]], filler: list[int], *, least: int = 0

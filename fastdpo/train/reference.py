@@ -15,7 +15,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,14 @@ from fastdpo.train.steps import Reference, Setup, plan_epoch, reference_logps_of
 from fastdpo.train.together import of_first
 
 _log = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """Log-probs of one example: of each of its sequences, and of all their tokens."""
+
+    example: int
+    logp_S: np.ndarray
+    logp_N: np.ndarray
 
 
 def known_reference(setup: Setup, model: nn.Module, weights: str) -> Reference:
@@ -73,7 +81,9 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
                 save(own, logps, weights)
         return logps is not None
 
-    def keep(logps: LogProbs) -> None:
+    def keep(found: Sequence[Found]) -> None:
+        nonlocal logps
+        logps = _in_order(setup, found)
         save(own, logps, weights)
         if setup.config.reference_cache is None:
             return
@@ -87,7 +97,7 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
             )  # fmt: skip
 
     if not of_first(setup.engine, find):
-        found = logps = compute_reference(setup, model)
+        found = compute_reference(setup, model)
         of_first(setup.engine, lambda: keep(found))
     # Every process reads what the first one found.
     logps = logps or load(own, setup.pairs, None)
@@ -95,9 +105,13 @@ def reference_logps(setup: Setup, model: nn.Module, weights: str) -> LogProbs:
     return logps if need_tokens else replace(logps, logp_N=None)
 
 
-def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:
-    """`reference_logps` by the model, on the micro-batches of the first epoch."""
-    found: list[tuple[int, np.ndarray, np.ndarray]] = []
+def compute_reference(setup: Setup, model: nn.Module) -> list[Found]:
+    """What `reference_logps` are made of, by the model on the micro-batches of the first epoch.
+
+    Returns:
+        Those of all examples on the first process, in any order, and none on the others.
+    """
+    found: list[Found] = []
     batches = list(chain.from_iterable(plan_epoch(setup, 0)))
     purpose = f"reference of {setup.name}" if setup.name else "reference"
     planned = list(setup.engine.forwards(batches, setup.filler))
@@ -108,12 +122,18 @@ def compute_reference(setup: Setup, model: nn.Module) -> LogProbs:
             logp_S, logp_N = result.logp_S.cpu().numpy(), result.stats["logp"].cpu().numpy()
             bounds = batch.bounds_S1.tolist()
             for i, start, stop in zip(index if real else [], batch.firsts, batch.firsts[1:]):
-                found.append((i, logp_S[start:stop], logp_N[bounds[start] : bounds[stop]]))
+                tokens = logp_N[bounds[start] : bounds[stop]]
+                found.append(Found(i, logp_S[start:stop], tokens))
             advance()
+    return setup.engine.gather_first(found)
+
+
+def _in_order(setup: Setup, found: Sequence[Found]) -> LogProbs:
+    """Those of all examples, in their order; raises `ModelError` where one is not finite."""
     firsts, bounds_S1 = places_of(setup.pairs)
     logp_S = torch.full((firsts[-1],), float("nan"), dtype=torch.float64)
     logp_N = torch.full((bounds_S1[-1],), float("nan"), dtype=torch.float32)
-    for i, sums, tokens in setup.engine.gather(found):
+    for i, sums, tokens in found:
         start, stop = firsts[i : i + 2]
         logp_S[start:stop] = torch.from_numpy(sums)
         logp_N[bounds_S1[start] : bounds_S1[stop]] = torch.from_numpy(tokens)
