@@ -124,6 +124,9 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
         self._reference_loss = LinearPreferenceLoss(lr_dpo(ld_alpha=self.objective.ld_alpha))
         self._fused_heads = self._needs_positions = False
         super().__init__(*args, **kwargs)
+        ddp: Any = self.accelerator.ddp_handler
+        if ddp is not None and self.args.ddp_broadcast_buffers is None:
+            ddp.broadcast_buffers = False  # as `fastdpo.train.launch.joined`
         self._fuse_heads()
 
     def _fuse_heads(self) -> None:

@@ -17,7 +17,9 @@ def given(monkeypatch):
     seen = {}
 
     def accelerator(cpu, kwargs_handlers):
-        seen.update(cpu=cpu, **kwargs_handlers[0].to_kwargs())
+        seen.update(cpu=cpu)
+        for handler in kwargs_handlers:
+            seen.update(handler.to_kwargs())
         return SimpleNamespace(num_processes=1)
 
     monkeypatch.setattr(accelerate, "Accelerator", accelerator)
@@ -45,6 +47,7 @@ def test_processes_of_a_launch_on_gpus_can_sum_on_the_cpu_too(
     launch.joined()
     assert given.get("backend") == backend
     assert given["cpu"] == ("ACCELERATE_USE_CPU" in environment)
+    assert given["broadcast_buffers"] is False
 
 
 def sharding(monkeypatch, config=None, environment=None, **settings):

@@ -82,6 +82,31 @@ def test_run_of_a_sharded_model_equals_that_of_one_process(tmp_path):
             torch.testing.assert_close(x, wanted[key], rtol=0, atol=2e-6)  # a step moves 1e-3
 
 
+def in_another_order(rank: int, folder: Any) -> float:
+    """The second process makes RoPE's buffers in another order, as some versions of transformers
+    do, which take it from a set."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    logging.disable(logging.WARNING)
+    join(rank)
+    plain = Gemma3RotaryEmbedding.__init__
+
+    def turned(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        names = sorted(self._buffers, reverse=bool(rank))
+        self._buffers = {name: self._buffers[name] for name in names}
+
+    with mock.patch.object(Gemma3RotaryEmbedding, "__init__", turned):
+        return run(folder / "start", folder / "two", False, True, "ddp")
+
+
+@pytest.mark.slow
+def test_each_process_has_its_own_buffers(tmp_path):
+    tiny.save_tiny(tiny.GEMMA3, tmp_path / "start")
+    wanted = run(tmp_path / "start", tmp_path / "one", False, True, "auto")
+    assert on_ranks(2, in_another_order, tmp_path) == [pytest.approx(wanted, abs=1e-6)] * 2
+
+
 def late(rank: int) -> list[int]:
     """The first process takes longer than an exchange may."""
     from accelerate import Accelerator
