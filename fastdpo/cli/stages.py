@@ -326,7 +326,7 @@ def run_train(config: TrainCommand) -> None:
         check_start(config.reference, option="reference")
     tokenizer = load_tokenizer(config.model, config.chat_template)
     out, first = Path(config.output_dir), is_first()
-    with rendering_at(_rendered_at(out / RENDERED)) as clock:
+    with rendering_at(_rendered_at(config, out / RENDERED)) as clock:
         given = {"dataset": read_rows(config.dataset, config.split)}
         if config.eval_dataset is not None:
             given["eval_dataset"] = read_rows(
@@ -371,11 +371,11 @@ def _best(out: Path) -> str:
     )
 
 
-def _rendered_at(path: Path) -> str:
+def _rendered_at(config: TrainConfig, path: Path) -> str:
     """When the run's rows were rendered first, now if they were not; alike on all processes."""
     from accelerate.utils import broadcast_object_list
 
     time = [read_json(path)[KEY] if path.is_file() else now()]
-    joined()
+    joined(offload_params=config.offload_params)
     broadcast_object_list(time)
     return time[0]

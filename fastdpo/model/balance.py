@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdpo.data.batch import PackedPairs
 from fastdpo.errors import ModelError
 from fastdpo.model import attention, head
+from fastdpo.model.devices import device_of
 
 _NAMES = ("router_aux_loss_coef", "aux_loss_coef")  # the second is JetMoE's
 # Parameters of transformers' function, beside num_experts and top_k.
@@ -99,23 +100,20 @@ def token_mask(batch: PackedPairs) -> Tensor | None:
 
 
 @torch.no_grad()
-def check_balance(model: Any, *, bf16: bool = False) -> None:
+def check_balance(model: Any) -> None:
     """Refuse a model whose own forward computes another balancing loss than `balancing_loss`.
-
-    Args:
-        bf16: under autocast, which weights need that are gathered in bf16 (`fastdpo.model.shard`).
 
     Raises:
         ModelError: it does.
     """
     base = head.base_of(model)
     vocab = head.table_rows(model.get_input_embeddings())
-    device = next(model.parameters()).device
+    device = device_of(base)
     ids_BT = torch.arange(2, 26, device=device).view(2, 12) * 7919 % vocab
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, 5:] = 0
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=head.gathers_bf16(model))
     with attention.own_attention(model), autocast:
         call = head.HeadCall(
             lambda h_TD, **_: h_TD,

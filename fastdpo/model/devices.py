@@ -90,11 +90,13 @@ def offloaded(model: nn.Module) -> int:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's inputs go: where its weights are, or, if they are on several devices, where
-    the first hook wants them."""
+    the first hook wants them, or, if they are sharded, where they are gathered."""
     hook = vars(model).get("_hf_hook")
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
-    return next(model.parameters()).device
+    parameter: Any = next(model.parameters())
+    mesh = getattr(parameter, "device_mesh", None)  # of a DTensor, which may be offloaded
+    return parameter.device if mesh is None else torch.device(mesh.device_type)
 
 
 def forward_of(module: nn.Module) -> str:

@@ -94,6 +94,12 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def gathers_bf16(model: Any) -> bool:
+    """Whether its layers are gathered in bfloat16 (`fastdpo.model.shard`): then they compute in
+    nothing else, and under autocast only."""
+    return getattr(base_of(model), "_fastdpo_gathers_bf16", False)
+
+
 def table_rows(table: Any) -> int:
     """Rows of an embedding's or a head's weight, also where DeepSpeed has sharded it."""
     return getattr(table.weight, "ds_shape", table.weight.shape)[0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdpo.errors import ModelError
 from fastdpo.kernels.support import is_interpreted
+from fastdpo.model.devices import device_of
 
 
 class _LigerFamily(NamedTuple):
@@ -69,7 +70,7 @@ def use_liger(model: nn.Module) -> list[str]:
         )
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModelError("liger-kernel is not installed: pip install 'fastdpo[liger]'")
-    device = next(model.parameters()).device
+    device = device_of(model)
     if device.type == "cpu" and not is_interpreted():
         raise ModelError(
             "the model is on device 'cpu', where Liger's Triton kernels do not run: move it to a "

@@ -365,13 +365,13 @@ def own_rows(tensor: Any) -> tuple[int, int]:
 
 
 def dtensor_like(tensor: Any, local: Tensor) -> Any:
-    """A DTensor with this process's rows, sharded as another."""
+    """A DTensor with this process's rows, sharded as another; they stay on their device.
+
+    ``DTensor.from_local`` would move those that are offloaded to the mesh's GPU.
+    """
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape,
-        stride=tensor.stride(),
-    )  # fmt: skip
+    return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
 
 
 def gathered(tensor: Tensor) -> Tensor:

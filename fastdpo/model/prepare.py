@@ -363,7 +363,8 @@ class _Alone:
         # Rounding differences stay near eps times the depth; leaked attention is of order one.
         self.padded_leak = self.leak(model, self.padded)
         self.in_fp32: _Alone | None = None
-        if experts and half and all(p.dtype == torch.float32 for p in model.parameters()):
+        exact = all(p.dtype == torch.float32 for p in model.parameters())
+        if experts and half and exact and not head.gathers_bf16(model):
             with torch.autocast(device.type, enabled=False):
                 self.in_fp32 = _Alone(model, classes)
             self.in_fp32.padded_leak = 0.0  # in fp32 nothing excuses a leak

@@ -60,6 +60,7 @@ def shard(
     base = head.base_of(model)
     kind = type(base).__name__
     _check_weights(model, kind)
+    base._fastdpo_gathers_bf16 = bf16
     layers = _layers(base, layer_names)
     embeddings: Any = base.get_input_embeddings()
     own_head = cast(Any, base.get_output_embeddings())

@@ -195,12 +195,13 @@ def measure(
         ModelError: the model computes pairs in no layout.
         DataError: there are no pairs, or one has a hidden state or log-prob that is not finite.
     """
+    from fastdpo.model.devices import device_of
     from fastdpo.model.prepare import layout_of, prepare_model
 
     if not pairs:
         raise DataError("there are no pairs to measure. Give at least one.")
     model = prepare_model(model, bf16=bf16, impl=impl).eval()
-    layout, device = layout_of(model), next(model.parameters()).device
+    layout, device = layout_of(model), device_of(model)
     lengths = [pair.num_tokens(layout) for pair in pairs]
     plan = plan_batches(lengths, max_tokens=max(max_tokens, *lengths), padded=layout == "padded")
     found_P2 = torch.empty(len(pairs), 2, dtype=torch.float64)

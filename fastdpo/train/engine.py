@@ -9,6 +9,7 @@ same examples, and each of them a part of every sequence's tokens.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from fastdpo.model.adapters import merged, merged_in_place, save_adapter
 from fastdpo.model.load import save_policy, weights_digest
 from fastdpo.train import stored
 from fastdpo.train.config import TrainConfig
-from fastdpo.train.prepare import load_start, prepare_policy
-from fastdpo.train.together import of_first
+from fastdpo.train.prepare import load_start, prepare_policy, start_in_pieces
+from fastdpo.train.together import of_first, together
 
 # By the group of all processes, with which they end: none of their groups is ever let go of before.
 _meshes: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
@@ -38,6 +39,12 @@ def mesh_of(kind: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> Any:
     if (kind, sizes, names) not in known:
         known[kind, sizes, names] = init_device_mesh(kind, sizes, mesh_dim_names=names)
     return known[kind, sizes, names]
+
+
+def groups() -> Iterator[Any]:
+    """The process groups of all meshes."""
+    for mesh in _meshes.get(torch.distributed.group.WORLD, {}).values():
+        yield from mesh.get_all_groups()
 
 
 class Engine:
@@ -96,10 +103,23 @@ class Engine:
             The model on its device, and the digest of its weights before there were adapters ("" on
             all but the first process).
         """
-        model = load_start(start, config, self.accelerator.device)
+        device, weights, pieces = self.accelerator.device, "", None
+        if self.world > 1 and isinstance(start, str | Path) and not config.load_in_4bit:
+            # A tensor at a time: together the processes have no memory for as many models.
+            model, pieces = start_in_pieces(str(start), config)
+        else:
+            model = load_start(start, config, device)
+
+        def place(model: Any) -> None:
+            nonlocal weights
+            if pieces is not None:
+                together(self.accelerator, partial(pieces.fill, device))
+                model.to(device)
+            if digest and self.is_main:
+                weights = weights_digest(model)
+
         sequence_parallel.use(model, self.sp)
-        weights = weights_digest(model) if digest and self.is_main else ""
-        return prepare_policy(model, config), weights
+        return prepare_policy(model, config, place=place), weights
 
     def frozen_copy(self, model: nn.Module, start: Any, config: TrainConfig) -> nn.Module:
         """The start once more, without gradients, as the reference of each step."""

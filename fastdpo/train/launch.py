@@ -16,7 +16,7 @@ from fastdpo.errors import ConfigError
 from fastdpo.model.devices import without
 from fastdpo.train.config import TrainConfig
 from fastdpo.train.deepspeed import DeepSpeed, launch_settings, require_deepspeed
-from fastdpo.train.engine import Engine
+from fastdpo.train.engine import Engine, groups
 
 _PARALLEL = "PARALLELISM_CONFIG_"  # accelerate's, in the environment
 # How long a process waits for the others; the first one may write a large model meanwhile.
@@ -40,8 +40,11 @@ class Sharding:
     layer_names: tuple[str, ...] | None
 
 
-def joined() -> Any:
+def joined(*, offload_params: bool = False) -> Any:
     """accelerate's view of the processes of a launch, which join each other here.
+
+    Args:
+        offload_params: what FSDP2 keeps in CPU memory is summed and gathered there.
 
     Raises:
         ConfigError: they cannot, and each would train alone.
@@ -54,10 +57,9 @@ def joined() -> Any:
     on_cpu = wanted > 1 and not torch.accelerator.is_available()
     on_cpu = on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     waits = InitProcessGroupKwargs(timeout=_PATIENCE)
-    # What FSDP2 offloads lies in CPU memory, and is summed and gathered there.  A process that no
-    # launcher started joins none.
+    # A process that no launcher started joins none.
     on_gpus = "LOCAL_RANK" in os.environ and torch.cuda.is_available() and not on_cpu
-    if on_gpus and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+    if on_gpus and offload_params:
         waits = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=_PATIENCE)
     # Every process has loaded its buffers.  DDP would send the first one's in the order in which
     # they were made, and in some versions of transformers that of RoPE's is each process's own.
@@ -79,13 +81,20 @@ def launched(config: TrainConfig) -> Engine:
     Raises:
         ConfigError: the launch asks for what training does not do, or the two differ.
     """
+    engine = _launched(config)
+    for group in groups():  # a mesh makes them with torch's own, shorter limit
+        torch.distributed.distributed_c10d._set_pg_timeout(_PATIENCE, group)
+    return engine
+
+
+def _launched(config: TrainConfig) -> Engine:
     from accelerate.utils import DistributedType
 
     asked = _asked_for()
     if "deepspeed" in (asked, config.engine):
         require_deepspeed()
     # Its precision belongs to the process, so autocast is entered in `batch_loss` instead.
-    accelerator = joined()
+    accelerator = joined(offload_params=config.offload_params)
     if accelerator.mixed_precision != "no":
         raise ConfigError(
             f"accelerate's mixed_precision is {accelerator.mixed_precision!r}; set it to 'no', the "

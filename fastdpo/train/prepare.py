@@ -150,7 +150,7 @@ def prepare_policy(
         prove=prove,
     )
     if added and prove:
-        balance.check_balance(model, bf16=config.bf16 and place is not None)
+        balance.check_balance(model)
     return model
 
 

@@ -14,12 +14,16 @@ import pytest
 import tiny
 import torch
 from ranks import not_noted, on_ranks
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from fastdpo.data.batch import pack_pairs
 from fastdpo.data.examples import TokenizedPair
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model import adapters, head
+from fastdpo.model.devices import device_of
 from fastdpo.model.load import (
     load_causal_lm,
     load_in_pieces,
@@ -27,7 +31,7 @@ from fastdpo.model.load import (
     weights_digest,
 )
 from fastdpo.model.merge import save_merged, save_merged_in_place
-from fastdpo.model.pieces import Trace, gathered, is_sharded
+from fastdpo.model.pieces import Trace, dtensor_like, gathered, is_sharded
 from fastdpo.model.prepare import layout_of, prepare_model
 from fastdpo.model.save import save_made
 from fastdpo.model.shard import shard
@@ -177,6 +181,32 @@ def test_what_is_made_for_other_processes_leaves_nothing_here():
     assert made.is_meta and made.shape == (3, 8) and reads == [None]
 
 
+@pytest.fixture
+def fake_group():
+    """One process that stands for two, and exchanges nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def test_rows_of_a_gpu_that_are_offloaded_stay_in_cpu_memory(fake_group):
+    """The model runs on the GPU all the same."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    whole, local = torch.empty(5, 2, device="meta"), torch.ones(2, 2)
+    mesh = DeviceMesh("cuda", [0, 1], _init_backend=False, _rank=1)
+    meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=meta)
+    like = DTensor(torch.empty(2, 2, device="meta"), spec, requires_grad=False)  # type: ignore[call-arg]
+    rows = dtensor_like(like, local)
+    assert rows.shape == whole.shape and rows._local_tensor is local
+    model = nn.Linear(2, 5, bias=False)
+    model._parameters["weight"] = nn.Parameter(rows)
+    assert device_of(model) == torch.device("cuda")
+
+
 # ------------------------------------------------------------------------------ several processes
 def case(rank, mesh, folder, family, dtype, peft, offload) -> None:
     from torch.distributed import barrier
@@ -310,6 +340,10 @@ def no_segments(model: Any) -> None:
     model.model.layers[1].register_forward_pre_hook(refuse, with_kwargs=True)
 
 
+def tied(model: Any) -> None:
+    model.lm_head.weight = model.get_input_embeddings().weight
+
+
 def nothing(model: Any) -> None:
     pass
 
@@ -348,6 +382,8 @@ def proofs(rank, world) -> None:
         ("QWEN2_MOE", nothing, {}),
         ("LLAMA", nothing, {"mlp_tile_tokens": 4, "activation_offloading": True}),
         ("GEMMA", nothing, {"bf16": True}),
+        ("QWEN2_MOE", nothing, {"bf16": True}),
+        ("QWEN2_MOE", tied, {"bf16": True}),
     ):
         wanted, hidden = proven(family, change, None, **options)
         found, cut = proven(family, change, mesh, **options)

@@ -36,18 +36,20 @@ def given(monkeypatch):
         ({}, None),  # accelerate would look for a group that nobody made
         ({"LOCAL_RANK": "0"}, "cuda:nccl,cpu:gloo"),
         ({"LOCAL_RANK": "0", "ACCELERATE_USE_CPU": "true"}, None),
-        ({"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"}, None),
     ],
 )
-def test_processes_of_a_launch_on_gpus_can_sum_on_the_cpu_too(
+def test_processes_of_a_launch_on_gpus_sum_on_the_cpu_what_is_offloaded(
     given, monkeypatch, environment, backend
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    launch.joined()
+    launch.joined(offload_params=True)
     assert given.get("backend") == backend
     assert given["cpu"] == ("ACCELERATE_USE_CPU" in environment)
     assert given["broadcast_buffers"] is False
+    given.clear()
+    launch.joined()
+    assert "backend" not in given  # gloo between machines needs a network set up for it
 
 
 def sharding(monkeypatch, config=None, environment=None, **settings):
