@@ -198,7 +198,7 @@ def cases() -> list[Case]:
             if extra in ADAPTED and engine.extras:
                 found.append(Case(name, engine.ranks[0], TIED, "frozen", extra))
         if engine.extras:
-            for family in ("qwen3", "gemma3"):
+            for family in ("qwen3", "gemma3", "qwen3_moe"):
                 found.append(Case(name, engine.ranks[-1], TIED, "stash", family=family))
     return sorted(found, key=lambda x: (x.ranks, x.route != "stash", x.route != "frozen"))
 

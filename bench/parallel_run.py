@@ -35,6 +35,9 @@ FAMILIES = {
         sliding_window=16, query_pre_attn_scalar=8,
         layer_types=["sliding_attention", "full_attention"] * 2,
     )),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
+    )),
 }  # fmt: skip
 # Of three steps, of which the last has one pair.
 STEP, LAST = 10, 1

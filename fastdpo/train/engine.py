@@ -43,8 +43,9 @@ def mesh_of(kind: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> Any:
 
 def groups() -> Iterator[Any]:
     """The process groups of all meshes."""
-    for mesh in _meshes.get(torch.distributed.group.WORLD, {}).values():
-        yield from mesh.get_all_groups()
+    if torch.distributed.is_initialized():
+        for mesh in _meshes.get(torch.distributed.group.WORLD, {}).values():
+            yield from mesh.get_all_groups()
 
 
 class Engine:
