@@ -218,7 +218,7 @@ def test_the_demo_on_a_given_model(inputs, tmp_path, capsys):
     alphas = [
         read_json(run / "state.json")["config"]["train"]["alpha"] for run in (plain, penalized)
     ]
-    assert alphas[0] == 0 and alphas[1] > 0
+    assert alphas == [0, "auto"]
     assert (tmp_path / "demo" / "report.html").is_file()
     # The same command again has the same to say, and those that it names are commands.
     assert main(argv) == 0
@@ -284,7 +284,7 @@ KILLS = [
     ("fastdpo.train.steps:packed_loss", 2),  # the reference
     ("fastdpo.train.steps:packed_loss", 6),  # training
     ("safetensors.torch:save_file", 1),  # inside a checkpoint
-    ("fastdpo.train.trainer:save_policy", 1),
+    ("fastdpo.train.engine:save_policy", 1),
     ("fastdpo.rounds.resume:write_json_atomic", 2),  # between two stages
     ("fastdpo.report.summary:plot", 1),
     ("os:replace", 4),  # a temporary file is whole, and not renamed yet

@@ -51,7 +51,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     case = Case("fsdp2", 2, OWN, "stash", "evaluation")
     model = parallel_run.save_model("llama", False, tmp_path)
-    jobs = case.alone, *case.others
+    jobs = case.alone, *case.others[:3]  # by its own way through the head
     runs = (parallel_run.run(job, model, tmp_path / f"{i}") for i, job in enumerate(jobs))
     alone, *others = (found for found in runs if found is not None)
     rounding = parallel.rounding_of(alone, others)
