@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .tables import grouped, latest_build, markdown_table, setting
+from .tables import commit, grouped, markdown_table, setting
 
 OP = "parallel"
+_CASE = ("engine", "ranks", "head", "route", "extra", "family")
 MEASURES = ("losses", "norm", "gradients", "clipped", "weights", "policy")
 # Of a cell: what is told together is the larger of the two.
 _TOLD = (("losses",), ("norm", "gradients"), ("clipped",), ("weights", "policy"))
@@ -30,8 +31,16 @@ def markdown(rows: list[dict], links: list[str]) -> str:
     by_torch = grouped([{**row, "torch": row["versions"]["torch"]} for row in rows], ("torch",))
     parts = []
     for _, of_torch in sorted(by_torch.items(), key=lambda item: _version(item[0][0]))[::-1]:
-        parts += _of_build(latest_build(of_torch))
+        parts += _of_build(_newest(of_torch))
     return "\n\n".join(parts)
+
+
+def _newest(rows: list[dict]) -> list[dict]:
+    """The last row of each case, with the versions of the last one of all: each has in it with what
+    it is compared, so a fix of some cases asks for no new run of the others."""
+    rows = sorted(rows, key=lambda row: row["utc"])
+    rows = [row for row in rows if row["versions"] == rows[-1]["versions"]]
+    return [group[-1] for group in grouped(rows, _CASE).values()]
 
 
 def _version(name: str) -> list[int]:
@@ -42,7 +51,10 @@ def _of_build(rows: list[dict]) -> list[str]:
     main = [row for row in rows if not row["extra"] and row["family"] == "llama"]
     others = [row for row in rows if row not in main]
     what = "**Three steps of a Llama of 4 layers with grouped heads in fp32, against one process**"
-    parts = [f"{what} {setting(rows[0])}"]
+    last = max(rows, key=lambda row: row["utc"])
+    older = dict.fromkeys(commit(row) for row in rows if commit(row) != commit(last))
+    also = f"; some cases as of {', '.join(older)}, each with its own run of one process"
+    parts = [f"{what} {setting(last)}{also if older else ''}"]
     if main:
         parts += [_of_heads(main), _LEGEND.format(alone=_ALONE)]
     if others:
