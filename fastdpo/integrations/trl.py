@@ -21,6 +21,7 @@ from fastdpo.loss.examples import BaseObjective
 from fastdpo.loss.objectives import lr_dpo
 from fastdpo.model import attention, head, rope
 from fastdpo.model import prepare as policy
+from fastdpo.model.devices import keep_buffers
 
 # The losses of this TRL.
 LOSSES = (
@@ -124,9 +125,8 @@ class LengthRegularizedDPOTrainer(DPOTrainer):
         self._reference_loss = LinearPreferenceLoss(lr_dpo(ld_alpha=self.objective.ld_alpha))
         self._fused_heads = self._needs_positions = False
         super().__init__(*args, **kwargs)
-        ddp: Any = self.accelerator.ddp_handler
-        if ddp is not None and self.args.ddp_broadcast_buffers is None:
-            ddp.broadcast_buffers = False  # as `fastdpo.train.launch.joined`
+        if self.args.ddp_broadcast_buffers is None:
+            keep_buffers(self.accelerator.unwrap_model(self.model))
         self._fuse_heads()
 
     def _fuse_heads(self) -> None:

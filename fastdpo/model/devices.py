@@ -99,6 +99,16 @@ def device_of(model: nn.Module) -> torch.device:
     return parameter.device if mesh is None else torch.device(mesh.device_type)
 
 
+def keep_buffers(model: nn.Module) -> None:
+    """Let DDP leave each process its own buffers, as each has loaded them.
+
+    It would send the first one's in the order in which they were made, and in some versions of
+    transformers that of RoPE's comes from a set: each process has another.
+    """
+    names = [name for name, _ in model.named_buffers()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
 def forward_of(module: nn.Module) -> str:
     """The attribute with a module's own ``forward``, inside of accelerate's hook if it has one."""
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastdpo.errors import ConfigError
 from fastdpo.model import sequence_parallel
 from fastdpo.model.adapters import merged, merged_in_place, save_adapter
+from fastdpo.model.devices import keep_buffers
 from fastdpo.model.load import save_policy, weights_digest
 from fastdpo.train import stored
 from fastdpo.train.config import TrainConfig
@@ -130,6 +131,7 @@ class Engine:
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model as it is trained: its backward averages gradients over all processes."""
+        keep_buffers(model)
         return self.accelerator.prepare(model), optimizer
 
     def plain(self, model: nn.Module) -> Any:

@@ -49,7 +49,7 @@ def joined(*, offload_params: bool = False) -> Any:
     Raises:
         ConfigError: they cannot, and each would train alone.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import parse_flag_from_env
 
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -61,12 +61,9 @@ def joined(*, offload_params: bool = False) -> Any:
     on_gpus = "LOCAL_RANK" in os.environ and torch.cuda.is_available() and not on_cpu
     if on_gpus and offload_params:
         waits = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=_PATIENCE)
-    # Every process has loaded its buffers.  DDP would send the first one's in the order in which
-    # they were made, and in some versions of transformers that of RoPE's is each process's own.
-    own_buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
     # accelerate takes sizes of parallelism on GPUs only; `_sharding` reads them anyway.
     with without("ACCELERATE_USE_PARALLELISM_CONFIG") if on_cpu else nullcontext():
-        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits, own_buffers])
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waits])
     if accelerator.num_processes != wanted:
         raise ConfigError(
             f"{wanted} processes were launched, and accelerate joined {accelerator.num_processes} "

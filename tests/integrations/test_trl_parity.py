@@ -224,8 +224,10 @@ def test_dropout_of_plain_numbers_is_disabled_too(tmp_path):
 
 
 def test_alpha_moves_the_loss(tmp_path):
-    more = {"alpha": 0.3}
-    logged, _ = trl_options.train(make_trainer(Trainer, LLAMA, tmp_path, more=more))
+    trainer = make_trainer(Trainer, LLAMA, tmp_path, more={"alpha": 0.3})
+    # DDP would send RoPE's frequencies from process to process.
+    assert "model.rotary_emb.inv_freq" in trainer.model._ddp_params_and_buffers_to_ignore
+    logged, _ = trl_options.train(trainer)
     margin = 0.3 * (logged[0]["lengths/chosen"] - logged[0]["lengths/rejected"])
     assert logged[0]["length_margin"] == pytest.approx(margin, rel=1e-4) and margin > 0.1
     assert logged[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)

@@ -17,9 +17,7 @@ def given(monkeypatch):
     seen = {}
 
     def accelerator(cpu, kwargs_handlers):
-        seen.update(cpu=cpu)
-        for handler in kwargs_handlers:
-            seen.update(handler.to_kwargs())
+        seen.update(cpu=cpu, **kwargs_handlers[0].to_kwargs())
         return SimpleNamespace(num_processes=1)
 
     monkeypatch.setattr(accelerate, "Accelerator", accelerator)
@@ -46,7 +44,6 @@ def test_processes_of_a_launch_on_gpus_sum_on_the_cpu_what_is_offloaded(
     launch.joined(offload_params=True)
     assert given.get("backend") == backend
     assert given["cpu"] == ("ACCELERATE_USE_CPU" in environment)
-    assert given["broadcast_buffers"] is False
     given.clear()
     launch.joined()
     assert "backend" not in given  # gloo between machines needs a network set up for it
