@@ -606,6 +606,7 @@ def drive(place, countdown, argv):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_killed_in_a_run_it_goes_on_to_the_same_rows(finished, inputs, tmp_path, monkeypatch):
     """From the measured reward model on: killed in the training of the second run."""
     out = tmp_path / "killed"

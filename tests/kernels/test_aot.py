@@ -471,7 +471,10 @@ def assert_flawless(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
 
 
 # ------------------------------------------------------------------------------------------- tests
-@pytest.mark.parametrize("target", TARGETS)
+# One of the two that take longest is slow, to keep the suite short.
+@pytest.mark.parametrize(
+    "target", [pytest.param(x, marks=pytest.mark.slow if x == "sm_100" else ()) for x in TARGETS]
+)
 def test_shipped_configurations(target, tmp_path):
     assert_flawless(compiled(target, main_launches, tmp_path))
 
@@ -511,6 +514,7 @@ def launch_with_and_without_a_stash(target: str) -> None:
             launch_project(target, dtype, softcap=softcap, stash=stash, stats=stats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90"])
 def test_a_stash_does_not_change_the_order_of_sums(target, tmp_path):
     """Reference and policy agree to the bit only if their rows are summed in one order."""

@@ -151,6 +151,7 @@ def test_what_cannot_be_divided(gpus, options, message):
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_the_longest_pair_of_several_gpus():
     sizes = configuration("Llama", max_position_embeddings=2**20, num_hidden_layers=1)
     config = TrainConfig(engine="fsdp2", gradient_checkpointing=False, max_tokens=512)
